@@ -1,0 +1,267 @@
+//! Loading a kernel, of whichever format its first bytes say.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
+
+use linux_loader::bootparam::setup_header;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+use crate::layout::PAGE_SIZE;
+use crate::{bzimage, elf};
+
+/// Puts a file's pages into guest memory without copying them.
+pub trait MapFile {
+    /// Maps `len` bytes of the file privately over guest memory. All three
+    /// numbers are multiples of the page size. `Ok(false)` means that this is
+    /// not possible and the caller copies instead.
+    fn map_file(
+        &self,
+        file: &File,
+        file_offset: u64,
+        guest_addr: u64,
+        len: u64,
+    ) -> io::Result<bool>;
+}
+
+/// A mapper that always leaves its caller to copy.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CopyOnly;
+
+impl MapFile for CopyOnly {
+    fn map_file(&self, _: &File, _: u64, _: u64, _: u64) -> io::Result<bool> {
+        Ok(false)
+    }
+}
+
+/// How a kernel is entered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// Linux' 64-bit boot protocol: long mode, `boot_params` in RSI.
+    Linux64,
+    /// Xen's PVH: flat 32-bit protected mode, `hvm_start_info` in EBX.
+    Pvh,
+}
+
+/// A kernel in guest memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernel {
+    /// The physical address of the first instruction.
+    pub entry: u64,
+    /// How it is entered.
+    pub protocol: Protocol,
+    /// The end of the memory that the kernel needs for itself.
+    pub end: u64,
+    /// The setup header that a bzImage carries.
+    pub header: Option<setup_header>,
+    /// How many bytes were mapped rather than copied.
+    pub mapped: u64,
+}
+
+/// Why a kernel could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// The file is of no format that can be booted.
+    #[error("not a kernel: expected an x86-64 ELF (vmlinux) or a bzImage")]
+    NotAKernel,
+    /// The file ends too early.
+    #[error("the kernel file is truncated: {what} needs {need} bytes, the file has {have}")]
+    Truncated {
+        /// What does not fit in the file.
+        what: &'static str,
+        /// How long the file would have to be.
+        need: u64,
+        /// How long it is.
+        have: u64,
+    },
+    /// The ELF file is for another machine, or of another kind.
+    #[error("the ELF kernel is not supported: {0}")]
+    UnsupportedElf(&'static str),
+    /// The ELF file contradicts itself.
+    #[error("the ELF kernel is malformed: {0}")]
+    MalformedElf(&'static str),
+    /// PVH was asked for and the kernel has no such entry.
+    #[error(
+        "the kernel has no PVH entry point; use a vmlinux built with CONFIG_PVH=y, or the linux64 protocol"
+    )]
+    NoPvhEntry,
+    /// The bzImage is too old or of another kind.
+    #[error("the bzImage is not supported: {0}")]
+    UnsupportedBzImage(&'static str),
+    /// The kernel does not fit in RAM.
+    #[error(
+        "the kernel needs guest memory from {start:#x} to {end:#x}, which the VM does not have; give it more memory"
+    )]
+    DoesNotFit {
+        /// The first address.
+        start: u64,
+        /// The address behind the last.
+        end: u64,
+    },
+    /// The entry point lies outside of what was loaded.
+    #[error("the kernel's entry point {0:#x} lies outside of its segments")]
+    EntryOutside(u64),
+    /// The file could not be read.
+    #[error("reading the kernel's {what}")]
+    Read {
+        /// What was being read.
+        what: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// Mapping the file over guest memory failed.
+    #[error("mapping the kernel into guest memory at {addr:#x}")]
+    Map {
+        /// The guest's address.
+        addr: u64,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// Copying the file to guest memory failed.
+    #[error("copying the kernel into guest memory at {addr:#x}")]
+    Copy {
+        /// The guest's address.
+        addr: u64,
+        /// The cause.
+        #[source]
+        source: vm_memory::GuestMemoryError,
+    },
+}
+
+const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
+/// Linux' `Documentation/arch/x86/boot.rst`: the setup header's magic.
+const BZIMAGE_MAGIC: [u8; 4] = *b"HdrS";
+const BZIMAGE_MAGIC_OFFSET: u64 = 0x202;
+
+/// Loads the kernel in `file`, entered as `want` says or as suits it best.
+pub fn load<M: GuestMemoryBackend>(
+    mem: &M,
+    file: &mut File,
+    mapper: &dyn MapFile,
+    want: Option<Protocol>,
+) -> Result<Kernel, KernelError> {
+    let len = file.metadata().map_err(reading("size"))?.len();
+    if magic_at(file, 0, len)? == Some(ELF_MAGIC) {
+        elf::load(mem, file, len, mapper, want)
+    } else if magic_at(file, BZIMAGE_MAGIC_OFFSET, len)? == Some(BZIMAGE_MAGIC) {
+        bzimage::load(mem, file, len, want)
+    } else {
+        Err(KernelError::NotAKernel)
+    }
+}
+
+fn magic_at(file: &File, offset: u64, len: u64) -> Result<Option<[u8; 4]>, KernelError> {
+    let mut magic = [0; 4];
+    if len < offset + magic.len() as u64 {
+        return Ok(None);
+    }
+    file.read_exact_at(&mut magic, offset)
+        .map_err(reading("magic"))?;
+    Ok(Some(magic))
+}
+
+pub(crate) fn reading(what: &'static str) -> impl FnOnce(io::Error) -> KernelError {
+    move |source| KernelError::Read { what, source }
+}
+
+/// Why [`place`] failed.
+pub(crate) enum PlaceError {
+    Map(io::Error),
+    Seek(io::Error),
+    Copy(u64, vm_memory::GuestMemoryError),
+}
+
+/// Puts `len` bytes of the file at a guest address: whole pages mapped where
+/// that is possible, the rest copied. Returns how many bytes were mapped.
+/// The caller has checked that the range is RAM.
+pub(crate) fn place<M: GuestMemoryBackend>(
+    mem: &M,
+    file: &mut File,
+    mapper: &dyn MapFile,
+    offset: u64,
+    addr: u64,
+    len: u64,
+) -> Result<u64, PlaceError> {
+    let whole = len - len % PAGE_SIZE;
+    let congruent = offset.is_multiple_of(PAGE_SIZE) && addr.is_multiple_of(PAGE_SIZE);
+    let mapped = if whole > 0
+        && congruent
+        && mapper
+            .map_file(file, offset, addr, whole)
+            .map_err(PlaceError::Map)?
+    {
+        whole
+    } else {
+        0
+    };
+    if mapped < len {
+        let addr = addr + mapped;
+        file.seek(SeekFrom::Start(offset + mapped))
+            .map_err(PlaceError::Seek)?;
+        mem.read_exact_volatile_from(GuestAddress(addr), file, (len - mapped) as usize)
+            .map_err(|source| PlaceError::Copy(addr, source))?;
+    }
+    Ok(mapped)
+}
+
+pub(crate) fn place_kernel<M: GuestMemoryBackend>(
+    mem: &M,
+    file: &mut File,
+    mapper: &dyn MapFile,
+    offset: u64,
+    addr: u64,
+    len: u64,
+) -> Result<u64, KernelError> {
+    place(mem, file, mapper, offset, addr, len).map_err(|error| match error {
+        PlaceError::Map(source) => KernelError::Map { addr, source },
+        PlaceError::Seek(source) => KernelError::Read {
+            what: "contents",
+            source,
+        },
+        PlaceError::Copy(addr, source) => KernelError::Copy { addr, source },
+    })
+}
+
+/// `[start, end)` lies in guest memory, without holes.
+pub(crate) fn check_fits<M: GuestMemoryBackend>(
+    mem: &M,
+    start: u64,
+    end: u64,
+) -> Result<(), KernelError> {
+    let fits = end
+        .checked_sub(start)
+        .is_some_and(|len| mem.check_range(GuestAddress(start), len as usize));
+    if fits {
+        Ok(())
+    } else {
+        Err(KernelError::DoesNotFit { start, end })
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use std::io::Write;
+    use vm_memory::GuestMemoryMmap;
+
+    /// A file with these bytes.
+    pub(crate) fn file_of(bytes: &[u8]) -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(bytes).unwrap();
+        file
+    }
+
+    pub(crate) fn memory(size: usize) -> GuestMemoryMmap {
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), size)]).unwrap()
+    }
+
+    #[test]
+    fn other_files_are_not_kernels() {
+        for bytes in [&b""[..], b"\x7f", b"#!/bin/sh\n", &[0; 4096]] {
+            let result = load(&memory(1 << 21), &mut file_of(bytes), &CopyOnly, None);
+            assert!(matches!(result, Err(KernelError::NotAKernel)));
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! What must be in guest memory before a guest's first instruction.
+//!
+//! The recipe is [`kernel::load`], then [`initrd::load`], then [`finish`],
+//! which returns the registers to start the first vCPU with. The crate knows
+//! neither KVM nor any device; where everything lies is drawn in [`layout`].
+
+#![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
+
+pub mod acpi;
+pub mod bzimage;
+pub mod cmdline;
+pub mod cpu;
+pub mod elf;
+pub mod initrd;
+pub mod kernel;
+pub mod layout;
+pub mod pvh;
+pub mod zero_page;
+
+use vm_memory::GuestMemoryBackend;
+
+pub use acpi::MmioDevice;
+pub use cpu::EntryState;
+pub use initrd::Initrd;
+pub use kernel::{Kernel, KernelError, MapFile, Protocol};
+
+/// What the guest is told about its machine.
+#[derive(Clone, Copy, Debug)]
+pub struct Boot<'a> {
+    /// The kernel's command line.
+    pub cmdline: &'a str,
+    /// The initial RAM disk, when one is loaded.
+    pub initrd: Option<Initrd>,
+    /// How many vCPUs; their local APIC identifiers are 0, 1, 2…
+    pub cpus: u8,
+    /// The virtio-mmio devices, in the order of their names in the guest.
+    pub virtio: &'a [MmioDevice],
+    /// Bytes of RAM, laid out as [`layout::ram_regions`] says.
+    pub ram_size: u64,
+}
+
+/// Why the guest's boot structures could not be written.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// The command line is not acceptable.
+    #[error("command line")]
+    Cmdline(#[from] cmdline::CmdlineError),
+    /// The ACPI tables could not be made.
+    #[error("ACPI tables")]
+    Acpi(#[from] acpi::AcpiError),
+    /// The kernel cannot reach its initial RAM disk.
+    #[error(
+        "the initial RAM disk ends at {end:#x}, above the kernel's limit {max:#x}; give the VM less memory or use a newer kernel"
+    )]
+    InitrdTooHigh {
+        /// The disk's last byte.
+        end: u64,
+        /// The highest address that the kernel accepts.
+        max: u64,
+    },
+    /// A structure does not fit in guest memory.
+    #[error("writing {what} to guest memory")]
+    Memory {
+        /// The structure.
+        what: &'static str,
+        /// The cause.
+        #[source]
+        source: vm_memory::GuestMemoryError,
+    },
+}
+
+/// Names what was being written when guest memory refused it.
+pub(crate) fn writing(what: &'static str) -> impl FnOnce(vm_memory::GuestMemoryError) -> BootError {
+    move |source| BootError::Memory { what, source }
+}
+
+/// Writes everything but the kernel and the initial RAM disk, and returns the
+/// state in which the first vCPU enters the guest.
+pub fn finish<M: GuestMemoryBackend>(
+    mem: &M,
+    kernel: &Kernel,
+    boot: &Boot,
+) -> Result<EntryState, BootError> {
+    cmdline::write(mem, boot.cmdline)?;
+    let rsdp = acpi::write_tables(mem, boot.cpus, boot.virtio)?;
+    match kernel.protocol {
+        Protocol::Linux64 => {
+            zero_page::write(mem, kernel, boot, rsdp)?;
+            cpu::write_page_tables(mem)?;
+        }
+        Protocol::Pvh => pvh::write(mem, boot, rsdp)?,
+    }
+    cpu::write_entry_state(mem, kernel)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+    const RAM: u64 = 64 << 20;
+
+    fn memory() -> GuestMemoryMmap {
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap()
+    }
+
+    fn kernel(protocol: Protocol) -> Kernel {
+        Kernel {
+            entry: 0x100_0000,
+            protocol,
+            end: 0x200_0000,
+            header: None,
+            mapped: 0,
+        }
+    }
+
+    fn boot(initrd: Option<Initrd>) -> Boot<'static> {
+        Boot {
+            cmdline: "console=ttyS0",
+            initrd,
+            cpus: 1,
+            virtio: &[],
+            ram_size: RAM,
+        }
+    }
+
+    #[test]
+    fn linux_enters_long_mode_with_the_zero_page_in_rsi() {
+        let mem = memory();
+        let state = finish(&mem, &kernel(Protocol::Linux64), &boot(None)).unwrap();
+        assert_eq!((state.rip, state.rsi), (0x100_0000, layout::ZERO_PAGE));
+        assert_eq!(state.cr3, layout::PML4);
+        assert!(state.code.l && !state.code.db);
+        let mut line = [0u8; 14];
+        mem.read_slice(&mut line, GuestAddress(layout::CMDLINE))
+            .unwrap();
+        assert_eq!(&line, b"console=ttyS0\0");
+    }
+
+    #[test]
+    fn pvh_enters_flat_protected_mode_with_start_info_in_rbx() {
+        let state = finish(&memory(), &kernel(Protocol::Pvh), &boot(None)).unwrap();
+        assert_eq!(state.rbx, layout::PVH_START_INFO);
+        assert_eq!((state.cr0 & 0x8000_0001, state.efer, state.cr4), (1, 0, 0));
+        assert!(!state.code.l && state.code.db);
+    }
+
+    #[test]
+    fn tiny_memory_is_an_error_not_a_panic() {
+        let mem: GuestMemoryMmap =
+            GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+        for protocol in [Protocol::Linux64, Protocol::Pvh] {
+            assert!(finish(&mem, &kernel(protocol), &boot(None)).is_err());
+        }
+    }
+}
