@@ -107,6 +107,8 @@ pub const RESET: u16 = 0xb02;
 pub const RESET_VALUE: u8 = 1;
 /// A write here marks a moment of the guest's boot.
 pub const BOOT_MARK: u16 = 0xb04;
+/// What the guest writes here, its init's exit status, is reported by the VMM.
+pub const GUEST_STATUS: u16 = 0xb05;
 /// The sleep type of soft-off, `_S5_`.
 pub const SLEEP_TYPE_S5: u8 = 5;
 

@@ -12,9 +12,11 @@ pub mod bzimage;
 pub mod cmdline;
 pub mod cpu;
 pub mod elf;
+pub mod initramfs;
 pub mod initrd;
 pub mod kernel;
 pub mod layout;
+pub mod payload;
 pub mod pvh;
 pub mod zero_page;
 

@@ -1,0 +1,322 @@
+//! Builds an initramfs: a newc archive with an init and kernel modules
+//! (Linux' `Documentation/driver-api/early-userspace/buffer-format.rst`).
+//!
+//! Modules are resolved through `modules.dep` and unpacked here, so that the
+//! guest only has to load them in the order of [`MODULE_LIST`].
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use cpio::newc;
+
+/// Where the guest's init finds the modules' paths, in the order to load them.
+pub const MODULE_LIST: &str = "etc/mayfly/modules";
+/// What a guest needs for mayfly's devices.
+pub const DEFAULT_MODULES: [&str; 4] = ["virtio_mmio", "virtio_blk", "virtio_net", "virtio-rng"];
+
+const DIRECTORIES: [&str; 11] = [
+    "bin",
+    "dev",
+    "etc/mayfly",
+    "lib/modules",
+    "mnt",
+    "proc",
+    "root",
+    "run",
+    "sys",
+    "tmp",
+    "sbin",
+];
+const S_IFCHR: u32 = 0o020_000;
+const S_IFDIR: u32 = 0o040_000;
+const S_IFREG: u32 = 0o100_000;
+/// The console's device number, 5:1.
+const CONSOLE: (u32, u32) = (5, 1);
+
+/// Why an initramfs could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum InitramfsError {
+    /// A file could not be read.
+    #[error("reading {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A module is neither built in nor a file.
+    #[error("no module {0} in the kernel's modules.dep or modules.builtin")]
+    NoModule(String),
+    /// A module is packed in an unknown way.
+    #[error("{}: only .ko, .ko.xz and .ko.zst modules are supported", .0.display())]
+    UnknownModule(PathBuf),
+    /// A module could not be unpacked.
+    #[error("unpacking {}: {reason}", path.display())]
+    Unpack {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        reason: String,
+    },
+    /// A path that an archive cannot hold.
+    #[error("{0:?} is not a path below the guest's root")]
+    Path(String),
+    /// A file too large for the format.
+    #[error("{0} is larger than the format's 4 GiB")]
+    TooLarge(String),
+    /// The archive could not be written.
+    #[error("writing the archive")]
+    Write(#[from] io::Error),
+}
+
+/// An archive in the making.
+pub struct Initramfs<W: Write> {
+    out: W,
+    inode: u32,
+    directories: BTreeSet<String>,
+}
+
+impl<W: Write> Initramfs<W> {
+    /// Starts an archive with the directories and the console that init needs.
+    pub fn new(out: W) -> Result<Self, InitramfsError> {
+        let mut archive = Initramfs {
+            out,
+            inode: 0,
+            directories: BTreeSet::new(),
+        };
+        for directory in DIRECTORIES {
+            archive.directory(directory)?;
+        }
+        let console = archive
+            .entry("dev/console", S_IFCHR | 0o600)
+            .rdev_major(CONSOLE.0)
+            .rdev_minor(CONSOLE.1);
+        archive.put(console, &[])?;
+        Ok(archive)
+    }
+
+    /// Adds a directory, and those above it.
+    fn directory(&mut self, path: &str) -> Result<(), InitramfsError> {
+        if path.is_empty() || !self.directories.insert(path.to_owned()) {
+            return Ok(());
+        }
+        if let Some((parent, _)) = path.rsplit_once('/') {
+            self.directory(parent)?;
+        }
+        let entry = self.entry(path, S_IFDIR | 0o755).nlink(2);
+        self.put(entry, &[])
+    }
+
+    /// Adds a file at an absolute or relative path of the guest.
+    pub fn file(&mut self, path: &str, mode: u32, data: &[u8]) -> Result<(), InitramfsError> {
+        let path = path.trim_start_matches('/');
+        let sound = |part: &str| !part.is_empty() && part != "." && part != "..";
+        if path.contains('\0') || !path.split('/').all(sound) {
+            return Err(InitramfsError::Path(path.to_owned()));
+        }
+        if let Some((parent, _)) = path.rsplit_once('/') {
+            self.directory(parent)?;
+        }
+        let entry = self.entry(path, S_IFREG | mode & 0o7777);
+        self.put(entry, data)
+    }
+
+    /// Adds the modules and what they need, and their list for the init.
+    pub fn modules(&mut self, directory: &Path, names: &[&str]) -> Result<(), InitramfsError> {
+        let mut list = String::new();
+        for path in resolve_modules(directory, names)? {
+            let data = load_module(&path)?;
+            let name = module_name(&path);
+            let guest_path = format!("lib/modules/{name}.ko");
+            list.push_str(&format!("/{guest_path}\n"));
+            self.file(&guest_path, 0o644, &data)?;
+        }
+        self.file(MODULE_LIST, 0o644, list.as_bytes())
+    }
+
+    /// Ends the archive.
+    pub fn finish(self) -> Result<W, InitramfsError> {
+        Ok(newc::trailer(self.out)?)
+    }
+
+    fn entry(&mut self, path: &str, mode: u32) -> newc::Builder {
+        self.inode += 1;
+        newc::Builder::new(path).ino(self.inode).mode(mode)
+    }
+
+    fn put(&mut self, entry: newc::Builder, data: &[u8]) -> Result<(), InitramfsError> {
+        let size =
+            u32::try_from(data.len()).map_err(|_| InitramfsError::TooLarge("a file".to_owned()))?;
+        let mut writer = entry.write(&mut self.out, size);
+        writer.write_all(data)?;
+        writer.finish()?;
+        Ok(())
+    }
+}
+
+/// `kernel/drivers/net/virtio_net.ko.xz` → `virtio_net`; dashes are underscores.
+fn module_name(path: &Path) -> String {
+    let file = path.file_name().unwrap_or_default().to_string_lossy();
+    let name = file.split_once(".ko").map_or(&*file, |(name, _)| name);
+    name.replace('-', "_")
+}
+
+/// The files of the modules and of all they need, in the order to load them.
+/// Those built into the kernel are left out.
+pub fn resolve_modules(directory: &Path, names: &[&str]) -> Result<Vec<PathBuf>, InitramfsError> {
+    let read = |name: &str| {
+        let path = directory.join(name);
+        fs::read_to_string(&path).map_err(|source| InitramfsError::Read { path, source })
+    };
+    let dependencies = read("modules.dep")?;
+    let builtin = read("modules.builtin")?;
+    let mut order: Vec<PathBuf> = Vec::new();
+    for name in names {
+        let name = name.replace('-', "_");
+        let line = dependencies
+            .lines()
+            .filter_map(|line| line.split_once(':'))
+            .find(|(file, _)| module_name(Path::new(file)) == name);
+        let Some((file, needs)) = line else {
+            if builtin
+                .lines()
+                .any(|line| module_name(Path::new(line)) == name)
+            {
+                continue;
+            }
+            return Err(InitramfsError::NoModule(name));
+        };
+        // modules.dep lists what a module needs so that the last comes first.
+        for file in needs.split_whitespace().rev().chain([file]) {
+            let path = directory.join(file);
+            if !order.contains(&path) {
+                order.push(path);
+            }
+        }
+    }
+    Ok(order)
+}
+
+/// Reads a module, unpacked.
+pub fn load_module(path: &Path) -> Result<Vec<u8>, InitramfsError> {
+    let data = fs::read(path).map_err(|source| InitramfsError::Read {
+        path: path.to_owned(),
+        source,
+    })?;
+    let unpack = |reason: String| InitramfsError::Unpack {
+        path: path.to_owned(),
+        reason,
+    };
+    match path.extension().and_then(|extension| extension.to_str()) {
+        Some("ko") => Ok(data),
+        Some("xz") => {
+            let mut out = Vec::new();
+            lzma_rs::xz_decompress(&mut data.as_slice(), &mut out)
+                .map_err(|error| unpack(error.to_string()))?;
+            Ok(out)
+        }
+        Some("zst") => {
+            let mut out = Vec::new();
+            ruzstd::decoding::StreamingDecoder::new(data.as_slice())
+                .map_err(|error| unpack(error.to_string()))
+                .and_then(|mut decoder| {
+                    io::copy(&mut decoder, &mut out).map_err(|error| unpack(error.to_string()))
+                })?;
+            Ok(out)
+        }
+        _ => Err(InitramfsError::UnknownModule(path.to_owned())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tree() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, data: &[u8]| fs::write(dir.path().join(name), data).unwrap();
+        write("a.ko", b"module a");
+        write("c-c.ko", b"module c");
+        let mut packed = Vec::new();
+        lzma_rs::xz_compress(&mut b"module b".as_slice(), &mut packed).unwrap();
+        write("b.ko.xz", &packed);
+        write(
+            "modules.dep",
+            b"a.ko: b.ko.xz c-c.ko\nb.ko.xz: c-c.ko\nc-c.ko:\n",
+        );
+        write("modules.builtin", b"kernel/x/built-in.ko\n");
+        dir
+    }
+
+    fn entries(archive: &[u8]) -> Vec<(String, u32, Vec<u8>)> {
+        let mut rest = archive;
+        let mut all = Vec::new();
+        loop {
+            let mut reader = newc::Reader::new(rest).unwrap();
+            if reader.entry().is_trailer() {
+                return all;
+            }
+            let mut data = Vec::new();
+            io::copy(&mut reader, &mut data).unwrap();
+            let (name, mode) = (reader.entry().name().to_owned(), reader.entry().mode());
+            all.push((name, mode, data));
+            rest = reader.finish().unwrap();
+        }
+    }
+
+    #[test]
+    fn what_a_module_needs_comes_first_and_once() {
+        let dir = tree();
+        let names = |list: &[&str]| -> Vec<String> {
+            resolve_modules(dir.path(), list)
+                .unwrap()
+                .iter()
+                .map(|path| module_name(path))
+                .collect()
+        };
+        assert_eq!(names(&["a", "b"]), ["c_c", "b", "a"]);
+        assert_eq!(names(&["c-c", "built_in", "c_c"]), ["c_c"]);
+        assert!(matches!(
+            resolve_modules(dir.path(), &["none"]),
+            Err(InitramfsError::NoModule(name)) if name == "none"
+        ));
+    }
+
+    #[test]
+    fn archive_holds_modules_unpacked_and_their_list() {
+        let dir = tree();
+        let mut archive = Initramfs::new(Vec::new()).unwrap();
+        archive.file("/init", 0o755, b"#!").unwrap();
+        archive.file("opt/deep/er", 0o600, b"x").unwrap();
+        archive.modules(dir.path(), &["b"]).unwrap();
+        let entries = entries(&archive.finish().unwrap());
+        let find = |name: &str| entries.iter().find(|entry| entry.0 == name).unwrap();
+        assert_eq!(find("init").1, S_IFREG | 0o755);
+        assert_eq!(find("opt/deep").1, S_IFDIR | 0o755);
+        assert_eq!(find("dev/console").1, S_IFCHR | 0o600);
+        assert_eq!(find("lib/modules/b.ko").2, b"module b");
+        assert_eq!(
+            find(MODULE_LIST).2,
+            b"/lib/modules/c_c.ko\n/lib/modules/b.ko\n"
+        );
+        // A directory must come before what it holds, and only once.
+        let position = |name: &str| entries.iter().position(|entry| entry.0 == name).unwrap();
+        assert!(position("opt") < position("opt/deep"));
+        let count = |name: &str| entries.iter().filter(|entry| entry.0 == name).count();
+        assert_eq!(count("lib/modules"), 1);
+    }
+
+    #[test]
+    fn paths_stay_below_the_root() {
+        let mut archive = Initramfs::new(Vec::new()).unwrap();
+        for bad in ["", "/", "a//b", "../a", "a/./b", "a\0b", "a/"] {
+            assert!(
+                matches!(archive.file(bad, 0o644, b""), Err(InitramfsError::Path(_))),
+                "{bad:?}"
+            );
+        }
+    }
+}

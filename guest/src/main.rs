@@ -1,0 +1,79 @@
+//! PID 1 of a mayfly guest: tells the VMM that it was reached, mounts, loads
+//! modules, configures the network, runs what was asked for, powers off.
+//!
+//! What is asked for comes behind `--` on the kernel's command line:
+//!
+//! | words     | what happens                                             |
+//! |-----------|----------------------------------------------------------|
+//! | (none)    | `/etc/mayfly/run` by sh if there is one, else a shell     |
+//! | `run CMD` | the command and its arguments                            |
+//! | `demo`    | prints what the guest sees of its machine                |
+//! | `quit`    | nothing: powers off at once                              |
+//! | `reboot`  | restarts                                                 |
+//! | `panic`   | ends, which makes the kernel panic                       |
+//!
+//! The exit status (125 when init itself failed, 126 and 127 as a shell's,
+//! 128 and more for signals) is written to a port of the VMM.
+
+mod demo;
+mod net;
+mod port;
+mod system;
+
+use std::path::Path;
+use std::process::Command;
+
+/// The list of modules to load (see `boot/src/initramfs.rs`).
+const MODULE_LIST: &str = "/etc/mayfly/modules";
+/// A script that is run instead of a shell.
+const RUN_SCRIPT: &str = "/etc/mayfly/run";
+const BUSYBOX: &str = "/bin/busybox";
+/// Init itself failed.
+const STATUS_FAILED: i32 = 125;
+
+fn main() {
+    port::mark_boot();
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    match words.first().map(String::as_str) {
+        Some("quit") => system::power_off(),
+        Some("panic") => std::process::exit(1),
+        Some("reboot") => system::restart(),
+        _ => {}
+    }
+    let status = run(&words).unwrap_or_else(|error| {
+        eprintln!("mayfly-init: {error}");
+        STATUS_FAILED
+    });
+    port::report_status(u8::try_from(status).unwrap_or(u8::MAX));
+    system::power_off()
+}
+
+fn run(words: &[String]) -> Result<i32, String> {
+    system::mount_all()?;
+    system::load_modules(Path::new(MODULE_LIST))?;
+    if Path::new(BUSYBOX).exists() {
+        // Without a shell's tools most guests are useless, but not all.
+        let _ = system::status_of(Command::new(BUSYBOX).args(["--install", "-s", "/bin"]));
+    }
+    let _ = net::bring_up("lo", None);
+    if let Some(config) = net::from_cmdline(&system::read("/proc/cmdline")?)? {
+        net::configure(&config)?;
+    }
+    match words {
+        [] if Path::new(RUN_SCRIPT).exists() => {
+            Ok(system::status_of(Command::new("/bin/sh").arg(RUN_SCRIPT)))
+        }
+        [] => Ok(system::interactive("/bin/sh")),
+        [verb] if verb == "demo" => {
+            demo::show();
+            Ok(0)
+        }
+        [verb, program, arguments @ ..] if verb == "run" => {
+            Ok(system::status_of(Command::new(program).args(arguments)))
+        }
+        _ => Err(format!(
+            "unknown words behind -- on the command line: {}",
+            words.join(" ")
+        )),
+    }
+}

@@ -1,0 +1,112 @@
+//! The network, from the kernel's own `ip=` syntax (Linux'
+//! `Documentation/admin-guide/nfs/nfsroot.rst`): Debian's kernels lack it.
+
+use std::process::Command;
+
+use crate::system;
+
+/// `ip=ADDRESS::GATEWAY:NETMASK:HOSTNAME:DEVICE:off`
+#[derive(Debug, PartialEq, Eq)]
+pub struct Config {
+    address: String,
+    gateway: Option<String>,
+    prefix: u32,
+    hostname: Option<String>,
+    device: String,
+}
+
+/// Finds the configuration on a kernel command line.
+pub fn from_cmdline(cmdline: &str) -> Result<Option<Config>, String> {
+    let Some(value) = cmdline
+        .split_whitespace()
+        .take_while(|&word| word != "--")
+        .filter_map(|word| word.strip_prefix("ip="))
+        .last()
+    else {
+        return Ok(None);
+    };
+    let field = |index: usize| {
+        value
+            .split(':')
+            .nth(index)
+            .filter(|text| !text.is_empty())
+            .map(str::to_owned)
+    };
+    let address = field(0).ok_or_else(|| format!("ip={value}: no address"))?;
+    let prefix = match field(3) {
+        Some(mask) => {
+            prefix_of(&mask).ok_or_else(|| format!("ip={value}: {mask} is not a netmask"))?
+        }
+        None => 24,
+    };
+    Ok(Some(Config {
+        address,
+        gateway: field(2),
+        prefix,
+        hostname: field(4),
+        device: field(5).unwrap_or_else(|| "eth0".to_owned()),
+    }))
+}
+
+fn prefix_of(mask: &str) -> Option<u32> {
+    let bits = u32::from(mask.parse::<std::net::Ipv4Addr>().ok()?);
+    (bits.leading_ones() + bits.trailing_zeros() == u32::BITS || bits == 0)
+        .then(|| bits.leading_ones())
+}
+
+/// Applies the configuration.
+pub fn configure(config: &Config) -> Result<(), String> {
+    let address = format!("{}/{}", config.address, config.prefix);
+    bring_up(&config.device, Some(&address))?;
+    if let Some(gateway) = &config.gateway {
+        ip(&["route", "add", "default", "via", gateway])?;
+    }
+    if let Some(name) = &config.hostname {
+        let path = "/proc/sys/kernel/hostname";
+        std::fs::write(path, name).map_err(|error| format!("{path}: {error}"))?;
+    }
+    Ok(())
+}
+
+/// Turns a device on, with an address if one is given.
+pub fn bring_up(device: &str, address: Option<&str>) -> Result<(), String> {
+    if let Some(address) = address {
+        ip(&["addr", "add", address, "dev", device])?;
+    }
+    ip(&["link", "set", device, "up"])
+}
+
+fn ip(arguments: &[&str]) -> Result<(), String> {
+    match system::status_of(Command::new("/bin/busybox").arg("ip").args(arguments)) {
+        0 => Ok(()),
+        status => Err(format!("ip {}: status {status}", arguments.join(" "))),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_the_kernel_s_syntax() {
+        let config = from_cmdline("quiet ip=10.0.0.2::10.0.0.1:255.255.255.0::eth1:off panic=-1")
+            .unwrap()
+            .unwrap();
+        assert_eq!(
+            config,
+            Config {
+                address: "10.0.0.2".into(),
+                gateway: Some("10.0.0.1".into()),
+                prefix: 24,
+                hostname: None,
+                device: "eth1".into(),
+            }
+        );
+        assert_eq!(from_cmdline("quiet -- ip=1.2.3.4"), Ok(None));
+        assert!(from_cmdline("ip=::1").is_err());
+        assert!(from_cmdline("ip=1.2.3.4:::255.0.255.0").is_err());
+        assert_eq!(prefix_of("255.255.254.0"), Some(23));
+        assert_eq!(prefix_of("0.0.0.0"), Some(0));
+    }
+}

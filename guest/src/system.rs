@@ -1,0 +1,183 @@
+//! What only PID 1 does: mounts, modules, processes, power.
+
+use std::ffi::CString;
+use std::fs;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Command, ExitStatus, Stdio};
+
+/// Source, target, type, data of each mount.
+const MOUNTS: [(&str, &str, &str, &str); 6] = [
+    ("proc", "/proc", "proc", ""),
+    ("sysfs", "/sys", "sysfs", ""),
+    ("devtmpfs", "/dev", "devtmpfs", "mode=755"),
+    ("devpts", "/dev/pts", "devpts", "mode=620,ptmxmode=666"),
+    ("tmpfs", "/run", "tmpfs", "mode=755"),
+    ("tmpfs", "/tmp", "tmpfs", "mode=1777"),
+];
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+const STATUS_NOT_EXECUTABLE: i32 = 126;
+const STATUS_NOT_FOUND: i32 = 127;
+const STATUS_SIGNAL: i32 = 128;
+
+/// Reads a text file.
+pub fn read(path: &str) -> Result<String, String> {
+    fs::read_to_string(path).map_err(|error| format!("{path}: {error}"))
+}
+
+/// Mounts the kernel's file systems.
+pub fn mount_all() -> Result<(), String> {
+    for (source, target, kind, data) in MOUNTS {
+        fs::create_dir_all(target).map_err(|error| format!("{target}: {error}"))?;
+        mount(source, target, kind, data).or_else(|error| {
+            // The kernel itself may have mounted /dev.
+            match error.raw_os_error() {
+                Some(libc::EBUSY) => Ok(()),
+                _ => Err(format!("mounting {target}: {error}")),
+            }
+        })?;
+    }
+    for (target, link) in [
+        ("/proc/self/fd", "/dev/fd"),
+        ("/proc/self/fd/0", "/dev/stdin"),
+        ("/proc/self/fd/1", "/dev/stdout"),
+        ("/proc/self/fd/2", "/dev/stderr"),
+    ] {
+        let _ = std::os::unix::fs::symlink(target, link);
+    }
+    Ok(())
+}
+
+fn mount(source: &str, target: &str, kind: &str, data: &str) -> io::Result<()> {
+    let [source, target, kind, data] = [source, target, kind, data].map(CString::new);
+    let (source, target, kind, data) = (source?, target?, kind?, data?);
+    // SAFETY: four strings that live until the call returns.
+    let result = unsafe {
+        libc::mount(
+            source.as_ptr(),
+            target.as_ptr(),
+            kind.as_ptr(),
+            libc::MS_NOSUID,
+            data.as_ptr().cast(),
+        )
+    };
+    check(result.into())
+}
+
+/// Loads the modules in a list of paths, in its order.
+pub fn load_modules(list: &Path) -> Result<(), String> {
+    let Ok(list) = fs::read_to_string(list) else {
+        return Ok(()); // a kernel with everything built in
+    };
+    for path in list.lines() {
+        load_module(path).map_err(|error| format!("loading {path}: {error}"))?;
+    }
+    Ok(())
+}
+
+fn load_module(path: &str) -> io::Result<()> {
+    let file = fs::File::open(path)?;
+    // SAFETY: a descriptor that is open and an empty string.
+    let result =
+        unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
+    check(result).or_else(|error| match error.raw_os_error() {
+        Some(libc::EEXIST) => Ok(()),
+        _ => Err(error),
+    })
+}
+
+fn check(result: libc::c_long) -> io::Result<()> {
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Runs a command to its end, and returns its status as a shell would.
+pub fn status_of(command: &mut Command) -> i32 {
+    let spawned = command
+        .env("PATH", PATH)
+        .env("HOME", "/root")
+        .spawn()
+        .map(|child| child.id() as libc::pid_t);
+    match spawned {
+        Ok(pid) => wait_for(pid),
+        Err(error) => {
+            eprintln!("mayfly-init: {:?}: {error}", command.get_program());
+            match error.kind() {
+                io::ErrorKind::NotFound => STATUS_NOT_FOUND,
+                _ => STATUS_NOT_EXECUTABLE,
+            }
+        }
+    }
+}
+
+/// Waits for one process, and takes in all others that end meanwhile.
+fn wait_for(pid: libc::pid_t) -> i32 {
+    loop {
+        let mut raw = 0;
+        // SAFETY: the status is written to a live integer.
+        let ended = unsafe { libc::waitpid(-1, &mut raw, 0) };
+        if ended == pid {
+            let status = ExitStatus::from_raw(raw);
+            return status
+                .code()
+                .unwrap_or_else(|| STATUS_SIGNAL + status.signal().unwrap_or(0));
+        }
+        if ended < 0 && io::Error::last_os_error().raw_os_error() != Some(libc::EINTR) {
+            return STATUS_NOT_EXECUTABLE;
+        }
+    }
+}
+
+/// Runs a shell with the console as its controlling terminal, so that Ctrl-C
+/// and job control work: `/dev/console` itself can't be one.
+pub fn interactive(shell: &str) -> i32 {
+    let console = read("/sys/class/tty/console/active").unwrap_or_default();
+    let name = console.split_whitespace().last().unwrap_or("ttyS0");
+    let mut command = Command::new(shell);
+    command.arg("-l").current_dir("/root");
+    let open = || {
+        fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(format!("/dev/{name}"))
+    };
+    if let (Ok(input), Ok(output), Ok(errors)) = (open(), open(), open()) {
+        command
+            .stdin(Stdio::from(input))
+            .stdout(Stdio::from(output))
+            .stderr(Stdio::from(errors));
+        // SAFETY: only system calls between fork and exec.
+        unsafe {
+            command.pre_exec(|| {
+                libc::setsid();
+                libc::ioctl(0, libc::TIOCSCTTY, 0);
+                Ok(())
+            });
+        }
+    }
+    status_of(&mut command)
+}
+
+/// Writes what is in memory to the disks and turns the machine off.
+pub fn power_off() -> ! {
+    end(libc::RB_POWER_OFF)
+}
+
+/// Writes what is in memory to the disks and restarts the machine.
+pub fn restart() -> ! {
+    end(libc::RB_AUTOBOOT)
+}
+
+fn end(how: libc::c_int) -> ! {
+    // SAFETY: no arguments, no memory.
+    unsafe { libc::sync() };
+    loop {
+        // SAFETY: does not return when it succeeds; touches no memory of ours.
+        unsafe { libc::reboot(how) };
+        std::thread::sleep(std::time::Duration::from_secs(1));
+    }
+}
