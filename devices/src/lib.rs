@@ -1,1 +1,13 @@
-//! x
+//! What the guest touches while it runs.
+//!
+//! The crate knows neither KVM nor any path: a device is given its host
+//! resources opened, and event descriptors to interrupt by. Each keeps its
+//! guest-visible state in one plain serialisable struct.
+
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
+
+pub mod bus;
+pub mod cmos;
+pub mod i8042;
+pub mod platform;
+pub mod serial;
