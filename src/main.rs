@@ -1,1 +1,7 @@
-fn main() {}
+//! Dispatch and exit code, nothing else.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    mayfly::cli::run()
+}

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use cpio::newc;
@@ -206,29 +206,21 @@ pub fn load_module(path: &Path) -> Result<Vec<u8>, InitramfsError> {
         path: path.to_owned(),
         source,
     })?;
-    let unpack = |reason: String| InitramfsError::Unpack {
+    let unpack = |error: &dyn std::fmt::Display| InitramfsError::Unpack {
         path: path.to_owned(),
-        reason,
+        reason: error.to_string(),
     };
+    let mut out = Vec::new();
     match path.extension().and_then(|extension| extension.to_str()) {
-        Some("ko") => Ok(data),
-        Some("xz") => {
-            let mut out = Vec::new();
-            lzma_rs::xz_decompress(&mut data.as_slice(), &mut out)
-                .map_err(|error| unpack(error.to_string()))?;
-            Ok(out)
-        }
-        Some("zst") => {
-            let mut out = Vec::new();
-            ruzstd::decoding::StreamingDecoder::new(data.as_slice())
-                .map_err(|error| unpack(error.to_string()))
-                .and_then(|mut decoder| {
-                    io::copy(&mut decoder, &mut out).map_err(|error| unpack(error.to_string()))
-                })?;
-            Ok(out)
-        }
-        _ => Err(InitramfsError::UnknownModule(path.to_owned())),
+        Some("ko") => return Ok(data),
+        Some("xz") => lzma_rust2::XzReader::new(data.as_slice(), false).read_to_end(&mut out),
+        Some("zst") => ruzstd::decoding::StreamingDecoder::new(data.as_slice())
+            .map_err(|error| unpack(&error))?
+            .read_to_end(&mut out),
+        _ => return Err(InitramfsError::UnknownModule(path.to_owned())),
     }
+    .map_err(|error| unpack(&error))?;
+    Ok(out)
 }
 
 #[cfg(test)]
@@ -240,8 +232,10 @@ mod tests {
         let write = |name: &str, data: &[u8]| fs::write(dir.path().join(name), data).unwrap();
         write("a.ko", b"module a");
         write("c-c.ko", b"module c");
-        let mut packed = Vec::new();
-        lzma_rs::xz_compress(&mut b"module b".as_slice(), &mut packed).unwrap();
+        let options = lzma_rust2::XzOptions::with_preset(0);
+        let mut writer = lzma_rust2::XzWriter::new(Vec::new(), options).unwrap();
+        writer.write_all(b"module b").unwrap();
+        let packed = writer.finish().unwrap();
         write("b.ko.xz", &packed);
         write(
             "modules.dep",

@@ -16,6 +16,7 @@ const SECTOR: usize = 512;
 const DEFAULT_SETUP_SECTORS: u8 = 4;
 const ELF_MAGIC: &[u8] = b"\x7fELF";
 const ZSTD_MAGIC: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
+const XZ_MAGIC: &[u8] = b"\xfd7zXZ\0";
 const LZ4_LEGACY_MAGIC: &[u8] = &[0x02, 0x21, 0x4c, 0x18];
 /// A block of the legacy LZ4 frame unpacks to at most this.
 const LZ4_BLOCK: usize = 8 << 20;
@@ -34,7 +35,7 @@ pub enum PayloadError {
     #[error("the bzImage is truncated: its payload lies beyond the end of the file")]
     Truncated,
     /// The compression is none of those that are known.
-    #[error("the kernel inside is compressed in an unknown way; zstd and lz4 are supported")]
+    #[error("the kernel inside is compressed in an unknown way; zstd, xz and lz4 are supported")]
     UnknownCompression,
     /// The payload is damaged.
     #[error("unpacking the kernel: {0}")]
@@ -48,7 +49,10 @@ pub enum PayloadError {
 pub fn extract_vmlinux(image: &[u8]) -> Result<Vec<u8>, PayloadError> {
     let payload = payload(image)?;
     let vmlinux = if payload.starts_with(ZSTD_MAGIC) {
-        unzstd(payload)?
+        let decoder = ruzstd::decoding::StreamingDecoder::new(payload).map_err(corrupt)?;
+        read_all(decoder)?
+    } else if payload.starts_with(XZ_MAGIC) {
+        read_all(lzma_rust2::XzReader::new(payload, false))?
     } else if payload.starts_with(LZ4_LEGACY_MAGIC) {
         unlz4(payload)?
     } else if payload.starts_with(ELF_MAGIC) {
@@ -88,8 +92,7 @@ fn corrupt(error: impl std::fmt::Display) -> PayloadError {
     PayloadError::Corrupt(error.to_string())
 }
 
-fn unzstd(packed: &[u8]) -> Result<Vec<u8>, PayloadError> {
-    let decoder = ruzstd::decoding::StreamingDecoder::new(packed).map_err(corrupt)?;
+fn read_all(decoder: impl Read) -> Result<Vec<u8>, PayloadError> {
     let mut out = Vec::new();
     decoder
         .take(VMLINUX_MAX)
@@ -123,6 +126,7 @@ fn unlz4(packed: &[u8]) -> Result<Vec<u8>, PayloadError> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::io::Write;
 
     fn image(payload: &[u8]) -> Vec<u8> {
         let header = setup_header {
@@ -157,6 +161,13 @@ mod tests {
             elf.as_slice(),
             ruzstd::encoding::CompressionLevel::Fastest,
         );
+        packed.extend((elf.len() as u32).to_le_bytes());
+        assert_eq!(extract_vmlinux(&image(&packed)).unwrap(), elf);
+        let mut options = lzma_rust2::XzOptions::with_preset(0);
+        options.prepend_pre_filter(lzma_rust2::FilterType::BcjX86, 0);
+        let mut writer = lzma_rust2::XzWriter::new(Vec::new(), options).unwrap();
+        writer.write_all(&elf).unwrap();
+        let mut packed = writer.finish().unwrap();
         packed.extend((elf.len() as u32).to_le_bytes());
         assert_eq!(extract_vmlinux(&image(&packed)).unwrap(), elf);
     }

@@ -126,7 +126,8 @@ pub struct Serial {
 impl Serial {
     /// A port in the given state. `interrupt` is signalled for the guest, on a
     /// rising edge; `attention` when there is output after there was none, or
-    /// room for input after there was none.
+    /// there is room for input after there was
+    /// none.
     pub fn new(state: SerialState, interrupt: EventFd, attention: EventFd) -> Self {
         Serial {
             state,
@@ -140,8 +141,14 @@ impl Serial {
         self.state.clone()
     }
 
-    /// How many bytes [`Serial::input`] takes now.
+    /// How many bytes [`Serial::input`] takes now: none while the guest does
+    /// not listen, as its driver clears the FIFO when it starts to.
     pub fn input_room(&self) -> usize {
+        let listening = Ier::from_bits_retain(self.state.ier).contains(Ier::DATA);
+        if listening { self.fifo_room() } else { 0 }
+    }
+
+    fn fifo_room(&self) -> usize {
         INPUT_MAX.saturating_sub(self.state.input.len())
     }
 
@@ -178,7 +185,7 @@ impl Serial {
 
     fn transmit(&mut self, byte: u8) {
         if Mcr::from_bits_retain(self.state.mcr).contains(Mcr::LOOP) {
-            if self.input_room() > 0 {
+            if self.fifo_room() > 0 {
                 self.state.input.push_back(byte);
             }
         } else if !self.output_full() {
@@ -191,7 +198,7 @@ impl Serial {
     }
 
     fn receive(&mut self) -> u8 {
-        let was_full = self.input_room() == 0;
+        let was_full = self.fifo_room() == 0;
         let byte = self.state.input.pop_front().unwrap_or(0);
         if was_full {
             signal(&self.attention);
@@ -280,15 +287,19 @@ impl Serial {
                 let before = Ier::from_bits_retain(self.state.ier);
                 let after = Ier::from_bits_truncate(value);
                 self.state.ier = after.bits();
-                if after.difference(before).contains(Ier::THRE) {
+                let enabled = after.difference(before);
+                if enabled.contains(Ier::THRE) {
                     self.state.thre_pending = !self.output_full();
+                }
+                if enabled.contains(Ier::DATA) {
+                    signal(&self.attention);
                 }
             }
             IIR_FCR => {
                 let control = Fcr::from_bits_truncate(value);
                 self.state.fifo = control.contains(Fcr::ENABLE);
                 if control.contains(Fcr::CLEAR_INPUT) {
-                    if self.input_room() == 0 {
+                    if self.fifo_room() == 0 {
                         signal(&self.attention);
                     }
                     self.state.input.clear();
@@ -425,7 +436,10 @@ mod tests {
     #[test]
     fn input_interrupts_is_read_in_order_and_bounded() {
         let mut bench = bench();
+        bench.port.input(b"nobody listens");
+        assert_eq!((bench.port.input_room(), bench.attentions()), (0, 0));
         bench.enable(Ier::DATA);
+        assert_eq!(bench.attentions(), 1);
         bench.port.input(b"ab");
         assert_eq!(bench.interrupts(), 1);
         assert_eq!(bench.read(IIR_FCR), IIR_DATA);

@@ -1,0 +1,58 @@
+//! `mayfly initramfs`
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use mayfly_boot::initramfs::{DEFAULT_MODULES, Initramfs};
+
+use crate::failure::{Failure, OrFail};
+
+/// Raw flags.
+#[derive(clap::Args)]
+pub struct Args {
+    /// A kernel's module folder, such as /lib/modules/6.12.0
+    #[arg(long, value_name = "DIR")]
+    modules: Option<PathBuf>,
+    /// A module to pack beside those for mayfly's devices (repeatable)
+    #[arg(long, value_name = "NAME", requires = "modules")]
+    module: Vec<String>,
+    /// The program that becomes /init
+    #[arg(long, value_name = "FILE")]
+    init: Option<PathBuf>,
+    /// A file to add, and its path in the guest (repeatable)
+    #[arg(long, value_name = "SRC=DST")]
+    add: Vec<String>,
+    /// The archive to write
+    #[arg(long, value_name = "FILE")]
+    output: PathBuf,
+}
+
+/// Builds the archive.
+pub fn run(args: Args) -> Result<ExitCode, Failure> {
+    let mut archive = Initramfs::new(Vec::new()).or_internal("initramfs")?;
+    if let Some(init) = &args.init {
+        let data = fs::read(init).or_config(format_args!("--init {}", init.display()))?;
+        archive.file("init", 0o755, &data).or_config("--init")?;
+    }
+    if let Some(folder) = &args.modules {
+        let mut names = DEFAULT_MODULES.to_vec();
+        names.extend(args.module.iter().map(String::as_str));
+        archive
+            .modules(folder, &names)
+            .or_config(format_args!("--modules {}", folder.display()))?;
+    }
+    for pair in &args.add {
+        let flag = format!("--add {pair}");
+        let (source, target) = pair
+            .split_once('=')
+            .ok_or_else(|| Failure::config(format!("{flag}: write SOURCE=TARGET")))?;
+        let data = fs::read(source).or_config(&flag)?;
+        let mode = fs::metadata(source).or_config(&flag)?.permissions().mode();
+        archive.file(target, mode, &data).or_config(&flag)?;
+    }
+    let data = archive.finish().or_internal("initramfs")?;
+    fs::write(&args.output, data).or_host(format_args!("--output {}", args.output.display()))?;
+    Ok(ExitCode::SUCCESS)
+}

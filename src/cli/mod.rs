@@ -1,0 +1,59 @@
+//! The command line: one file a verb, raw flags only.
+
+pub mod boot;
+pub mod initramfs;
+pub mod kernel;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::failure::Failure;
+
+/// A VM that starts faster than a container.
+#[derive(Parser)]
+#[command(name = "mayfly", version, about, after_help = EXIT_CODES, args_conflicts_with_subcommands = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    verb: Option<Verb>,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Boot a kernel (the default verb)
+    Boot(boot::Args),
+    /// Work with kernels
+    Kernel(kernel::Args),
+    /// Build an initramfs
+    Initramfs(initramfs::Args),
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0      the guest turned off or restarted its machine
+  1      mayfly itself failed
+  2      what was asked for cannot be (flags, files)
+  3      the host refuses (KVM, permissions, locks)
+  4      the guest crashed (triple fault, KVM internal error)
+  128+N  ended by signal N";
+
+/// Runs what the command line asks for.
+pub fn run() -> ExitCode {
+    let timeline = crate::timing::Timeline::start();
+    let cli = Cli::parse();
+    let result = match cli.verb {
+        None => boot::run(boot::Args::bare(), timeline),
+        Some(Verb::Boot(args)) => boot::run(args, timeline),
+        Some(Verb::Kernel(args)) => kernel::run(args),
+        Some(Verb::Initramfs(args)) => initramfs::run(args),
+    };
+    result.unwrap_or_else(|failure| {
+        report(&failure);
+        ExitCode::from(failure.class as u8)
+    })
+}
+
+/// One line on standard error.
+fn report(failure: &Failure) {
+    eprintln!("mayfly: {failure}");
+}

@@ -1,0 +1,96 @@
+//! Why mayfly ends without success, and the exit code for it.
+
+use std::error::Error;
+use std::fmt;
+
+/// Whose fault it is; the value is the exit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Class {
+    /// mayfly itself failed.
+    Internal = 1,
+    /// What the user asked for cannot be.
+    Config = 2,
+    /// The host refuses: KVM, a permission, a lock.
+    Host = 3,
+    /// The guest crashed.
+    GuestCrash = 4,
+}
+
+/// One line for the user, and its class.
+#[derive(Debug)]
+pub struct Failure {
+    /// The class.
+    pub class: Class,
+    message: String,
+}
+
+impl Failure {
+    /// A failure with a message of its own.
+    pub fn new(class: Class, message: impl Into<String>) -> Self {
+        let message = message.into();
+        Failure { class, message }
+    }
+
+    /// What the user asked for cannot be.
+    pub fn config(message: impl Into<String>) -> Self {
+        Failure::new(Class::Config, message)
+    }
+
+    /// The host refuses.
+    pub fn host(message: impl Into<String>) -> Self {
+        Failure::new(Class::Host, message)
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl Error for Failure {}
+
+/// Turns an error into a [`Failure`] that says what was being done.
+pub trait OrFail<T> {
+    /// Fails with `WHAT: ERROR: CAUSE…`.
+    fn or_fail(self, class: Class, what: impl fmt::Display) -> Result<T, Failure>;
+
+    /// The user's fault.
+    fn or_config(self, what: impl fmt::Display) -> Result<T, Failure>
+    where
+        Self: Sized,
+    {
+        self.or_fail(Class::Config, what)
+    }
+
+    /// The host's fault.
+    fn or_host(self, what: impl fmt::Display) -> Result<T, Failure>
+    where
+        Self: Sized,
+    {
+        self.or_fail(Class::Host, what)
+    }
+
+    /// Our fault.
+    fn or_internal(self, what: impl fmt::Display) -> Result<T, Failure>
+    where
+        Self: Sized,
+    {
+        self.or_fail(Class::Internal, what)
+    }
+}
+
+impl<T, E: Error> OrFail<T> for Result<T, E> {
+    fn or_fail(self, class: Class, what: impl fmt::Display) -> Result<T, Failure> {
+        self.map_err(|error| {
+            let mut message = format!("{what}: {error}");
+            let mut cause = error.source();
+            while let Some(error) = cause {
+                message.push_str(&format!(": {error}"));
+                cause = error.source();
+            }
+            Failure { class, message }
+        })
+    }
+}

@@ -1,0 +1,22 @@
+//! The only users of KVM's ioctls.
+
+pub mod cpuid;
+pub mod memory;
+pub mod msr;
+pub mod probe;
+pub mod vcpu;
+pub mod vm;
+
+/// An ioctl that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("KVM: {operation}")]
+pub struct KvmError {
+    operation: &'static str,
+    #[source]
+    source: kvm_ioctls::Error,
+}
+
+/// Names the operation that failed.
+fn doing(operation: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError {
+    move |source| KvmError { operation, source }
+}

@@ -1,0 +1,228 @@
+//! A virtual CPU: its first state, and running it.
+
+use std::cell::Cell;
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use kvm_bindings::{
+    CpuId, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_regs,
+    kvm_segment,
+};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use mayfly_boot::EntryState;
+use mayfly_boot::cpu::Segment;
+use mayfly_devices::bus::Bus;
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use super::cpuid::{self, Topology};
+use super::vm::Vm;
+use super::{KvmError, doing, msr};
+
+/// How a vCPU came to its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VcpuEnd {
+    /// It was told to.
+    Stopped,
+    /// The guest turned its machine off.
+    PowerOff,
+    /// The guest restarted its machine.
+    Reset,
+    /// The guest cannot go on.
+    Crash(String),
+}
+
+/// The address spaces that a vCPU's accesses leave to.
+#[derive(Default)]
+pub struct Buses {
+    /// Ports.
+    pub io: Bus,
+    /// Memory that is no RAM.
+    pub mmio: Bus,
+}
+
+/// A vCPU that is not running yet.
+pub struct Vcpu {
+    fd: VcpuFd,
+    index: u8,
+}
+
+thread_local! {
+    /// The flag of this thread's vCPU that makes KVM return at once.
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
+}
+
+/// The signal that makes a vCPU's thread look up.
+pub fn kick_signal() -> libc::c_int {
+    SIGRTMIN()
+}
+
+/// Installs the handler of [`kick_signal`].
+pub fn install_kick_handler() -> Result<(), vmm_sys_util::errno::Error> {
+    extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        IMMEDIATE_EXIT.with(|cell| {
+            let flag = cell.get();
+            if !flag.is_null() {
+                // SAFETY: `Running` set it to a field of this thread's
+                // `kvm_run`, which is mapped until `Running` is dropped and
+                // clears it. KVM and this thread alone write there.
+                unsafe { ptr::write_volatile(flag, 1) };
+            }
+        });
+    }
+    register_signal_handler(kick_signal(), on_kick)
+}
+
+/// Keeps this thread's [`IMMEDIATE_EXIT`] valid.
+struct Running;
+
+impl Running {
+    fn new(fd: &mut VcpuFd) -> Self {
+        let flag: *mut u8 = &raw mut fd.get_kvm_run().immediate_exit;
+        IMMEDIATE_EXIT.with(|cell| cell.set(flag));
+        Running
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        IMMEDIATE_EXIT.with(|cell| cell.set(ptr::null_mut()));
+    }
+}
+
+impl Vcpu {
+    /// Creates the vCPU with the index, of `cpus`.
+    pub fn new(vm: &Vm, index: u8, cpus: u8) -> Result<Self, KvmError> {
+        let fd = vm.create_vcpu(index)?;
+        let topology = Topology {
+            apic_id: index,
+            cpus,
+            tsc_khz: fd.get_tsc_khz().ok(),
+            tsc_deadline: vm.tsc_deadline,
+        };
+        let leaves = cpuid::for_vcpu(vm.supported_cpuid.as_slice(), topology);
+        let cpuid = CpuId::from_entries(&leaves).map_err(|_| KvmError {
+            operation: "CPUID has too many leaves",
+            source: kvm_ioctls::Error::new(libc::E2BIG),
+        })?;
+        fd.set_cpuid2(&cpuid).map_err(doing("setting CPUID"))?;
+        msr::set_boot_msrs(&fd);
+        Ok(Vcpu { fd, index })
+    }
+
+    /// Sets the registers of the vCPU that boots; the others wait for it.
+    pub fn set_entry(&self, entry: &EntryState) -> Result<(), KvmError> {
+        let mut sregs = self.fd.get_sregs().map_err(doing("reading registers"))?;
+        sregs.cs = segment(&entry.code);
+        let data = segment(&entry.data);
+        (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+        sregs.tr = segment(&entry.tss);
+        sregs.gdt.base = entry.gdt_base;
+        sregs.gdt.limit = entry.gdt_limit;
+        sregs.idt.base = 0;
+        sregs.idt.limit = 0;
+        sregs.cr0 = entry.cr0;
+        sregs.cr3 = entry.cr3;
+        sregs.cr4 = entry.cr4;
+        sregs.efer = entry.efer;
+        self.fd
+            .set_sregs(&sregs)
+            .map_err(doing("setting system registers"))?;
+        let regs = kvm_regs {
+            rip: entry.rip,
+            rsp: entry.rsp,
+            rsi: entry.rsi,
+            rbx: entry.rbx,
+            rflags: entry.rflags,
+            ..Default::default()
+        };
+        self.fd.set_regs(&regs).map_err(doing("setting registers"))
+    }
+
+    /// Runs until the guest ends, or `stop` is set and the thread kicked.
+    pub fn run(mut self, buses: &Buses, stop: &Arc<AtomicBool>) -> VcpuEnd {
+        let _running = Running::new(&mut self.fd);
+        loop {
+            // A kick between this test and KVM_RUN makes KVM_RUN return.
+            if stop.load(Ordering::Acquire) {
+                return VcpuEnd::Stopped;
+            }
+            match self.fd.run() {
+                Ok(VcpuExit::IoIn(port, data)) => buses.io.read(port.into(), data),
+                Ok(VcpuExit::IoOut(port, data)) => buses.io.write(port.into(), data),
+                Ok(VcpuExit::MmioRead(address, data)) => buses.mmio.read(address, data),
+                Ok(VcpuExit::MmioWrite(address, data)) => buses.mmio.write(address, data),
+                Ok(VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {}
+                Ok(VcpuExit::Shutdown) => {
+                    return VcpuEnd::Crash(format!("triple fault on vCPU {}", self.index));
+                }
+                Ok(VcpuExit::SystemEvent(kind, _)) => match kind {
+                    KVM_SYSTEM_EVENT_SHUTDOWN => return VcpuEnd::PowerOff,
+                    KVM_SYSTEM_EVENT_RESET => return VcpuEnd::Reset,
+                    KVM_SYSTEM_EVENT_CRASH => return VcpuEnd::Crash("the guest said so".into()),
+                    _ => {}
+                },
+                Ok(VcpuExit::InternalError) => {
+                    // SAFETY: the exit reason says that this is the member.
+                    let internal = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal };
+                    return VcpuEnd::Crash(format!(
+                        "KVM internal error, suberror {}, on vCPU {}{}",
+                        internal.suberror,
+                        self.index,
+                        self.location()
+                    ));
+                }
+                Ok(VcpuExit::FailEntry(reason, _)) => {
+                    return VcpuEnd::Crash(format!(
+                        "the CPU refused to enter the guest (reason {reason:#x}) on vCPU {}{}",
+                        self.index,
+                        self.location()
+                    ));
+                }
+                Ok(exit) => {
+                    let exit = format!("{exit:?}");
+                    return VcpuEnd::Crash(format!(
+                        "unexpected exit {exit} on vCPU {}{}",
+                        self.index,
+                        self.location()
+                    ));
+                }
+                Err(error) => match error.errno() {
+                    libc::EINTR => self.fd.set_kvm_immediate_exit(0),
+                    libc::EAGAIN => {}
+                    _ => {
+                        return VcpuEnd::Crash(format!(
+                            "KVM cannot run vCPU {}: {error}{}",
+                            self.index,
+                            self.location()
+                        ));
+                    }
+                },
+            }
+        }
+    }
+
+    fn location(&self) -> String {
+        self.fd
+            .get_regs()
+            .map_or_else(|_| String::new(), |regs| format!(", at {:#x}", regs.rip))
+    }
+}
+
+fn segment(segment: &Segment) -> kvm_segment {
+    kvm_segment {
+        base: segment.base,
+        limit: segment.limit,
+        selector: segment.selector,
+        type_: segment.type_,
+        present: segment.present.into(),
+        dpl: segment.dpl,
+        db: segment.db.into(),
+        s: segment.s.into(),
+        l: segment.l.into(),
+        g: segment.g.into(),
+        avl: segment.avl.into(),
+        unusable: (!segment.present).into(),
+        padding: 0,
+    }
+}

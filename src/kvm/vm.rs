@@ -1,0 +1,158 @@
+//! The virtual machine: memory slots, interrupt controllers, notifications.
+
+use std::io;
+
+use kvm_bindings::{
+    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use mayfly_boot::layout;
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::memory::GuestMemory;
+use super::{KvmError, doing};
+
+/// Where Intel's KVM keeps pages of its own: in the hole, below the BIOS.
+const IDENTITY_MAP: u64 = 0xfffb_c000;
+const TSS: usize = 0xfffb_d000;
+const DEVICE: &str = "/dev/kvm";
+
+/// What mayfly cannot do without.
+const REQUIRED: [(Cap, &str); 7] = [
+    (Cap::UserMemory, "user memory"),
+    (Cap::Irqchip, "interrupt controllers"),
+    (Cap::Pit2, "a timer"),
+    (Cap::Irqfd, "irqfd"),
+    (Cap::Ioeventfd, "ioeventfd"),
+    (Cap::ImmediateExit, "immediate exit"),
+    (Cap::ExtCpuid, "CPUID"),
+];
+
+/// Why KVM cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// There is no device.
+    #[error(
+        "{DEVICE} does not exist; load the module kvm_intel or kvm_amd, and enable virtualization in the firmware"
+    )]
+    Missing,
+    /// This user may not use it.
+    #[error(
+        "no permission on {DEVICE}; join its group (sudo usermod -aG kvm $USER, then log in again)"
+    )]
+    Permission,
+    /// It does not open.
+    #[error("opening {DEVICE}")]
+    Open(#[source] io::Error),
+    /// It is another interface.
+    #[error("{DEVICE} speaks version {0} of its interface instead of {KVM_API_VERSION}")]
+    Version(i32),
+    /// It is too old.
+    #[error("{DEVICE} lacks {0}; use a newer kernel")]
+    Lacks(&'static str),
+}
+
+/// Opens KVM and checks that it can do what is needed.
+pub fn open() -> Result<Kvm, OpenError> {
+    let kvm = Kvm::new().map_err(|error| match error.errno() {
+        libc::ENOENT | libc::ENXIO | libc::ENODEV => OpenError::Missing,
+        libc::EACCES | libc::EPERM => OpenError::Permission,
+        _ => OpenError::Open(error.into()),
+    })?;
+    match kvm.get_api_version() {
+        version if version == KVM_API_VERSION as i32 => {}
+        version => return Err(OpenError::Version(version)),
+    }
+    match REQUIRED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+        Some((_, name)) => Err(OpenError::Lacks(name)),
+        None => Ok(kvm),
+    }
+}
+
+/// A virtual machine without vCPUs.
+pub struct Vm {
+    fd: VmFd,
+    // Behind `fd`, so that it is unmapped only when the machine is gone.
+    memory: Option<GuestMemory>,
+    /// What KVM lets CPUID say.
+    pub supported_cpuid: CpuId,
+    /// KVM's local APICs have the TSC-deadline mode.
+    pub tsc_deadline: bool,
+}
+
+impl Vm {
+    /// A machine with interrupt controllers and nothing else.
+    pub fn new(kvm: &Kvm) -> Result<Self, KvmError> {
+        let fd = kvm.create_vm().map_err(doing("creating a VM"))?;
+        // Refused by those that do not need it.
+        let _ = fd.set_identity_map_address(IDENTITY_MAP);
+        let _ = fd.set_tss_address(TSS);
+        fd.create_irq_chip()
+            .map_err(doing("creating interrupt controllers"))?;
+        let pit = kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        };
+        fd.create_pit2(pit).map_err(doing("creating a timer"))?;
+        let supported_cpuid = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(doing("asking for CPUID"))?;
+        Ok(Vm {
+            fd,
+            memory: None,
+            supported_cpuid,
+            tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
+        })
+    }
+
+    /// Makes memory the guest's, once.
+    pub fn set_memory(&mut self, memory: &GuestMemory) -> Result<(), KvmError> {
+        for (slot, region) in (0..).zip(memory.iter()) {
+            let description = kvm_userspace_memory_region {
+                slot,
+                guest_phys_addr: region.start_addr().raw_value(),
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+                flags: 0,
+            };
+            // SAFETY: a mapping of that size, which is kept mapped below.
+            // Its content is only ever accessed as guest memory.
+            unsafe { self.fd.set_user_memory_region(description) }
+                .map_err(doing("giving the guest memory"))?;
+        }
+        self.memory = Some(memory.clone());
+        Ok(())
+    }
+
+    /// A new vCPU.
+    pub fn create_vcpu(&self, index: u8) -> Result<VcpuFd, KvmError> {
+        self.fd
+            .create_vcpu(index.into())
+            .map_err(doing("creating a vCPU"))
+    }
+
+    /// Interrupts the guest whenever `event` is signalled.
+    pub fn connect_interrupt(&self, event: &EventFd, irq: u32) -> Result<(), KvmError> {
+        self.fd
+            .register_irqfd(event, irq)
+            .map_err(doing("connecting an interrupt"))
+    }
+
+    /// Signals `event` when the guest writes `value` to a 32-bit register.
+    pub fn connect_notification(
+        &self,
+        event: &EventFd,
+        address: u64,
+        value: u32,
+    ) -> Result<(), KvmError> {
+        self.fd
+            .register_ioevent(event, &IoEventAddress::Mmio(address), value)
+            .map_err(doing("connecting a notification"))
+    }
+}
+
+// The pages of KVM's own must lie where no device and no RAM is.
+const _: () =
+    assert!(IDENTITY_MAP > layout::APIC as u64 && TSS as u64 + 0x3000 < layout::MMIO_HOLE_END);

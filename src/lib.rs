@@ -1,0 +1,13 @@
+//! mayfly: a hosted virtual machine monitor on KVM for x86-64 Linux.
+//!
+//! `ARCHITECTURE.md` has the map.
+
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
+
+pub mod cli;
+pub mod config;
+pub mod console;
+pub mod failure;
+pub mod kvm;
+pub mod machine;
+pub mod timing;

@@ -1,0 +1,233 @@
+//! The boot recipe, from top to bottom.
+
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use kvm_ioctls::Kvm;
+use mayfly_boot::{Boot, KernelError, MmioDevice, initrd, kernel, layout};
+use mayfly_devices::cmos::Cmos;
+use mayfly_devices::i8042::{self, I8042};
+use mayfly_devices::platform::{Platform, PlatformEvent, PlatformPorts};
+use mayfly_devices::serial::{Serial, SerialState};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::resources::Resources;
+use crate::config::MachineConfig;
+use crate::failure::{Failure, OrFail};
+use crate::kvm::memory::{FileMapper, GuestMemory, guest_memory};
+use crate::kvm::probe::{self, Backend};
+use crate::kvm::vcpu::{Buses, Vcpu, VcpuEnd};
+use crate::kvm::vm::{self, Vm};
+use crate::timing::Timeline;
+
+/// What the vCPUs' threads tell the event loop.
+#[derive(Debug)]
+pub enum VmEvent {
+    /// A vCPU will not run any more.
+    Vcpu(VcpuEnd),
+    /// The guest asks its platform for something.
+    Platform(PlatformEvent, Instant),
+}
+
+/// Sends [`VmEvent`]s.
+pub struct Notifier {
+    sender: Sender<VmEvent>,
+    wake: EventFd,
+}
+
+impl Notifier {
+    /// Sends, and wakes the event loop up.
+    pub fn send(&self, event: VmEvent) {
+        // At the very end nobody receives any more.
+        let _ = self.sender.send(event);
+        let _ = self.wake.write(1);
+    }
+
+    fn try_clone(&self) -> std::io::Result<Self> {
+        Ok(Notifier {
+            sender: self.sender.clone(),
+            wake: self.wake.try_clone()?,
+        })
+    }
+}
+
+/// A machine that is ready to run.
+pub struct Machine {
+    /// Dropped last: the vCPUs and their memory live in it.
+    pub vm: Vm,
+    /// One for each CPU.
+    pub vcpus: Vec<Vcpu>,
+    /// What the vCPUs' accesses leave to.
+    pub buses: Buses,
+    /// The console's port.
+    pub serial: Arc<Mutex<Serial>>,
+    /// The console has output, or room for input.
+    pub serial_attention: EventFd,
+    /// Where events are sent …
+    pub notifier: Notifier,
+    /// … and received …
+    pub events: Receiver<VmEvent>,
+    /// … after this has woken the loop up.
+    pub wake: EventFd,
+}
+
+/// Makes the machine; nothing of the host is changed yet.
+pub fn build(
+    config: &MachineConfig,
+    mut resources: Resources,
+    timeline: &mut Timeline,
+) -> Result<Machine, Failure> {
+    let kvm = open_kvm()?;
+    let mut vm = Vm::new(&kvm).or_host("--cpus")?;
+    timeline.kvm_ready = timeline.now();
+
+    let memory =
+        guest_memory(config.memory).or_host(format_args!("--memory {}M", config.memory >> 20))?;
+    vm.set_memory(&memory).or_host("--memory")?;
+    timeline.memory_mapped = timeline.now();
+
+    let (sender, events) = mpsc::channel();
+    let wake = event()?;
+    let notifier = Notifier {
+        sender,
+        wake: wake
+            .try_clone()
+            .or_host("duplicating an event descriptor")?,
+    };
+
+    let mut buses = Buses::default();
+    let (serial, serial_attention) = attach_serial(&vm, &mut buses)?;
+    attach_platform(&mut buses, &notifier)?;
+    let virtio: Vec<MmioDevice> = Vec::new();
+
+    let entry = load(config, &mut resources, &memory, &virtio)?;
+    timeline.kernel_loaded = timeline.now();
+
+    let vcpus = (0..config.cpus)
+        .map(|index| Vcpu::new(&vm, index, config.cpus))
+        .collect::<Result<Vec<_>, _>>()
+        .or_host(format_args!("--cpus {}", config.cpus))?;
+    if let Some(first) = vcpus.first() {
+        first.set_entry(&entry).or_host("the first vCPU")?;
+    }
+    Ok(Machine {
+        vm,
+        vcpus,
+        buses,
+        serial,
+        serial_attention,
+        notifier,
+        events,
+        wake,
+    })
+}
+
+/// Opens a KVM that can run Linux.
+fn open_kvm() -> Result<Kvm, Failure> {
+    let kvm = vm::open().map_err(|error| Failure::host(error.to_string()))?;
+    if probe::cpu_flag().is_none() {
+        if let Backend::Emulated(time) = probe::measure(&kvm) {
+            return Err(Failure::host(format!(
+                "this host's /dev/kvm emulates guest code ({} ms for what a CPU does in 0.1 ms) and \
+                 cannot run Linux; use a host with VT-x or AMD-V, or scripts/mayfly, which runs \
+                 VMs in a software lab",
+                time.as_millis()
+            )));
+        }
+    }
+    Ok(kvm)
+}
+
+/// Fills guest memory.
+fn load(
+    config: &MachineConfig,
+    resources: &mut Resources,
+    memory: &GuestMemory,
+    virtio: &[MmioDevice],
+) -> Result<mayfly_boot::EntryState, Failure> {
+    let mapper = FileMapper(memory);
+    let loaded = kernel::load(memory, &mut resources.kernel, &mapper, config.protocol);
+    let flag = match loaded {
+        Err(KernelError::DoesNotFit { .. }) => {
+            format!("--memory {}M: {}", config.memory >> 20, config.kernel_flag)
+        }
+        _ => config.kernel_flag.clone(),
+    };
+    let kernel = loaded.or_config(flag)?;
+    let initrd = match (&config.initrd, &mut resources.initrd) {
+        (Some(path), Some(file)) => Some(
+            initrd::load(memory, file, &mapper, kernel.end)
+                .or_config(format_args!("--initrd {}", path.display()))?,
+        ),
+        _ => None,
+    };
+    let boot = Boot {
+        cmdline: &config.cmdline,
+        initrd,
+        cpus: config.cpus,
+        virtio,
+        ram_size: config.memory,
+    };
+    mayfly_boot::finish(memory, &kernel, &boot).or_config("--kernel, --cmdline")
+}
+
+fn event() -> Result<EventFd, Failure> {
+    EventFd::new(EFD_NONBLOCK).or_host("creating an event descriptor")
+}
+
+fn attach_serial(vm: &Vm, buses: &mut Buses) -> Result<(Arc<Mutex<Serial>>, EventFd), Failure> {
+    let (interrupt, attention) = (event()?, event()?);
+    vm.connect_interrupt(&interrupt, layout::SERIAL_IRQ)
+        .or_host("serial port")?;
+    let listener = attention
+        .try_clone()
+        .or_host("duplicating an event descriptor")?;
+    let serial = Serial::new(SerialState::default(), interrupt, attention);
+    let serial = Arc::new(Mutex::new(serial));
+    buses
+        .io
+        .insert(
+            layout::SERIAL_PORT.into(),
+            layout::SERIAL_PORT_LEN.into(),
+            serial.clone(),
+        )
+        .or_internal("serial port")?;
+    Ok((serial, listener))
+}
+
+fn attach_platform(buses: &mut Buses, notifier: &Notifier) -> Result<(), Failure> {
+    let clone = || {
+        notifier
+            .try_clone()
+            .or_host("duplicating an event descriptor")
+    };
+    let offset = |port: u16| u64::from(port - layout::PLATFORM_PORT);
+    let ports = PlatformPorts {
+        sleep_control: offset(layout::SLEEP_CONTROL),
+        soft_off: layout::SLEEP_TYPE_S5,
+        reset: offset(layout::RESET),
+        reset_value: layout::RESET_VALUE,
+        boot_mark: offset(layout::BOOT_MARK),
+        status: offset(layout::GUEST_STATUS),
+    };
+    let (tell, reset) = (clone()?, clone()?);
+    let platform = Platform::new(ports, move |event| {
+        tell.send(VmEvent::Platform(event, Instant::now()));
+    });
+    let i8042 = I8042::new(move || {
+        reset.send(VmEvent::Platform(PlatformEvent::Reset, Instant::now()));
+    });
+    let io = &mut buses.io;
+    io.insert(
+        layout::PLATFORM_PORT.into(),
+        layout::PLATFORM_PORT_LEN.into(),
+        Arc::new(Mutex::new(platform)),
+    )
+    .and_then(|()| {
+        let clock = Arc::new(Mutex::new(Cmos::default()));
+        io.insert(layout::RTC_PORT.into(), layout::RTC_PORT_LEN.into(), clock)
+    })
+    .and_then(|()| io.insert(i8042::COMMAND_PORT.into(), 1, Arc::new(Mutex::new(i8042))))
+    .or_internal("platform ports")
+}

@@ -1,0 +1,194 @@
+//! The one thread that owns the host's side of all devices.
+
+use std::cell::RefCell;
+use std::os::fd::AsRawFd;
+use std::rc::Rc;
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex};
+
+use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
+use mayfly_devices::platform::PlatformEvent;
+use mayfly_devices::serial::Serial;
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::build::VmEvent;
+use super::run::Outcome;
+use super::signals::Signals;
+use crate::console::Console;
+use crate::kvm::vcpu::VcpuEnd;
+use crate::timing::Timeline;
+
+/// What the loop has learnt.
+pub struct Learnt {
+    /// How the machine ended.
+    pub outcome: Option<Outcome>,
+    /// What the guest's init said.
+    pub guest_status: Option<u8>,
+    /// The phases.
+    pub timeline: Timeline,
+}
+
+/// Shared by the subscribers, which all run on one thread.
+pub type Shared = Rc<RefCell<Learnt>>;
+
+/// The loop.
+pub struct EventLoop {
+    manager: EventManager<Box<dyn MutEventSubscriber>>,
+    learnt: Shared,
+}
+
+impl EventLoop {
+    /// A loop without subscribers.
+    pub fn new(timeline: Timeline) -> Result<Self, event_manager::Error> {
+        Ok(EventLoop {
+            manager: EventManager::new()?,
+            learnt: Rc::new(RefCell::new(Learnt {
+                outcome: None,
+                guest_status: None,
+                timeline,
+            })),
+        })
+    }
+
+    /// What is learnt.
+    pub fn learnt(&self) -> Shared {
+        self.learnt.clone()
+    }
+
+    /// Adds a subscriber.
+    pub fn add(&mut self, subscriber: impl MutEventSubscriber + 'static) {
+        self.manager.add_subscriber(Box::new(subscriber));
+    }
+
+    /// Runs until there is an outcome.
+    pub fn run(&mut self) -> Outcome {
+        loop {
+            if let Some(outcome) = self.learnt.borrow().outcome.clone() {
+                return outcome;
+            }
+            match self.manager.run() {
+                Ok(_) => {}
+                Err(event_manager::Error::Epoll(error)) if error.errno() == libc::EINTR => {}
+                Err(error) => return Outcome::Internal(format!("event loop: {error:?}")),
+            }
+        }
+    }
+}
+
+/// Adds a descriptor, and ends the VM if that fails.
+fn add(ops: &mut EventOps, events: Events, learnt: &Shared) {
+    if let Err(error) = ops.add(events) {
+        let failure = format!("event loop: adding a descriptor: {error:?}");
+        learnt
+            .borrow_mut()
+            .outcome
+            .get_or_insert(Outcome::Internal(failure));
+    }
+}
+
+/// Takes what vCPUs and signals tell.
+pub struct Control {
+    /// Wakes up for [`Control::events`].
+    pub wake: EventFd,
+    /// From the vCPUs' threads.
+    pub events: Receiver<VmEvent>,
+    /// From the host.
+    pub signals: Signals,
+    /// Where it goes.
+    pub learnt: Shared,
+}
+
+impl MutEventSubscriber for Control {
+    fn init(&mut self, ops: &mut EventOps) {
+        add(ops, Events::new(&self.wake, EventSet::IN), &self.learnt);
+        add(ops, Events::new(&self.signals, EventSet::IN), &self.learnt);
+    }
+
+    fn process(&mut self, _: Events, _: &mut EventOps) {
+        let _ = self.wake.read();
+        let mut learnt = self.learnt.borrow_mut();
+        let mut outcome = None;
+        for event in self.events.try_iter() {
+            let next = match event {
+                VmEvent::Vcpu(VcpuEnd::Stopped) => None,
+                VmEvent::Vcpu(VcpuEnd::PowerOff) => Some(Outcome::PowerOff),
+                VmEvent::Vcpu(VcpuEnd::Reset) => Some(Outcome::Reset),
+                VmEvent::Vcpu(VcpuEnd::Crash(reason)) => Some(Outcome::Crash(reason)),
+                VmEvent::Platform(PlatformEvent::PowerOff, _) => Some(Outcome::PowerOff),
+                VmEvent::Platform(PlatformEvent::Reset, _) => Some(Outcome::Reset),
+                VmEvent::Platform(PlatformEvent::BootMark, when) => {
+                    // The first counts: a guest may write as often as it likes.
+                    let at = learnt.timeline.at(when);
+                    let mark = &mut learnt.timeline.guest_init;
+                    *mark = mark.or(at);
+                    None
+                }
+                VmEvent::Platform(PlatformEvent::Status(status), _) => {
+                    learnt.guest_status = Some(status);
+                    None
+                }
+            };
+            outcome = outcome.or(next);
+        }
+        if let Some(signal) = self.signals.next() {
+            outcome = outcome.or(Some(Outcome::Signal(signal)));
+        }
+        if learnt.outcome.is_none() {
+            learnt.outcome = outcome;
+        }
+    }
+}
+
+/// Moves the console's bytes.
+pub struct ConsolePump {
+    /// The host's side.
+    pub console: Rc<RefCell<Console>>,
+    /// The guest's side.
+    pub serial: Arc<Mutex<Serial>>,
+    /// Signalled by the guest's side.
+    pub attention: EventFd,
+    /// Where a wish to quit goes.
+    pub learnt: Shared,
+}
+
+impl ConsolePump {
+    fn watch_sources(&self, ops: &mut EventOps) {
+        for source in self.console.borrow().sources() {
+            // On edges: the pump moves all it can, and what it leaves lying
+            // must not wake it up. Files can't be watched, and need not be.
+            let events = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
+            let _ = ops.add(Events::new_raw(source, events));
+        }
+    }
+
+    fn pump(&mut self) {
+        if self.console.borrow_mut().pump(&self.serial) {
+            self.learnt
+                .borrow_mut()
+                .outcome
+                .get_or_insert(Outcome::Quit);
+        }
+    }
+}
+
+impl MutEventSubscriber for ConsolePump {
+    fn init(&mut self, ops: &mut EventOps) {
+        add(
+            ops,
+            Events::new(&self.attention, EventSet::IN),
+            &self.learnt,
+        );
+        self.watch_sources(ops);
+        self.pump();
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        if events.fd() == self.attention.as_raw_fd() {
+            let _ = self.attention.read();
+        } else if self.console.borrow_mut().accept() {
+            self.watch_sources(ops);
+        }
+        self.pump();
+    }
+}
