@@ -95,3 +95,87 @@ scratch() {
     mkdir -p "$CACHE/tmp"
     mktemp -d "$CACHE/tmp/XXXXXX"
 }
+
+# What the lab needs.
+LAB_PACKAGES=(qemu-system-x86:qemu-system-x86_64 busybox-static:busybox cpio:cpio xz-utils:xz
+    util-linux:setpriv bsdutils:script)
+
+# value_of TEXT  The value at the start of a list with commas, as mayfly reads
+# it: two commas stand for one.
+value_of() {
+    local rest=$1 value=
+    while [[ $rest == *,* ]]; do
+        value+=${rest%%,*}
+        rest=${rest#*,}
+        [[ $rest == ,* ]] || { printf '%s' "$value" && return; }
+        value+=,
+        rest=${rest#,}
+    done
+    printf '%s' "$value$rest"
+}
+
+# newer THAN PATH…  True if THAN is missing, or older than something in PATHs.
+newer() {
+    local than=$1
+    shift
+    [ -e "$than" ] || return 0
+    [ -n "$(find "$@" -newer "$than" -print -quit)" ]
+}
+
+need_rust() {
+    need gcc:cc libc6-dev
+    command -v cargo >/dev/null || [ ! -x "$HOME/.cargo/bin/cargo" ] || PATH=$PATH:$HOME/.cargo/bin
+    if ! command -v cargo >/dev/null && apt-cache show rustup >/dev/null 2>&1; then
+        need rustup
+        quietly rustup default stable || die "rustup could not install Rust"
+    fi
+    if ! command -v cargo >/dev/null; then
+        say "needs Rust 1.89 or newer (Debian's rustup package, or see the Rust project's site)"
+        exit 3
+    fi
+}
+
+# The binary and the guest's init, built when their sources changed.
+build_mayfly() {
+    local sources=("$ROOT"/{Cargo.toml,Cargo.lock,src,boot,devices,guest})
+    newer "$MAYFLY" "${sources[@]}" || newer "$GUEST_INIT" "${sources[@]}" || return 0
+    need_rust
+    [ -e "$MAYFLY" ] || say "building mayfly"
+    (
+        cd "$ROOT"
+        quietly cargo build --release --locked -p mayfly || die "the build failed"
+        # Static, as the guest has no libraries.
+        RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" \
+            quietly cargo build --release --locked -p mayfly-guest \
+            --target x86_64-unknown-linux-gnu --target-dir "$GUEST_TARGET" || die "the build failed"
+    )
+    # cargo leaves alone what came out the same.
+    touch "$MAYFLY" "$GUEST_INIT"
+}
+
+prepare_mayfly() {
+    mkdir -p "$ROOT/target"
+    (
+        flock 9
+        build_mayfly
+    ) 9>"$ROOT/target/.build.lock"
+}
+
+# The default guest: Debian's cloud kernel, with busybox and our init.
+build_default_guest() {
+    local kernel=$CACHE/kernels/cloud-6.12 work
+    newer "$CACHE/default/initramfs.cpio" "$GUEST_INIT" "$kernel/vmlinux" || return 0
+    need busybox-static:busybox
+    work=$(scratch)
+    ln -s "$kernel/vmlinux" "$work/vmlinux"
+    "$MAYFLY" initramfs --modules "$kernel/modules" --init "$GUEST_INIT" \
+        --add "$(command -v busybox)=/bin/busybox" --output "$work/initramfs.cpio" ||
+        die "could not build the default initramfs"
+    chmod 755 "$work"
+    publish "$work" "$CACHE/default"
+}
+
+prepare_default_guest() {
+    [ -s "$CACHE/kernels/cloud-6.12/vmlinux" ] || "$ROOT/scripts/kernel" cloud-6.12 >/dev/null || exit
+    locked default build_default_guest
+}

@@ -208,10 +208,10 @@ impl GuestFiles {
 pub fn default_guest() -> Option<(PathBuf, Option<PathBuf>)> {
     let exists = |path: PathBuf| path.exists().then_some(path);
     let fetched = cache_folder().map(|cache| cache.join("default"));
-    if let Some(folder) = fetched {
-        if let Some(kernel) = exists(folder.join("vmlinux")) {
-            return Some((kernel, exists(folder.join("initramfs.cpio"))));
-        }
+    if let Some(folder) = fetched
+        && let Some(kernel) = exists(folder.join("vmlinux"))
+    {
+        return Some((kernel, exists(folder.join("initramfs.cpio"))));
     }
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").ok()?;
     let boot = Path::new("/boot");
@@ -418,9 +418,8 @@ impl FromStr for NetConfig {
 fn parse_mac(text: &str) -> Result<[u8; 6], String> {
     const MULTICAST: u8 = 1;
     let digits = |part: &str| {
-        (part.len() == 2)
-            .then(|| u8::from_str_radix(part, 16).ok())
-            .flatten()
+        let plain = part.len() == 2 && part.bytes().all(|byte| byte.is_ascii_hexdigit());
+        plain.then(|| u8::from_str_radix(part, 16).ok()).flatten()
     };
     let bytes: Option<Vec<u8>> = text.split(':').map(digits).collect();
     let mac: [u8; 6] = bytes
@@ -458,7 +457,7 @@ mod tests {
             ("1X", "unknown unit"),
             ("99999999999999999999G", "too large"),
             ("16777216T", "too large"),
-            ("33000K", "multiple of 4K"),
+            ("32769K", "multiple of 4K"),
             ("1024T", "more than"),
         ] {
             let message = refusal(parse_memory(text));

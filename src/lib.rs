@@ -7,7 +7,9 @@
 pub mod cli;
 pub mod config;
 pub mod console;
+pub mod doctor;
 pub mod failure;
 pub mod kvm;
 pub mod machine;
+pub mod net;
 pub mod timing;

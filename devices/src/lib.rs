@@ -11,3 +11,4 @@ pub mod cmos;
 pub mod i8042;
 pub mod platform;
 pub mod serial;
+pub mod virtio;

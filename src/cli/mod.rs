@@ -1,6 +1,7 @@
 //! The command line: one file a verb, raw flags only.
 
 pub mod boot;
+pub mod doctor;
 pub mod initramfs;
 pub mod kernel;
 
@@ -22,6 +23,8 @@ pub struct Cli {
 enum Verb {
     /// Boot a kernel (the default verb)
     Boot(boot::Args),
+    /// Tell what this host can do, and what to do about what it can't
+    Doctor(doctor::Args),
     /// Work with kernels
     Kernel(kernel::Args),
     /// Build an initramfs
@@ -44,6 +47,7 @@ pub fn run() -> ExitCode {
     let result = match cli.verb {
         None => boot::run(boot::Args::bare(), timeline),
         Some(Verb::Boot(args)) => boot::run(args, timeline),
+        Some(Verb::Doctor(args)) => doctor::run(args),
         Some(Verb::Kernel(args)) => kernel::run(args),
         Some(Verb::Initramfs(args)) => initramfs::run(args),
     };

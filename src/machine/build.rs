@@ -12,6 +12,7 @@ use mayfly_devices::platform::{Platform, PlatformEvent, PlatformPorts};
 use mayfly_devices::serial::{Serial, SerialState};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::attach::{self, Slot};
 use super::resources::Resources;
 use crate::config::MachineConfig;
 use crate::failure::{Failure, OrFail};
@@ -60,6 +61,8 @@ pub struct Machine {
     pub vcpus: Vec<Vcpu>,
     /// What the vCPUs' accesses leave to.
     pub buses: Buses,
+    /// The virtio devices.
+    pub slots: Vec<Slot>,
     /// The console's port.
     pub serial: Arc<Mutex<Serial>>,
     /// The console has output, or room for input.
@@ -99,7 +102,8 @@ pub fn build(
     let mut buses = Buses::default();
     let (serial, serial_attention) = attach_serial(&vm, &mut buses)?;
     attach_platform(&mut buses, &notifier)?;
-    let virtio: Vec<MmioDevice> = Vec::new();
+    let slots = attach::attach(config, &mut resources, &vm, &memory, &mut buses)?;
+    let virtio: Vec<MmioDevice> = slots.iter().map(|slot| slot.place).collect();
 
     let entry = load(config, &mut resources, &memory, &virtio)?;
     timeline.kernel_loaded = timeline.now();
@@ -115,6 +119,7 @@ pub fn build(
         vm,
         vcpus,
         buses,
+        slots,
         serial,
         serial_attention,
         notifier,
@@ -124,17 +129,17 @@ pub fn build(
 }
 
 /// Opens a KVM that can run Linux.
-fn open_kvm() -> Result<Kvm, Failure> {
+pub fn open_kvm() -> Result<Kvm, Failure> {
     let kvm = vm::open().map_err(|error| Failure::host(error.to_string()))?;
-    if probe::cpu_flag().is_none() {
-        if let Backend::Emulated(time) = probe::measure(&kvm) {
-            return Err(Failure::host(format!(
-                "this host's /dev/kvm emulates guest code ({} ms for what a CPU does in 0.1 ms) and \
-                 cannot run Linux; use a host with VT-x or AMD-V, or scripts/mayfly, which runs \
-                 VMs in a software lab",
-                time.as_millis()
-            )));
-        }
+    if probe::cpu_flag().is_none()
+        && let Backend::Emulated(time) = probe::measure(&kvm)
+    {
+        return Err(Failure::host(format!(
+            "this host's /dev/kvm emulates guest code ({} ms for what a CPU does in 0.1 ms) and \
+             cannot run Linux; use a host with VT-x or AMD-V, or scripts/mayfly, which has a \
+             software lab",
+            time.as_millis()
+        )));
     }
     Ok(kvm)
 }
@@ -172,7 +177,8 @@ fn load(
     mayfly_boot::finish(memory, &kernel, &boot).or_config("--kernel, --cmdline")
 }
 
-fn event() -> Result<EventFd, Failure> {
+/// An event descriptor that does not block.
+pub fn event() -> Result<EventFd, Failure> {
     EventFd::new(EFD_NONBLOCK).or_host("creating an event descriptor")
 }
 

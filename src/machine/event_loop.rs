@@ -7,8 +7,10 @@ use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
+use mayfly_devices::bus::lock;
 use mayfly_devices::platform::PlatformEvent;
 use mayfly_devices::serial::Serial;
+use mayfly_devices::virtio::mmio::VirtioMmio;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -190,5 +192,44 @@ impl MutEventSubscriber for ConsolePump {
             self.watch_sources(ops);
         }
         self.pump();
+    }
+}
+
+/// Lets a virtio device work.
+pub struct VirtioWorker {
+    transport: Arc<Mutex<VirtioMmio>>,
+    learnt: Shared,
+}
+
+/// Marks the events of queues; those without are of the device's sources.
+const QUEUE_EVENT: u32 = 1 << 31;
+
+impl VirtioWorker {
+    /// A worker for a device.
+    pub fn new(transport: Arc<Mutex<VirtioMmio>>, learnt: Shared) -> Self {
+        VirtioWorker { transport, learnt }
+    }
+}
+
+impl MutEventSubscriber for VirtioWorker {
+    fn init(&mut self, ops: &mut EventOps) {
+        let transport = lock(&self.transport);
+        for (queue, kick) in (0..).zip(transport.kicks()) {
+            let events = Events::with_data(kick, QUEUE_EVENT | queue, EventSet::IN);
+            add(ops, events, &self.learnt);
+        }
+        for (token, fd) in transport.sources() {
+            // On edges: a device that is not active leaves what is ready.
+            let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            add(ops, Events::with_data_raw(fd, token, events), &self.learnt);
+        }
+    }
+
+    fn process(&mut self, events: Events, _: &mut EventOps) {
+        let mut transport = lock(&self.transport);
+        match events.data() {
+            queue if queue & QUEUE_EVENT != 0 => transport.kicked((queue & !QUEUE_EVENT) as usize),
+            token => transport.source_ready(token),
+        }
     }
 }

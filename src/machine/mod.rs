@@ -1,9 +1,12 @@
 //! A machine from its configuration to its end.
 
+mod attach;
 mod build;
 mod event_loop;
 mod resources;
 mod run;
 mod signals;
 
+pub(crate) use build::open_kvm;
+pub(crate) use resources::refusal;
 pub use run::{Ending, Outcome, run};

@@ -1,12 +1,17 @@
 //! Opens every file of the host that a machine needs, and creates none.
 
-use std::fs::{File, OpenOptions};
-use std::io;
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
-use crate::config::{ConsoleConfig, MachineConfig};
-use crate::failure::{Class, Failure};
+use mayfly_devices::virtio::block::{Disk, ID_LEN, SECTOR};
+
+use crate::config::{ConsoleConfig, DiskConfig, MachineConfig};
+use crate::failure::{Class, Failure, OrFail};
+use crate::net::tap;
+
+const RANDOM: &str = "/dev/urandom";
 
 /// What was opened.
 pub struct Resources {
@@ -14,6 +19,12 @@ pub struct Resources {
     pub kernel: File,
     /// The initial RAM disk.
     pub initrd: Option<File>,
+    /// The disks, locked.
+    pub disks: Vec<Disk>,
+    /// The TAP devices, attached.
+    pub taps: Vec<File>,
+    /// Random bytes for the guest.
+    pub random: File,
 }
 
 impl Resources {
@@ -33,7 +44,24 @@ impl Resources {
         if let Some(path) = &config.pidfile {
             check_creatable(path, &format!("--pidfile {}", path.display()))?;
         }
-        Ok(Resources { kernel, initrd })
+        let disks = config
+            .disks
+            .iter()
+            .map(open_disk)
+            .collect::<Result<_, _>>()?;
+        let taps = config
+            .nets
+            .iter()
+            .map(|net| tap::open(&net.tap))
+            .collect::<Result<_, _>>()?;
+        let random = File::open(RANDOM).or_host(RANDOM)?;
+        Ok(Resources {
+            kernel,
+            initrd,
+            disks,
+            taps,
+            random,
+        })
     }
 }
 
@@ -55,6 +83,70 @@ fn open_regular(path: &Path, flag: &str) -> Result<File, Failure> {
         return Err(Failure::config(format!("{flag}: is not a regular file")));
     }
     Ok(file)
+}
+
+/// Opens a disk, and locks it: shared if it is only read.
+fn open_disk(config: &DiskConfig) -> Result<Disk, Failure> {
+    let flag = format!("--disk path={}", config.path.display());
+    let file = OpenOptions::new()
+        .read(true)
+        .write(!config.read_only)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(&config.path)
+        .map_err(|error| refusal(&error, &flag))?;
+    let kind = file
+        .metadata()
+        .map_err(|error| refusal(&error, &flag))?
+        .file_type();
+    if kind.is_dir() {
+        return Err(Failure::config(format!(
+            "{flag}: is a directory, not a disk"
+        )));
+    }
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(Failure::config(format!(
+            "{flag}: is neither a file nor a block device"
+        )));
+    }
+    // A block device's metadata has no size; its end has.
+    let size = (&file)
+        .seek(SeekFrom::End(0))
+        .map_err(|error| refusal(&error, &flag))?;
+    if size < SECTOR {
+        return Err(Failure::config(format!(
+            "{flag}: is smaller than a sector of {SECTOR} bytes; make it larger with truncate -s"
+        )));
+    }
+    let locked = match config.read_only {
+        true => file.try_lock_shared(),
+        false => file.try_lock(),
+    };
+    match locked {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            return Err(Failure::host(format!(
+                "{flag}: is locked: another VM uses it{}",
+                match config.read_only {
+                    true => " and may write to it",
+                    false => "; VMs can share it if all have it with ,ro",
+                }
+            )));
+        }
+        Err(TryLockError::Error(error)) => return Err(refusal(&error, &flag)),
+    }
+    let mut id = [0; ID_LEN];
+    for (target, source) in id
+        .iter_mut()
+        .zip(config.id.iter().flat_map(|id| id.bytes()))
+    {
+        *target = source;
+    }
+    Ok(Disk {
+        file,
+        sectors: size / SECTOR,
+        read_only: config.read_only,
+        id,
+    })
 }
 
 /// A missing file is the user's fault, a forbidden one the host's refusal.

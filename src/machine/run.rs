@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
 use super::build::{VmEvent, build};
-use super::event_loop::{ConsolePump, Control, EventLoop};
+use super::event_loop::{ConsolePump, Control, EventLoop, VirtioWorker};
 use super::resources::Resources;
 use super::signals::Signals;
 use crate::config::MachineConfig;
@@ -78,6 +78,10 @@ pub fn run(config: &MachineConfig, mut timeline: Timeline) -> Result<Ending, Fai
         learnt: learnt.clone(),
     });
 
+    for slot in &machine.slots {
+        events.add(VirtioWorker::new(slot.transport.clone(), learnt.clone()));
+    }
+
     let notifier = Arc::new(machine.notifier);
     let threads = VcpuThreads::start(machine.vcpus, machine.buses, move |end| {
         notifier.send(VmEvent::Vcpu(end));
@@ -89,7 +93,8 @@ pub fn run(config: &MachineConfig, mut timeline: Timeline) -> Result<Ending, Fai
     let outcome = events.run();
     threads.stop();
     console.borrow_mut().flush(&machine.serial);
-    drop(machine.vm);
+    // What disks have in flight ends here, before their locks are released.
+    drop((events, machine.slots, machine.vm));
 
     let mut learnt = learnt.borrow_mut();
     learnt.timeline.exit = learnt.timeline.now();

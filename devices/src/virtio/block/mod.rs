@@ -1,0 +1,391 @@
+//! The block device (virtio 1.2, 5.2), on a raw image or a host's block device.
+
+mod engine;
+mod request;
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_blk as spec;
+
+use self::engine::{Completion, DEPTH, Engine, Kind, Operation};
+use self::request::{Action, Limits, Request, Status};
+use super::device::{Broken, DeviceId, Token, VirtioDevice};
+use super::queues::Queues;
+use super::{GuestMemory, feature};
+
+pub use self::request::SECTOR;
+
+const REQUESTS: usize = 0;
+const QUEUE_SIZE: u16 = DEPTH as u16;
+const QUEUE_SIZES: [u16; 1] = [QUEUE_SIZE];
+/// Data descriptors of a request: all but header and status.
+const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
+const DISCARD_SECTORS_MAX: u32 = (1 << 30) / SECTOR as u32;
+const ZEROES_SECTORS_MAX: u32 = (4 << 20) / SECTOR as u32;
+const DISCARD_ALIGNMENT: u32 = 4096 / SECTOR as u32;
+/// Zeroes, for file systems that cannot make ranges read as such.
+static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+
+/// The length of a disk's identifier.
+pub const ID_LEN: usize = 20;
+
+/// The host's side of a disk.
+#[derive(Debug)]
+pub struct Disk {
+    /// An image or a block device, open as `read_only` says.
+    pub file: File,
+    /// Its size in sectors.
+    pub sectors: u64,
+    /// The guest may not write.
+    pub read_only: bool,
+    /// What the guest sees as serial number, padded with NULs.
+    pub id: [u8; ID_LEN],
+}
+
+/// A request whose operation is in flight.
+struct InFlight {
+    request: Request,
+    operation: Operation,
+    /// Bytes that are not done yet, of a read or a write.
+    rest: usize,
+    /// What the used ring is told at the end.
+    written: u32,
+}
+
+/// The device.
+pub struct Block {
+    engine: Engine,
+    limits: Limits,
+    id: [u8; ID_LEN],
+    config: Vec<u8>,
+    /// The driver did not agree on flushes: writes must be durable at once.
+    write_through: bool,
+    /// Indexed by token; boxed, as the kernel holds pointers to its inside.
+    in_flight: Vec<Option<Box<InFlight>>>,
+    free: Vec<usize>,
+}
+
+impl Block {
+    /// A device on a disk.
+    pub fn new(disk: Disk) -> io::Result<Self> {
+        Self::with_engine(disk, Engine::new)
+    }
+
+    fn with_engine(
+        disk: Disk,
+        engine: impl FnOnce(File) -> io::Result<Engine>,
+    ) -> io::Result<Self> {
+        let limits = Limits {
+            sectors: disk.sectors,
+            read_only: disk.read_only,
+            discard_sectors: DISCARD_SECTORS_MAX,
+            zeroes_sectors: ZEROES_SECTORS_MAX,
+        };
+        Ok(Block {
+            engine: engine(disk.file)?,
+            limits,
+            id: disk.id,
+            config: config_space(disk.sectors),
+            write_through: true,
+            in_flight: (0..DEPTH).map(|_| None).collect(),
+            free: (0..DEPTH).rev().collect(),
+        })
+    }
+
+    /// Starts a request, or completes it if there is nothing to wait for.
+    fn start(&mut self, request: Request, queues: &mut Queues) -> Result<(), Broken> {
+        let durable = self.write_through;
+        let (kind, offset, iovecs, rest, written) = match &request.action {
+            Action::Refuse(status) => {
+                let status = *status;
+                return done(&request, status, 0, queues);
+            }
+            Action::GetId { data } => {
+                let len = data.write(&self.id);
+                return done(&request, Status::Ok, len as u32, queues);
+            }
+            Action::Read { offset, data } => {
+                (Kind::Read, *offset, data.iovecs(), data.len(), data.len())
+            }
+            Action::Write { offset, data } => (
+                Kind::Write { durable },
+                *offset,
+                data.iovecs(),
+                data.len(),
+                0,
+            ),
+            Action::Flush => (Kind::Flush, 0, Vec::new(), 0, 0),
+            Action::Discard { offset, len } => {
+                let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                (
+                    Kind::Allocate { mode, len: *len },
+                    *offset,
+                    Vec::new(),
+                    0,
+                    0,
+                )
+            }
+            Action::WriteZeroes { offset, len, unmap } => {
+                let how = match unmap {
+                    true => libc::FALLOC_FL_PUNCH_HOLE,
+                    false => libc::FALLOC_FL_ZERO_RANGE,
+                };
+                let mode = how | libc::FALLOC_FL_KEEP_SIZE;
+                (
+                    Kind::Allocate { mode, len: *len },
+                    *offset,
+                    Vec::new(),
+                    0,
+                    0,
+                )
+            }
+        };
+        let in_flight = Box::new(InFlight {
+            request,
+            operation: Operation {
+                kind,
+                offset,
+                iovecs,
+            },
+            rest,
+            written: written as u32,
+        });
+        self.submit(in_flight, queues)
+    }
+
+    fn submit(&mut self, in_flight: Box<InFlight>, queues: &mut Queues) -> Result<(), Broken> {
+        let Some(slot) = self.free.pop() else {
+            // `serve` leaves chains in the ring rather than come here.
+            return done(&in_flight.request, Status::IoError, 0, queues);
+        };
+        // SAFETY: the operation stays in its slot until its completion is
+        // taken; it holds the buffers, which hold guest memory.
+        let submitted = unsafe { self.engine.submit(slot as u64, &in_flight.operation) };
+        match submitted {
+            Ok(()) => {
+                self.in_flight[slot] = Some(in_flight);
+                Ok(())
+            }
+            Err(_) => {
+                self.free.push(slot);
+                done(&in_flight.request, Status::IoError, 0, queues)
+            }
+        }
+    }
+
+    fn complete(&mut self, completion: Completion, queues: &mut Queues) -> Result<(), Broken> {
+        let (token, result) = completion;
+        let slot = token as usize;
+        let Some(mut in_flight) = self.in_flight.get_mut(slot).and_then(Option::take) else {
+            return Ok(());
+        };
+        self.free.push(slot);
+        let status = match (in_flight.operation.kind, result) {
+            (Kind::Read | Kind::Write { .. }, Ok(count)) => {
+                if count < in_flight.rest && count > 0 {
+                    in_flight.advance(count);
+                    return self.submit(in_flight, queues);
+                }
+                // A file that ends early was cut by somebody else.
+                match count == in_flight.rest {
+                    true => Status::Ok,
+                    false => Status::IoError,
+                }
+            }
+            (_, Ok(_)) => Status::Ok,
+            (_, Err(error)) if error.kind() == io::ErrorKind::Interrupted => {
+                return self.submit(in_flight, queues);
+            }
+            (Kind::Allocate { len, .. }, Err(error))
+                if error.raw_os_error() == Some(libc::EOPNOTSUPP) =>
+            {
+                if !matches!(in_flight.request.action, Action::WriteZeroes { .. }) {
+                    Status::Unsupported
+                } else {
+                    in_flight.write_zeroes(len, self.write_through);
+                    return self.submit(in_flight, queues);
+                }
+            }
+            (_, Err(error)) => {
+                log::warn!("disk: {error}");
+                Status::IoError
+            }
+        };
+        done(&in_flight.request, status, in_flight.written, queues)
+    }
+
+    /// Waits for all that is in flight, so that nothing touches the guest.
+    fn drain(&mut self) {
+        while self.in_flight.iter().any(Option::is_some) {
+            if self
+                .engine
+                .commit()
+                .and_then(|()| self.engine.wait())
+                .is_err()
+            {
+                // The buffers may still be written to: they must stay.
+                std::process::abort();
+            }
+            for (token, _) in self.engine.completions() {
+                let slot = token as usize;
+                if self
+                    .in_flight
+                    .get_mut(slot)
+                    .and_then(Option::take)
+                    .is_some()
+                {
+                    self.free.push(slot);
+                }
+            }
+        }
+    }
+
+    fn serve_requests(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+        while !self.free.is_empty() {
+            let Some(chain) = queues.pop(REQUESTS)? else {
+                break;
+            };
+            let request = Request::parse(&chain, self.limits)?;
+            self.start(request, queues)?;
+        }
+        Ok(())
+    }
+
+    fn commit(&mut self) {
+        // What is refused now is submitted with the next one, or by `drain`.
+        if let Err(error) = self.engine.commit() {
+            log::warn!("disk: submitting: {error}");
+        }
+    }
+}
+
+impl InFlight {
+    /// Leaves out what is done.
+    fn advance(&mut self, count: usize) {
+        self.rest -= count;
+        self.operation.offset += count as u64;
+        let mut skip = count;
+        self.operation.iovecs.retain_mut(|iovec| {
+            let len = skip.min(iovec.iov_len);
+            skip -= len;
+            iovec.iov_len -= len;
+            // Within what it points to, or one behind and removed.
+            iovec.iov_base = iovec.iov_base.wrapping_byte_add(len);
+            iovec.iov_len > 0
+        });
+    }
+
+    /// Turns the operation into a write of zeroes.
+    fn write_zeroes(&mut self, len: u64, durable: bool) {
+        let mut rest = len as usize;
+        self.rest = rest;
+        self.operation.kind = Kind::Write { durable };
+        while rest > 0 {
+            let iov_len = rest.min(ZEROES.len());
+            self.operation.iovecs.push(libc::iovec {
+                iov_base: ZEROES.as_ptr().cast_mut().cast(),
+                iov_len,
+            });
+            rest -= iov_len;
+        }
+    }
+}
+
+/// Tells the driver how a request ended. `written` is without the status.
+fn done(
+    request: &Request,
+    status: Status,
+    written: u32,
+    queues: &mut Queues,
+) -> Result<(), Broken> {
+    request.finish(status);
+    let written = if status == Status::Ok { written } else { 0 };
+    queues.complete(REQUESTS, request.head, written.saturating_add(1))
+}
+
+/// `struct virtio_blk_config` (virtio 1.2, 5.2.4).
+fn config_space(sectors: u64) -> Vec<u8> {
+    let mut config = vec![0; 60];
+    let mut put = |offset: usize, bytes: &[u8]| {
+        config[offset..offset + bytes.len()].copy_from_slice(bytes);
+    };
+    put(0, &sectors.to_le_bytes()); // capacity
+    put(12, &SEGMENTS_MAX.to_le_bytes()); // seg_max
+    put(36, &DISCARD_SECTORS_MAX.to_le_bytes()); // max_discard_sectors
+    put(40, &1u32.to_le_bytes()); // max_discard_seg
+    put(44, &DISCARD_ALIGNMENT.to_le_bytes()); // discard_sector_alignment
+    put(48, &ZEROES_SECTORS_MAX.to_le_bytes()); // max_write_zeroes_sectors
+    put(52, &1u32.to_le_bytes()); // max_write_zeroes_seg
+    put(56, &[1]); // write_zeroes_may_unmap
+    config
+}
+
+impl VirtioDevice for Block {
+    fn id(&self) -> DeviceId {
+        DeviceId::Block
+    }
+
+    fn features(&self) -> u64 {
+        let common = feature(spec::VIRTIO_BLK_F_SEG_MAX) | feature(spec::VIRTIO_BLK_F_FLUSH);
+        common
+            | match self.limits.read_only {
+                true => feature(spec::VIRTIO_BLK_F_RO),
+                false => {
+                    feature(spec::VIRTIO_BLK_F_DISCARD) | feature(spec::VIRTIO_BLK_F_WRITE_ZEROES)
+                }
+            }
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    fn activate(&mut self, acked: u64, _: &Arc<GuestMemory>) -> Result<(), Broken> {
+        self.write_through = acked & feature(spec::VIRTIO_BLK_F_FLUSH) == 0;
+        Ok(())
+    }
+
+    fn serve(&mut self, _: usize, queues: &mut Queues) -> Result<(), Broken> {
+        let served = self.serve_requests(queues);
+        self.commit();
+        served
+    }
+
+    fn sources(&self) -> Vec<(Token, RawFd)> {
+        vec![(0, self.engine.event())]
+    }
+
+    fn ready(&mut self, _: Token, queues: &mut Queues) -> Result<(), Broken> {
+        let mut result = Ok(());
+        for completion in self.engine.completions() {
+            // Each is taken, even behind a fault: `drain` waits for the rest.
+            result = result.and(self.complete(completion, queues));
+        }
+        let served = result.and_then(|()| self.serve_requests(queues));
+        self.commit();
+        served
+    }
+
+    fn reset(&mut self) {
+        self.drain();
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        self.drain();
+    }
+}
+
+// SAFETY: what the pointers in operations point to is guest memory, which is
+// shared with vCPUs anyway, or constant.
+unsafe impl Send for Block {}

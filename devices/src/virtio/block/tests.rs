@@ -1,0 +1,416 @@
+use std::fs::OpenOptions;
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
+
+use super::*;
+use crate::virtio::mmio;
+use crate::virtio::testing::{Descriptor, Driver};
+use proptest::prelude::*;
+
+const SECTORS: u64 = 128;
+const HEADER: u64 = 0x8000;
+const DATA: u64 = 0x9000;
+const STATUS: u64 = 0xa000;
+
+fn image() -> File {
+    let file = tempfile::tempfile().unwrap();
+    for sector in 0..SECTORS {
+        file.write_all_at(&[sector as u8; 512], sector * 512)
+            .unwrap();
+    }
+    file
+}
+
+fn disk(file: &File, read_only: bool) -> Disk {
+    Disk {
+        file: file.try_clone().unwrap(),
+        sectors: SECTORS,
+        read_only,
+        id: *b"the-disk\0\0\0\0\0\0\0\0\0\0\0\0",
+    }
+}
+
+fn driver(file: &File) -> Driver {
+    started(Block::new(disk(file, false)).unwrap())
+}
+
+fn started(block: Block) -> Driver {
+    let features = block.features();
+    let mut driver = Driver::new(Box::new(block));
+    driver.start(features);
+    driver
+}
+
+/// Sends a request, and returns its status and the used length.
+fn request(driver: &mut Driver, kind: u32, sector: u64, data: &[Descriptor]) -> (u8, u32) {
+    let mut header = [0; 16];
+    header[..4].copy_from_slice(&kind.to_le_bytes());
+    header[8..].copy_from_slice(&sector.to_le_bytes());
+    driver.write(HEADER, &header);
+    driver.write(STATUS, &[0xee]);
+    let mut chain = vec![Descriptor::readable(HEADER, 16)];
+    chain.extend(data);
+    chain.push(Descriptor::writable(STATUS, 1));
+    let head = driver.add(0, &chain);
+    driver.kick(0);
+    for _ in 0..100 {
+        if let [(used, len)] = driver.used(0)[..] {
+            assert_eq!(used, head);
+            return (driver.read(STATUS, 1)[0], len);
+        }
+        driver.serve_source();
+    }
+    panic!("the request does not end");
+}
+
+fn content(file: &File, sector: u64, len: usize) -> Vec<u8> {
+    let mut data = vec![0; len];
+    file.read_exact_at(&mut data, sector * 512).unwrap();
+    data
+}
+
+fn moves_data(make: impl Fn(&File) -> Driver) {
+    let file = image();
+    let mut driver = make(&file);
+    let read = [
+        Descriptor::writable(DATA, 512),
+        Descriptor::writable(DATA + 0x800, 1024),
+    ];
+    assert_eq!(
+        request(&mut driver, spec::VIRTIO_BLK_T_IN, 5, &read),
+        (0, 1537)
+    );
+    assert_eq!(driver.read(DATA, 512), [5; 512]);
+    assert_eq!(driver.read(DATA + 0x800, 512), [6; 512]);
+    assert_eq!(driver.read(DATA + 0xa00, 512), [7; 512]);
+
+    driver.write(DATA, &[0xab; 1024]);
+    let write = [
+        Descriptor::readable(DATA, 100),
+        Descriptor::readable(DATA + 100, 924),
+    ];
+    assert_eq!(
+        request(&mut driver, spec::VIRTIO_BLK_T_OUT, 126, &write),
+        (0, 1)
+    );
+    assert_eq!(content(&file, 126, 1024), [0xab; 1024]);
+    assert_eq!(
+        request(&mut driver, spec::VIRTIO_BLK_T_FLUSH, 0, &[]),
+        (0, 1)
+    );
+    assert!(driver.interrupts() >= 3);
+}
+
+#[test]
+fn data_moves_by_io_uring() {
+    moves_data(driver);
+}
+
+#[test]
+fn data_moves_by_threads() {
+    moves_data(|file| started(Block::with_engine(disk(file, false), Engine::threads).unwrap()));
+}
+
+#[test]
+fn without_flushes_writes_are_durable_at_once() {
+    let file = image();
+    let mut driver = Driver::new(Box::new(Block::new(disk(&file, false)).unwrap()));
+    driver.start(0);
+    driver.write(DATA, &[1; 512]);
+    let write = [Descriptor::readable(DATA, 512)];
+    assert_eq!(
+        request(&mut driver, spec::VIRTIO_BLK_T_OUT, 0, &write),
+        (0, 1)
+    );
+    assert_eq!(content(&file, 0, 512), [1; 512]);
+}
+
+#[test]
+fn tells_its_id_as_far_as_there_is_room() {
+    let mut driver = driver(&image());
+    let room = [Descriptor::writable(DATA, 20)];
+    assert_eq!(
+        request(&mut driver, spec::VIRTIO_BLK_T_GET_ID, 0, &room),
+        (0, 21)
+    );
+    assert_eq!(&driver.read(DATA, 10), b"the-disk\0\0");
+    let room = [Descriptor::writable(DATA, 3)];
+    assert_eq!(
+        request(&mut driver, spec::VIRTIO_BLK_T_GET_ID, 0, &room),
+        (0, 4)
+    );
+}
+
+fn segment(driver: &Driver, sector: u64, sectors: u32, flags: u32) -> [Descriptor; 1] {
+    let mut bytes = sector.to_le_bytes().to_vec();
+    bytes.extend(sectors.to_le_bytes());
+    bytes.extend(flags.to_le_bytes());
+    driver.write(DATA, &bytes);
+    [Descriptor::readable(DATA, 16)]
+}
+
+#[test]
+fn ranges_are_discarded_and_zeroed_and_no_more() {
+    let file = image();
+    let mut driver = driver(&file);
+    for (kind, sector, flags) in [
+        (spec::VIRTIO_BLK_T_DISCARD, 8, 0),
+        (spec::VIRTIO_BLK_T_WRITE_ZEROES, 24, 0),
+        (spec::VIRTIO_BLK_T_WRITE_ZEROES, 40, 1),
+    ] {
+        let data = segment(&driver, sector, 8, flags);
+        assert_eq!(request(&mut driver, kind, 0, &data), (0, 1));
+        assert_eq!(content(&file, sector, 4096), [0; 4096]);
+        assert_eq!(content(&file, sector - 1, 512), [sector as u8 - 1; 512]);
+        assert_eq!(content(&file, sector + 8, 512), [sector as u8 + 8; 512]);
+    }
+    // A write of zeroes stands in where the file system cannot do it.
+    let mut in_flight = InFlight {
+        request: Request::parse(&chain_of(&mut driver), driver_limits()).unwrap(),
+        operation: Operation {
+            kind: Kind::Flush,
+            offset: 0,
+            iovecs: Vec::new(),
+        },
+        rest: 0,
+        written: 0,
+    };
+    in_flight.write_zeroes(150_000, true);
+    let total: usize = in_flight
+        .operation
+        .iovecs
+        .iter()
+        .map(|iovec| iovec.iov_len)
+        .sum();
+    assert_eq!((total, in_flight.rest), (150_000, 150_000));
+    in_flight.advance(65_537);
+    let first = in_flight.operation.iovecs[0];
+    assert_eq!(
+        (first.iov_len, in_flight.operation.offset),
+        (65_535, 65_537)
+    );
+}
+
+fn driver_limits() -> Limits {
+    Limits {
+        sectors: SECTORS,
+        read_only: false,
+        discard_sectors: 1,
+        zeroes_sectors: 1,
+    }
+}
+
+/// A flush, straight from the ring.
+fn chain_of(driver: &mut Driver) -> crate::virtio::chain::Chain {
+    driver.write(HEADER, &[4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    driver.reset();
+    driver.add(
+        0,
+        &[
+            Descriptor::readable(HEADER, 16),
+            Descriptor::writable(STATUS, 1),
+        ],
+    );
+    let state = virtio_queue::QueueState {
+        max_size: 16,
+        size: 16,
+        ready: true,
+        desc_table: 0x1000,
+        avail_ring: 0x1400,
+        used_ring: 0x1800,
+        ..Default::default()
+    };
+    let mut queues = Queues::new(&driver.memory, &[state]).unwrap();
+    queues.begin();
+    queues.pop(0).unwrap().unwrap()
+}
+
+#[test]
+fn mistakes_fail_the_request_and_nothing_else() {
+    let file = image();
+    let before = content(&file, 0, SECTORS as usize * 512);
+    let mut driver = driver(&file);
+    let sector = Descriptor::writable(DATA, 512);
+    let source = Descriptor::readable(DATA, 512);
+    for (kind, at, data, status) in [
+        (spec::VIRTIO_BLK_T_IN, SECTORS, vec![sector], 1),
+        (spec::VIRTIO_BLK_T_IN, u64::MAX, vec![sector], 1),
+        (spec::VIRTIO_BLK_T_IN, u64::MAX / 512, vec![sector], 1),
+        (
+            spec::VIRTIO_BLK_T_IN,
+            SECTORS - 1,
+            vec![Descriptor::writable(DATA, 1024)],
+            1,
+        ),
+        (
+            spec::VIRTIO_BLK_T_IN,
+            0,
+            vec![Descriptor::writable(DATA, 511)],
+            1,
+        ),
+        (spec::VIRTIO_BLK_T_IN, 0, vec![], 1),
+        (spec::VIRTIO_BLK_T_OUT, SECTORS, vec![source], 1),
+        (
+            spec::VIRTIO_BLK_T_OUT,
+            0,
+            vec![Descriptor::readable(DATA, 1)],
+            1,
+        ),
+        (spec::VIRTIO_BLK_T_SCSI_CMD, 0, vec![source], 2),
+        (spec::VIRTIO_BLK_T_SECURE_ERASE, 0, vec![source], 2),
+        (u32::MAX, 0, vec![], 2),
+        (spec::VIRTIO_BLK_T_DISCARD, 0, vec![source], 2),
+        (spec::VIRTIO_BLK_T_DISCARD, 0, vec![], 2),
+    ] {
+        let (got, len) = request(&mut driver, kind, at, &data);
+        assert_eq!((got, len), (status, 1), "{kind} {at}");
+    }
+    for (sector, sectors, flags, status) in [
+        (0, 0, 0, 1),
+        (SECTORS, 1, 0, 1),
+        (u64::MAX, u32::MAX, 0, 1),
+        (0, ZEROES_SECTORS_MAX + 1, 0, 1),
+        (0, 1, 2, 2),
+        (0, 1, u32::MAX, 2),
+    ] {
+        let data = segment(&driver, sector, sectors, flags);
+        let (got, _) = request(&mut driver, spec::VIRTIO_BLK_T_WRITE_ZEROES, 0, &data);
+        assert_eq!(got, status, "{sector} {sectors} {flags}");
+    }
+    assert_eq!(content(&file, 0, SECTORS as usize * 512), before);
+}
+
+#[test]
+fn a_read_only_disk_is_not_written() {
+    let file = image();
+    let before = content(&file, 0, SECTORS as usize * 512);
+    let mut driver = started(Block::new(disk(&file, true)).unwrap());
+    let source = [Descriptor::readable(DATA, 512)];
+    assert_eq!(
+        request(&mut driver, spec::VIRTIO_BLK_T_OUT, 0, &source).0,
+        1
+    );
+    for kind in [spec::VIRTIO_BLK_T_DISCARD, spec::VIRTIO_BLK_T_WRITE_ZEROES] {
+        let data = segment(&driver, 0, 8, 0);
+        assert_eq!(request(&mut driver, kind, 0, &data).0, 1);
+    }
+    let target = [Descriptor::writable(DATA, 512)];
+    assert_eq!(request(&mut driver, spec::VIRTIO_BLK_T_IN, 9, &target).0, 0);
+    assert_eq!(content(&file, 0, SECTORS as usize * 512), before);
+}
+
+#[test]
+fn a_file_that_was_cut_is_an_error_and_stays_cut() {
+    let file = image();
+    let mut driver = driver(&file);
+    file.set_len(1024).unwrap();
+    let target = [Descriptor::writable(DATA, 1024)];
+    assert_eq!(request(&mut driver, spec::VIRTIO_BLK_T_IN, 1, &target).0, 1);
+    assert_eq!(
+        request(&mut driver, spec::VIRTIO_BLK_T_IN, 64, &target).0,
+        1
+    );
+    assert_eq!(file.metadata().unwrap().len(), 1024);
+}
+
+#[test]
+fn requests_without_header_or_status_break_the_device() {
+    for chain in [
+        vec![
+            Descriptor::readable(HEADER, 15),
+            Descriptor::writable(STATUS, 1),
+        ],
+        vec![Descriptor::readable(HEADER, 16)],
+        vec![Descriptor::writable(STATUS, 1)],
+        vec![
+            Descriptor::readable(HEADER, 16),
+            Descriptor::writable(STATUS, 0),
+        ],
+    ] {
+        let mut driver = driver(&image());
+        driver.add(0, &chain);
+        driver.kick(0);
+        assert!(driver.status().contains(mmio::Status::NEEDS_RESET));
+        driver.reset();
+        let features = feature(spec::VIRTIO_BLK_F_FLUSH);
+        driver.start(features);
+        let target = [Descriptor::writable(DATA, 512)];
+        assert_eq!(request(&mut driver, spec::VIRTIO_BLK_T_IN, 3, &target).0, 0);
+    }
+}
+
+#[test]
+fn after_a_reset_nothing_touches_the_guest() {
+    let path = tempfile::NamedTempFile::new().unwrap();
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(path.path())
+        .unwrap();
+    file.set_len(SECTORS * 512).unwrap();
+    for threads in [false, true] {
+        let engine = if threads {
+            Engine::threads
+        } else {
+            Engine::new
+        };
+        let mut driver = started(Block::with_engine(disk(&file, false), engine).unwrap());
+        let mut header = [0; 16];
+        driver.write(HEADER, &header);
+        for index in 0..5 {
+            header[8] = index;
+            driver.write(HEADER + u64::from(index) * 16, &header);
+            let buffer = DATA + u64::from(index) * 512;
+            driver.add(
+                0,
+                &[
+                    Descriptor::readable(HEADER + u64::from(index) * 16, 16),
+                    Descriptor::writable(buffer, 512),
+                    Descriptor::writable(STATUS + u64::from(index), 1),
+                ],
+            );
+        }
+        driver.kick(0);
+        driver.reset();
+        driver.write(DATA, &[0x77; 5 * 512]);
+        driver.serve_source();
+        assert_eq!(driver.read(DATA, 5 * 512), [0x77; 5 * 512]);
+        assert_eq!(driver.used(0), []);
+    }
+    file.seek(SeekFrom::Start(0)).unwrap();
+    let mut all = Vec::new();
+    file.read_to_end(&mut all).unwrap();
+    assert!(all.iter().all(|&byte| byte == 0));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn no_request_panics_or_leaves_the_disk(
+        requests in prop::collection::vec(
+            (0u32..20, prop_oneof![0u64..140, any::<u64>()], prop::collection::vec(any::<u8>(), 16),
+             prop::collection::vec((any::<bool>(), 0u32..2000), 0..5)),
+            1..12)
+    ) {
+        let file = image();
+        let mut driver = driver(&file);
+        for (kind, sector, data, shape) in requests {
+            let mut header = [0; 16];
+            header[..4].copy_from_slice(&kind.to_le_bytes());
+            header[8..].copy_from_slice(&sector.to_le_bytes());
+            driver.write(HEADER, &header);
+            driver.write(HEADER + 16, &data);
+            let chain: Vec<_> = shape.iter().map(|&(write, len)| match write {
+                true => Descriptor::writable(DATA, len),
+                false => Descriptor::readable(HEADER, len),
+            }).collect();
+            if !chain.is_empty() {
+                driver.add(0, &chain);
+            }
+            driver.kick(0);
+            driver.transport.source_ready(0);
+        }
+        driver.reset();
+        prop_assert_eq!(file.metadata().unwrap().len(), SECTORS * 512);
+    }
+}

@@ -1,0 +1,178 @@
+//! A descriptor chain, read once and checked (virtio 1.2, 2.7.5).
+//!
+//! The descriptors lie in memory that the guest may change at any time: they
+//! are copied here before anything is believed. What a chain points to is
+//! guest memory all right, but its content may still change under our eyes.
+
+use std::sync::Arc;
+
+use virtio_queue::DescriptorChain;
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
+
+use super::GuestMemory;
+use super::device::Broken;
+
+/// A part of guest memory, known to lie in one region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Part {
+    addr: GuestAddress,
+    len: usize,
+}
+
+/// One half of a chain: what the device reads, or what it writes.
+#[derive(Clone, Debug)]
+pub struct Buffer {
+    memory: Arc<GuestMemory>,
+    parts: Vec<Part>,
+    len: usize,
+}
+
+/// A chain whose descriptors were checked.
+#[derive(Clone, Debug)]
+pub struct Chain {
+    /// Where it starts, which names it in the used ring.
+    pub head: u16,
+    /// What the device may read.
+    pub readable: Buffer,
+    /// What the device may write.
+    pub writable: Buffer,
+}
+
+impl Chain {
+    /// Reads and checks a chain of at most `limit` descriptors.
+    pub(super) fn parse(
+        memory: &Arc<GuestMemory>,
+        descriptors: DescriptorChain<&GuestMemory>,
+        limit: u16,
+    ) -> Result<Self, Broken> {
+        let mut chain = Chain {
+            head: descriptors.head_index(),
+            readable: Buffer::empty(memory),
+            writable: Buffer::empty(memory),
+        };
+        let mut last: Option<Descriptor> = None;
+        for (count, descriptor) in (1..).zip(descriptors) {
+            if count > u32::from(limit) {
+                return Err(Broken("a chain is longer than its queue"));
+            }
+            if !descriptor.is_write_only() && !chain.writable.parts.is_empty() {
+                return Err(Broken("a chain is readable behind what is writable"));
+            }
+            let half = if descriptor.is_write_only() {
+                &mut chain.writable
+            } else {
+                &mut chain.readable
+            };
+            half.push(&descriptor)?;
+            last = Some(descriptor);
+        }
+        // The iterator just ends where it finds a chain malformed.
+        match last {
+            Some(last) if !last.has_next() => Ok(chain),
+            Some(_) => Err(Broken("a chain does not end, or leaves its table")),
+            None => Err(Broken("a chain has no descriptor")),
+        }
+    }
+}
+
+impl Buffer {
+    fn empty(memory: &Arc<GuestMemory>) -> Self {
+        Buffer {
+            memory: memory.clone(),
+            parts: Vec::new(),
+            len: 0,
+        }
+    }
+
+    fn push(&mut self, descriptor: &Descriptor) -> Result<(), Broken> {
+        let part = Part {
+            addr: descriptor.addr(),
+            len: descriptor.len() as usize,
+        };
+        if part.len == 0 {
+            return Ok(());
+        }
+        self.memory
+            .get_slice(part.addr, part.len)
+            .map_err(|_| Broken("a descriptor points outside of memory"))?;
+        // The iterator keeps the sum below 4 GiB.
+        self.len += part.len;
+        self.parts.push(part);
+        Ok(())
+    }
+
+    /// How many bytes it has.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// It has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Splits it in two at an offset, which may lie beyond its end.
+    pub fn split_at(&self, offset: usize) -> (Buffer, Buffer) {
+        let (mut head, mut tail) = (Buffer::empty(&self.memory), Buffer::empty(&self.memory));
+        for part in &self.parts {
+            let len = part.len.min(offset.saturating_sub(head.len));
+            if len > 0 {
+                head.len += len;
+                head.parts.push(Part { len, ..*part });
+            }
+            if len < part.len {
+                tail.len += part.len - len;
+                tail.parts.push(Part {
+                    addr: part.addr.unchecked_add(len as u64),
+                    len: part.len - len,
+                });
+            }
+        }
+        (head, tail)
+    }
+
+    /// Copies its first bytes to `data`; returns how many there were.
+    pub fn read(&self, data: &mut [u8]) -> usize {
+        let mut done = 0;
+        for part in &self.parts {
+            let len = part.len.min(data.len() - done);
+            let target = &mut data[done..done + len];
+            if self.memory.read_slice(target, part.addr).is_err() {
+                break;
+            }
+            done += len;
+        }
+        done
+    }
+
+    /// Copies `data` to its first bytes; returns how many had room.
+    pub fn write(&self, data: &[u8]) -> usize {
+        let mut done = 0;
+        for part in &self.parts {
+            let len = part.len.min(data.len() - done);
+            if self
+                .memory
+                .write_slice(&data[done..done + len], part.addr)
+                .is_err()
+            {
+                break;
+            }
+            done += len;
+        }
+        done
+    }
+
+    /// The buffer for a system call. The pointers are valid while this, or a
+    /// clone of it, lives: it holds the memory.
+    pub fn iovecs(&self) -> Vec<libc::iovec> {
+        self.parts
+            .iter()
+            .filter_map(|part| self.memory.get_slice(part.addr, part.len).ok())
+            .map(|slice| libc::iovec {
+                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                iov_len: slice.len(),
+            })
+            .collect()
+    }
+}

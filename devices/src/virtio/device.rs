@@ -1,0 +1,70 @@
+//! The seam between transport and device: the transport owns features, status,
+//! queues and interrupts; a device only moves bytes.
+
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_ids;
+
+use super::GuestMemory;
+use super::queues::Queues;
+
+/// The kind of device (virtio 1.2, section 5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum DeviceId {
+    /// Network card.
+    Net = virtio_ids::VIRTIO_ID_NET,
+    /// Block device.
+    Block = virtio_ids::VIRTIO_ID_BLOCK,
+    /// Entropy source.
+    Rng = virtio_ids::VIRTIO_ID_RNG,
+}
+
+/// The guest broke the rules in a way that the device cannot go on: it needs
+/// to be reset (virtio 1.2, 2.1.1, `DEVICE_NEEDS_RESET`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the driver broke the rules: {0}")]
+pub struct Broken(pub &'static str);
+
+/// Names one of a device's sources of events.
+pub type Token = u32;
+
+/// A device behind a transport.
+///
+/// `serve` and `ready` must not block, and must leave the loop when
+/// [`Queues::pop`] says that there is no chain: it also says so when the device
+/// had its share, and calls again.
+pub trait VirtioDevice: Send {
+    /// Its kind.
+    fn id(&self) -> DeviceId;
+
+    /// The features that it offers, beside those of the transport.
+    fn features(&self) -> u64;
+
+    /// The largest size of each queue.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// What the guest reads of the configuration space.
+    fn config(&self) -> &[u8];
+
+    /// The guest and the device agreed on features: chains may follow.
+    fn activate(&mut self, acked: u64, memory: &Arc<GuestMemory>) -> Result<(), Broken>;
+
+    /// There are chains in a queue.
+    fn serve(&mut self, queue: usize, queues: &mut Queues) -> Result<(), Broken>;
+
+    /// Descriptors of the host that [`VirtioDevice::ready`] is to be called for.
+    /// They are watched on edges, and from before the activation on.
+    fn sources(&self) -> Vec<(Token, RawFd)> {
+        Vec::new()
+    }
+
+    /// A source is ready.
+    fn ready(&mut self, _: Token, _: &mut Queues) -> Result<(), Broken> {
+        Ok(())
+    }
+
+    /// Forgets the guest: when this returns, nothing of it is touched any more.
+    fn reset(&mut self);
+}

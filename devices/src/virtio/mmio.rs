@@ -1,0 +1,401 @@
+//! The memory-mapped transport, version 2 (virtio 1.2, 4.2).
+
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use bitflags::bitflags;
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_config as bits;
+use virtio_bindings::virtio_mmio as reg;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::QueueState;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::device::{Broken, Token, VirtioDevice};
+use super::queues::Queues;
+use super::{GuestMemory, feature};
+use crate::bus::BusDevice;
+
+const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+const VERSION: u32 = 2;
+const VENDOR: u32 = u32::from_le_bytes(*b"MYFL");
+/// The offset of the register that the driver writes a queue's index to.
+pub const NOTIFY_OFFSET: u64 = reg::VIRTIO_MMIO_QUEUE_NOTIFY as u64;
+/// What the transport itself offers.
+const FEATURES: u64 = feature(bits::VIRTIO_F_VERSION_1)
+    | feature(VIRTIO_RING_F_INDIRECT_DESC)
+    | feature(VIRTIO_RING_F_EVENT_IDX);
+
+bitflags! {
+    /// Device status (virtio 1.2, 2.1).
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Status: u32 {
+        /// The driver saw the device.
+        const ACKNOWLEDGE = bits::VIRTIO_CONFIG_S_ACKNOWLEDGE;
+        /// It knows how to drive it.
+        const DRIVER = bits::VIRTIO_CONFIG_S_DRIVER;
+        /// It is ready.
+        const DRIVER_OK = bits::VIRTIO_CONFIG_S_DRIVER_OK;
+        /// Features are agreed on.
+        const FEATURES_OK = bits::VIRTIO_CONFIG_S_FEATURES_OK;
+        /// The device cannot go on.
+        const NEEDS_RESET = bits::VIRTIO_CONFIG_S_NEEDS_RESET;
+        /// The driver gave up.
+        const FAILED = bits::VIRTIO_CONFIG_S_FAILED;
+    }
+
+    /// Interrupt status (virtio 1.2, 4.2.2).
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    struct Interrupt: u32 {
+        const QUEUE = reg::VIRTIO_MMIO_INT_VRING;
+        const CONFIG = reg::VIRTIO_MMIO_INT_CONFIG;
+    }
+}
+
+/// What the driver chose for a queue.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct QueueSetup {
+    max_size: u16,
+    size: u16,
+    ready: bool,
+    descriptors: u64,
+    available: u64,
+    used: u64,
+    next_available: u16,
+    next_used: u16,
+}
+
+impl QueueSetup {
+    fn new(max_size: u16) -> Self {
+        QueueSetup {
+            max_size,
+            size: max_size,
+            ..Default::default()
+        }
+    }
+
+    fn state(&self, event_idx_enabled: bool) -> QueueState {
+        QueueState {
+            max_size: self.max_size,
+            next_avail: self.next_available,
+            next_used: self.next_used,
+            event_idx_enabled,
+            size: self.size,
+            ready: self.ready,
+            desc_table: self.descriptors,
+            avail_ring: self.available,
+            used_ring: self.used,
+        }
+    }
+}
+
+/// What the guest can see of the transport.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TransportState {
+    status: u32,
+    device_features_select: u32,
+    driver_features_select: u32,
+    acked: u64,
+    queue_select: u32,
+    interrupts: u32,
+    queues: Vec<QueueSetup>,
+}
+
+/// A device, and how the guest talks to it.
+pub struct VirtioMmio {
+    device: Box<dyn VirtioDevice>,
+    memory: Arc<GuestMemory>,
+    interrupt: EventFd,
+    kicks: Vec<EventFd>,
+    state: TransportState,
+    /// There from the activation to the reset, or to the driver's first fault.
+    active: Option<Queues>,
+}
+
+impl VirtioMmio {
+    /// A transport in reset. `interrupt` is signalled for the guest.
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        memory: Arc<GuestMemory>,
+        interrupt: EventFd,
+    ) -> std::io::Result<Self> {
+        let kicks = device
+            .queue_sizes()
+            .iter()
+            .map(|_| EventFd::new(EFD_NONBLOCK))
+            .collect::<Result<_, _>>()?;
+        let mut transport = VirtioMmio {
+            device,
+            memory,
+            interrupt,
+            kicks,
+            state: TransportState::default(),
+            active: None,
+        };
+        transport.reset();
+        Ok(transport)
+    }
+
+    /// For each queue, what the driver's notification signals.
+    pub fn kicks(&self) -> &[EventFd] {
+        &self.kicks
+    }
+
+    /// The device's sources of events.
+    pub fn sources(&self) -> Vec<(Token, RawFd)> {
+        self.device.sources()
+    }
+
+    /// What the guest can see, the rings' positions included.
+    pub fn save(&self) -> TransportState {
+        let mut state = self.state.clone();
+        let live = self.active.iter().flat_map(Queues::states);
+        for (setup, live) in state.queues.iter_mut().zip(live) {
+            if let Some(live) = live {
+                setup.next_available = live.next_avail;
+                setup.next_used = live.next_used;
+            }
+        }
+        state
+    }
+
+    /// The driver notified a queue.
+    pub fn kicked(&mut self, queue: usize) {
+        let Some(kick) = self.kicks.get(queue) else {
+            return;
+        };
+        let _ = kick.read();
+        self.turn(Some(queue), |device, queues| device.serve(queue, queues));
+    }
+
+    /// One of the device's sources is ready.
+    pub fn source_ready(&mut self, token: Token) {
+        self.turn(None, |device, queues| device.ready(token, queues));
+    }
+
+    /// Lets the device work, and tells the guest what came of it.
+    fn turn(
+        &mut self,
+        queue: Option<usize>,
+        work: impl FnOnce(&mut dyn VirtioDevice, &mut Queues) -> Result<(), Broken>,
+    ) {
+        let Some(queues) = &mut self.active else {
+            return;
+        };
+        queues.begin();
+        let quiet = queue.map_or(Ok(()), |queue| queues.quiet(queue));
+        let worked = quiet.and_then(|()| work(&mut *self.device, queues));
+        if queues.exhausted() {
+            // Others first; then it goes on, with all its queues.
+            for kick in &self.kicks {
+                let _ = kick.write(1);
+            }
+        }
+        match worked.and_then(|()| queues.end()) {
+            Ok(true) => self.raise(Interrupt::QUEUE),
+            Ok(false) => {}
+            Err(broken) => self.needs_reset(broken),
+        }
+    }
+
+    fn raise(&mut self, interrupt: Interrupt) {
+        self.state.interrupts |= interrupt.bits();
+        // Only refuses when it is signalled already.
+        let _ = self.interrupt.write(1);
+    }
+
+    fn needs_reset(&mut self, broken: Broken) {
+        log::warn!("{:?} device: {broken}", self.device.id());
+        self.state = self.save();
+        self.active = None;
+        self.device.reset();
+        self.state.status |= Status::NEEDS_RESET.bits();
+        if self.status().contains(Status::DRIVER_OK) {
+            self.raise(Interrupt::CONFIG);
+        }
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+        self.device.reset();
+        self.state = TransportState {
+            queues: self
+                .device
+                .queue_sizes()
+                .iter()
+                .map(|&size| QueueSetup::new(size))
+                .collect(),
+            ..Default::default()
+        };
+    }
+
+    fn status(&self) -> Status {
+        Status::from_bits_retain(self.state.status)
+    }
+
+    fn features(&self) -> u64 {
+        FEATURES | self.device.features()
+    }
+
+    fn set_status(&mut self, value: u32) {
+        if value == 0 {
+            return self.reset();
+        }
+        let before = self.status();
+        let mut after = before | Status::from_bits_truncate(value).difference(Status::NEEDS_RESET);
+        let new = |bit| after.contains(bit) && !before.contains(bit);
+        let (features_ok, driver_ok) = (new(Status::FEATURES_OK), new(Status::DRIVER_OK));
+        if features_ok {
+            let acked = self.state.acked;
+            let sound = acked & !self.features() == 0
+                && acked & feature(bits::VIRTIO_F_VERSION_1) != 0
+                && after.contains(Status::DRIVER);
+            after.set(Status::FEATURES_OK, sound);
+        }
+        if driver_ok && !after.contains(Status::FEATURES_OK) {
+            after.remove(Status::DRIVER_OK);
+        }
+        self.state.status = after.bits();
+        if driver_ok && after.contains(Status::DRIVER_OK) && !after.contains(Status::NEEDS_RESET) {
+            self.activate();
+        }
+    }
+
+    fn activate(&mut self) {
+        let acked = self.state.acked;
+        let event_idx = acked & feature(VIRTIO_RING_F_EVENT_IDX) != 0;
+        let setups = self.state.queues.iter();
+        let states: Vec<_> = setups.map(|setup| setup.state(event_idx)).collect();
+        let activated = Queues::new(&self.memory, &states).and_then(|queues| {
+            self.device.activate(acked, &self.memory)?;
+            Ok(queues)
+        });
+        match activated {
+            Ok(queues) => {
+                self.active = Some(queues);
+                // The driver may have added chains, and sources may have
+                // become ready, before this.
+                for kick in &self.kicks {
+                    let _ = kick.write(1);
+                }
+            }
+            Err(broken) => self.needs_reset(broken),
+        }
+    }
+
+    fn queue(&self) -> Option<&QueueSetup> {
+        self.state.queues.get(self.state.queue_select as usize)
+    }
+
+    /// The selected queue, while it may be changed.
+    fn queue_mut(&mut self) -> Option<&mut QueueSetup> {
+        if self.status().contains(Status::DRIVER_OK) {
+            return None;
+        }
+        self.state.queues.get_mut(self.state.queue_select as usize)
+    }
+
+    fn read_register(&self, offset: u32) -> u32 {
+        let half = |value: u64, select: u32| match select {
+            0 => value as u32,
+            1 => (value >> 32) as u32,
+            _ => 0,
+        };
+        match offset {
+            reg::VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
+            reg::VIRTIO_MMIO_VERSION => VERSION,
+            reg::VIRTIO_MMIO_DEVICE_ID => self.device.id() as u32,
+            reg::VIRTIO_MMIO_VENDOR_ID => VENDOR,
+            reg::VIRTIO_MMIO_DEVICE_FEATURES => {
+                half(self.features(), self.state.device_features_select)
+            }
+            reg::VIRTIO_MMIO_QUEUE_NUM_MAX => self.queue().map_or(0, |queue| queue.max_size.into()),
+            reg::VIRTIO_MMIO_QUEUE_READY => self.queue().map_or(0, |queue| queue.ready.into()),
+            reg::VIRTIO_MMIO_INTERRUPT_STATUS => self.state.interrupts,
+            reg::VIRTIO_MMIO_STATUS => self.state.status,
+            // No shared memory: a length of all ones says so.
+            reg::VIRTIO_MMIO_SHM_LEN_LOW..=reg::VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
+            _ => 0, // the configuration's generation too: it never changes
+        }
+    }
+
+    fn write_register(&mut self, offset: u32, value: u32) {
+        let low = |old: u64| old & !0xffff_ffff | u64::from(value);
+        let high = |old: u64| old & 0xffff_ffff | u64::from(value) << 32;
+        match offset {
+            reg::VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.state.device_features_select = value,
+            reg::VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.state.driver_features_select = value,
+            reg::VIRTIO_MMIO_DRIVER_FEATURES => {
+                if !self.status().contains(Status::FEATURES_OK) {
+                    let acked = &mut self.state.acked;
+                    match self.state.driver_features_select {
+                        0 => *acked = low(*acked),
+                        1 => *acked = high(*acked),
+                        _ => {}
+                    }
+                }
+            }
+            reg::VIRTIO_MMIO_QUEUE_SEL => self.state.queue_select = value,
+            // Normally taken by KVM, which signals the same descriptor.
+            reg::VIRTIO_MMIO_QUEUE_NOTIFY => {
+                if let Some(kick) = self.kicks.get(value as usize) {
+                    let _ = kick.write(1);
+                }
+            }
+            reg::VIRTIO_MMIO_INTERRUPT_ACK => self.state.interrupts &= !value,
+            reg::VIRTIO_MMIO_STATUS => self.set_status(value),
+            _ => {
+                let Some(queue) = self.queue_mut() else {
+                    return;
+                };
+                if offset == reg::VIRTIO_MMIO_QUEUE_READY {
+                    queue.ready = value == 1;
+                }
+                if queue.ready {
+                    return;
+                }
+                match offset {
+                    reg::VIRTIO_MMIO_QUEUE_NUM => {
+                        // A size that is not possible makes the queue unusable.
+                        queue.size = u16::try_from(value).unwrap_or(0);
+                    }
+                    reg::VIRTIO_MMIO_QUEUE_DESC_LOW => queue.descriptors = low(queue.descriptors),
+                    reg::VIRTIO_MMIO_QUEUE_DESC_HIGH => queue.descriptors = high(queue.descriptors),
+                    reg::VIRTIO_MMIO_QUEUE_AVAIL_LOW => queue.available = low(queue.available),
+                    reg::VIRTIO_MMIO_QUEUE_AVAIL_HIGH => queue.available = high(queue.available),
+                    reg::VIRTIO_MMIO_QUEUE_USED_LOW => queue.used = low(queue.used),
+                    reg::VIRTIO_MMIO_QUEUE_USED_HIGH => queue.used = high(queue.used),
+                    _ => {}
+                }
+            }
+        }
+    }
+}
+
+impl BusDevice for VirtioMmio {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let Some(start) = offset.checked_sub(reg::VIRTIO_MMIO_CONFIG.into()) {
+            let config = self.device.config();
+            let rest = usize::try_from(start)
+                .ok()
+                .and_then(|start| config.get(start..));
+            for (target, source) in data.iter_mut().zip(rest.unwrap_or_default()) {
+                *target = *source;
+            }
+        } else if let (Ok(offset @ 0..0x100), 4) = (u32::try_from(offset), data.len()) {
+            data.copy_from_slice(&self.read_register(offset).to_le_bytes());
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        // No device's configuration can be written.
+        if let (Ok(offset @ 0..0x100), Ok(value)) = (u32::try_from(offset), data.try_into()) {
+            self.write_register(offset, u32::from_le_bytes(value));
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "mmio_tests.rs"]
+mod tests;

@@ -1,0 +1,290 @@
+use super::*;
+use crate::virtio::rng::Rng;
+use crate::virtio::testing::{Descriptor, Driver, MEMORY, SIZE};
+use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress};
+
+fn driver() -> Driver {
+    Driver::new(Box::new(Rng::new(std::io::repeat(1))))
+}
+
+#[test]
+fn identifies_itself() {
+    let mut driver = driver();
+    assert_eq!(
+        driver.read_register(reg::VIRTIO_MMIO_MAGIC_VALUE),
+        0x7472_6976
+    );
+    assert_eq!(driver.read_register(reg::VIRTIO_MMIO_VERSION), 2);
+    assert_eq!(driver.read_register(reg::VIRTIO_MMIO_DEVICE_ID), 4);
+    assert_eq!(driver.read_register(reg::VIRTIO_MMIO_QUEUE_NUM_MAX), 64);
+    driver.write_register(reg::VIRTIO_MMIO_QUEUE_SEL, 1);
+    assert_eq!(driver.read_register(reg::VIRTIO_MMIO_QUEUE_NUM_MAX), 0);
+    assert_eq!(driver.read_register(reg::VIRTIO_MMIO_SHM_LEN_LOW), u32::MAX);
+}
+
+#[test]
+fn features_must_be_offered_and_modern() {
+    let agree = |features: u64| {
+        let mut driver = driver();
+        driver.add_status(Status::ACKNOWLEDGE | Status::DRIVER);
+        for half in 0..2 {
+            driver.write_register(reg::VIRTIO_MMIO_DRIVER_FEATURES_SEL, half);
+            driver.write_register(
+                reg::VIRTIO_MMIO_DRIVER_FEATURES,
+                (features >> (32 * half)) as u32,
+            );
+        }
+        driver.add_status(Status::FEATURES_OK);
+        driver.status().contains(Status::FEATURES_OK)
+    };
+    let version_1 = feature(bits::VIRTIO_F_VERSION_1);
+    assert!(agree(version_1));
+    assert!(agree(FEATURES));
+    assert!(!agree(0));
+    assert!(!agree(version_1 | 1));
+}
+
+#[test]
+fn there_is_no_activation_without_features() {
+    let mut driver = driver();
+    driver.add_status(Status::ACKNOWLEDGE | Status::DRIVER | Status::DRIVER_OK);
+    assert!(!driver.status().contains(Status::DRIVER_OK));
+    assert!(driver.transport.active.is_none());
+}
+
+#[test]
+fn nothing_about_a_queue_changes_after_the_activation() {
+    let mut driver = driver();
+    driver.start(0);
+    let before = driver.transport.save();
+    for register in (reg::VIRTIO_MMIO_QUEUE_NUM..=reg::VIRTIO_MMIO_QUEUE_USED_HIGH).step_by(4) {
+        if register != reg::VIRTIO_MMIO_INTERRUPT_ACK && register != reg::VIRTIO_MMIO_STATUS {
+            driver.write_register(register, 0x4000);
+        }
+    }
+    driver.write_register(reg::VIRTIO_MMIO_QUEUE_READY, 0);
+    driver.write_register(reg::VIRTIO_MMIO_DRIVER_FEATURES, 0xffff_ffff);
+    assert_eq!(driver.transport.save(), before);
+    driver.add(0, &[Descriptor::writable(0x8000, 1)]);
+    driver.kick(0);
+    assert_eq!(driver.used(0), [(0, 1)]);
+}
+
+#[test]
+fn queues_must_lie_in_memory() {
+    for rings in [MEMORY as u64, !0xfff, MEMORY as u64 - 0x100] {
+        let mut driver = driver();
+        driver.set_up(0);
+        driver.write_register(reg::VIRTIO_MMIO_QUEUE_READY, 0);
+        driver.set_up_queue(0, rings);
+        driver.add_status(Status::DRIVER_OK);
+        assert!(driver.status().contains(Status::NEEDS_RESET), "{rings:#x}");
+    }
+}
+
+#[test]
+fn queue_sizes_are_checked() {
+    for size in [0, 3, 65, 0x1_0010, u32::MAX] {
+        let mut driver = driver();
+        driver.set_up(0);
+        driver.write_register(reg::VIRTIO_MMIO_QUEUE_READY, 0);
+        driver.write_register(reg::VIRTIO_MMIO_QUEUE_NUM, size);
+        driver.write_register(reg::VIRTIO_MMIO_QUEUE_READY, 1);
+        driver.add_status(Status::DRIVER_OK);
+        assert!(driver.status().contains(Status::NEEDS_RESET), "{size}");
+    }
+}
+
+/// Chains that no driver may make, each on its own.
+#[test]
+fn hostile_chains_break_the_device_alone() {
+    type Make = fn(&mut Driver);
+    let cases: [(&str, Make); 9] = [
+        ("a loop", |driver| {
+            let link = Descriptor {
+                flags: 3,
+                next: 0,
+                ..Descriptor::writable(0x8000, 16)
+            };
+            driver.describe(0, 0, link);
+            driver.offer(0, 0);
+        }),
+        ("a head outside of the table", |driver| {
+            driver.offer(0, SIZE)
+        }),
+        ("a next outside of the table", |driver| {
+            let link = Descriptor {
+                flags: 3,
+                next: SIZE,
+                ..Descriptor::writable(0x8000, 16)
+            };
+            driver.describe(0, 0, link);
+            driver.offer(0, 0);
+        }),
+        ("an address outside of memory", |driver| {
+            driver.add(0, &[Descriptor::writable(MEMORY as u64, 1)]);
+        }),
+        ("an address that wraps", |driver| {
+            driver.add(0, &[Descriptor::writable(u64::MAX, 2)]);
+        }),
+        ("a length that leaves memory", |driver| {
+            driver.add(0, &[Descriptor::writable(0x8000, u32::MAX)]);
+        }),
+        ("readable behind writable", |driver| {
+            driver.add(
+                0,
+                &[
+                    Descriptor::writable(0x8000, 1),
+                    Descriptor::readable(0x9000, 1),
+                ],
+            );
+        }),
+        ("an index too far ahead", |driver| {
+            driver.set_available_index(0, SIZE + 1)
+        }),
+        ("an indirect table in an indirect table", |driver| {
+            let inner = Descriptor {
+                flags: 4,
+                ..Descriptor::readable(0xa000, 16)
+            };
+            driver.describe(
+                0,
+                0,
+                Descriptor {
+                    addr: Driver::rings(0) + 16,
+                    ..inner
+                },
+            );
+            driver.describe(0, 1, inner);
+            driver.offer(0, 0);
+        }),
+    ];
+    for (name, make) in cases {
+        let mut driver = driver();
+        driver.start(0);
+        make(&mut driver);
+        driver.kick(0);
+        assert!(driver.status().contains(Status::NEEDS_RESET), "{name}");
+        assert!(driver.status().contains(Status::DRIVER_OK), "{name}");
+        assert_eq!(
+            driver.read_register(reg::VIRTIO_MMIO_INTERRUPT_STATUS),
+            2,
+            "{name}"
+        );
+        assert_eq!(driver.interrupts(), 1, "{name}");
+        // It does nothing more …
+        driver.kick(0);
+        assert_eq!(driver.used(0), [], "{name}");
+        // … until it is reset.
+        driver.reset();
+        driver.start(0);
+        driver.add(0, &[Descriptor::writable(0x8000, 4)]);
+        driver.kick(0);
+        assert_eq!(driver.used(0), [(0, 4)], "{name}");
+    }
+}
+
+#[test]
+fn the_driver_may_ask_not_to_be_interrupted() {
+    let mut driver = driver();
+    driver.start(feature(VIRTIO_RING_F_EVENT_IDX));
+    // used_event: when the second chain is used.
+    let used_event = GuestAddress(Driver::rings(0) + 0x404 + 2 * u64::from(SIZE));
+    driver.memory.write_obj(1u16, used_event).unwrap();
+    driver.add(0, &[Descriptor::writable(0x8000, 1)]);
+    driver.kick(0);
+    assert_eq!((driver.used(0).len(), driver.interrupts()), (1, 0));
+    driver.add(0, &[Descriptor::writable(0x8000, 1)]);
+    driver.kick(0);
+    assert_eq!((driver.used(0).len(), driver.interrupts()), (1, 1));
+    driver.write_register(reg::VIRTIO_MMIO_INTERRUPT_ACK, 1);
+    assert_eq!(driver.read_register(reg::VIRTIO_MMIO_INTERRUPT_STATUS), 0);
+}
+
+#[test]
+fn indirect_chains_work() {
+    let mut driver = driver();
+    driver.start(feature(VIRTIO_RING_F_INDIRECT_DESC));
+    // The table lies behind the ring's own first descriptor.
+    let table = Driver::rings(0) + 16;
+    driver.describe(
+        0,
+        0,
+        Descriptor {
+            flags: 4,
+            ..Descriptor::readable(table, 32)
+        },
+    );
+    driver.describe(
+        0,
+        1,
+        Descriptor {
+            flags: 3,
+            next: 1,
+            ..Descriptor::writable(0x8000, 2)
+        },
+    );
+    driver.describe(0, 2, Descriptor::writable(0x9000, 2));
+    driver.offer(0, 0);
+    driver.kick(0);
+    assert_eq!(driver.used(0), [(0, 4)]);
+}
+
+#[test]
+fn state_is_saved_whole() {
+    let mut driver = driver();
+    driver.start(0);
+    driver.add(0, &[Descriptor::writable(0x8000, 1)]);
+    driver.kick(0);
+    let saved = driver.transport.save();
+    assert_eq!(saved.queues[0].next_available, 1);
+    assert_eq!(saved.queues[0].next_used, 1);
+    let text = serde_json::to_string(&saved).unwrap();
+    assert_eq!(
+        serde_json::from_str::<TransportState>(&text).unwrap(),
+        saved
+    );
+}
+
+proptest! {
+    #[test]
+    fn no_sequence_of_register_accesses_panics(
+        accesses in prop::collection::vec((0u64..0x220, any::<bool>(), 0usize..9, any::<u64>()), 0..200),
+        started: bool,
+    ) {
+        let mut driver = driver();
+        if started {
+            driver.start(0);
+        }
+        for (offset, write, len, value) in accesses {
+            let mut data = value.to_le_bytes().repeat(2);
+            data.truncate(len);
+            if write {
+                driver.transport.write(offset, &data);
+            } else {
+                driver.transport.read(offset, &mut data);
+            }
+            driver.kick(0);
+        }
+    }
+
+    #[test]
+    fn no_content_of_the_rings_panics(
+        rings in prop::collection::vec(any::<u8>(), 0xc00),
+        plausible in prop::collection::vec((0u16..20, 0u16..8, 0u16..20), 0..24),
+        ahead in 0u16..20,
+    ) {
+        let mut driver = driver();
+        driver.start(FEATURES);
+        driver.write(Driver::rings(0), &rings);
+        for (index, (next, flags, head)) in (0..).zip(plausible) {
+            driver.describe(0, index % SIZE, Descriptor { addr: 0x8000, len: 0x1000, flags, next });
+            driver.offer(0, head);
+        }
+        driver.set_available_index(0, ahead);
+        for _ in 0..3 {
+            driver.kick(0);
+        }
+    }
+}

@@ -1,0 +1,19 @@
+//! Virtio devices (virtio 1.2), and the transport that the guest finds them by.
+
+pub mod block;
+pub mod chain;
+pub mod device;
+pub mod mmio;
+pub mod net;
+pub mod queues;
+pub mod rng;
+#[cfg(test)]
+pub mod testing;
+
+/// The guest's memory.
+pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
+
+/// A feature bit as a mask.
+pub const fn feature(bit: u32) -> u64 {
+    1 << bit
+}

@@ -1,0 +1,138 @@
+//! The queues of an active device: the only place that touches rings.
+
+use std::sync::Arc;
+
+use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
+
+use super::GuestMemory;
+use super::chain::Chain;
+use super::device::Broken;
+
+struct Active {
+    queue: Queue,
+    /// How many chains the device may still take before others get a turn.
+    share: u16,
+    /// Chains were completed since the guest was last told.
+    used: bool,
+}
+
+/// The queues of a device. Those that the driver left out are always empty.
+pub struct Queues {
+    memory: Arc<GuestMemory>,
+    queues: Vec<Option<Active>>,
+    exhausted: bool,
+}
+
+impl Queues {
+    /// Checks the queues and takes them over.
+    pub(super) fn new(memory: &Arc<GuestMemory>, states: &[QueueState]) -> Result<Self, Broken> {
+        let activate = |state: &QueueState| {
+            if !state.ready {
+                return Ok(None);
+            }
+            let queue = Queue::try_from(*state).map_err(|_| Broken("a queue is malformed"))?;
+            if !queue.is_valid(&**memory) {
+                return Err(Broken("a queue lies outside of memory"));
+            }
+            Ok(Some(Active {
+                queue,
+                share: 0,
+                used: false,
+            }))
+        };
+        Ok(Queues {
+            memory: memory.clone(),
+            queues: states.iter().map(activate).collect::<Result<_, _>>()?,
+            exhausted: false,
+        })
+    }
+
+    pub(super) fn states(&self) -> impl Iterator<Item = Option<QueueState>> {
+        self.queues
+            .iter()
+            .map(|queue| queue.as_ref().map(|active| active.queue.state()))
+    }
+
+    /// Begins a turn of the device.
+    pub(super) fn begin(&mut self) {
+        self.exhausted = false;
+        for active in self.queues.iter_mut().flatten() {
+            active.share = active.queue.size();
+        }
+    }
+
+    /// Ends a turn. True if the guest wants to be interrupted.
+    pub(super) fn end(&mut self) -> Result<bool, Broken> {
+        let mut interrupt = false;
+        for active in self.queues.iter_mut().flatten() {
+            if std::mem::take(&mut active.used) {
+                interrupt |= active
+                    .queue
+                    .needs_notification(&*self.memory)
+                    .map_err(|_| Broken("a ring cannot be read"))?;
+            }
+        }
+        Ok(interrupt)
+    }
+
+    /// The device had its share, and there may be more.
+    pub(super) fn exhausted(&self) -> bool {
+        self.exhausted
+    }
+
+    /// Do not tell when chains are added: the device looks by itself.
+    pub(super) fn quiet(&mut self, queue: usize) -> Result<(), Broken> {
+        match self.queues.get_mut(queue) {
+            Some(Some(active)) => active
+                .queue
+                .disable_notification(&*self.memory)
+                .map_err(|_| Broken("a ring cannot be written")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes the next chain. When there is none, the driver will tell of the
+    /// next one.
+    pub fn pop(&mut self, queue: usize) -> Result<Option<Chain>, Broken> {
+        let Some(Some(active)) = self.queues.get_mut(queue) else {
+            return Ok(None);
+        };
+        if active.share == 0 {
+            self.exhausted = true;
+            return Ok(None);
+        }
+        // The second time there must be a chain, unless the ring lies.
+        for _ in 0..2 {
+            let next = active
+                .queue
+                .iter(&*self.memory)
+                .map_err(|_| Broken("the available index is ahead by more than the queue's size"))?
+                .next();
+            if let Some(descriptors) = next {
+                active.share -= 1;
+                let limit = active.queue.size();
+                return Chain::parse(&self.memory, descriptors, limit).map(Some);
+            }
+            let more = active
+                .queue
+                .enable_notification(&*self.memory)
+                .map_err(|_| Broken("a ring cannot be written"))?;
+            if !more {
+                return Ok(None);
+            }
+        }
+        Err(Broken("the available ring cannot be read"))
+    }
+
+    /// Gives a chain back, with `len` bytes written to it.
+    pub fn complete(&mut self, queue: usize, head: u16, len: u32) -> Result<(), Broken> {
+        let Some(Some(active)) = self.queues.get_mut(queue) else {
+            return Ok(());
+        };
+        active.used = true;
+        active
+            .queue
+            .add_used(&*self.memory, head, len)
+            .map_err(|_| Broken("the used ring cannot be written"))
+    }
+}

@@ -1,0 +1,38 @@
+//! `mayfly doctor`
+
+use std::process::ExitCode;
+
+use crate::doctor::{self, Verdict};
+use crate::failure::{Class, Failure, OrFail};
+use crate::machine;
+
+/// Raw flags.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Print one JSON array
+    #[arg(long)]
+    json: bool,
+    /// Only tell, by the exit code, whether VMs can run here; if not, why
+    #[arg(long, conflicts_with = "json")]
+    can_boot: bool,
+}
+
+/// Examines the host. The exit code is 0 if VMs can run, else 3.
+pub fn run(args: Args) -> Result<ExitCode, Failure> {
+    if args.can_boot {
+        return machine::open_kvm().map(|_| ExitCode::SUCCESS);
+    }
+    let checks = doctor::examine();
+    if args.json {
+        println!("{}", serde_json::to_string(&checks).or_internal("--json")?);
+    } else {
+        for check in &checks {
+            println!("{check}");
+        }
+    }
+    let fatal = checks.iter().any(|check| check.verdict == Verdict::Fatal);
+    Ok(match fatal {
+        true => ExitCode::from(Class::Host as u8),
+        false => ExitCode::SUCCESS,
+    })
+}

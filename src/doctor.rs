@@ -1,0 +1,246 @@
+//! What this host can do for VMs, found out by trying, not by guessing.
+
+use std::fmt;
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::path::Path;
+
+use kvm_ioctls::Kvm;
+use serde::Serialize;
+
+use crate::config;
+use crate::failure::OrFail;
+use crate::kvm::probe::{self, Backend};
+use crate::kvm::vm;
+
+/// How a check came out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// Fine.
+    Ok,
+    /// VMs run without it, less well or with fewer features.
+    Missing,
+    /// No VM can run.
+    Fatal,
+}
+
+/// One thing about the host.
+#[derive(Clone, Debug, Serialize)]
+pub struct Check {
+    /// What was looked at.
+    pub name: &'static str,
+    /// How it came out.
+    pub verdict: Verdict,
+    /// What was found.
+    pub found: String,
+    /// What to do about it.
+    pub remedy: Option<String>,
+}
+
+impl fmt::Display for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verdict = match self.verdict {
+            Verdict::Ok => "ok",
+            Verdict::Missing => "missing",
+            Verdict::Fatal => "FATAL",
+        };
+        write!(f, "{:<16}{verdict:<9}{}", self.name, self.found)?;
+        match &self.remedy {
+            Some(remedy) => write!(f, "\n{:<25}{remedy}", ""),
+            None => Ok(()),
+        }
+    }
+}
+
+fn ok(name: &'static str, found: impl Into<String>) -> Check {
+    Check {
+        name,
+        verdict: Verdict::Ok,
+        found: found.into(),
+        remedy: None,
+    }
+}
+
+fn bad(name: &'static str, verdict: Verdict, found: impl Into<String>, remedy: &str) -> Check {
+    Check {
+        name,
+        verdict,
+        found: found.into(),
+        remedy: Some(remedy.to_owned()),
+    }
+}
+
+/// Looks at everything.
+pub fn examine() -> Vec<Check> {
+    let mut checks = Vec::new();
+    match vm::open() {
+        Ok(kvm) => {
+            checks.push(ok("/dev/kvm", "present and permitted"));
+            checks.push(backend(&kvm));
+        }
+        Err(error) => {
+            let found = Err::<(), _>(error)
+                .or_host("KVM")
+                .map_or_else(|f| f.to_string(), |()| String::new());
+            let remedy = "without KVM, scripts/mayfly runs VMs in a software lab";
+            checks.push(bad("/dev/kvm", Verdict::Fatal, found, remedy));
+        }
+    }
+    checks.extend([
+        io_uring(),
+        tap(),
+        user_namespaces(),
+        cgroups(),
+        memory(),
+        kernels(),
+    ]);
+    checks
+}
+
+fn backend(kvm: &Kvm) -> Check {
+    const NAME: &str = "KVM backend";
+    let flag = match probe::cpu_flag() {
+        Some(flag) => format!("the CPU has {flag}"),
+        None => "the CPU shows neither vmx nor svm".to_owned(),
+    };
+    match probe::measure(kvm) {
+        Backend::Hardware => ok(NAME, format!("runs guest code on the CPU ({flag})")),
+        Backend::Emulated(time) if probe::cpu_flag().is_none() => bad(
+            NAME,
+            Verdict::Fatal,
+            format!(
+                "emulates guest code, {} ms for what a CPU does in 0.1 ms ({flag}; PVM?)",
+                time.as_millis()
+            ),
+            "Linux cannot run on it; use a host with VT-x or AMD-V, or scripts/mayfly, which has a software lab",
+        ),
+        Backend::Emulated(time) => bad(
+            NAME,
+            Verdict::Missing,
+            format!(
+                "runs guest code slowly, {} ms for 0.1 ms ({flag})",
+                time.as_millis()
+            ),
+            "VMs run, slowly: this host is busy, or is itself emulated",
+        ),
+        Backend::Unknown => bad(
+            NAME,
+            Verdict::Fatal,
+            format!("cannot run a VM of a few instructions ({flag})"),
+            "see the kernel's log: dmesg | grep -i kvm",
+        ),
+    }
+}
+
+fn io_uring() -> Check {
+    const NAME: &str = "io_uring";
+    // The kernel's `struct io_uring_params` is 120 bytes.
+    let mut params = [0u64; 15];
+    // SAFETY: the kernel writes at most the structure's size.
+    let fd = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, params.as_mut_ptr()) };
+    match i32::try_from(fd) {
+        Ok(fd) if fd >= 0 => {
+            // SAFETY: it is new, and nothing else owns it.
+            drop(unsafe { OwnedFd::from_raw_fd(fd) });
+            ok(NAME, "allowed")
+        }
+        _ => bad(
+            NAME,
+            Verdict::Missing,
+            format!("refused: {}", io::Error::last_os_error()),
+            "disks use threads instead; to allow it: sysctl kernel.io_uring_disabled=0",
+        ),
+    }
+}
+
+fn tap() -> Check {
+    const NAME: &str = "TAP";
+    let path = "/dev/net/tun";
+    match OpenOptions::new().read(true).write(true).open(path) {
+        Ok(_) => ok(NAME, format!("{path} is permitted")),
+        Err(error) => bad(
+            NAME,
+            Verdict::Missing,
+            format!("{path}: {error}"),
+            "networks need it: modprobe tun, and chmod 666 /dev/net/tun (as most systems have it)",
+        ),
+    }
+}
+
+fn user_namespaces() -> Check {
+    const NAME: &str = "user namespaces";
+    // SAFETY: the child only calls functions that are safe after a fork.
+    let child = unsafe {
+        match libc::fork() {
+            0 => libc::_exit(libc::unshare(libc::CLONE_NEWUSER).abs()),
+            child => child,
+        }
+    };
+    let mut status = 0;
+    // SAFETY: writes to a live integer.
+    let waited = child > 0 && unsafe { libc::waitpid(child, &mut status, 0) } == child;
+    if waited && status == 0 {
+        return ok(NAME, "allowed");
+    }
+    bad(
+        NAME,
+        Verdict::Missing,
+        "refused",
+        "to allow them: sysctl user.max_user_namespaces=10000 (and, where it exists, kernel.apparmor_restrict_unprivileged_userns=0)",
+    )
+}
+
+fn cgroups() -> Check {
+    const NAME: &str = "cgroups";
+    let path = "/sys/fs/cgroup/cgroup.controllers";
+    match fs::read_to_string(path) {
+        Ok(controllers) => ok(NAME, format!("version 2: {}", controllers.trim())),
+        Err(_) => bad(
+            NAME,
+            Verdict::Missing,
+            "version 2 is not mounted at /sys/fs/cgroup",
+            "boot the host with systemd.unified_cgroup_hierarchy=1",
+        ),
+    }
+}
+
+fn memory() -> Check {
+    const NAME: &str = "memory";
+    const COMFORTABLE: u64 = 256 << 20;
+    let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let available = info
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))
+        .and_then(|value| value.trim().trim_end_matches(" kB").parse::<u64>().ok())
+        .unwrap_or(0)
+        << 10;
+    let found = format!("{} MiB available", available >> 20);
+    match available {
+        COMFORTABLE.. => ok(NAME, found),
+        _ => bad(
+            NAME,
+            Verdict::Missing,
+            found,
+            "end other programs, or give VMs less",
+        ),
+    }
+}
+
+fn kernels() -> Check {
+    const NAME: &str = "guest kernel";
+    match config::default_guest() {
+        Some((kernel, initrd)) => {
+            let name = |path: &Path| path.display().to_string();
+            let initrd = initrd.map_or("no initial RAM disk".to_owned(), |path| name(&path));
+            ok(NAME, format!("{}, {initrd}", name(&kernel)))
+        }
+        None => bad(
+            NAME,
+            Verdict::Missing,
+            "none fetched, none in /boot",
+            "scripts/mayfly fetches one; or name one with --kernel",
+        ),
+    }
+}

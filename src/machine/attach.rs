@@ -1,0 +1,128 @@
+//! Places the virtio devices: one arm a device.
+
+use std::sync::{Arc, Mutex};
+
+use mayfly_boot::{MmioDevice, layout};
+use mayfly_devices::virtio::block::Block;
+use mayfly_devices::virtio::device::VirtioDevice;
+use mayfly_devices::virtio::mmio::{NOTIFY_OFFSET, VirtioMmio};
+use mayfly_devices::virtio::net::Net;
+use mayfly_devices::virtio::rng::Rng;
+
+use super::build::event;
+use super::resources::Resources;
+use crate::config::{MachineConfig, NetConfig};
+use crate::failure::{Failure, OrFail};
+use crate::kvm::memory::GuestMemory;
+use crate::kvm::vcpu::Buses;
+use crate::kvm::vm::Vm;
+
+/// A virtio device in its place.
+pub struct Slot {
+    /// Where the guest finds it.
+    pub place: MmioDevice,
+    /// The device.
+    pub transport: Arc<Mutex<VirtioMmio>>,
+}
+
+/// Makes all devices, in the order of their names in the guest.
+pub fn attach(
+    config: &MachineConfig,
+    resources: &mut Resources,
+    vm: &Vm,
+    memory: &GuestMemory,
+    buses: &mut Buses,
+) -> Result<Vec<Slot>, Failure> {
+    let mut devices: Vec<(String, Box<dyn VirtioDevice>)> = Vec::new();
+    for (disk, from) in resources.disks.drain(..).zip(&config.disks) {
+        let flag = format!("--disk path={}", from.path.display());
+        devices.push((flag.clone(), Box::new(Block::new(disk).or_host(flag)?)));
+    }
+    for (tap, from) in resources.taps.drain(..).zip(&config.nets) {
+        let net = Net::new(tap, mac_address(from));
+        devices.push((format!("--net tap={}", from.tap), Box::new(net)));
+    }
+    let random = resources
+        .random
+        .try_clone()
+        .or_host("duplicating a descriptor")?;
+    devices.push(("the entropy device".to_owned(), Box::new(Rng::new(random))));
+
+    let memory = Arc::new(memory.clone());
+    let mut slots = Vec::new();
+    for (index, (flag, device)) in devices.into_iter().enumerate() {
+        slots.push(place(index, &flag, device, vm, &memory, buses)?);
+    }
+    Ok(slots)
+}
+
+/// Gives a device its address, its interrupt and its notifications.
+fn place(
+    index: usize,
+    flag: &str,
+    device: Box<dyn VirtioDevice>,
+    vm: &Vm,
+    memory: &Arc<GuestMemory>,
+    buses: &mut Buses,
+) -> Result<Slot, Failure> {
+    let (Some(addr), Some(irq)) = (layout::virtio_address(index), layout::virtio_irq(index)) else {
+        return Err(Failure::config(format!("{flag}: too many devices")));
+    };
+    let interrupt = event()?;
+    vm.connect_interrupt(&interrupt, irq).or_host(flag)?;
+    let transport = VirtioMmio::new(device, memory.clone(), interrupt).or_host(flag)?;
+    for (queue, kick) in (0..).zip(transport.kicks()) {
+        vm.connect_notification(kick, addr + NOTIFY_OFFSET, queue)
+            .or_host(flag)?;
+    }
+    let transport = Arc::new(Mutex::new(transport));
+    buses
+        .mmio
+        .insert(addr, layout::VIRTIO_MMIO_SIZE, transport.clone())
+        .or_internal(flag)?;
+    Ok(Slot {
+        place: MmioDevice { addr, irq },
+        transport,
+    })
+}
+
+/// The address that was given, or one that is the same whenever the same host
+/// gives the guest the same TAP, and hardly ever another's.
+fn mac_address(config: &NetConfig) -> [u8; 6] {
+    /// Locally administered, of one device (IEEE 802).
+    const LOCAL: u8 = 0x02;
+    config.mac.unwrap_or_else(|| {
+        let host = std::fs::read("/etc/machine-id").unwrap_or_default();
+        let [a, b, c, d, e, ..] = fnv_1a(&[&host, config.tap.as_bytes()].concat()).to_le_bytes();
+        [LOCAL, a, b, c, d, e]
+    })
+}
+
+/// The Fowler-Noll-Vo hash: stable, unlike the standard library's.
+fn fnv_1a(data: &[u8]) -> u64 {
+    data.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_stable_and_local() {
+        let config = |tap: &str, mac| NetConfig {
+            tap: tap.into(),
+            mac,
+        };
+        let derived = mac_address(&config("tap0", None));
+        assert_eq!(derived, mac_address(&config("tap0", None)));
+        assert_ne!(derived, mac_address(&config("tap1", None)));
+        assert_eq!(derived[0], 2);
+        assert_eq!(
+            mac_address(&config("tap0", Some([2, 1, 1, 1, 1, 1]))),
+            [2, 1, 1, 1, 1, 1]
+        );
+        assert_eq!(fnv_1a(b"a"), 0xaf63_dc4c_8601_ec8c);
+    }
+}

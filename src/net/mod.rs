@@ -1,0 +1,3 @@
+//! The host's side of networks.
+
+pub mod tap;
