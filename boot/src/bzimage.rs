@@ -70,6 +70,7 @@ pub(crate) fn load<M: GuestMemoryBackend>(
     Ok(Kernel {
         entry: load_at + ENTRY_64,
         protocol: Protocol::Linux64,
+        start: load_at,
         end,
         header: Some(header),
         mapped: 0,

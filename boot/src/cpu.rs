@@ -219,6 +219,7 @@ mod tests {
         Kernel {
             entry: 0x100_0000,
             protocol,
+            start: 0,
             end: 0,
             header: None,
             mapped: 0,

@@ -70,6 +70,7 @@ pub(crate) fn load<M: GuestMemoryBackend>(
     Ok(Kernel {
         entry,
         protocol,
+        start,
         end,
         header: None,
         mapped,

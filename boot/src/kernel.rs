@@ -50,7 +50,9 @@ pub struct Kernel {
     pub entry: u64,
     /// How it is entered.
     pub protocol: Protocol,
-    /// The end of the memory that the kernel needs for itself.
+    /// The start of the memory that the kernel needs for itself.
+    pub start: u64,
+    /// The end of it.
     pub end: u64,
     /// The setup header that a bzImage carries.
     pub header: Option<setup_header>,

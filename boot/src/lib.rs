@@ -111,6 +111,7 @@ mod tests {
         Kernel {
             entry: 0x100_0000,
             protocol,
+            start: 0,
             end: 0x200_0000,
             header: None,
             mapped: 0,

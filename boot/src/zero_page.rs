@@ -82,6 +82,7 @@ mod tests {
         Kernel {
             entry: 0,
             protocol: Protocol::Linux64,
+            start: 0,
             end: 0,
             header,
             mapped: 0,

@@ -162,7 +162,7 @@ fn load(
     let kernel = loaded.or_config(flag)?;
     let initrd = match (&config.initrd, &mut resources.initrd) {
         (Some(path), Some(file)) => Some(
-            initrd::load(memory, file, &mapper, kernel.end)
+            initrd::load(memory, file, &mapper, kernel.start..kernel.end)
                 .or_config(format_args!("--initrd {}", path.display()))?,
         ),
         _ => None,

@@ -1,0 +1,145 @@
+//! Every way in which a VM ends: exit code, record, and nothing left behind.
+
+use std::time::Duration;
+
+use crate::common::{Guest, kernel};
+
+#[test]
+fn a_power_off_is_told_in_the_record() {
+    let ended = Guest::new("exit 42")
+        .args(["--json", "--timing"])
+        .start()
+        .wait();
+    assert_eq!(ended.code(), Some(0), "{ended:?}");
+    let record = ended.record();
+    assert_eq!(record["outcome"], "power-off");
+    assert_eq!(record["exit_code"], 0);
+    assert_eq!(record["guest_status"], 42);
+    let times: Vec<u64> = [
+        "kvm_ready",
+        "memory_mapped",
+        "kernel_loaded",
+        "vcpus_started",
+        "guest_init",
+        "exit",
+    ]
+    .iter()
+    .map(|phase| {
+        record["timing_us"][phase]
+            .as_u64()
+            .unwrap_or_else(|| panic!("{record}"))
+    })
+    .collect();
+    assert!(times.is_sorted(), "{times:?}");
+    for phase in ["KVM ready", "guest init reached", "exit"] {
+        assert!(ended.stderr.contains(phase), "{ended:?}");
+    }
+}
+
+#[test]
+fn a_reboot_ends_the_vm() {
+    let ended = Guest::new("")
+        .args(["--json", "--cmdline", "-- reboot"])
+        .start()
+        .wait();
+    assert_eq!(ended.code(), Some(0), "{ended:?}");
+    assert_eq!(ended.record()["outcome"], "reset");
+}
+
+#[test]
+fn a_reboot_by_the_keyboard_controller_ends_the_vm() {
+    let ended = Guest::new("")
+        .args(["--json", "--cmdline", "reboot=k -- reboot"])
+        .start()
+        .wait();
+    assert_eq!(ended.code(), Some(0), "{ended:?}");
+    assert_eq!(ended.record()["outcome"], "reset");
+}
+
+#[test]
+fn a_triple_fault_is_a_crash() {
+    let ended = Guest::new("")
+        .args(["--json", "--cmdline", "reboot=t -- reboot"])
+        .start()
+        .wait();
+    assert_eq!(ended.code(), Some(4), "{ended:?}");
+    assert_eq!(ended.record()["outcome"], "crash");
+    assert!(
+        ended.stderr.contains("the guest crashed: triple fault"),
+        "{ended:?}"
+    );
+}
+
+#[test]
+fn a_panic_ends_the_vm() {
+    let ended = Guest::new("")
+        .args(["--json", "--cmdline", "-- panic"])
+        .start()
+        .wait();
+    assert_eq!(ended.record()["outcome"], "reset", "{ended:?}");
+    assert!(ended.stdout.contains("Kernel panic"), "{ended:?}");
+}
+
+/// Signals end a guest that is busy on all CPUs, at once and in order.
+fn ends_by_signal(signal: i32) {
+    let guest = Guest::new("while :; do :; done & echo up; while :; do :; done");
+    let (pidfile, socket) = (guest.path("pid"), guest.path("console"));
+    let console = format!("unix={}", socket.display());
+    let mut running = guest
+        .args(["--cpus", "2", "--json", "--console", &console, "--pidfile"])
+        .args([&pidfile])
+        .start();
+    let deadline = std::time::Instant::now() + crate::common::PATIENCE;
+    let mut client = loop {
+        match std::os::unix::net::UnixStream::connect(&socket) {
+            Ok(client) => break client,
+            Err(_) => assert!(std::time::Instant::now() < deadline),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    let mut seen = Vec::new();
+    client
+        .set_read_timeout(Some(crate::common::PATIENCE))
+        .unwrap();
+    while !String::from_utf8_lossy(&seen).contains("up") {
+        let mut chunk = [0; 256];
+        let len = std::io::Read::read(&mut client, &mut chunk).unwrap();
+        assert_ne!(len, 0, "{}", String::from_utf8_lossy(&seen));
+        seen.extend_from_slice(&chunk[..len]);
+    }
+    let pid: u32 = std::fs::read_to_string(&pidfile)
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
+    assert_eq!(pid, running.child.id());
+    running.signal(signal);
+    let folder = std::mem::replace(&mut running.folder, tempfile::tempdir().unwrap());
+    let ended = running.wait();
+    assert_eq!(ended.code(), Some(128 + signal), "{ended:?}");
+    assert_eq!(ended.record()["outcome"], "signal");
+    assert!(!pidfile.exists() && !socket.exists());
+    drop(folder);
+}
+
+#[test]
+fn sigterm_ends_it_in_order() {
+    ends_by_signal(15);
+}
+
+#[test]
+fn sigint_ends_it_in_order() {
+    ends_by_signal(2);
+}
+
+#[test]
+fn a_guest_without_init_ends_too() {
+    let output = std::process::Command::new(crate::common::mayfly())
+        .args(["boot", "--json", "--kernel"])
+        .arg(kernel("cloud-6.12", "vmlinux"))
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains("Unable to mount root fs"), "{text}");
+}

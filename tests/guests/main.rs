@@ -1,0 +1,12 @@
+//! Real Debian kernels in real VMs. `scripts/test` runs this where KVM can run
+//! Linux: on the host, or in the software lab. It needs root, for namespaces.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod boots;
+mod common;
+mod consoles;
+mod disks;
+mod endings;
+mod nets;
+mod refusals;
