@@ -97,6 +97,7 @@ scratch() {
 }
 
 # What the lab needs.
+# shellcheck disable=SC2034 # used by those that source this
 LAB_PACKAGES=(qemu-system-x86:qemu-system-x86_64 busybox-static:busybox cpio:cpio xz-utils:xz
     util-linux:setpriv bsdutils:script)
 

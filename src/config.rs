@@ -22,8 +22,8 @@ const DISK_ID_MAX: usize = 20;
 const TAP_NAME_MAX: usize = 16;
 
 /// For a quick and quiet boot: there is one serial port and no PCI, the clock
-/// is known and steady, a panic ends the VM.
-const CMDLINE: &str = "quiet loglevel=3 panic=-1 pci=off 8250.nr_uarts=1 tsc=reliable no_timer_check \
+/// is known and steady, a panic ends the VM, a restart is ACPI's.
+const CMDLINE: &str = "quiet loglevel=3 panic=-1 reboot=acpi pci=off 8250.nr_uarts=1 tsc=reliable no_timer_check \
                        cryptomgr.notests rcupdate.rcu_expedited=1";
 const CMDLINE_CONSOLE: &str = "console=ttyS0";
 

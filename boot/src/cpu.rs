@@ -5,7 +5,10 @@
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use crate::layout::{BOOT_STACK, GDT, PAGE_DIRECTORIES, PDPT, PML4, PVH_START_INFO, ZERO_PAGE};
+use crate::layout::{
+    BOOT_STACK, GDT, PAGE_DIRECTORIES, PDPT, PML4, PVH_START_INFO, RESET, RESET_VALUE,
+    RESET_VECTOR, ZERO_PAGE,
+};
 use crate::{BootError, Kernel, Protocol, writing};
 
 /// Linux' `__BOOT_CS`.
@@ -192,6 +195,25 @@ fn entry_state(kernel: &Kernel) -> EntryState {
             ..common
         },
     }
+}
+
+/// Writes what stands in for firmware: Linux restarts by it where ACPI's
+/// platform is hardware-reduced and has no EFI. It runs in real mode.
+pub(crate) fn write_reset_vector<M: GuestMemoryBackend>(mem: &M) -> Result<(), BootError> {
+    let [low, high] = RESET.to_le_bytes();
+    let code = [
+        0xb0,
+        RESET_VALUE, // mov al, RESET_VALUE
+        0xba,
+        low,
+        high, // mov dx, RESET
+        0xee, // out dx, al
+        0xf4, // hlt
+        0xeb,
+        0xfd, // jmp to hlt
+    ];
+    mem.write_slice(&code, GuestAddress(RESET_VECTOR))
+        .map_err(writing("the reset vector"))
 }
 
 /// Writes page tables that map the first 4 GiB onto themselves.

@@ -24,6 +24,10 @@ const EM_X86_64: u16 = 62;
 /// Xen's `include/public/elfnote.h`: the 32-bit physical entry point.
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
 const XEN_NOTE_NAME: &[u8] = b"Xen\0";
+/// Linux' `MIN_KERNEL_ALIGN` on x86-64.
+const LINUX_ALIGN: u64 = 2 << 20;
+/// Where a kernel goes that does not fit where it was linked to.
+const LOWEST: u64 = LINUX_ALIGN;
 /// No kernel has more notes than this.
 const NOTES_MAX: u64 = 64 << 10;
 
@@ -41,15 +45,23 @@ pub(crate) fn load<M: GuestMemoryBackend>(
     let mut start = u64::MAX;
     let mut end = 0;
     for segment in loadable(&segments) {
-        let segment_end = check_segment(mem, segment, file_len)?;
+        end = end.max(check_segment(segment, file_len)?);
         start = start.min(segment.p_paddr);
-        end = end.max(segment_end);
     }
     if end == 0 {
         return Err(KernelError::MalformedElf("it has no loadable segment"));
     }
-
-    let (protocol, entry) = choose_entry(file, file_len, &header, &segments, want)?;
+    let (mut protocol, mut entry) = choose_entry(file, file_len, &header, &segments, want)?;
+    let mut shift = 0;
+    if let Err(too_large) = check_fits(mem, start, end) {
+        // The 64-bit entry of Linux runs at any address aligned like its own.
+        shift = start.saturating_sub(LOWEST) & !(LINUX_ALIGN - 1);
+        if want == Some(Protocol::Pvh) || shift == 0 {
+            return Err(too_large);
+        }
+        check_fits(mem, start - shift, end - shift).map_err(|_| too_large)?;
+        (protocol, entry) = (Protocol::Linux64, header.e_entry);
+    }
     let inside = loadable(&segments).any(|s| entry >= s.p_paddr && entry - s.p_paddr < s.p_memsz);
     if !inside {
         return Err(KernelError::EntryOutside(entry));
@@ -63,15 +75,15 @@ pub(crate) fn load<M: GuestMemoryBackend>(
             file,
             mapper,
             segment.p_offset,
-            segment.p_paddr,
+            segment.p_paddr - shift,
             segment.p_filesz,
         )?;
     }
     Ok(Kernel {
-        entry,
+        entry: entry - shift,
         protocol,
-        start,
-        end,
+        start: start - shift,
+        end: end - shift,
         header: None,
         mapped,
     })
@@ -129,12 +141,8 @@ fn read_segments(
     Ok(segments)
 }
 
-/// Checks a loadable segment against the file and the RAM; returns its end.
-fn check_segment<M: GuestMemoryBackend>(
-    mem: &M,
-    segment: &Elf64_Phdr,
-    file_len: u64,
-) -> Result<u64, KernelError> {
+/// Checks a loadable segment against the file; returns its end.
+fn check_segment(segment: &Elf64_Phdr, file_len: u64) -> Result<u64, KernelError> {
     within("a segment", segment.p_offset, segment.p_filesz, file_len)?;
     if segment.p_filesz > segment.p_memsz {
         return Err(KernelError::MalformedElf(
@@ -146,12 +154,10 @@ fn check_segment<M: GuestMemoryBackend>(
             "a segment lies below 1 MiB, where the boot structures are",
         ));
     }
-    let end = segment
+    segment
         .p_paddr
         .checked_add(segment.p_memsz)
-        .ok_or(KernelError::MalformedElf("a segment's end overflows"))?;
-    check_fits(mem, segment.p_paddr, end)?;
-    Ok(end)
+        .ok_or(KernelError::MalformedElf("a segment's end overflows"))
 }
 
 fn choose_entry(
@@ -353,6 +359,29 @@ mod tests {
         assert!(matches!(
             load_bytes(&bytes[..0x2000], None),
             Err(KernelError::Truncated { .. })
+        ));
+    }
+
+    /// The image, linked to `paddr`.
+    fn image_at(paddr: u64) -> Vec<u8> {
+        let mut bytes = image(true);
+        bytes[24..32].copy_from_slice(&(paddr + 0x10).to_le_bytes()); // e_entry
+        bytes[64 + 24..64 + 32].copy_from_slice(&paddr.to_le_bytes()); // p_paddr
+        bytes
+    }
+
+    #[test]
+    fn a_kernel_linked_beyond_memory_moves_down() {
+        let bytes = image_at(0x100_0000);
+        let mem = memory(RAM);
+        let kernel = kernel::load(&mem, &mut file_of(&bytes), &CopyOnly, None).unwrap();
+        assert_eq!(kernel.protocol, Protocol::Linux64);
+        assert_eq!((kernel.start, kernel.end), (0x20_0000, 0x20_4000));
+        assert_eq!(kernel.entry, 0x20_0010);
+        assert_eq!(mem.read_obj::<u8>(GuestAddress(0x20_0000)).unwrap(), 0xaa);
+        assert!(matches!(
+            load_bytes(&bytes, Some(Protocol::Pvh)),
+            Err(KernelError::DoesNotFit { .. })
         ));
     }
 

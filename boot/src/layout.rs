@@ -10,6 +10,7 @@
 //!    0x20000 │ command line                  │ 2 KiB
 //!    0x9fc00 ├───────────────────────────────┤ reserved from here
 //!    0xe0000 │ ACPI: RSDP, then the tables   │
+//!    0xffff0 │ reset vector                  │
 //!   0x100000 ├───────────────────────────────┤ HIMEM_START
 //!            │ kernel  …  initial RAM disk   │ RAM
 //! 0xc0000000 ├───────────────────────────────┤ MMIO_HOLE_START
@@ -54,7 +55,9 @@ pub const RSDP: u64 = 0xe_0000;
 /// The first ACPI table.
 pub const ACPI_TABLES: u64 = RSDP + 0x40;
 /// The end of the area for ACPI tables.
-pub const ACPI_END: u64 = HIMEM_START;
+pub const ACPI_END: u64 = RESET_VECTOR;
+/// Where a PC's firmware begins, and a kernel that restarts by it jumps to.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 
 /// Where memory above the legacy areas starts, and kernels may.
 pub const HIMEM_START: u64 = 0x10_0000;

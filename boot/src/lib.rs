@@ -85,6 +85,7 @@ pub fn finish<M: GuestMemoryBackend>(
     boot: &Boot,
 ) -> Result<EntryState, BootError> {
     cmdline::write(mem, boot.cmdline)?;
+    cpu::write_reset_vector(mem)?;
     let rsdp = acpi::write_tables(mem, boot.cpus, boot.virtio)?;
     match kernel.protocol {
         Protocol::Linux64 => {

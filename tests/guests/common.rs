@@ -60,8 +60,6 @@ impl Guest {
 
     /// Adds prepared archives to the initramfs.
     pub fn with_archives(name: &str, file: &str, script: &str, archives: &[&str]) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let initrd = folder.path().join("initrd");
         let mut image = prepared(&format!("{name}.cpio"));
         for archive in archives {
             append(&mut image, &prepared(archive));
@@ -70,6 +68,17 @@ impl Guest {
         own.file("etc/mayfly/run", 0o755, script.as_bytes())
             .unwrap();
         append(&mut image, &own.finish().unwrap());
+        Self::with_image(name, file, &image)
+    }
+
+    /// A guest with an init and nothing else.
+    pub fn bare(name: &str) -> Self {
+        Self::with_image(name, "vmlinux", &prepared("bare.cpio"))
+    }
+
+    fn with_image(name: &str, file: &str, image: &[u8]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let initrd = folder.path().join("initrd");
         fs::write(&initrd, image).unwrap();
         let mut command = Command::new(mayfly());
         command

@@ -56,6 +56,18 @@ fn a_reboot_by_the_keyboard_controller_ends_the_vm() {
     assert_eq!(ended.record()["outcome"], "reset");
 }
 
+/// Linux' choice where it is not told: it jumps to where firmware would be.
+#[test]
+fn a_reboot_by_firmware_ends_the_vm() {
+    let words = "console=ttyS0 -- reboot";
+    let ended = Guest::new("")
+        .args(["--json", "--no-default-cmdline", "--cmdline", words])
+        .start()
+        .wait();
+    assert_eq!(ended.code(), Some(0), "{ended:?}");
+    assert_eq!(ended.record()["outcome"], "reset");
+}
+
 #[test]
 fn a_triple_fault_is_a_crash() {
     let ended = Guest::new("")
