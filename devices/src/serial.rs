@@ -144,8 +144,18 @@ impl Serial {
     /// How many bytes [`Serial::input`] takes now: none while the guest does
     /// not listen, as its driver clears the FIFO when it starts to.
     pub fn input_room(&self) -> usize {
-        let listening = Ier::from_bits_retain(self.state.ier).contains(Ier::DATA);
-        if listening { self.fifo_room() } else { 0 }
+        if self.listening() {
+            self.fifo_room()
+        } else {
+            0
+        }
+    }
+
+    /// The guest wants input. Linux enables all interrupts for a moment when it
+    /// finds out which UART this is.
+    fn listening(&self) -> bool {
+        let enabled = Ier::from_bits_retain(self.state.ier);
+        enabled.contains(Ier::DATA) && enabled != Ier::all()
     }
 
     fn fifo_room(&self) -> usize {
@@ -285,13 +295,13 @@ impl Serial {
             }
             IER => {
                 let before = Ier::from_bits_retain(self.state.ier);
+                let listened = self.listening();
                 let after = Ier::from_bits_truncate(value);
                 self.state.ier = after.bits();
-                let enabled = after.difference(before);
-                if enabled.contains(Ier::THRE) {
+                if after.difference(before).contains(Ier::THRE) {
                     self.state.thre_pending = !self.output_full();
                 }
-                if enabled.contains(Ier::DATA) {
+                if self.listening() && !listened {
                     signal(&self.attention);
                 }
             }
@@ -437,8 +447,10 @@ mod tests {
     fn input_interrupts_is_read_in_order_and_bounded() {
         let mut bench = bench();
         bench.port.input(b"nobody listens");
+        bench.enable(Ier::all());
         assert_eq!((bench.port.input_room(), bench.attentions()), (0, 0));
         bench.enable(Ier::DATA);
+        bench.interrupts();
         assert_eq!(bench.attentions(), 1);
         bench.port.input(b"ab");
         assert_eq!(bench.interrupts(), 1);

@@ -82,7 +82,7 @@ impl Console {
         let input = duplicate(libc::STDIN_FILENO).ok(); // may be closed
         let output = duplicate(libc::STDOUT_FILENO).ok();
         let terminal = match &input {
-            Some(input) => RawTerminal::new(input.as_raw_fd())?,
+            Some(input) => RawTerminal::new(input)?,
             None => None,
         };
         Ok(Console {

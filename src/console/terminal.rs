@@ -1,20 +1,24 @@
 //! The user's terminal in raw mode, restored on every way out.
 
+use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, Once, PoisonError};
 
 /// The terminal to restore, where a panic finds it too.
 static SAVED: Mutex<Option<(RawFd, libc::termios)>> = Mutex::new(None);
 static HOOK: Once = Once::new();
 
-/// A terminal in raw mode, until this is dropped.
-pub struct RawTerminal(());
+/// A terminal in raw mode, until this is dropped. It holds a descriptor of its
+/// own: others may be closed earlier.
+pub struct RawTerminal(File);
 
 impl RawTerminal {
-    /// Puts the terminal at `fd` in raw mode; `None` if it is not one.
-    pub fn new(fd: RawFd) -> io::Result<Option<Self>> {
+    /// Puts a terminal in raw mode; `None` if the file is not one.
+    pub fn new(file: &File) -> io::Result<Option<Self>> {
+        let file = file.try_clone()?;
+        let fd = file.as_raw_fd();
         let mut saved = MaybeUninit::uninit();
         // SAFETY: fills in the structure, or fails.
         if unsafe { libc::tcgetattr(fd, saved.as_mut_ptr()) } != 0 {
@@ -35,16 +39,18 @@ impl RawTerminal {
             }));
         });
         *SAVED.lock().unwrap_or_else(PoisonError::into_inner) = Some((fd, saved));
+        let terminal = RawTerminal(file);
         // SAFETY: reads a live structure.
-        if unsafe { libc::tcsetattr(fd, libc::TCSANOW, &raw) } != 0 {
-            return Err(io::Error::last_os_error());
+        match unsafe { libc::tcsetattr(fd, libc::TCSANOW, &raw) } {
+            0 => Ok(Some(terminal)),
+            _ => Err(io::Error::last_os_error()),
         }
-        Ok(Some(RawTerminal(())))
     }
 }
 
 impl Drop for RawTerminal {
     fn drop(&mut self) {
+        debug_assert!(self.0.as_raw_fd() >= 0); // still open
         restore();
     }
 }

@@ -115,8 +115,11 @@ impl Guest {
             self.command.stdout(Stdio::piped()).stderr(Stdio::piped());
         }
         let mut child = self.command.spawn().unwrap();
-        let stdout = child.stdout.take().map(collect);
-        let stderr = child.stderr.take().map(collect);
+        let (mut stdout, mut stderr) = (None, None);
+        if matches!(self.output, Output::Pipes) {
+            stdout = child.stdout.take().map(collect);
+            stderr = child.stderr.take().map(collect);
+        }
         Running {
             child,
             stdout,

@@ -216,7 +216,7 @@ fn a_pty_is_named_and_talks() {
     let name = told
         .trim()
         .strip_prefix("mayfly: console is ")
-        .unwrap()
+        .unwrap_or_else(|| panic!("{told}"))
         .to_owned();
     let slave = File::options().read(true).write(true).open(&name).unwrap();
     let mut terminal = Terminal {
