@@ -54,8 +54,8 @@ fn run(words: &[String]) -> Result<i32, String> {
     if Path::new(BUSYBOX).exists() {
         // Without a shell's tools most guests are useless, but not all.
         let _ = system::status_of(Command::new(BUSYBOX).args(["--install", "-s", "/bin"]));
+        let _ = net::bring_up("lo", None);
     }
-    let _ = net::bring_up("lo", None);
     if let Some(config) = net::from_cmdline(&system::read("/proc/cmdline")?)? {
         net::configure(&config)?;
     }

@@ -65,7 +65,7 @@ impl Console {
                     .write(true)
                     .create(true)
                     .truncate(true)
-                    .custom_flags(libc::O_NONBLOCK)
+                    .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
                     .open(path)
                     .or_host(format_args!("--console file={}", path.display()))?;
                 Ok(Console {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use mayfly_boot::initramfs::Initramfs;
 
 /// Everything is several times slower in the lab than on a CPU.
-pub const PATIENCE: Duration = Duration::from_secs(240);
+pub const PATIENCE: Duration = Duration::from_secs(600);
 
 fn variable(name: &str) -> PathBuf {
     std::env::var_os(name)

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -218,7 +219,12 @@ fn a_pty_is_named_and_talks() {
         .strip_prefix("mayfly: console is ")
         .unwrap_or_else(|| panic!("{told}"))
         .to_owned();
-    let slave = File::options().read(true).write(true).open(&name).unwrap();
+    let slave = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NOCTTY) // else its end would be ours
+        .open(&name)
+        .unwrap();
     let mut terminal = Terminal {
         master: slave.try_clone().unwrap(),
         slave,

@@ -105,10 +105,9 @@ fn what_was_synced_survives_a_kill() {
          n=0
          while :; do
              n=$((n + 1))
-             dd if=/dev/urandom of=/mnt/f$n bs=4k count=$((n % 40 + 1)) 2>/dev/null
-             dd if=/dev/urandom of=/mnt/noise bs=64k count=16 2>/dev/null
-             fsync /mnt/f$n && fsync /mnt &&
+             dd if=/dev/urandom of=/mnt/f$n bs=4k count=$((n % 40 + 1)) conv=fsync 2>/dev/null &&
                  echo synced: $n $(md5sum /mnt/f$n | cut -d ' ' -f 1) end
+             dd if=/dev/urandom of=/mnt/noise bs=64k count=16 2>/dev/null
          done",
     );
     let disk = guest.path("disk");
