@@ -45,27 +45,12 @@ pub fn guest_memory(size: u64) -> Result<GuestMemory, MemoryError> {
             .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE)
             .build()
             .map_err(|source| MemoryError::Map { size: len, source })?;
-        name_mapping(&mapping);
         regions.push(
             GuestRegionMmap::new(mapping, GuestAddress(start))
                 .ok_or(MemoryError::Address(start))?,
         );
     }
     Ok(GuestMemory::from_regions(regions)?)
-}
-
-/// Names a mapping, for those who look at the process. Old kernels can't.
-fn name_mapping(mapping: &MmapRegion<()>) {
-    // SAFETY: names our own mapping, by a string that lives for ever.
-    unsafe {
-        libc::prctl(
-            libc::PR_SET_VMA,
-            libc::PR_SET_VMA_ANON_NAME,
-            mapping.as_ptr(),
-            mapping.size(),
-            c"guest-memory".as_ptr(),
-        )
-    };
 }
 
 /// Maps files over a guest's memory.
