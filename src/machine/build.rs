@@ -1,5 +1,6 @@
 //! The boot recipe, from top to bottom.
 
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -67,6 +68,8 @@ pub struct Machine {
     pub serial: Arc<Mutex<Serial>>,
     /// The console has output, or room for input.
     pub serial_attention: EventFd,
+    /// What the guest's init says of its work, or [`NO_STATUS`].
+    pub guest_status: Arc<AtomicU16>,
     /// Where events are sent …
     pub notifier: Notifier,
     /// … and received …
@@ -101,7 +104,7 @@ pub fn build(
 
     let mut buses = Buses::default();
     let (serial, serial_attention) = attach_serial(&vm, &mut buses)?;
-    attach_platform(&mut buses, &notifier)?;
+    let guest_status = attach_platform(&mut buses, &notifier)?;
     let slots = attach::attach(config, &mut resources, &vm, &memory, &mut buses)?;
     let virtio: Vec<MmioDevice> = slots.iter().map(|slot| slot.place).collect();
 
@@ -122,6 +125,7 @@ pub fn build(
         slots,
         serial,
         serial_attention,
+        guest_status,
         notifier,
         events,
         wake,
@@ -202,7 +206,11 @@ fn attach_serial(vm: &Vm, buses: &mut Buses) -> Result<(Arc<Mutex<Serial>>, Even
     Ok((serial, listener))
 }
 
-fn attach_platform(buses: &mut Buses, notifier: &Notifier) -> Result<(), Failure> {
+/// The guest's init has not said how its work ended.
+pub const NO_STATUS: u16 = u16::MAX;
+
+/// Each event is sent once: a guest may write to its ports without end.
+fn attach_platform(buses: &mut Buses, notifier: &Notifier) -> Result<Arc<AtomicU16>, Failure> {
     let clone = || {
         notifier
             .try_clone()
@@ -218,11 +226,23 @@ fn attach_platform(buses: &mut Buses, notifier: &Notifier) -> Result<(), Failure
         status: offset(layout::GUEST_STATUS),
     };
     let (tell, reset) = (clone()?, clone()?);
+    let status = Arc::new(AtomicU16::new(NO_STATUS));
+    let (said, mut marked, mut ended) = (status.clone(), false, false);
     let platform = Platform::new(ports, move |event| {
-        tell.send(VmEvent::Platform(event, Instant::now()));
+        let sent = match event {
+            PlatformEvent::Status(value) => return said.store(value.into(), Ordering::Relaxed),
+            PlatformEvent::BootMark => &mut marked,
+            PlatformEvent::PowerOff | PlatformEvent::Reset => &mut ended,
+        };
+        if !std::mem::replace(sent, true) {
+            tell.send(VmEvent::Platform(event, Instant::now()));
+        }
     });
+    let mut pulsed = false;
     let i8042 = I8042::new(move || {
-        reset.send(VmEvent::Platform(PlatformEvent::Reset, Instant::now()));
+        if !std::mem::replace(&mut pulsed, true) {
+            reset.send(VmEvent::Platform(PlatformEvent::Reset, Instant::now()));
+        }
     });
     let io = &mut buses.io;
     io.insert(
@@ -235,5 +255,6 @@ fn attach_platform(buses: &mut Buses, notifier: &Notifier) -> Result<(), Failure
         io.insert(layout::RTC_PORT.into(), layout::RTC_PORT_LEN.into(), clock)
     })
     .and_then(|()| io.insert(i8042::COMMAND_PORT.into(), 1, Arc::new(Mutex::new(i8042))))
-    .or_internal("platform ports")
+    .or_internal("platform ports")?;
+    Ok(status)
 }

@@ -25,8 +25,6 @@ use crate::timing::Timeline;
 pub struct Learnt {
     /// How the machine ended.
     pub outcome: Option<Outcome>,
-    /// What the guest's init said.
-    pub guest_status: Option<u8>,
     /// The phases.
     pub timeline: Timeline,
 }
@@ -47,7 +45,6 @@ impl EventLoop {
             manager: EventManager::new()?,
             learnt: Rc::new(RefCell::new(Learnt {
                 outcome: None,
-                guest_status: None,
                 timeline,
             })),
         })
@@ -120,16 +117,11 @@ impl MutEventSubscriber for Control {
                 VmEvent::Platform(PlatformEvent::PowerOff, _) => Some(Outcome::PowerOff),
                 VmEvent::Platform(PlatformEvent::Reset, _) => Some(Outcome::Reset),
                 VmEvent::Platform(PlatformEvent::BootMark, when) => {
-                    // The first counts: a guest may write as often as it likes.
-                    let at = learnt.timeline.at(when);
-                    let mark = &mut learnt.timeline.guest_init;
-                    *mark = mark.or(at);
+                    learnt.timeline.guest_init = learnt.timeline.at(when);
                     None
                 }
-                VmEvent::Platform(PlatformEvent::Status(status), _) => {
-                    learnt.guest_status = Some(status);
-                    None
-                }
+                // Kept where it is written.
+                VmEvent::Platform(PlatformEvent::Status(_), _) => None,
             };
             outcome = outcome.or(next);
         }

@@ -100,7 +100,7 @@ pub fn run(config: &MachineConfig, mut timeline: Timeline) -> Result<Ending, Fai
     learnt.timeline.exit = learnt.timeline.now();
     Ok(Ending {
         outcome,
-        guest_status: learnt.guest_status,
+        guest_status: u8::try_from(machine.guest_status.load(Ordering::Relaxed)).ok(),
         timeline: learnt.timeline,
     })
 }
