@@ -17,8 +17,14 @@ pub enum DeviceId {
     Net = virtio_ids::VIRTIO_ID_NET,
     /// Block device.
     Block = virtio_ids::VIRTIO_ID_BLOCK,
+    /// Console.
+    Console = virtio_ids::VIRTIO_ID_CONSOLE,
     /// Entropy source.
     Rng = virtio_ids::VIRTIO_ID_RNG,
+    /// Memory balloon.
+    Balloon = virtio_ids::VIRTIO_ID_BALLOON,
+    /// Sockets between guest and host.
+    Vsock = virtio_ids::VIRTIO_ID_VSOCK,
 }
 
 /// The guest broke the rules in a way that the device cannot go on: it needs
@@ -48,6 +54,9 @@ pub trait VirtioDevice: Send {
     /// What the guest reads of the configuration space.
     fn config(&self) -> &[u8];
 
+    /// The guest writes to the configuration space. The offset is any number.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
     /// The guest and the device agreed on features: chains may follow.
     fn activate(&mut self, acked: u64, memory: &Arc<GuestMemory>) -> Result<(), Broken>;
 
@@ -67,4 +76,9 @@ pub trait VirtioDevice: Send {
 
     /// Forgets the guest: when this returns, nothing of it is touched any more.
     fn reset(&mut self);
+
+    /// What it has counted since it was made, by name: `read_bytes`, …
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
 }

@@ -11,7 +11,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::QueueState;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::device::{Broken, Token, VirtioDevice};
+use super::device::{Broken, DeviceId, Token, VirtioDevice};
 use super::queues::Queues;
 use super::{GuestMemory, feature};
 use crate::bus::BusDevice;
@@ -98,7 +98,17 @@ pub struct TransportState {
     acked: u64,
     queue_select: u32,
     interrupts: u32,
+    config_generation: u32,
     queues: Vec<QueueSetup>,
+}
+
+/// What the transport has counted since it was made.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counters {
+    kicks: u64,
+    chains: u64,
+    interrupts: u64,
+    faults: u64,
 }
 
 /// A device, and how the guest talks to it.
@@ -110,6 +120,7 @@ pub struct VirtioMmio {
     state: TransportState,
     /// There from the activation to the reset, or to the driver's first fault.
     active: Option<Queues>,
+    counters: Counters,
 }
 
 impl VirtioMmio {
@@ -131,6 +142,7 @@ impl VirtioMmio {
             kicks,
             state: TransportState::default(),
             active: None,
+            counters: Counters::default(),
         };
         transport.reset();
         Ok(transport)
@@ -144,6 +156,30 @@ impl VirtioMmio {
     /// The device's sources of events.
     pub fn sources(&self) -> Vec<(Token, RawFd)> {
         self.device.sources()
+    }
+
+    /// The kind of device.
+    pub fn id(&self) -> DeviceId {
+        self.device.id()
+    }
+
+    /// What was counted since the device was made, by name: the transport's
+    /// own, then the device's.
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        let Counters {
+            kicks,
+            chains,
+            interrupts,
+            faults,
+        } = self.counters;
+        let mut all = vec![
+            ("notifications", kicks),
+            ("chains", chains),
+            ("interrupts", interrupts),
+            ("driver_faults", faults),
+        ];
+        all.extend(self.device.counters());
+        all
     }
 
     /// What the guest can see, the rings' positions included.
@@ -165,6 +201,7 @@ impl VirtioMmio {
             return;
         };
         let _ = kick.read();
+        self.counters.kicks += 1;
         self.turn(Some(queue), |device, queues| device.serve(queue, queues));
     }
 
@@ -191,14 +228,24 @@ impl VirtioMmio {
                 let _ = kick.write(1);
             }
         }
-        match worked.and_then(|()| queues.end()) {
-            Ok(true) => self.raise(Interrupt::QUEUE),
-            Ok(false) => {}
-            Err(broken) => self.needs_reset(broken),
+        self.counters.chains += queues.take_chains();
+        let ended = worked.and_then(|()| queues.end());
+        let mut interrupt = Interrupt::empty();
+        if queues.take_config_changed() {
+            self.state.config_generation = self.state.config_generation.wrapping_add(1);
+            interrupt |= Interrupt::CONFIG;
+        }
+        interrupt.set(Interrupt::QUEUE, ended == Ok(true));
+        if !interrupt.is_empty() {
+            self.raise(interrupt);
+        }
+        if let Err(broken) = ended {
+            self.needs_reset(broken);
         }
     }
 
     fn raise(&mut self, interrupt: Interrupt) {
+        self.counters.interrupts += 1;
         self.state.interrupts |= interrupt.bits();
         // Only refuses when it is signalled already.
         let _ = self.interrupt.write(1);
@@ -206,6 +253,7 @@ impl VirtioMmio {
 
     fn needs_reset(&mut self, broken: Broken) {
         log::warn!("{:?} device: {broken}", self.device.id());
+        self.counters.faults += 1;
         self.state = self.save();
         self.active = None;
         self.device.reset();
@@ -219,6 +267,8 @@ impl VirtioMmio {
         self.active = None;
         self.device.reset();
         self.state = TransportState {
+            // It must not go back: the driver may compare across a reset.
+            config_generation: self.state.config_generation,
             queues: self
                 .device
                 .queue_sizes()
@@ -315,7 +365,8 @@ impl VirtioMmio {
             reg::VIRTIO_MMIO_STATUS => self.state.status,
             // No shared memory: a length of all ones says so.
             reg::VIRTIO_MMIO_SHM_LEN_LOW..=reg::VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
-            _ => 0, // the configuration's generation too: it never changes
+            reg::VIRTIO_MMIO_CONFIG_GENERATION => self.state.config_generation,
+            _ => 0,
         }
     }
 
@@ -389,7 +440,9 @@ impl BusDevice for VirtioMmio {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        // No device's configuration can be written.
+        if let Some(start) = offset.checked_sub(reg::VIRTIO_MMIO_CONFIG.into()) {
+            return self.device.write_config(start, data);
+        }
         if let (Ok(offset @ 0..0x100), Ok(value)) = (u32::try_from(offset), data.try_into()) {
             self.write_register(offset, u32::from_le_bytes(value));
         }

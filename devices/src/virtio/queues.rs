@@ -21,6 +21,8 @@ pub struct Queues {
     memory: Arc<GuestMemory>,
     queues: Vec<Option<Active>>,
     exhausted: bool,
+    config_changed: bool,
+    chains: u64,
 }
 
 impl Queues {
@@ -44,6 +46,8 @@ impl Queues {
             memory: memory.clone(),
             queues: states.iter().map(activate).collect::<Result<_, _>>()?,
             exhausted: false,
+            config_changed: false,
+            chains: 0,
         })
     }
 
@@ -73,6 +77,20 @@ impl Queues {
             }
         }
         Ok(interrupt)
+    }
+
+    /// The device's configuration changed: the guest is told when this turn ends.
+    pub fn config_changed(&mut self) {
+        self.config_changed = true;
+    }
+
+    pub(super) fn take_config_changed(&mut self) -> bool {
+        std::mem::take(&mut self.config_changed)
+    }
+
+    /// How many chains were taken since this was last asked.
+    pub(super) fn take_chains(&mut self) -> u64 {
+        std::mem::take(&mut self.chains)
     }
 
     /// The device had its share, and there may be more.
@@ -110,6 +128,7 @@ impl Queues {
                 .next();
             if let Some(descriptors) = next {
                 active.share -= 1;
+                self.chains += 1;
                 let limit = active.queue.size();
                 return Chain::parse(&self.memory, descriptors, limit).map(Some);
             }
