@@ -4,67 +4,25 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::ValueEnum;
-use mayfly_boot::Protocol;
-
 use crate::config::RawConfig;
 use crate::failure::{Class, Failure, OrFail};
 use crate::machine::{self, Ending, Outcome};
 use crate::timing::{Record, Timeline};
 
-/// Raw flags.
+/// Flags of the machine, and of this run.
 #[derive(clap::Args, Default)]
 pub struct Args {
-    /// Kernel: a vmlinux (ELF) or a bzImage [default: the fetched one, else the host's]
-    #[arg(long, value_name = "PATH")]
-    kernel: Option<PathBuf>,
-    /// Initial RAM disk
-    #[arg(long, value_name = "PATH")]
-    initrd: Option<PathBuf>,
-    /// Appended to the default kernel command line
-    #[arg(long, value_name = "STR", allow_hyphen_values = true)]
-    cmdline: Option<String>,
-    /// The command line is --cmdline alone
-    #[arg(long)]
-    no_default_cmdline: bool,
-    /// How to enter the kernel
-    #[arg(long, value_name = "PROTOCOL", value_enum, default_value_t)]
-    boot_protocol: BootProtocol,
-    /// vCPUs, 1 to 32 [default: 1]
-    #[arg(long, value_name = "N", allow_hyphen_values = true)]
-    cpus: Option<String>,
-    /// Memory: 512M, 2G; a plain number is MiB [default: 512M]
-    #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
-    memory: Option<String>,
-    /// A raw disk image or block device (repeatable)
-    #[arg(long, value_name = "path=F[,ro][,id=S]")]
-    disk: Vec<String>,
-    /// A network device on a TAP device (repeatable)
-    #[arg(long, value_name = "tap=NAME[,mac=…]")]
-    net: Vec<String>,
-    /// Serial console: stdio, file=F, pty, unix=S, none [default: stdio]
-    #[arg(long, value_name = "WHERE")]
-    console: Option<String>,
-    /// Write mayfly's process id to a file, removed at the end
-    #[arg(long, value_name = "F")]
-    pidfile: Option<PathBuf>,
+    #[command(flatten)]
+    machine: RawConfig,
+    /// Take flags from a TOML file; those given here win
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// Print on standard error how long each phase took
     #[arg(long)]
     timing: bool,
     /// Print one JSON record at the end, as the last line of standard output
     #[arg(long)]
     json: bool,
-}
-
-#[derive(Clone, Copy, Debug, Default, ValueEnum)]
-enum BootProtocol {
-    /// Linux' 64-bit entry, or PVH if there is no other
-    #[default]
-    Auto,
-    /// The Linux 64-bit boot protocol
-    Linux,
-    /// Xen's PVH
-    Pvh,
 }
 
 impl Args {
@@ -74,7 +32,10 @@ impl Args {
             return Args::default();
         }
         Args {
-            cmdline: Some("-- demo".to_owned()),
+            machine: RawConfig {
+                cmdline: Some("-- demo".to_owned()),
+                ..Default::default()
+            },
             timing: true,
             ..Args::default()
         }
@@ -83,24 +44,11 @@ impl Args {
 
 /// Boots a VM and runs it to its end.
 pub fn run(args: Args, timeline: Timeline) -> Result<ExitCode, Failure> {
-    let config = RawConfig {
-        kernel: args.kernel,
-        initrd: args.initrd,
-        cmdline: args.cmdline,
-        no_default_cmdline: args.no_default_cmdline,
-        protocol: match args.boot_protocol {
-            BootProtocol::Auto => None,
-            BootProtocol::Linux => Some(Protocol::Linux64),
-            BootProtocol::Pvh => Some(Protocol::Pvh),
-        },
-        cpus: args.cpus,
-        memory: args.memory,
-        disks: args.disk,
-        nets: args.net,
-        console: args.console,
-        pidfile: args.pidfile,
-    }
-    .validate()?;
+    let file = match &args.config {
+        Some(path) => RawConfig::from_file(path)?,
+        None => RawConfig::default(),
+    };
+    let config = args.machine.or(file).validate()?;
     let ending = machine::run(&config, timeline)?;
     if args.timing {
         eprint!("{}", ending.timeline);

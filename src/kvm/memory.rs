@@ -1,15 +1,18 @@
-//! Guest memory: anonymous pages, with files mapped privately over them.
+//! Guest memory: anonymous pages, with files mapped privately over them, or a
+//! memory file.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use mayfly_boot::{MapFile, layout};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestRegionCollectionError,
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestRegionCollectionError,
     GuestRegionMmap, MmapRegion,
 };
+
+use crate::config::{HugePages, MemoryConfig};
 
 /// The guest's memory, everywhere in mayfly.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
@@ -26,6 +29,9 @@ pub enum MemoryError {
         #[source]
         source: MmapRegionError,
     },
+    /// There is no file for it.
+    #[error("making a memory file")]
+    File(#[source] io::Error),
     /// A region lies out of what can be addressed.
     #[error("guest memory at {0:#x} is out of the address space")]
     Address(u64),
@@ -34,23 +40,79 @@ pub enum MemoryError {
     Layout(#[from] GuestRegionCollectionError),
 }
 
-/// Reserves `size` bytes, laid out around the hole for devices. A page costs
-/// host memory only once the guest touches it.
-pub fn guest_memory(size: u64) -> Result<GuestMemory, MemoryError> {
+/// Reserves memory, laid out around the hole for devices. A page costs host
+/// memory only once the guest touches it.
+pub fn guest_memory(config: &MemoryConfig) -> Result<GuestMemory, MemoryError> {
+    let file = match config.hugepages.is_some() || config.shared {
+        true => Some(memory_file(config).map_err(MemoryError::File)?),
+        false => None,
+    };
     let mut regions = Vec::new();
-    for (start, len) in layout::ram_regions(size) {
+    let mut offset = 0;
+    for (start, len) in layout::ram_regions(config.size) {
         let bytes = usize::try_from(len).map_err(|_| MemoryError::Address(start))?;
-        let mapping: MmapRegion<()> = MmapRegionBuilder::new(bytes)
+        let builder = MmapRegionBuilder::new(bytes)
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+            .with_mmap_flags(match (&file, config.shared) {
+                (None, _) => libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE,
+                (Some(_), true) => libc::MAP_SHARED,
+                (Some(_), false) => libc::MAP_PRIVATE,
+            });
+        let builder = match &file {
+            None => builder,
+            Some(file) => {
+                let file = file.try_clone().map_err(MemoryError::File)?;
+                builder.with_file_offset(FileOffset::new(file, offset))
+            }
+        };
+        let mapping: MmapRegion<()> = builder
             .build()
             .map_err(|source| MemoryError::Map { size: len, source })?;
+        if config.hugepages.is_none() {
+            // Advice: a kernel without transparent huge pages may refuse it.
+            let _ = advise(&mapping, libc::MADV_HUGEPAGE);
+        }
         regions.push(
             GuestRegionMmap::new(mapping, GuestAddress(start))
                 .ok_or(MemoryError::Address(start))?,
         );
+        offset += len;
     }
     Ok(GuestMemory::from_regions(regions)?)
+}
+
+/// A file in memory of the guest's size.
+fn memory_file(config: &MemoryConfig) -> io::Result<File> {
+    let huge = match config.hugepages {
+        None => 0,
+        Some(HugePages::Mib2) => libc::MFD_HUGETLB | libc::MFD_HUGE_2MB,
+        Some(HugePages::Gib1) => libc::MFD_HUGETLB | libc::MFD_HUGE_1GB,
+    };
+    // SAFETY: a string that lives until the call returns.
+    let fd = unsafe { libc::memfd_create(c"guest memory".as_ptr(), libc::MFD_CLOEXEC | huge) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a new descriptor, that nothing else owns.
+    let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    file.set_len(config.size)?;
+    Ok(file)
+}
+
+/// Makes all pages of a guest's memory be there.
+pub fn prefault(memory: &GuestMemory) -> io::Result<()> {
+    memory
+        .iter()
+        .try_for_each(|region| advise(region, libc::MADV_POPULATE_WRITE))
+}
+
+fn advise(region: &MmapRegion<()>, advice: libc::c_int) -> io::Result<()> {
+    // SAFETY: a mapping of that size, which is ours; neither advice changes
+    // what it holds.
+    match unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Maps files over a guest's memory.
@@ -60,6 +122,11 @@ impl MapFile for FileMapper<'_> {
     fn map_file(&self, file: &File, offset: u64, addr: u64, len: u64) -> io::Result<bool> {
         let invalid = |error: GuestMemoryError| io::Error::new(io::ErrorKind::InvalidInput, error);
         let bytes = usize::try_from(len).map_err(io::Error::other)?;
+        // Whoever shares the memory must see what is loaded, and huge pages
+        // cannot be replaced one by one: copy instead.
+        if self.0.iter().any(|region| region.file_offset().is_some()) {
+            return Ok(false);
+        }
         // The range must lie in one region, so that it lies in one mapping.
         let slice = self
             .0
@@ -97,9 +164,33 @@ mod tests {
     use std::io::Write;
     use vm_memory::Bytes;
 
+    fn config(shared: bool) -> MemoryConfig {
+        MemoryConfig {
+            size: 1 << 20,
+            shared,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn shared_memory_is_a_file_that_shows_everything() {
+        let memory = guest_memory(&config(true)).unwrap();
+        memory.write_obj(7u8, GuestAddress(0x5000)).unwrap();
+        let region = memory.iter().next().unwrap();
+        let file = region.file_offset().unwrap().file();
+        let mut byte = [0];
+        std::os::unix::fs::FileExt::read_exact_at(file, &mut byte, 0x5000).unwrap();
+        assert_eq!(byte, [7]);
+        let other = tempfile::tempfile().unwrap();
+        let mapped = FileMapper(&memory).map_file(&other, 0, 0x5000, 0x1000);
+        assert!(!mapped.unwrap());
+        prefault(&memory).unwrap();
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(0x5000)).unwrap(), 7);
+    }
+
     #[test]
     fn a_mapped_file_shows_in_guest_memory_and_is_never_written() {
-        let memory = guest_memory(1 << 20).unwrap();
+        let memory = guest_memory(&config(false)).unwrap();
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&[7; 0x2000]).unwrap();
         assert!(
@@ -117,7 +208,7 @@ mod tests {
 
     #[test]
     fn files_are_not_mapped_outside_of_memory() {
-        let memory = guest_memory(1 << 20).unwrap();
+        let memory = guest_memory(&config(false)).unwrap();
         let file = tempfile::tempfile().unwrap();
         let mapper = FileMapper(&memory);
         assert!(mapper.map_file(&file, 0, 0xff000, 0x2000).is_err());

@@ -9,6 +9,8 @@ use kvm_bindings::kvm_regs;
 use kvm_ioctls::{Kvm, VcpuExit};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::config::MemoryConfig;
+
 use super::memory::guest_memory;
 use super::vm::Vm;
 
@@ -54,7 +56,11 @@ pub fn measure(kvm: &Kvm) -> Backend {
 }
 
 fn run_loop(kvm: &Kvm) -> Option<Duration> {
-    let memory = guest_memory(0x2000).ok()?;
+    let memory = guest_memory(&MemoryConfig {
+        size: 0x2000,
+        ..Default::default()
+    })
+    .ok()?;
     memory.write_slice(&PROGRAM, GuestAddress(CODE)).ok()?;
     let mut vm = Vm::new(kvm).ok()?;
     vm.set_memory(&memory).ok()?;

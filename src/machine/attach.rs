@@ -19,10 +19,38 @@ use crate::kvm::vm::Vm;
 
 /// A virtio device in its place.
 pub struct Slot {
+    /// What it is called in metrics and commands: `disk0`, `net0`, `rng`.
+    pub name: String,
     /// Where the guest finds it.
     pub place: MmioDevice,
     /// The device.
     pub transport: Arc<Mutex<VirtioMmio>>,
+}
+
+/// A device without a place.
+struct Unplaced {
+    name: String,
+    /// What asked for it, for messages.
+    flag: String,
+    device: Box<dyn VirtioDevice>,
+}
+
+#[derive(Default)]
+struct Devices(Vec<Unplaced>);
+
+impl Devices {
+    fn add(
+        &mut self,
+        name: impl Into<String>,
+        flag: impl Into<String>,
+        device: impl VirtioDevice + 'static,
+    ) {
+        self.0.push(Unplaced {
+            name: name.into(),
+            flag: flag.into(),
+            device: Box::new(device),
+        });
+    }
 }
 
 /// Makes all devices, in the order of their names in the guest.
@@ -33,25 +61,30 @@ pub fn attach(
     memory: &GuestMemory,
     buses: &mut Buses,
 ) -> Result<Vec<Slot>, Failure> {
-    let mut devices: Vec<(String, Box<dyn VirtioDevice>)> = Vec::new();
-    for (disk, from) in resources.disks.drain(..).zip(&config.disks) {
+    let mut devices = Devices::default();
+    for (index, (disk, from)) in resources.disks.drain(..).zip(&config.disks).enumerate() {
         let flag = format!("--disk path={}", from.path.display());
-        devices.push((flag.clone(), Box::new(Block::new(disk).or_host(flag)?)));
+        let block = Block::new(disk).or_host(&flag)?;
+        devices.add(format!("disk{index}"), flag, block);
     }
-    for (tap, from) in resources.taps.drain(..).zip(&config.nets) {
-        let net = Net::new(tap, mac_address(from));
-        devices.push((format!("--net tap={}", from.tap), Box::new(net)));
+    for (index, (tap, from)) in resources.taps.drain(..).zip(&config.nets).enumerate() {
+        let flag = format!("--net tap={}", from.tap);
+        devices.add(
+            format!("net{index}"),
+            flag,
+            Net::new(tap, mac_address(from)),
+        );
     }
     let random = resources
         .random
         .try_clone()
         .or_host("duplicating a descriptor")?;
-    devices.push(("the entropy device".to_owned(), Box::new(Rng::new(random))));
+    devices.add("rng", "the entropy device", Rng::new(random));
 
     let memory = Arc::new(memory.clone());
     let mut slots = Vec::new();
-    for (index, (flag, device)) in devices.into_iter().enumerate() {
-        slots.push(place(index, &flag, device, vm, &memory, buses)?);
+    for (index, device) in devices.0.into_iter().enumerate() {
+        slots.push(place(index, device, vm, &memory, buses)?);
     }
     Ok(slots)
 }
@@ -59,12 +92,13 @@ pub fn attach(
 /// Gives a device its address, its interrupt and its notifications.
 fn place(
     index: usize,
-    flag: &str,
-    device: Box<dyn VirtioDevice>,
+    unplaced: Unplaced,
     vm: &Vm,
     memory: &Arc<GuestMemory>,
     buses: &mut Buses,
 ) -> Result<Slot, Failure> {
+    let Unplaced { name, flag, device } = unplaced;
+    let flag = &*flag;
     let (Some(addr), Some(irq)) = (layout::virtio_address(index), layout::virtio_irq(index)) else {
         return Err(Failure::config(format!("{flag}: too many devices")));
     };
@@ -81,6 +115,7 @@ fn place(
         .insert(addr, layout::VIRTIO_MMIO_SIZE, transport.clone())
         .or_internal(flag)?;
     Ok(Slot {
+        name,
         place: MmioDevice { addr, irq },
         transport,
     })

@@ -17,7 +17,7 @@ use super::attach::{self, Slot};
 use super::resources::Resources;
 use crate::config::MachineConfig;
 use crate::failure::{Failure, OrFail};
-use crate::kvm::memory::{FileMapper, GuestMemory, guest_memory};
+use crate::kvm::memory::{FileMapper, GuestMemory, guest_memory, prefault};
 use crate::kvm::probe::{self, Backend};
 use crate::kvm::vcpu::{Buses, Vcpu, VcpuEnd};
 use crate::kvm::vm::{self, Vm};
@@ -88,8 +88,7 @@ pub fn build(
     let mut vm = Vm::new(&kvm).or_host("--cpus")?;
     timeline.kvm_ready = timeline.now();
 
-    let memory =
-        guest_memory(config.memory).or_host(format_args!("--memory {}M", config.memory >> 20))?;
+    let memory = guest_memory(&config.memory).or_host(memory_flag(config))?;
     vm.set_memory(&memory).or_host("--memory")?;
     timeline.memory_mapped = timeline.now();
 
@@ -109,6 +108,9 @@ pub fn build(
     let virtio: Vec<MmioDevice> = slots.iter().map(|slot| slot.place).collect();
 
     let entry = load(config, &mut resources, &memory, &virtio)?;
+    if config.memory.prefault {
+        prefault(&memory).or_host(memory_flag(config))?;
+    }
     timeline.kernel_loaded = timeline.now();
 
     let vcpus = (0..config.cpus)
@@ -130,6 +132,10 @@ pub fn build(
         events,
         wake,
     })
+}
+
+fn memory_flag(config: &MachineConfig) -> String {
+    format!("--memory {}M", config.memory.size >> 20)
 }
 
 /// Opens a KVM that can run Linux.
@@ -159,7 +165,7 @@ fn load(
     let loaded = kernel::load(memory, &mut resources.kernel, &mapper, config.protocol);
     let flag = match loaded {
         Err(KernelError::DoesNotFit { .. }) => {
-            format!("--memory {}M: {}", config.memory >> 20, config.kernel_flag)
+            format!("{}: {}", memory_flag(config), config.kernel_flag)
         }
         _ => config.kernel_flag.clone(),
     };
@@ -176,7 +182,7 @@ fn load(
         initrd,
         cpus: config.cpus,
         virtio,
-        ram_size: config.memory,
+        ram_size: config.memory.size,
     };
     mayfly_boot::finish(memory, &kernel, &boot).or_config("--kernel, --cmdline")
 }

@@ -1,0 +1,187 @@
+//! From raw flags to a machine that makes sense: the only place that validates
+//! and has defaults. Messages name the flag and the remedy.
+
+mod console;
+mod disk;
+mod guest;
+mod keys;
+mod memory;
+mod net;
+mod raw;
+mod size;
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use mayfly_boot::{Protocol, cmdline, layout};
+
+pub use self::console::ConsoleConfig;
+pub use self::disk::DiskConfig;
+pub use self::guest::{cache_folder, default_guest};
+pub use self::memory::{HugePages, MEMORY_MIN, MemoryConfig};
+pub use self::net::NetConfig;
+pub use self::raw::{BootProtocol, RawConfig};
+
+use self::guest::GuestFiles;
+use crate::failure::{Failure, OrFail};
+
+/// The most vCPUs of a VM.
+pub const CPUS_MAX: u8 = 32;
+
+/// For a quick and quiet boot: there is one serial port and no PCI, the clock
+/// is known and steady, a panic ends the VM, a restart is ACPI's.
+const CMDLINE: &str = "quiet loglevel=3 panic=-1 reboot=acpi pci=off 8250.nr_uarts=1 tsc=reliable no_timer_check \
+                       cryptomgr.notests rcupdate.rcu_expedited=1";
+const CMDLINE_CONSOLE: &str = "console=ttyS0";
+
+/// A machine, valid as far as can be told without opening anything.
+#[derive(Clone, Debug)]
+pub struct MachineConfig {
+    /// The kernel's file.
+    pub kernel: PathBuf,
+    /// The flag that named it, or what stands for it, for messages.
+    pub kernel_flag: String,
+    /// The initial RAM disk's file.
+    pub initrd: Option<PathBuf>,
+    /// The whole command line.
+    pub cmdline: String,
+    /// How to enter the kernel, if not as suits it best.
+    pub protocol: Option<Protocol>,
+    /// vCPUs.
+    pub cpus: u8,
+    /// RAM.
+    pub memory: MemoryConfig,
+    /// Disks, in the order of their names in the guest.
+    pub disks: Vec<DiskConfig>,
+    /// Network devices, in the order of their names in the guest.
+    pub nets: Vec<NetConfig>,
+    /// Where the serial console is.
+    pub console: ConsoleConfig,
+    /// Where to write the process's id.
+    pub pidfile: Option<PathBuf>,
+}
+
+impl RawConfig {
+    /// Validates everything, and fills in the defaults.
+    pub fn validate(self) -> Result<MachineConfig, Failure> {
+        let cpus = self.cpus.as_deref().map_or(Ok(1), parse_cpus)?;
+        let memory = parse_one(self.memory.as_deref(), "--memory")?.unwrap_or_default();
+        let disks = parse_all(&self.disk, "--disk")?;
+        let nets: Vec<NetConfig> = parse_all(&self.net, "--net")?;
+        let devices = disks.len() + nets.len() + 1; // and the random numbers
+        if devices > layout::VIRTIO_MAX {
+            return Err(Failure::config(format!(
+                "--disk, --net: {} devices are too many; at most {} fit",
+                devices - 1,
+                layout::VIRTIO_MAX - 1
+            )));
+        }
+        for (index, net) in nets.iter().enumerate() {
+            if nets[..index].iter().any(|other| other.tap == net.tap) {
+                return Err(Failure::config(format!(
+                    "--net tap={}: given twice; a TAP device serves one guest device",
+                    net.tap
+                )));
+            }
+        }
+        let console = parse_one(self.console.as_deref(), "--console")?.unwrap_or_default();
+        let mut parts: Vec<&str> = Vec::new();
+        if !self.no_default_cmdline {
+            parts.push(CMDLINE);
+            if console != ConsoleConfig::None {
+                parts.push(CMDLINE_CONSOLE);
+            }
+        }
+        parts.extend(self.cmdline.as_deref());
+        let cmdline = parts.join(" ");
+        cmdline::validate(&cmdline).or_config("--cmdline")?;
+        let guest = GuestFiles::choose(self.kernel, self.initrd)?;
+        Ok(MachineConfig {
+            kernel: guest.kernel,
+            kernel_flag: guest.kernel_flag,
+            initrd: guest.initrd,
+            cmdline,
+            protocol: self.boot_protocol.and_then(BootProtocol::forced),
+            cpus,
+            memory,
+            disks,
+            nets,
+            console,
+            pidfile: self.pidfile,
+        })
+    }
+}
+
+fn parse_all<T: FromStr<Err = String>>(texts: &[String], flag: &str) -> Result<Vec<T>, Failure> {
+    texts
+        .iter()
+        .filter_map(|text| parse_one(Some(text), flag).transpose())
+        .collect()
+}
+
+fn parse_one<T: FromStr<Err = String>>(
+    text: Option<&str>,
+    flag: &str,
+) -> Result<Option<T>, Failure> {
+    let parse = |text: &str| {
+        text.parse()
+            .map_err(|error| Failure::config(format!("{flag} {text}: {error}")))
+    };
+    text.map(parse).transpose()
+}
+
+fn parse_cpus(text: &str) -> Result<u8, Failure> {
+    match text.parse() {
+        Ok(cpus @ 1..=CPUS_MAX) => Ok(cpus),
+        _ => Err(Failure::config(format!(
+            "--cpus {text}: not a number from 1 to {CPUS_MAX}"
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    pub(super) fn refusal<T: std::fmt::Debug>(result: Result<T, Failure>) -> String {
+        result.unwrap_err().to_string()
+    }
+
+    #[test]
+    fn cpus_have_bounds() {
+        assert_eq!(parse_cpus("32").unwrap(), 32);
+        for text in ["0", "33", "-1", "two", "", "1.0", "256"] {
+            assert!(refusal(parse_cpus(text)).contains("1 to 32"));
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_appended_or_replaced() {
+        let config = |cmdline: &str, no_default_cmdline, console: &str| {
+            RawConfig {
+                kernel: Some("k".into()),
+                cmdline: Some(cmdline.into()),
+                no_default_cmdline,
+                console: Some(console.into()),
+                ..Default::default()
+            }
+            .validate()
+            .map(|config| config.cmdline)
+        };
+        let line = config("debug", false, "stdio").unwrap();
+        assert!(line.starts_with("quiet ") && line.ends_with(" console=ttyS0 debug"));
+        assert!(!config("", false, "none").unwrap().contains("console="));
+        assert_eq!(config("debug", true, "stdio").unwrap(), "debug");
+        assert!(refusal(config(&"x".repeat(2048), true, "none")).starts_with("--cmdline"));
+    }
+
+    #[test]
+    fn a_tap_serves_one_device() {
+        let config = RawConfig {
+            kernel: Some("k".into()),
+            net: vec!["tap=a".into(), "tap=a".into()],
+            ..Default::default()
+        };
+        assert!(refusal(config.validate()).contains("twice"));
+    }
+}

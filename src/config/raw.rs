@@ -1,0 +1,256 @@
+//! What the user gave: flags of `mayfly boot`, or the same words as TOML.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use clap::ValueEnum;
+use mayfly_boot::Protocol;
+use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Serialize};
+
+use super::keys::escape;
+use crate::failure::{Failure, OrFail};
+
+/// The raw flags. A file of `--config` has the same names: `cpus = 2`,
+/// `disk = ["path=a.img,ro"]` or `[[disk]]` tables with the same keys.
+#[derive(clap::Args, Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct RawConfig {
+    /// Kernel: a vmlinux (ELF) or a bzImage [default: the fetched one, else the host's]
+    #[arg(long, value_name = "PATH")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk
+    #[arg(long, value_name = "PATH")]
+    pub initrd: Option<PathBuf>,
+    /// Appended to the default kernel command line
+    #[arg(long, value_name = "STR", allow_hyphen_values = true)]
+    pub cmdline: Option<String>,
+    /// The command line is --cmdline alone
+    #[arg(long)]
+    pub no_default_cmdline: bool,
+    /// How to enter the kernel [default: auto]
+    #[arg(long, value_name = "PROTOCOL", value_enum)]
+    pub boot_protocol: Option<BootProtocol>,
+    /// vCPUs, 1 to 32 [default: 1]
+    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    #[serde(deserialize_with = "word")]
+    pub cpus: Option<String>,
+    /// Memory: 512M, 2G; a plain number is MiB [default: 512M]
+    #[arg(
+        long,
+        value_name = "SIZE[,hugepages=2M|1G][,prefault][,shared]",
+        allow_hyphen_values = true
+    )]
+    #[serde(deserialize_with = "word")]
+    pub memory: Option<String>,
+    /// A disk image or block device (repeatable)
+    #[arg(long, value_name = "path=F[,ro][,id=S]")]
+    #[serde(deserialize_with = "words")]
+    pub disk: Vec<String>,
+    /// A network device on a TAP device (repeatable)
+    #[arg(long, value_name = "tap=NAME[,mac=…]")]
+    #[serde(deserialize_with = "words")]
+    pub net: Vec<String>,
+    /// Serial console: stdio, file=F, pty, unix=S, none [default: stdio]
+    #[arg(long, value_name = "WHERE")]
+    pub console: Option<String>,
+    /// Write mayfly's process id to a file, removed at the end
+    #[arg(long, value_name = "F")]
+    pub pidfile: Option<PathBuf>,
+}
+
+/// How to enter the kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BootProtocol {
+    /// Linux' 64-bit entry, or PVH if there is no other
+    #[default]
+    Auto,
+    /// The Linux 64-bit boot protocol
+    Linux,
+    /// Xen's PVH
+    Pvh,
+}
+
+impl BootProtocol {
+    /// The protocol, if it is not to be chosen.
+    pub fn forced(self) -> Option<Protocol> {
+        match self {
+            BootProtocol::Auto => None,
+            BootProtocol::Linux => Some(Protocol::Linux64),
+            BootProtocol::Pvh => Some(Protocol::Pvh),
+        }
+    }
+}
+
+impl RawConfig {
+    /// Reads a file of `--config`.
+    pub fn from_file(path: &Path) -> Result<Self, Failure> {
+        let flag = format!("--config {}", path.display());
+        let text = std::fs::read_to_string(path).or_config(&flag)?;
+        RawConfig::from_toml(&text).map_err(|error| Failure::config(format!("{flag}: {error}")))
+    }
+
+    /// Reads TOML. A refusal is one line that says where.
+    pub fn from_toml(text: &str) -> Result<Self, String> {
+        toml::from_str(text).map_err(|error| {
+            let message = error.message().replace('\n', " ");
+            match error.span() {
+                Some(span) => {
+                    let before = text.get(..span.start).unwrap_or_default();
+                    format!("line {}: {message}", before.matches('\n').count() + 1)
+                }
+                None => message,
+            }
+        })
+    }
+
+    /// These flags, and what they leave open as the file says.
+    pub fn or(self, file: RawConfig) -> Self {
+        let either = |flags: Vec<String>, file| if flags.is_empty() { file } else { flags };
+        RawConfig {
+            kernel: self.kernel.or(file.kernel),
+            initrd: self.initrd.or(file.initrd),
+            cmdline: self.cmdline.or(file.cmdline),
+            no_default_cmdline: self.no_default_cmdline || file.no_default_cmdline,
+            boot_protocol: self.boot_protocol.or(file.boot_protocol),
+            cpus: self.cpus.or(file.cpus),
+            memory: self.memory.or(file.memory),
+            disk: either(self.disk, file.disk),
+            net: either(self.net, file.net),
+            console: self.console.or(file.console),
+            pidfile: self.pidfile.or(file.pidfile),
+        }
+    }
+}
+
+/// One value: a string, or what can be written as one.
+struct Word(String);
+
+impl<'de> Deserialize<'de> for Word {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Words;
+        impl<'de> Visitor<'de> for Words {
+            type Value = Word;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("a string, a number, or a table of the option's keys")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Word, E> {
+                Ok(Word(text.to_owned()))
+            }
+
+            fn visit_i64<E: de::Error>(self, number: i64) -> Result<Word, E> {
+                Ok(Word(number.to_string()))
+            }
+
+            /// `{ path = "a", ro = true }` is `path=a,ro`.
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Word, A::Error> {
+                let mut parts = Vec::new();
+                while let Some((key, value)) = map.next_entry::<String, Value>()? {
+                    match value {
+                        // The word that stands alone: `memory = { size = "2G" }`.
+                        Value::Text(text) if key == "size" => parts.insert(0, escape(&text)),
+                        Value::Text(text) => parts.push(format!("{key}={}", escape(&text))),
+                        Value::Number(number) => parts.push(format!("{key}={number}")),
+                        Value::Flag(true) => parts.push(key),
+                        Value::Flag(false) => {}
+                    }
+                }
+                Ok(Word(parts.join(",")))
+            }
+        }
+        deserializer.deserialize_any(Words)
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Value {
+    Flag(bool),
+    Number(i64),
+    Text(String),
+}
+
+fn word<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    Word::deserialize(deserializer).map(|word| Some(word.0))
+}
+
+fn words<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    struct List;
+    impl<'de> Visitor<'de> for List {
+        type Value = Vec<String>;
+
+        fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+            f.write_str("a list of strings or tables")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+            let mut words = Vec::new();
+            while let Some(Word(text)) = list.next_element()? {
+                words.push(text);
+            }
+            Ok(words)
+        }
+    }
+    deserializer.deserialize_seq(List)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::DiskConfig;
+
+    #[test]
+    fn toml_says_what_flags_say() {
+        let file = RawConfig::from_toml(
+            r#"
+            kernel = "/k"
+            cpus = 2
+            memory = { size = "2G", shared = true, prefault = false }
+            boot-protocol = "pvh"
+            console = "none"
+            net = ["tap=t0"]
+            [[disk]]
+            path = "a,b.img"
+            ro = true
+            id = "root"
+            "#,
+        )
+        .unwrap();
+        assert_eq!(file.cpus.as_deref(), Some("2"));
+        assert_eq!(file.memory.as_deref(), Some("2G,shared"));
+        assert_eq!(file.boot_protocol, Some(BootProtocol::Pvh));
+        let disk: DiskConfig = file.disk[0].parse().unwrap();
+        assert_eq!(disk.path, Path::new("a,b.img"));
+        assert!(disk.read_only && disk.id.as_deref() == Some("root"));
+        assert_eq!(file.net, ["tap=t0"]);
+
+        let flags = RawConfig {
+            cpus: Some("4".into()),
+            disk: vec!["path=c".into()],
+            ..Default::default()
+        };
+        let both = flags.or(file);
+        assert_eq!(both.cpus.as_deref(), Some("4"));
+        assert_eq!(both.disk, ["path=c"]);
+        assert_eq!(both.kernel, Some("/k".into()));
+    }
+
+    #[test]
+    fn mistakes_are_told_with_their_line() {
+        for (text, expected) in [
+            ("cpu = 2", "line 1: unknown field"),
+            ("cpus = 1\nmemory = [1]", "line 2"),
+            ("cpus = 1\n\ndisk = \"a\"", "line 3"),
+            ("cpus =", "line 1"),
+            ("[[disk]]\npath = 1.5", "line"),
+            ("no-default-cmdline = 1", "line 1"),
+        ] {
+            let message = RawConfig::from_toml(text).unwrap_err();
+            assert!(message.starts_with(expected), "{text}: {message}");
+            assert!(!message.contains('\n'), "{message}");
+        }
+    }
+}
