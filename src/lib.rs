@@ -7,9 +7,11 @@
 pub mod cli;
 pub mod config;
 pub mod console;
+pub mod control;
 pub mod doctor;
 pub mod failure;
 pub mod kvm;
 pub mod machine;
+pub mod metrics;
 pub mod net;
 pub mod timing;

@@ -59,6 +59,25 @@ impl Timeline {
     }
 }
 
+impl Timeline {
+    /// The phases by the names that they have in records.
+    pub fn keyed(&self) -> [(&'static str, Option<Duration>); 6] {
+        let names = [
+            "kvm_ready",
+            "memory_mapped",
+            "kernel_loaded",
+            "vcpus_started",
+            "guest_init",
+            "exit",
+        ];
+        let mut ends = self.phases();
+        for (end, name) in ends.iter_mut().zip(names) {
+            end.0 = name;
+        }
+        ends
+    }
+}
+
 impl fmt::Display for Timeline {
     /// One line a phase: when it ended, and how long it took.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -1,6 +1,6 @@
 //! `mayfly boot`
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -51,15 +51,15 @@ pub fn run(args: Args, timeline: Timeline) -> Result<ExitCode, Failure> {
     let config = args.machine.or(file).validate()?;
     let ending = machine::run(&config, timeline)?;
     if args.timing {
-        eprint!("{}", ending.timeline);
+        let _ = write!(std::io::stderr(), "{}", ending.timeline);
     }
     let code = exit_code(&ending.outcome);
     if args.json {
-        println!("{}", record(&ending, code)?);
+        super::print(&record(&ending, code)?)?;
     }
     match &ending.outcome {
-        Outcome::Crash(reason) => eprintln!("mayfly: the guest crashed: {reason}"),
-        Outcome::Internal(reason) => eprintln!("mayfly: {reason}"),
+        Outcome::Crash(reason) => super::report(&format!("the guest crashed: {reason}")),
+        Outcome::Internal(reason) => super::report(reason),
         _ => {}
     }
     Ok(ExitCode::from(code))
@@ -68,7 +68,7 @@ pub fn run(args: Args, timeline: Timeline) -> Result<ExitCode, Failure> {
 fn exit_code(outcome: &Outcome) -> u8 {
     const SIGNALLED: i32 = 128;
     match outcome {
-        Outcome::PowerOff | Outcome::Reset | Outcome::Quit => 0,
+        Outcome::PowerOff | Outcome::Reset | Outcome::Quit | Outcome::Forced => 0,
         Outcome::Signal(signal) => u8::try_from(SIGNALLED + signal).unwrap_or(u8::MAX),
         Outcome::Crash(_) => Class::GuestCrash as u8,
         Outcome::Internal(_) => Class::Internal as u8,
@@ -76,16 +76,12 @@ fn exit_code(outcome: &Outcome) -> u8 {
 }
 
 fn record(ending: &Ending, exit_code: u8) -> Result<String, Failure> {
-    let (outcome, detail) = match &ending.outcome {
-        Outcome::PowerOff => ("power-off", None),
-        Outcome::Reset => ("reset", None),
-        Outcome::Quit => ("quit", None),
-        Outcome::Signal(_) => ("signal", None),
-        Outcome::Crash(reason) => ("crash", Some(reason.as_str())),
-        Outcome::Internal(reason) => ("internal", Some(reason.as_str())),
+    let detail = match &ending.outcome {
+        Outcome::Crash(reason) | Outcome::Internal(reason) => Some(reason.as_str()),
+        _ => None,
     };
     serde_json::to_string(&Record {
-        outcome,
+        outcome: ending.outcome.name(),
         detail,
         exit_code,
         guest_status: ending.guest_status,

@@ -24,10 +24,10 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     }
     let checks = doctor::examine();
     if args.json {
-        println!("{}", serde_json::to_string(&checks).or_internal("--json")?);
+        super::print(&serde_json::to_string(&checks).or_internal("--json")?)?;
     } else {
         for check in &checks {
-            println!("{check}");
+            super::print(&check.to_string())?;
         }
     }
     let fatal = checks.iter().any(|check| check.verdict == Verdict::Fatal);

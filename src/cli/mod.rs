@@ -1,15 +1,20 @@
 //! The command line: one file a verb, raw flags only.
 
 pub mod boot;
+pub mod config;
+pub mod ctl;
 pub mod doctor;
 pub mod initramfs;
 pub mod kernel;
+pub mod list;
 
+use std::fmt::Display;
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::failure::Failure;
+use crate::failure::{Failure, OrFail};
 
 /// A VM that starts faster than a container.
 #[derive(Parser)]
@@ -23,6 +28,12 @@ pub struct Cli {
 enum Verb {
     /// Boot a kernel (the default verb)
     Boot(boot::Args),
+    /// Command a running VM
+    Ctl(ctl::Args),
+    /// List running VMs
+    List(list::Args),
+    /// Work with configuration files
+    Config(config::Args),
     /// Tell what this host can do, and what to do about what it can't
     Doctor(doctor::Args),
     /// Work with kernels
@@ -47,6 +58,9 @@ pub fn run() -> ExitCode {
     let result = match cli.verb {
         None => boot::run(boot::Args::bare(), timeline),
         Some(Verb::Boot(args)) => boot::run(args, timeline),
+        Some(Verb::Ctl(args)) => ctl::run(args),
+        Some(Verb::List(args)) => list::run(args),
+        Some(Verb::Config(args)) => config::run(args),
         Some(Verb::Doctor(args)) => doctor::run(args),
         Some(Verb::Kernel(args)) => kernel::run(args),
         Some(Verb::Initramfs(args)) => initramfs::run(args),
@@ -57,7 +71,12 @@ pub fn run() -> ExitCode {
     })
 }
 
-/// One line on standard error.
-fn report(failure: &Failure) {
-    eprintln!("mayfly: {failure}");
+/// One line on standard error. Nobody may be there to read it.
+fn report(message: &impl Display) {
+    let _ = writeln!(std::io::stderr(), "mayfly: {message}");
+}
+
+/// Prints a line; a reader that has gone is a failure, not a panic.
+fn print(line: &str) -> Result<(), Failure> {
+    writeln!(std::io::stdout(), "{line}").or_host("standard output")
 }

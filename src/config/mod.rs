@@ -23,6 +23,7 @@ pub use self::net::NetConfig;
 pub use self::raw::{BootProtocol, RawConfig};
 
 use self::guest::GuestFiles;
+use crate::control::{NAME_MAX, valid_name};
 use crate::failure::{Failure, OrFail};
 
 /// The most vCPUs of a VM.
@@ -37,6 +38,8 @@ const CMDLINE_CONSOLE: &str = "console=ttyS0";
 /// A machine, valid as far as can be told without opening anything.
 #[derive(Clone, Debug)]
 pub struct MachineConfig {
+    /// What the VM is called.
+    pub name: String,
     /// The kernel's file.
     pub kernel: PathBuf,
     /// The flag that named it, or what stands for it, for messages.
@@ -64,6 +67,15 @@ pub struct MachineConfig {
 impl RawConfig {
     /// Validates everything, and fills in the defaults.
     pub fn validate(self) -> Result<MachineConfig, Failure> {
+        let name = match self.name {
+            Some(name) if valid_name(&name) => name,
+            Some(name) => {
+                return Err(Failure::config(format!(
+                    "--name {name}: write 1 to {NAME_MAX} letters, digits, and . _ -"
+                )));
+            }
+            None => format!("vm-{}", std::process::id()),
+        };
         let cpus = self.cpus.as_deref().map_or(Ok(1), parse_cpus)?;
         let memory = parse_one(self.memory.as_deref(), "--memory")?.unwrap_or_default();
         let disks = parse_all(&self.disk, "--disk")?;
@@ -97,6 +109,7 @@ impl RawConfig {
         cmdline::validate(&cmdline).or_config("--cmdline")?;
         let guest = GuestFiles::choose(self.kernel, self.initrd)?;
         Ok(MachineConfig {
+            name,
             kernel: guest.kernel,
             kernel_flag: guest.kernel_flag,
             initrd: guest.initrd,

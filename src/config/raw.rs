@@ -16,6 +16,9 @@ use crate::failure::{Failure, OrFail};
 #[derive(clap::Args, Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct RawConfig {
+    /// What the VM is called by mayfly ctl [default: vm- and the process id]
+    #[arg(long, value_name = "NAME", allow_hyphen_values = true)]
+    pub name: Option<String>,
     /// Kernel: a vmlinux (ELF) or a bzImage [default: the fetched one, else the host's]
     #[arg(long, value_name = "PATH")]
     pub kernel: Option<PathBuf>,
@@ -109,6 +112,7 @@ impl RawConfig {
     pub fn or(self, file: RawConfig) -> Self {
         let either = |flags: Vec<String>, file| if flags.is_empty() { file } else { flags };
         RawConfig {
+            name: self.name.or(file.name),
             kernel: self.kernel.or(file.kernel),
             initrd: self.initrd.or(file.initrd),
             cmdline: self.cmdline.or(file.cmdline),

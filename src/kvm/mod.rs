@@ -1,6 +1,7 @@
 //! The only users of KVM's ioctls.
 
 pub mod cpuid;
+pub mod gate;
 pub mod memory;
 pub mod msr;
 pub mod probe;

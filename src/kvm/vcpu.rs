@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvm_bindings::{
     CpuId, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_regs,
@@ -16,6 +16,7 @@ use mayfly_devices::bus::Bus;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::cpuid::{self, Topology};
+use super::gate::{Gate, Next};
 use super::vm::Vm;
 use super::{KvmError, doing, msr};
 
@@ -45,6 +46,54 @@ pub struct Buses {
 pub struct Vcpu {
     fd: VcpuFd,
     index: u8,
+    exits: Arc<ExitCounters>,
+}
+
+/// What came of entering the guest.
+enum Step {
+    /// It left, and was served.
+    Exit,
+    /// It was told to look up.
+    Kicked,
+    /// It ended.
+    End(VcpuEnd),
+}
+
+/// Why a vCPU left the guest for this process.
+#[derive(Clone, Copy, Debug)]
+enum Exit {
+    IoIn,
+    IoOut,
+    MmioRead,
+    MmioWrite,
+    Kick,
+    Other,
+}
+
+/// How often a vCPU left the guest, by reason.
+#[derive(Debug, Default)]
+pub struct ExitCounters([AtomicU64; 6]);
+
+impl ExitCounters {
+    fn count(&self, exit: Exit) {
+        if let Some(counter) = self.0.get(exit as usize) {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Each reason's name and count.
+    pub fn all(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        let names = [
+            "io_in",
+            "io_out",
+            "mmio_read",
+            "mmio_write",
+            "kick",
+            "other",
+        ];
+        let counts = self.0.iter().map(|count| count.load(Ordering::Relaxed));
+        names.into_iter().zip(counts)
+    }
 }
 
 thread_local! {
@@ -107,7 +156,11 @@ impl Vcpu {
         })?;
         fd.set_cpuid2(&cpuid).map_err(doing("setting CPUID"))?;
         msr::set_boot_msrs(&fd);
-        Ok(Vcpu { fd, index })
+        Ok(Vcpu {
+            fd,
+            index,
+            exits: Arc::default(),
+        })
     }
 
     /// Sets the registers of the vCPU that boots; the others wait for it.
@@ -139,67 +192,135 @@ impl Vcpu {
         self.fd.set_regs(&regs).map_err(doing("setting registers"))
     }
 
-    /// Runs until the guest ends, or `stop` is set and the thread kicked.
-    pub fn run(mut self, buses: &Buses, stop: &Arc<AtomicBool>) -> VcpuEnd {
+    /// What this vCPU left the guest for.
+    pub fn exits(&self) -> Arc<ExitCounters> {
+        self.exits.clone()
+    }
+
+    /// Runs until the guest ends, or the gate says so.
+    pub fn run(mut self, buses: &Buses, gate: &Gate) -> VcpuEnd {
+        let end = self.run_to_end(buses, gate);
+        gate.ended();
+        end
+    }
+
+    fn run_to_end(&mut self, buses: &Buses, gate: &Gate) -> VcpuEnd {
         let _running = Running::new(&mut self.fd);
         loop {
             // A kick between this test and KVM_RUN makes KVM_RUN return.
-            if stop.load(Ordering::Acquire) {
-                return VcpuEnd::Stopped;
-            }
-            match self.fd.run() {
-                Ok(VcpuExit::IoIn(port, data)) => buses.io.read(port.into(), data),
-                Ok(VcpuExit::IoOut(port, data)) => buses.io.write(port.into(), data),
-                Ok(VcpuExit::MmioRead(address, data)) => buses.mmio.read(address, data),
-                Ok(VcpuExit::MmioWrite(address, data)) => buses.mmio.write(address, data),
-                Ok(VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {}
-                Ok(VcpuExit::Shutdown) => {
-                    return VcpuEnd::Crash(format!("triple fault on vCPU {}", self.index));
-                }
-                Ok(VcpuExit::SystemEvent(kind, _)) => match kind {
-                    KVM_SYSTEM_EVENT_SHUTDOWN => return VcpuEnd::PowerOff,
-                    KVM_SYSTEM_EVENT_RESET => return VcpuEnd::Reset,
-                    KVM_SYSTEM_EVENT_CRASH => return VcpuEnd::Crash("the guest said so".into()),
-                    _ => {}
-                },
-                Ok(VcpuExit::InternalError) => {
-                    // SAFETY: the exit reason says that this is the member.
-                    let internal = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal };
-                    return VcpuEnd::Crash(format!(
-                        "KVM internal error, suberror {}, on vCPU {}{}",
-                        internal.suberror,
-                        self.index,
-                        self.location()
-                    ));
-                }
-                Ok(VcpuExit::FailEntry(reason, _)) => {
-                    return VcpuEnd::Crash(format!(
-                        "the CPU refused to enter the guest (reason {reason:#x}) on vCPU {}{}",
-                        self.index,
-                        self.location()
-                    ));
-                }
-                Ok(exit) => {
-                    let exit = format!("{exit:?}");
-                    return VcpuEnd::Crash(format!(
-                        "unexpected exit {exit} on vCPU {}{}",
-                        self.index,
-                        self.location()
-                    ));
-                }
-                Err(error) => match error.errno() {
-                    libc::EINTR => self.fd.set_kvm_immediate_exit(0),
-                    libc::EAGAIN => {}
-                    _ => {
-                        return VcpuEnd::Crash(format!(
-                            "KVM cannot run vCPU {}: {error}{}",
-                            self.index,
-                            self.location()
-                        ));
+            if gate.attention() {
+                let mut end = None;
+                match gate.pass(self.index.into(), || end = self.settle(buses)) {
+                    Next::Stop => return end.unwrap_or(VcpuEnd::Stopped),
+                    Next::Run { nmi: true } => {
+                        let _ = self.fd.nmi();
                     }
-                },
+                    Next::Run { nmi: false } => {}
+                }
+                if let Some(end) = end {
+                    return end;
+                }
+            }
+            if let Step::End(end) = self.step(buses) {
+                return end;
             }
         }
+    }
+
+    /// Brings the vCPU to rest: KVM completes the access that it left the
+    /// guest for, and tells the guest's watchdogs that it is away.
+    fn settle(&mut self, buses: &Buses) -> Option<VcpuEnd> {
+        loop {
+            self.fd.set_kvm_immediate_exit(1);
+            match self.step(buses) {
+                Step::Exit => {} // an access in several parts
+                Step::Kicked => break,
+                Step::End(end) => return Some(end),
+            }
+        }
+        // Refused if the guest has no such clock.
+        let _ = self.fd.kvmclock_ctrl();
+        None
+    }
+
+    /// Enters the guest, and serves what it leaves for.
+    fn step(&mut self, buses: &Buses) -> Step {
+        match self.fd.run() {
+            Ok(VcpuExit::IoIn(port, data)) => {
+                self.exits.count(Exit::IoIn);
+                buses.io.read(port.into(), data);
+            }
+            Ok(VcpuExit::IoOut(port, data)) => {
+                self.exits.count(Exit::IoOut);
+                buses.io.write(port.into(), data);
+            }
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                self.exits.count(Exit::MmioRead);
+                buses.mmio.read(address, data);
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                self.exits.count(Exit::MmioWrite);
+                buses.mmio.write(address, data);
+            }
+            Ok(VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {
+                self.exits.count(Exit::Other);
+            }
+            Ok(VcpuExit::Shutdown) => {
+                return Step::End(VcpuEnd::Crash(format!(
+                    "triple fault on vCPU {}",
+                    self.index
+                )));
+            }
+            Ok(VcpuExit::SystemEvent(kind, _)) => match kind {
+                KVM_SYSTEM_EVENT_SHUTDOWN => return Step::End(VcpuEnd::PowerOff),
+                KVM_SYSTEM_EVENT_RESET => return Step::End(VcpuEnd::Reset),
+                KVM_SYSTEM_EVENT_CRASH => {
+                    return Step::End(VcpuEnd::Crash("the guest said so".into()));
+                }
+                _ => {}
+            },
+            Ok(VcpuExit::InternalError) => {
+                // SAFETY: the exit reason says that this is the member.
+                let internal = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal };
+                return Step::End(VcpuEnd::Crash(format!(
+                    "KVM internal error, suberror {}, on vCPU {}{}",
+                    internal.suberror,
+                    self.index,
+                    self.location()
+                )));
+            }
+            Ok(VcpuExit::FailEntry(reason, _)) => {
+                return Step::End(VcpuEnd::Crash(format!(
+                    "the CPU refused to enter the guest (reason {reason:#x}) on vCPU {}{}",
+                    self.index,
+                    self.location()
+                )));
+            }
+            Ok(exit) => {
+                let exit = format!("{exit:?}");
+                return Step::End(VcpuEnd::Crash(format!(
+                    "unexpected exit {exit} on vCPU {}{}",
+                    self.index,
+                    self.location()
+                )));
+            }
+            Err(error) => match error.errno() {
+                libc::EINTR => {
+                    self.exits.count(Exit::Kick);
+                    self.fd.set_kvm_immediate_exit(0);
+                    return Step::Kicked;
+                }
+                libc::EAGAIN => {}
+                _ => {
+                    return Step::End(VcpuEnd::Crash(format!(
+                        "KVM cannot run vCPU {}: {error}{}",
+                        self.index,
+                        self.location()
+                    )));
+                }
+            },
+        }
+        Step::Exit
     }
 
     fn location(&self) -> String {

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use mayfly_boot::{MmioDevice, layout};
 use mayfly_devices::virtio::block::Block;
-use mayfly_devices::virtio::device::VirtioDevice;
+use mayfly_devices::virtio::device::{DeviceId, VirtioDevice};
 use mayfly_devices::virtio::mmio::{NOTIFY_OFFSET, VirtioMmio};
 use mayfly_devices::virtio::net::Net;
 use mayfly_devices::virtio::rng::Rng;
@@ -21,6 +21,10 @@ use crate::kvm::vm::Vm;
 pub struct Slot {
     /// What it is called in metrics and commands: `disk0`, `net0`, `rng`.
     pub name: String,
+    /// What asked for it.
+    pub flag: String,
+    /// Its kind.
+    pub kind: DeviceId,
     /// Where the guest finds it.
     pub place: MmioDevice,
     /// The device.
@@ -98,24 +102,26 @@ fn place(
     buses: &mut Buses,
 ) -> Result<Slot, Failure> {
     let Unplaced { name, flag, device } = unplaced;
-    let flag = &*flag;
+    let kind = device.id();
     let (Some(addr), Some(irq)) = (layout::virtio_address(index), layout::virtio_irq(index)) else {
         return Err(Failure::config(format!("{flag}: too many devices")));
     };
     let interrupt = event()?;
-    vm.connect_interrupt(&interrupt, irq).or_host(flag)?;
-    let transport = VirtioMmio::new(device, memory.clone(), interrupt).or_host(flag)?;
+    vm.connect_interrupt(&interrupt, irq).or_host(&flag)?;
+    let transport = VirtioMmio::new(device, memory.clone(), interrupt).or_host(&flag)?;
     for (queue, kick) in (0..).zip(transport.kicks()) {
         vm.connect_notification(kick, addr + NOTIFY_OFFSET, queue)
-            .or_host(flag)?;
+            .or_host(&flag)?;
     }
     let transport = Arc::new(Mutex::new(transport));
     buses
         .mmio
         .insert(addr, layout::VIRTIO_MMIO_SIZE, transport.clone())
-        .or_internal(flag)?;
+        .or_internal(&flag)?;
     Ok(Slot {
         name,
+        flag,
+        kind,
         place: MmioDevice { addr, irq },
         transport,
     })

@@ -16,6 +16,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::attach::{self, Slot};
 use super::resources::Resources;
 use crate::config::MachineConfig;
+use crate::control::Ask;
 use crate::failure::{Failure, OrFail};
 use crate::kvm::memory::{FileMapper, GuestMemory, guest_memory, prefault};
 use crate::kvm::probe::{self, Backend};
@@ -30,6 +31,8 @@ pub enum VmEvent {
     Vcpu(VcpuEnd),
     /// The guest asks its platform for something.
     Platform(PlatformEvent, Instant),
+    /// The user asks for something.
+    Ask(Ask),
 }
 
 /// Sends [`VmEvent`]s.
@@ -46,7 +49,8 @@ impl Notifier {
         let _ = self.wake.write(1);
     }
 
-    fn try_clone(&self) -> std::io::Result<Self> {
+    /// Another sender.
+    pub fn try_clone(&self) -> std::io::Result<Self> {
         Ok(Notifier {
             sender: self.sender.clone(),
             wake: self.wake.try_clone()?,
@@ -63,7 +67,7 @@ pub struct Machine {
     /// What the vCPUs' accesses leave to.
     pub buses: Buses,
     /// The virtio devices.
-    pub slots: Vec<Slot>,
+    pub slots: Arc<[Slot]>,
     /// The console's port.
     pub serial: Arc<Mutex<Serial>>,
     /// The console has output, or room for input.
@@ -124,7 +128,7 @@ pub fn build(
         vm,
         vcpus,
         buses,
-        slots,
+        slots: slots.into(),
         serial,
         serial_attention,
         guest_status,

@@ -15,6 +15,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::build::VmEvent;
+use super::control::Commander;
 use super::run::Outcome;
 use super::signals::Signals;
 use crate::console::Console;
@@ -86,7 +87,10 @@ fn add(ops: &mut EventOps, events: Events, learnt: &Shared) {
     }
 }
 
-/// Takes what vCPUs and signals tell.
+/// Marks the event of the deadline.
+const DEADLINE: u32 = 1;
+
+/// Takes what vCPUs, signals and the user tell.
 pub struct Control {
     /// Wakes up for [`Control::events`].
     pub wake: EventFd,
@@ -94,6 +98,8 @@ pub struct Control {
     pub events: Receiver<VmEvent>,
     /// From the host.
     pub signals: Signals,
+    /// Carries out what the user asks.
+    pub commander: Rc<RefCell<Commander>>,
     /// Where it goes.
     pub learnt: Shared,
 }
@@ -102,12 +108,16 @@ impl MutEventSubscriber for Control {
     fn init(&mut self, ops: &mut EventOps) {
         add(ops, Events::new(&self.wake, EventSet::IN), &self.learnt);
         add(ops, Events::new(&self.signals, EventSet::IN), &self.learnt);
+        let deadline = self.commander.borrow().deadline();
+        let deadline = Events::with_data_raw(deadline, DEADLINE, EventSet::IN);
+        add(ops, deadline, &self.learnt);
     }
 
-    fn process(&mut self, _: Events, _: &mut EventOps) {
+    fn process(&mut self, event: Events, _: &mut EventOps) {
         let _ = self.wake.read();
         let mut learnt = self.learnt.borrow_mut();
-        let mut outcome = None;
+        let mut commander = self.commander.borrow_mut();
+        let mut outcome = (event.data() == DEADLINE).then_some(Outcome::Forced);
         for event in self.events.try_iter() {
             let next = match event {
                 VmEvent::Vcpu(VcpuEnd::Stopped) => None,
@@ -118,6 +128,11 @@ impl MutEventSubscriber for Control {
                 VmEvent::Platform(PlatformEvent::Reset, _) => Some(Outcome::Reset),
                 VmEvent::Platform(PlatformEvent::BootMark, when) => {
                     learnt.timeline.guest_init = learnt.timeline.at(when);
+                    commander.tell("guest-init", None);
+                    None
+                }
+                VmEvent::Ask(ask) => {
+                    commander.serve(ask, &learnt.timeline);
                     None
                 }
                 // Kept where it is written.

@@ -2,6 +2,7 @@
 
 mod attach;
 mod build;
+mod control;
 mod event_loop;
 mod resources;
 mod run;

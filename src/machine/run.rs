@@ -7,18 +7,22 @@ use std::os::fd::AsRawFd;
 use std::os::unix::thread::JoinHandleExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use super::build::{VmEvent, build};
+use super::control::Commander;
 use super::event_loop::{ConsolePump, Control, EventLoop, VirtioWorker};
 use super::resources::Resources;
 use super::signals::Signals;
 use crate::config::MachineConfig;
 use crate::console::Console;
+use crate::control::{Folder, Server};
 use crate::failure::{Failure, OrFail};
-use crate::kvm::vcpu::{self, Buses, Vcpu};
+use crate::kvm::gate::Gate;
+use crate::kvm::vcpu::{self, Buses, ExitCounters, Vcpu};
 use crate::timing::Timeline;
 
 /// Enough for what a vCPU's thread calls.
@@ -33,12 +37,29 @@ pub enum Outcome {
     Reset,
     /// The user ended it at the console.
     Quit,
+    /// It did not turn off when the user asked.
+    Forced,
     /// A signal ended it.
     Signal(i32),
     /// The guest cannot go on.
     Crash(String),
     /// mayfly cannot go on.
     Internal(String),
+}
+
+impl Outcome {
+    /// Its name in records and events.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Outcome::PowerOff => "power-off",
+            Outcome::Reset => "reset",
+            Outcome::Quit => "quit",
+            Outcome::Forced => "forced-off",
+            Outcome::Signal(_) => "signal",
+            Outcome::Crash(_) => "crash",
+            Outcome::Internal(_) => "internal",
+        }
+    }
 }
 
 /// All there is to say about a machine that ended.
@@ -60,17 +81,12 @@ pub fn run(config: &MachineConfig, mut timeline: Timeline) -> Result<Ending, Fai
     let machine = build(config, resources, &mut timeline)?;
 
     // All that can be refused has been; now the host is changed.
+    let (listener, socket) = Folder::locate().listen(&config.name)?;
     let _pidfile = config.pidfile.as_deref().map(PidFile::create).transpose()?;
     let console = Rc::new(RefCell::new(Console::open(&config.console)?));
 
     let mut events = EventLoop::new(timeline).or_internal("event loop")?;
     let learnt = events.learnt();
-    events.add(Control {
-        wake: machine.wake,
-        events: machine.events,
-        signals,
-        learnt: learnt.clone(),
-    });
     events.add(ConsolePump {
         console: console.clone(),
         serial: machine.serial.clone(),
@@ -78,23 +94,48 @@ pub fn run(config: &MachineConfig, mut timeline: Timeline) -> Result<Ending, Fai
         learnt: learnt.clone(),
     });
 
-    for slot in &machine.slots {
+    for slot in machine.slots.iter() {
         events.add(VirtioWorker::new(slot.transport.clone(), learnt.clone()));
     }
 
+    let asks = machine
+        .notifier
+        .try_clone()
+        .or_host("duplicating an event descriptor")?;
     let notifier = Arc::new(machine.notifier);
-    let threads = VcpuThreads::start(machine.vcpus, machine.buses, move |end| {
-        notifier.send(VmEvent::Vcpu(end));
-    })?;
+    let vcpus = Arc::new(VcpuControl::start(
+        machine.vcpus,
+        machine.buses,
+        move |end| {
+            notifier.send(VmEvent::Vcpu(end));
+        },
+    )?);
+    let commander = Commander::new(config, vcpus.clone(), machine.slots.clone());
+    let commander = Rc::new(RefCell::new(commander.or_host("creating a timer")?));
+    events.add(Control {
+        wake: machine.wake,
+        events: machine.events,
+        signals,
+        commander: commander.clone(),
+        learnt: learnt.clone(),
+    });
+    let server = Server::start(listener, socket, move |ask| asks.send(VmEvent::Ask(ask)))
+        .or_host("starting the control thread")?;
+    vcpus.resume();
     {
         let mut learnt = learnt.borrow_mut();
         learnt.timeline.vcpus_started = learnt.timeline.now();
     }
     let outcome = events.run();
-    threads.stop();
+    vcpus.stop();
     console.borrow_mut().flush(&machine.serial);
     // What disks have in flight ends here, before their locks are released.
-    drop((events, machine.slots, machine.vm));
+    drop((events, machine.slots));
+    commander
+        .borrow_mut()
+        .tell("ended", Some(outcome.name().to_owned()));
+    drop((commander, machine.vm));
+    server.farewell();
 
     let mut learnt = learnt.borrow_mut();
     learnt.timeline.exit = learnt.timeline.now();
@@ -105,65 +146,89 @@ pub fn run(config: &MachineConfig, mut timeline: Timeline) -> Result<Ending, Fai
     })
 }
 
-/// The threads of a machine's vCPUs; they end with this.
-struct VcpuThreads {
-    stop: Arc<AtomicBool>,
-    threads: Vec<JoinHandle<()>>,
+/// A machine's vCPUs, each on a thread of its own; they end with this.
+pub struct VcpuControl {
+    gate: Arc<Gate>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    exits: Vec<Arc<ExitCounters>>,
 }
 
-impl VcpuThreads {
+impl VcpuControl {
+    /// Starts the threads; their vCPUs wait.
     fn start(
         vcpus: Vec<Vcpu>,
         buses: Buses,
         tell: impl Fn(vcpu::VcpuEnd) + Send + Sync + 'static,
     ) -> Result<Self, Failure> {
-        let stop = Arc::new(AtomicBool::new(false));
+        let gate = Arc::new(Gate::new(vcpus.len()));
         let (buses, tell) = (Arc::new(buses), Arc::new(tell));
-        let mut started = VcpuThreads {
-            stop: stop.clone(),
-            threads: Vec::new(),
-        };
-        // Nobody runs before all are there: the first one looks for the rest
-        // only later, but a failure must find none running.
-        let gate = Arc::new(std::sync::RwLock::new(()));
-        let closed = gate.write();
+        let mut threads = Vec::new();
+        let exits = vcpus.iter().map(Vcpu::exits).collect();
         for (index, vcpu) in vcpus.into_iter().enumerate() {
-            let (stop, buses, tell, gate) =
-                (stop.clone(), buses.clone(), tell.clone(), gate.clone());
+            let (its_gate, buses, tell) = (gate.clone(), buses.clone(), tell.clone());
             let thread = thread::Builder::new()
                 .name(format!("vcpu{index}"))
                 .stack_size(VCPU_STACK)
-                .spawn(move || {
-                    drop(gate.read());
-                    tell(vcpu.run(&buses, &stop));
-                });
+                .spawn(move || tell(vcpu.run(&buses, &its_gate)));
             match thread {
-                Ok(thread) => started.threads.push(thread),
+                Ok(thread) => threads.push(thread),
                 Err(error) => {
-                    started.stop.store(true, Ordering::Release);
-                    drop(closed);
-                    started.stop();
+                    gate.stop();
                     return Err(error).or_host("starting a vCPU's thread");
                 }
             }
         }
-        drop(closed);
-        Ok(started)
+        Ok(VcpuControl {
+            gate,
+            threads: Mutex::new(threads),
+            exits,
+        })
     }
 
-    /// Makes every vCPU leave the guest, and waits until they have.
-    fn stop(self) {
-        self.stop.store(true, Ordering::Release);
-        for thread in &self.threads {
+    /// What each vCPU left the guest for.
+    pub fn exits(&self) -> &[Arc<ExitCounters>] {
+        &self.exits
+    }
+
+    /// Lets the vCPUs run.
+    pub fn resume(&self) {
+        self.gate.open();
+    }
+
+    /// Makes every vCPU leave the guest; false if one did not.
+    pub fn pause(&self) -> bool {
+        const PATIENCE: Duration = Duration::from_secs(10);
+        self.gate.close();
+        self.kick();
+        self.gate.closed(PATIENCE)
+    }
+
+    /// Interrupts every vCPU, maskable or not.
+    pub fn interrupt(&self) {
+        self.gate.interrupt();
+        self.kick();
+    }
+
+    /// Ends the vCPUs, and waits until they have.
+    fn stop(&self) {
+        self.gate.stop();
+        self.kick();
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        for thread in threads.drain(..) {
+            // A panic of the thread ends the process.
+            let _ = thread.join();
+        }
+    }
+
+    /// Makes the vCPUs leave the guest and look at their orders.
+    fn kick(&self) {
+        let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        for thread in threads.iter() {
             // One is enough: the handler makes KVM return even if the thread
             // is only about to enter the guest.
             // SAFETY: the thread was not joined, so its handle is valid;
             // the signal's handler is installed.
             unsafe { libc::pthread_kill(thread.as_pthread_t(), vcpu::kick_signal()) };
-        }
-        for thread in self.threads {
-            // A panic of the thread ends the process.
-            let _ = thread.join();
         }
     }
 }

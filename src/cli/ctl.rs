@@ -1,0 +1,90 @@
+//! `mayfly ctl`
+
+use std::process::ExitCode;
+
+use clap::Subcommand;
+
+use crate::control::{Client, ClientError, Command, Folder};
+use crate::failure::{Class, Failure, OrFail};
+
+/// Raw flags.
+#[derive(clap::Args)]
+pub struct Args {
+    /// The VM's name (see mayfly list), or the path of its socket
+    vm: String,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Stop all vCPUs
+    Pause,
+    /// Let them go on
+    Resume,
+    /// Print what the VM is and how it does, as JSON
+    Info,
+    /// Print events as they happen, one JSON line each, until the VM ends
+    Events,
+    /// Print all counters in Prometheus' text format
+    Metrics,
+    /// Ask the guest to turn off, and wait until it has
+    Shutdown {
+        /// End the VM after that many seconds all the same
+        #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+        deadline: u64,
+        /// Do not wait
+        #[arg(long)]
+        no_wait: bool,
+    },
+    /// Send a non-maskable interrupt to every vCPU
+    Nmi,
+}
+
+/// Carries out the verb.
+pub fn run(args: Args) -> Result<ExitCode, Failure> {
+    let path = Folder::locate().socket(&args.vm);
+    let refuse = |error| refusal(error, &args.vm);
+    let mut client = Client::connect(&path).map_err(refuse)?;
+    match args.verb {
+        Verb::Pause => drop(client.ask(&Command::Pause {}).map_err(refuse)?),
+        Verb::Resume => drop(client.ask(&Command::Resume {}).map_err(refuse)?),
+        Verb::Nmi => drop(client.ask(&Command::Nmi {}).map_err(refuse)?),
+        Verb::Info => {
+            let info = client.ask(&Command::Info {}).map_err(refuse)?;
+            let text = serde_json::to_string_pretty(&info).or_internal("ctl info")?;
+            super::print(&text)?;
+        }
+        Verb::Metrics => {
+            let metrics = client.ask(&Command::Metrics {}).map_err(refuse)?;
+            super::print(metrics.as_str().unwrap_or_default().trim_end())?;
+        }
+        Verb::Events => {
+            client.ask(&Command::Events {}).map_err(refuse)?;
+            while let Some(event) = client.event().map_err(refuse)? {
+                super::print(&serde_json::to_string(&event).or_internal("ctl events")?)?;
+            }
+        }
+        Verb::Shutdown { deadline, no_wait } => {
+            // Asked for first, so that the end is not missed.
+            let mut end = Client::connect(&path).map_err(refuse)?;
+            end.ask(&Command::Events {}).map_err(refuse)?;
+            client
+                .ask(&Command::Shutdown { deadline })
+                .map_err(refuse)?;
+            while !no_wait && end.event().map_err(refuse)?.is_some() {}
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn refusal(error: ClientError, vm: &str) -> Failure {
+    let class = match error {
+        ClientError::NotRunning | ClientError::Refused(_) => Class::Config,
+        _ => Class::Host,
+    };
+    Err::<(), _>(error)
+        .or_fail(class, format_args!("ctl {vm}"))
+        .err()
+        .unwrap_or_else(|| Failure::host(vm))
+}

@@ -1,0 +1,215 @@
+//! The folder with the sockets of this user's VMs: nobody else may enter it.
+
+use std::env;
+use std::fs::{self, DirBuilder, File, Metadata, TryLockError};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use crate::failure::{Failure, OrFail};
+
+/// The longest name of a VM.
+pub const NAME_MAX: usize = 64;
+const SUFFIX: &str = ".sock";
+const PRIVATE: u32 = 0o700;
+
+/// A name that is safe as a file's, and on a command line.
+pub fn valid_name(name: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    (1..=NAME_MAX).contains(&name.len()) && name.bytes().all(plain) && !name.starts_with(['.', '-'])
+}
+
+/// The folder.
+pub struct Folder(PathBuf);
+
+impl Folder {
+    /// Where it is, whether it exists or not: `MAYFLY_RUNTIME_DIR`, or `mayfly`
+    /// in `XDG_RUNTIME_DIR`, in `/run` for root, or a folder in `/tmp`.
+    pub fn locate() -> Self {
+        let variable = |name| {
+            env::var_os(name)
+                .filter(|value| !value.is_empty())
+                .map(PathBuf::from)
+        };
+        // SAFETY: has no preconditions.
+        let user = unsafe { libc::geteuid() };
+        let path = variable("MAYFLY_RUNTIME_DIR")
+            .or_else(|| variable("XDG_RUNTIME_DIR").map(|run| run.join("mayfly")))
+            .unwrap_or_else(|| match user {
+                0 => PathBuf::from("/run/mayfly"),
+                _ => env::temp_dir().join(format!("mayfly-{user}")),
+            });
+        Folder(path)
+    }
+
+    #[cfg(test)]
+    pub(super) fn at(path: &Path) -> Self {
+        Folder(path.to_owned())
+    }
+
+    /// The socket of the VM with a name; a name with a slash is a path already.
+    pub fn socket(&self, name: &str) -> PathBuf {
+        match name.contains('/') {
+            true => PathBuf::from(name),
+            false => self.0.join(format!("{name}{SUFFIX}")),
+        }
+    }
+
+    /// The names of all sockets, also of VMs that were killed.
+    pub fn names(&self) -> Vec<String> {
+        let entries = fs::read_dir(&self.0).into_iter().flatten().flatten();
+        let mut names: Vec<String> = entries
+            .filter_map(|entry| {
+                let name = entry.file_name().into_string().ok()?;
+                Some(name.strip_suffix(SUFFIX)?.to_owned())
+            })
+            .collect();
+        names.sort();
+        names
+    }
+
+    /// Makes the folder if it is missing, and listens on the socket of a VM.
+    pub fn listen(&self, name: &str) -> Result<(UnixListener, Socket), Failure> {
+        let what = || format!("control folder {}", self.0.display());
+        match DirBuilder::new().mode(PRIVATE).create(&self.0) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(Failure::host(format!(
+                    "{}: {error}; name another in MAYFLY_RUNTIME_DIR",
+                    what()
+                )));
+            }
+            _ => {}
+        }
+        let metadata = self.0.symlink_metadata().or_host(what())?;
+        if !private(&metadata) {
+            return Err(Failure::host(format!(
+                "{}: must be a folder of yours with mode 0700; remove it, or name another in \
+                 MAYFLY_RUNTIME_DIR",
+                what()
+            )));
+        }
+        let path = self.socket(name);
+        // Who looks whether a socket is a leftover must not see a new one.
+        let lock = File::open(&self.0).or_host(what())?;
+        lock.lock().or_host(what())?;
+        if UnixStream::connect(&path).is_ok() {
+            return Err(Failure::config(format!(
+                "--name {name}: a VM of that name runs; choose another"
+            )));
+        }
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(Failure::host(format!("{}: {error}", path.display())));
+            }
+            _ => {}
+        }
+        let listener = UnixListener::bind(&path).or_host(path.display())?;
+        let identity = identity(&path.symlink_metadata().or_host(path.display())?);
+        let folder = self.0.clone();
+        Ok((
+            listener,
+            Socket {
+                path,
+                identity,
+                folder,
+            },
+        ))
+    }
+}
+
+fn private(metadata: &Metadata) -> bool {
+    // SAFETY: has no preconditions.
+    let user = unsafe { libc::geteuid() };
+    metadata.is_dir() && metadata.uid() == user && metadata.mode() & 0o777 == PRIVATE
+}
+
+fn identity(metadata: &Metadata) -> (u64, u64) {
+    (metadata.dev(), metadata.ino())
+}
+
+/// A socket's name, removed with this unless it is another's by now.
+pub struct Socket {
+    path: PathBuf,
+    identity: (u64, u64),
+    folder: PathBuf,
+}
+
+impl Socket {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        // Whoever holds the lock for longer is wrong; a leftover does no harm.
+        let Ok(lock) = File::open(&self.folder) else {
+            return;
+        };
+        if matches!(lock.try_lock(), Err(TryLockError::Error(_))) {
+            return;
+        }
+        let ours = |metadata: Metadata| identity(&metadata) == self.identity;
+        if self.path.symlink_metadata().is_ok_and(ours) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn names_are_harmless() {
+        for name in ["a", "vm-1", "web.2_b", &"x".repeat(NAME_MAX)] {
+            assert!(valid_name(name), "{name}");
+        }
+        for name in [
+            "",
+            ".",
+            "..",
+            "-v",
+            "a/b",
+            "a b",
+            "ä",
+            "a\n",
+            &"x".repeat(NAME_MAX + 1),
+        ] {
+            assert!(!valid_name(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_name_is_taken_once_and_a_leftover_replaced() {
+        let parent = tempfile::tempdir().unwrap();
+        let folder = Folder(parent.path().join("run"));
+        let (listener, socket) = folder.listen("a").unwrap();
+        assert_eq!(folder.names(), ["a"]);
+        let refusal = folder.listen("a").err().unwrap().to_string();
+        assert!(refusal.contains("--name a"), "{refusal}");
+        // Killed: the socket stays, nobody listens.
+        drop(listener);
+        std::mem::forget(socket);
+        let (_listener, socket) = folder.listen("a").unwrap();
+        drop(socket);
+        assert_eq!(folder.names(), [""; 0]);
+    }
+
+    #[test]
+    fn a_folder_that_others_may_enter_is_refused() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("run");
+        fs::create_dir(&path).unwrap();
+        fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
+        assert!(Folder(path.clone()).listen("a").is_err());
+        let link = parent.path().join("link");
+        fs::set_permissions(&path, PermissionsExt::from_mode(0o700)).unwrap();
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        assert!(Folder(link).listen("a").is_err());
+        assert!(Folder(path).listen("a").is_ok());
+    }
+}

@@ -1,0 +1,202 @@
+//! What a machine's vCPUs are to do: run, wait, or end. One party gives
+//! orders; the vCPUs' threads look whenever they were kicked.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// An order to all vCPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Order {
+    Run,
+    Pause,
+    Stop,
+}
+
+#[derive(Debug)]
+struct State {
+    order: Order,
+    /// vCPUs that wait.
+    parked: usize,
+    /// vCPUs that did not end.
+    alive: usize,
+    /// vCPUs that a non-maskable interrupt is for.
+    nmi: Vec<bool>,
+}
+
+/// What a vCPU's thread is to do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Enter the guest, after a non-maskable interrupt if so said.
+    Run {
+        /// Interrupt it first.
+        nmi: bool,
+    },
+    /// End.
+    Stop,
+}
+
+/// The gate that vCPUs pass on their way to the guest. It starts closed.
+#[derive(Debug)]
+pub struct Gate {
+    state: Mutex<State>,
+    changed: Condvar,
+    /// Something else than running is asked for: cheap to look at.
+    attention: AtomicBool,
+}
+
+impl Gate {
+    /// A closed gate for so many vCPUs.
+    pub fn new(cpus: usize) -> Self {
+        Gate {
+            state: Mutex::new(State {
+                order: Order::Pause,
+                parked: 0,
+                alive: cpus,
+                nmi: vec![false; cpus],
+            }),
+            changed: Condvar::new(),
+            attention: AtomicBool::new(true),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn order(&self, order: Order) {
+        let mut state = self.lock();
+        state.order = order;
+        self.attention.store(true, Ordering::Release);
+        self.changed.notify_all();
+    }
+
+    /// Lets the vCPUs run.
+    pub fn open(&self) {
+        self.order(Order::Run);
+    }
+
+    /// Keeps vCPUs from entering the guest; those that are in it must be
+    /// kicked. Then see [`Gate::closed`].
+    pub fn close(&self) {
+        self.order(Order::Pause);
+    }
+
+    /// Makes the vCPUs end; those in the guest must be kicked.
+    pub fn stop(&self) {
+        self.order(Order::Stop);
+    }
+
+    /// Asks for a non-maskable interrupt on each vCPU; they must be kicked.
+    pub fn interrupt(&self) {
+        let mut state = self.lock();
+        state.nmi.fill(true);
+        self.attention.store(true, Ordering::Release);
+    }
+
+    /// Waits until all vCPUs that live wait; false if that takes too long.
+    pub fn closed(&self, patience: Duration) -> bool {
+        let running = |state: &mut State| state.parked < state.alive;
+        let state = self.lock();
+        let waited = self.changed.wait_timeout_while(state, patience, running);
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
+    }
+
+    /// There may be an order. False is certain only for what was ordered
+    /// before this thread was kicked.
+    pub fn attention(&self) -> bool {
+        self.attention.load(Ordering::Acquire)
+    }
+
+    /// Passes, for the vCPU with an index: waits while the gate is closed.
+    /// `park` is called before the first wait.
+    pub fn pass(&self, index: usize, park: impl FnOnce()) -> Next {
+        let mut park = Some(park);
+        let mut state = self.lock();
+        loop {
+            match state.order {
+                Order::Stop => return Next::Stop,
+                Order::Run => {
+                    let nmi = state.nmi.get_mut(index).is_some_and(std::mem::take);
+                    if !state.nmi.contains(&true) {
+                        self.attention.store(false, Ordering::Release);
+                    }
+                    return Next::Run { nmi };
+                }
+                Order::Pause => {}
+            }
+            if let Some(park) = park.take() {
+                drop(state);
+                park();
+                state = self.lock();
+                continue;
+            }
+            state.parked += 1;
+            self.changed.notify_all();
+            state = self
+                .changed
+                .wait_while(state, |state| state.order == Order::Pause)
+                .unwrap_or_else(PoisonError::into_inner);
+            state.parked -= 1;
+        }
+    }
+
+    /// A vCPU ended.
+    pub fn ended(&self) {
+        self.lock().alive -= 1;
+        self.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::thread;
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    #[test]
+    fn vcpus_wait_run_and_stop_as_ordered() {
+        let gate = Arc::new(Gate::new(2));
+        let threads: Vec<_> = (0..2)
+            .map(|index| {
+                let gate = gate.clone();
+                thread::spawn(move || {
+                    let (mut interrupts, mut parks) = (0, 0);
+                    loop {
+                        if gate.attention() {
+                            match gate.pass(index, || parks += 1) {
+                                Next::Stop => break,
+                                Next::Run { nmi } => interrupts += u32::from(nmi),
+                            }
+                        }
+                        thread::yield_now();
+                    }
+                    gate.ended();
+                    (interrupts, parks)
+                })
+            })
+            .collect();
+        assert!(gate.closed(PATIENCE));
+        gate.interrupt();
+        gate.open();
+        while gate.attention() {
+            thread::yield_now();
+        }
+        gate.close();
+        assert!(gate.closed(PATIENCE));
+        gate.stop();
+        for thread in threads {
+            assert_eq!(thread.join().unwrap(), (1, 2));
+        }
+        // Nobody is left to wait for.
+        assert!(gate.closed(PATIENCE));
+    }
+
+    #[test]
+    fn who_does_not_park_is_noticed() {
+        let gate = Gate::new(1);
+        assert!(!gate.closed(Duration::from_millis(1)));
+    }
+}

@@ -1,0 +1,219 @@
+//! Commands to a running machine, carried out on the event loop. What the user
+//! asks for is done here and nowhere else: pause has one owner.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::mpsc::TrySendError;
+use std::time::{Duration, Instant};
+
+use mayfly_devices::bus::lock;
+use serde_json::json;
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::attach::Slot;
+use super::run::VcpuControl;
+use crate::config::MachineConfig;
+use crate::control::{Ask, Command, Event, Reply, Subscriber};
+use crate::metrics::Exposition;
+use crate::timing::Timeline;
+
+/// What a running machine is called by commands.
+pub struct Commander {
+    about: About,
+    vcpus: Arc<VcpuControl>,
+    slots: Arc<[Slot]>,
+    state: State,
+    subscribers: Vec<Subscriber>,
+    /// Ends the guest that was asked to turn off and does not.
+    deadline: TimerFd,
+    started: Instant,
+}
+
+/// What does not change.
+struct About {
+    name: String,
+    kernel: String,
+    cmdline: String,
+    cpus: u8,
+    memory: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Running,
+    Paused,
+}
+
+impl Commander {
+    /// Commands a machine whose vCPUs are about to run.
+    pub fn new(
+        config: &MachineConfig,
+        vcpus: Arc<VcpuControl>,
+        slots: Arc<[Slot]>,
+    ) -> std::io::Result<Self> {
+        Ok(Commander {
+            about: About {
+                name: config.name.clone(),
+                kernel: config.kernel.display().to_string(),
+                cmdline: config.cmdline.clone(),
+                cpus: config.cpus,
+                memory: config.memory.size,
+            },
+            vcpus,
+            slots,
+            state: State::Running,
+            subscribers: Vec::new(),
+            deadline: TimerFd::new().map_err(std::io::Error::from)?,
+            started: Instant::now(),
+        })
+    }
+
+    /// Readable when the guest's time to turn off is over.
+    pub fn deadline(&self) -> RawFd {
+        self.deadline.as_raw_fd()
+    }
+
+    /// Carries out a command and answers it.
+    pub fn serve(&mut self, ask: Ask, timeline: &Timeline) {
+        let done = match ask.command {
+            Command::Pause {} => self.pause(),
+            Command::Resume {} => self.resume(),
+            Command::Info {} => Ok(self.info()),
+            Command::Events {} => {
+                self.subscribers.extend(ask.subscriber);
+                Ok(serde_json::Value::Null)
+            }
+            Command::Metrics {} => Ok(self.metrics(timeline).into()),
+            Command::Shutdown { deadline } => self.shutdown(Duration::from_secs(deadline)),
+            Command::Nmi {} => self.interrupt(),
+        };
+        let reply = done.map_or_else(Reply::Error, Reply::Ok);
+        // A client that has gone needs no answer.
+        let _ = ask.reply.try_send(reply);
+    }
+
+    /// Tells all who listen; one that lags behind is let go.
+    pub fn tell(&mut self, event: &str, detail: Option<String>) {
+        let event = Event::now(event, detail);
+        self.subscribers.retain(|subscriber| {
+            let sent = subscriber.try_send(event.clone());
+            !matches!(
+                sent,
+                Err(TrySendError::Disconnected(_) | TrySendError::Full(_))
+            )
+        });
+    }
+
+    fn pause(&mut self) -> Result<serde_json::Value, String> {
+        if self.state == State::Paused {
+            return Ok(serde_json::Value::Null);
+        }
+        if !self.vcpus.pause() {
+            self.vcpus.resume();
+            return Err("a vCPU does not leave the guest; it runs on".into());
+        }
+        self.state = State::Paused;
+        self.tell("paused", None);
+        Ok(serde_json::Value::Null)
+    }
+
+    fn resume(&mut self) -> Result<serde_json::Value, String> {
+        if self.state == State::Paused {
+            self.vcpus.resume();
+            self.state = State::Running;
+            self.tell("resumed", None);
+        }
+        Ok(serde_json::Value::Null)
+    }
+
+    fn interrupt(&self) -> Result<serde_json::Value, String> {
+        self.vcpus.interrupt();
+        Ok(serde_json::Value::Null)
+    }
+
+    /// A paused guest cannot turn off: it runs again.
+    fn shutdown(&mut self, deadline: Duration) -> Result<serde_json::Value, String> {
+        self.resume()?;
+        // A timer of zero would never fire.
+        self.deadline
+            .reset(deadline.max(Duration::from_millis(1)), None)
+            .map_err(|error| format!("setting a timer: {error}"))?;
+        self.tell("shutdown", Some(format!("within {} s", deadline.as_secs())));
+        Ok(serde_json::Value::Null)
+    }
+
+    fn info(&self) -> serde_json::Value {
+        let devices: Vec<_> = self
+            .slots
+            .iter()
+            .map(|slot| {
+                json!({
+                    "name": slot.name,
+                    "kind": format!("{:?}", slot.kind).to_lowercase(),
+                    "flag": slot.flag,
+                })
+            })
+            .collect();
+        json!({
+            "name": self.about.name,
+            "pid": std::process::id(),
+            "state": match self.state {
+                State::Running => "running",
+                State::Paused => "paused",
+            },
+            "uptime_ms": self.started.elapsed().as_millis() as u64,
+            "cpus": self.about.cpus,
+            "memory": self.about.memory,
+            "kernel": self.about.kernel,
+            "cmdline": self.about.cmdline,
+            "devices": devices,
+        })
+    }
+
+    fn metrics(&self, timeline: &Timeline) -> String {
+        let mut text = Exposition::default();
+        text.gauge("mayfly_uptime_seconds", "Time since the vCPUs were started")
+            .sample(&[], self.started.elapsed().as_secs_f64());
+        text.gauge("mayfly_paused", "1 while the vCPUs are paused")
+            .sample(&[], f64::from(u8::from(self.state == State::Paused)));
+        let mut phases = text.gauge(
+            "mayfly_boot_phase_seconds",
+            "When a phase of the boot ended, from the process's start",
+        );
+        for (name, end) in timeline.keyed() {
+            if let Some(end) = end {
+                phases.sample(&[("phase", name)], end.as_secs_f64());
+            }
+        }
+        let mut exits = text.counter(
+            "mayfly_vcpu_exits_total",
+            "How often a vCPU left the guest for the monitor",
+        );
+        for (index, counters) in self.vcpus.exits().iter().enumerate() {
+            for (reason, count) in counters.all() {
+                let labels = [("vcpu", index.to_string()), ("reason", reason.to_owned())];
+                let labels = labels
+                    .each_ref()
+                    .map(|(name, value)| (*name, value.as_str()));
+                exits.sample(&labels, count as f64);
+            }
+        }
+        let mut all: Vec<(&str, Vec<(&str, u64)>)> = Vec::new();
+        for slot in self.slots.iter() {
+            for (name, count) in lock(&slot.transport).counters() {
+                match all.iter_mut().find(|(known, _)| *known == name) {
+                    Some((_, samples)) => samples.push((&slot.name, count)),
+                    None => all.push((name, vec![(&slot.name, count)])),
+                }
+            }
+        }
+        for (name, samples) in all {
+            let help = name.replace('_', " ");
+            let mut family = text.counter(&format!("mayfly_device_{name}_total"), &help);
+            for (device, count) in samples {
+                family.sample(&[("device", device)], count as f64);
+            }
+        }
+        text.finish()
+    }
+}
