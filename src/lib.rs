@@ -11,6 +11,7 @@ pub mod control;
 pub mod doctor;
 pub mod failure;
 pub mod kvm;
+pub mod logging;
 pub mod machine;
 pub mod metrics;
 pub mod net;

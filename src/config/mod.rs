@@ -18,6 +18,7 @@ use mayfly_boot::{Protocol, cmdline, layout};
 pub use self::console::ConsoleConfig;
 pub use self::disk::DiskConfig;
 pub use self::guest::{cache_folder, default_guest};
+pub use self::keys::Keys;
 pub use self::memory::{HugePages, MEMORY_MIN, MemoryConfig};
 pub use self::net::NetConfig;
 pub use self::raw::{BootProtocol, RawConfig};
@@ -25,6 +26,7 @@ pub use self::raw::{BootProtocol, RawConfig};
 use self::guest::GuestFiles;
 use crate::control::{NAME_MAX, valid_name};
 use crate::failure::{Failure, OrFail};
+use crate::logging::LogConfig;
 
 /// The most vCPUs of a VM.
 pub const CPUS_MAX: u8 = 32;
@@ -60,6 +62,8 @@ pub struct MachineConfig {
     pub nets: Vec<NetConfig>,
     /// Where the serial console is.
     pub console: ConsoleConfig,
+    /// What is logged, and where to.
+    pub log: LogConfig,
     /// Where to write the process's id.
     pub pidfile: Option<PathBuf>,
 }
@@ -120,6 +124,7 @@ impl RawConfig {
             disks,
             nets,
             console,
+            log: parse_one(self.log.as_deref(), "--log")?.unwrap_or_default(),
             pidfile: self.pidfile,
         })
     }

@@ -57,6 +57,10 @@ pub struct RawConfig {
     /// Serial console: stdio, file=F, pty, unix=S, none [default: stdio]
     #[arg(long, value_name = "WHERE")]
     pub console: Option<String>,
+    /// Log messages of a level and above, to standard error or a file [default: warn]
+    #[arg(long, value_name = "error|warn|info|debug|trace[,file=F][,json]")]
+    #[serde(deserialize_with = "word")]
+    pub log: Option<String>,
     /// Write mayfly's process id to a file, removed at the end
     #[arg(long, value_name = "F")]
     pub pidfile: Option<PathBuf>,
@@ -123,6 +127,7 @@ impl RawConfig {
             disk: either(self.disk, file.disk),
             net: either(self.net, file.net),
             console: self.console.or(file.console),
+            log: self.log.or(file.log),
             pidfile: self.pidfile.or(file.pidfile),
         }
     }
@@ -155,7 +160,9 @@ impl<'de> Deserialize<'de> for Word {
                 while let Some((key, value)) = map.next_entry::<String, Value>()? {
                     match value {
                         // The word that stands alone: `memory = { size = "2G" }`.
-                        Value::Text(text) if key == "size" => parts.insert(0, escape(&text)),
+                        Value::Text(text) if key == "size" || key == "level" => {
+                            parts.insert(0, escape(&text))
+                        }
                         Value::Text(text) => parts.push(format!("{key}={}", escape(&text))),
                         Value::Number(number) => parts.push(format!("{key}={number}")),
                         Value::Flag(true) => parts.push(key),

@@ -41,6 +41,9 @@ impl Resources {
         if let ConsoleConfig::Unix(path) = &config.console {
             check_creatable(path, &format!("--console unix={}", path.display()))?;
         }
+        if let Some(path) = &config.log.file {
+            check_creatable(path, &format!("--log file={}", path.display()))?;
+        }
         if let Some(path) = &config.pidfile {
             check_creatable(path, &format!("--pidfile {}", path.display()))?;
         }

@@ -75,12 +75,14 @@ pub struct Ending {
 /// Builds a machine and runs it to its end.
 pub fn run(config: &MachineConfig, mut timeline: Timeline) -> Result<Ending, Failure> {
     // Blocked from here on, a signal waits for the event loop.
+    let log = config.log.start();
     let signals = Signals::new().or_internal("blocking signals")?;
     vcpu::install_kick_handler().or_internal("installing a signal handler")?;
     let resources = Resources::open(config)?;
     let machine = build(config, resources, &mut timeline)?;
 
     // All that can be refused has been; now the host is changed.
+    log.open_file(&config.log)?;
     let (listener, socket) = Folder::locate().listen(&config.name)?;
     let _pidfile = config.pidfile.as_deref().map(PidFile::create).transpose()?;
     let console = Rc::new(RefCell::new(Console::open(&config.console)?));
