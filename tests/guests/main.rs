@@ -6,6 +6,7 @@
 mod boots;
 mod common;
 mod consoles;
+mod control;
 mod disks;
 mod endings;
 mod nets;

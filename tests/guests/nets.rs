@@ -8,10 +8,10 @@ const TAP: &str = "tap0";
 const GIB: u64 = 1 << 30;
 
 /// A network namespace with a TAP, gone with this.
-struct Namespace(String);
+pub struct Namespace(String);
 
 impl Namespace {
-    fn new(name: &str) -> Self {
+    pub fn new(name: &str) -> Self {
         let namespace = Namespace(format!("mayfly-{name}-{}", std::process::id()));
         tool("ip", &["netns", "add", &namespace.0]);
         for command in [
@@ -26,15 +26,18 @@ impl Namespace {
         namespace
     }
 
-    fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &self.0]).arg(program);
         command
     }
 
-    fn start(&self, mut guest: Guest) -> Running {
+    pub fn start(&self, mut guest: Guest) -> Running {
         let mut command = self.command(guest.command.get_program());
         command.args(guest.command.get_args()).stdin(Stdio::null());
+        for (name, value) in guest.command.get_envs() {
+            command.env(name, value.unwrap_or_default());
+        }
         command.args(["--net", &format!("tap={TAP}")]).args([
             "--cmdline",
             "ip=10.9.0.2::10.9.0.1:255.255.255.0:guest:eth0:off",
@@ -53,7 +56,7 @@ impl Drop for Namespace {
 }
 
 /// A process of the host, ended with this.
-struct Peer(Child);
+pub struct Peer(pub Child);
 
 impl Drop for Peer {
     fn drop(&mut self) {
