@@ -98,7 +98,7 @@ scratch() {
 
 # What the lab needs.
 # shellcheck disable=SC2034 # used by those that source this
-LAB_PACKAGES=(qemu-system-x86:qemu-system-x86_64 busybox-static:busybox cpio:cpio xz-utils:xz
+LAB_PACKAGES=(qemu-system-x86:qemu-system-x86_64 busybox-static cpio:cpio xz-utils:xz
     util-linux:setpriv bsdutils:script)
 
 # value_of TEXT  The value at the start of a list with commas, as mayfly reads
@@ -123,15 +123,24 @@ newer() {
     [ -n "$(find "$@" -newer "$than" -print -quit)" ]
 }
 
+# The first Rust that knows all that is used (Cargo.toml says so too).
+RUST_MIN=1.89
+
+rust_is_new_enough() {
+    local version
+    version=$(cargo --version 2>/dev/null | cut -d ' ' -f 2) && [ -n "$version" ] &&
+        [ "$(printf '%s\n' "$RUST_MIN" "$version" | sort -V | head -n 1)" = "$RUST_MIN" ]
+}
+
 need_rust() {
     need gcc:cc libc6-dev
     command -v cargo >/dev/null || [ ! -x "$HOME/.cargo/bin/cargo" ] || PATH=$PATH:$HOME/.cargo/bin
-    if ! command -v cargo >/dev/null && apt-cache show rustup >/dev/null 2>&1; then
+    if ! rust_is_new_enough && apt-cache show rustup >/dev/null 2>&1; then
         need rustup
         quietly rustup default stable || die "rustup could not install Rust"
     fi
-    if ! command -v cargo >/dev/null; then
-        say "needs Rust 1.89 or newer (Debian's rustup package, or see the Rust project's site)"
+    if ! rust_is_new_enough; then
+        say "needs Rust $RUST_MIN or newer (Debian's rustup package, or see the Rust project's site)"
         exit 3
     fi
 }
@@ -166,7 +175,7 @@ prepare_mayfly() {
 build_default_guest() {
     local kernel=$CACHE/kernels/cloud-6.12 work
     newer "$CACHE/default/initramfs.cpio" "$GUEST_INIT" "$kernel/vmlinux" || return 0
-    need busybox-static:busybox
+    need busybox-static # the guest has no libraries for another
     work=$(scratch)
     ln -s "$kernel/vmlinux" "$work/vmlinux"
     "$MAYFLY" initramfs --modules "$kernel/modules" --init "$GUEST_INIT" \

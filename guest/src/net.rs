@@ -25,6 +25,15 @@ pub fn from_cmdline(cmdline: &str) -> Result<Option<Config>, String> {
     else {
         return Ok(None);
     };
+    match value {
+        "off" | "none" => return Ok(None),
+        "on" | "any" | "dhcp" | "bootp" | "rarp" | "both" => {
+            return Err(format!(
+                "ip={value}: not supported; write ip=ADDRESS::GATEWAY:NETMASK::DEVICE:off"
+            ));
+        }
+        _ => {}
+    }
     let field = |index: usize| {
         value
             .split(':')
@@ -104,6 +113,8 @@ mod tests {
             }
         );
         assert_eq!(from_cmdline("quiet -- ip=1.2.3.4"), Ok(None));
+        assert_eq!(from_cmdline("ip=off"), Ok(None));
+        assert!(from_cmdline("ip=dhcp").unwrap_err().contains("ip=dhcp"));
         assert!(from_cmdline("ip=::1").is_err());
         assert!(from_cmdline("ip=1.2.3.4:::255.0.255.0").is_err());
         assert_eq!(prefix_of("255.255.254.0"), Some(23));

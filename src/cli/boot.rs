@@ -1,6 +1,7 @@
 //! `mayfly boot`
 
 use std::io::{IsTerminal, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -23,6 +24,9 @@ pub struct Args {
     /// Print one JSON record at the end, as the last line of standard output
     #[arg(long)]
     json: bool,
+    /// Only print the files that the VM would write to, each ended by a NUL
+    #[arg(long, hide = true)]
+    list_written: bool,
 }
 
 impl Args {
@@ -49,6 +53,17 @@ pub fn run(args: Args, timeline: Timeline) -> Result<ExitCode, Failure> {
         None => RawConfig::default(),
     };
     let config = args.machine.or(file).validate()?;
+    if args.list_written {
+        let mut list = Vec::new();
+        for path in config.written() {
+            list.extend_from_slice(path.as_os_str().as_bytes());
+            list.push(0);
+        }
+        std::io::stdout()
+            .write_all(&list)
+            .or_host("standard output")?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let ending = machine::run(&config, timeline)?;
     if args.timing {
         let _ = write!(std::io::stderr(), "{}", ending.timeline);

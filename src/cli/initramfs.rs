@@ -53,6 +53,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         archive.file(target, mode, &data).or_config(&flag)?;
     }
     let data = archive.finish().or_internal("initramfs")?;
-    fs::write(&args.output, data).or_host(format_args!("--output {}", args.output.display()))?;
+    super::replace(&args.output, &data)
+        .or_host(format_args!("--output {}", args.output.display()))?;
     Ok(ExitCode::SUCCESS)
 }

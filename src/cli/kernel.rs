@@ -32,6 +32,6 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let Verb::Extract { source, target } = args.verb;
     let image = fs::read(&source).or_config(source.display())?;
     let vmlinux = payload::extract_vmlinux(&image).or_config(source.display())?;
-    fs::write(&target, vmlinux).or_host(target.display())?;
+    super::replace(&target, &vmlinux).or_host(target.display())?;
     Ok(ExitCode::SUCCESS)
 }

@@ -9,10 +9,14 @@ pub mod kernel;
 pub mod list;
 
 use std::fmt::Display;
-use std::io::Write;
+use std::fs::{self, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use tempfile::NamedTempFile;
 
 use crate::failure::{Failure, OrFail};
 
@@ -74,6 +78,22 @@ pub fn run() -> ExitCode {
 /// One line on standard error. Nobody may be there to read it.
 fn report(message: &impl Display) {
     let _ = writeln!(std::io::stderr(), "mayfly: {message}");
+}
+
+/// Writes a file that takes the place of an older one whole: VMs may have that
+/// one mapped.
+fn replace(path: &Path, data: &[u8]) -> io::Result<()> {
+    if path.exists() && !path.is_file() {
+        return fs::write(path, data); // a pipe, a device
+    }
+    let folder = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty());
+    let mut file = NamedTempFile::new_in(folder.unwrap_or(Path::new(".")))?;
+    file.write_all(data)?;
+    file.as_file()
+        .set_permissions(Permissions::from_mode(0o644))?;
+    file.persist(path).map(drop).map_err(|error| error.error)
 }
 
 /// Prints a line; a reader that has gone is a failure, not a panic.

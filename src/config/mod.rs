@@ -10,7 +10,7 @@ mod net;
 mod raw;
 mod size;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use mayfly_boot::{Protocol, cmdline, layout};
@@ -68,6 +68,23 @@ pub struct MachineConfig {
     pub pidfile: Option<PathBuf>,
 }
 
+impl MachineConfig {
+    /// The files and sockets that the VM writes to or makes.
+    pub fn written(&self) -> impl Iterator<Item = &Path> {
+        let writable = |disk: &&DiskConfig| !disk.read_only;
+        let disks = self.disks.iter().filter(writable);
+        let console = match &self.console {
+            ConsoleConfig::File(path) | ConsoleConfig::Unix(path) => Some(path.as_path()),
+            _ => None,
+        };
+        disks
+            .map(|disk| disk.path.as_path())
+            .chain(console)
+            .chain(self.log.file.as_deref())
+            .chain(self.pidfile.as_deref())
+    }
+}
+
 impl RawConfig {
     /// Validates everything, and fills in the defaults.
     pub fn validate(self) -> Result<MachineConfig, Failure> {
@@ -82,7 +99,7 @@ impl RawConfig {
         };
         let cpus = self.cpus.as_deref().map_or(Ok(1), parse_cpus)?;
         let memory = parse_one(self.memory.as_deref(), "--memory")?.unwrap_or_default();
-        let disks = parse_all(&self.disk, "--disk")?;
+        let disks: Vec<DiskConfig> = parse_all(&self.disk, "--disk")?;
         let nets: Vec<NetConfig> = parse_all(&self.net, "--net")?;
         let devices = disks.len() + nets.len() + 1; // and the random numbers
         if devices > layout::VIRTIO_MAX {
@@ -97,6 +114,16 @@ impl RawConfig {
                 return Err(Failure::config(format!(
                     "--net tap={}: given twice; a TAP device serves one guest device",
                     net.tap
+                )));
+            }
+        }
+        for (index, disk) in disks.iter().enumerate() {
+            let same = |other: &&DiskConfig| other.path == disk.path;
+            let other = disks[..index].iter().find(same);
+            if other.is_some_and(|other| !(other.read_only && disk.read_only)) {
+                return Err(Failure::config(format!(
+                    "--disk path={}: given twice; only a disk with ,ro can be",
+                    disk.path.display()
                 )));
             }
         }

@@ -4,6 +4,7 @@ mod attach;
 mod build;
 mod control;
 mod event_loop;
+mod pidfile;
 mod resources;
 mod run;
 mod signals;

@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -111,6 +112,9 @@ fn open_disk(config: &DiskConfig) -> Result<Disk, Failure> {
             "{flag}: is neither a file nor a block device"
         )));
     }
+    // It only kept the opening from blocking: in older kernels io_uring refuses
+    // to wait on such a file.
+    set_blocking(&file).map_err(|error| refusal(&error, &flag))?;
     // A block device's metadata has no size; its end has.
     let size = (&file)
         .seek(SeekFrom::End(0))
@@ -150,6 +154,16 @@ fn open_disk(config: &DiskConfig) -> Result<Disk, Failure> {
         read_only: config.read_only,
         id,
     })
+}
+
+fn set_blocking(file: &File) -> io::Result<()> {
+    // SAFETY: an open descriptor, and numbers.
+    let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+    // SAFETY: as above.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags & !libc::O_NONBLOCK) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// A missing file is the user's fault, a forbidden one the host's refusal.

@@ -1,11 +1,7 @@
 //! Running a machine to its end, and cleaning up behind it.
 
 use std::cell::RefCell;
-use std::fs::{File, OpenOptions};
-use std::io::Write;
-use std::os::fd::AsRawFd;
 use std::os::unix::thread::JoinHandleExt;
-use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,6 +11,7 @@ use std::time::Duration;
 use super::build::{VmEvent, build};
 use super::control::Commander;
 use super::event_loop::{ConsolePump, Control, EventLoop, VirtioWorker};
+use super::pidfile::PidFile;
 use super::resources::Resources;
 use super::signals::Signals;
 use crate::config::MachineConfig;
@@ -232,42 +229,5 @@ impl VcpuControl {
             // the signal's handler is installed.
             unsafe { libc::pthread_kill(thread.as_pthread_t(), vcpu::kick_signal()) };
         }
-    }
-}
-
-/// A file with this process's id, removed at the end.
-struct PidFile {
-    path: PathBuf,
-    _lock: File,
-}
-
-impl PidFile {
-    fn create(path: &Path) -> Result<Self, Failure> {
-        let flag = format!("--pidfile {}", path.display());
-        let mut file = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(path)
-            .or_host(&flag)?;
-        // SAFETY: an open descriptor.
-        if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
-            return Err(Failure::host(format!(
-                "{flag}: another VM that runs uses it; choose another name"
-            )));
-        }
-        file.set_len(0)
-            .and_then(|()| writeln!(file, "{}", std::process::id()))
-            .or_host(&flag)?;
-        Ok(PidFile {
-            path: path.to_owned(),
-            _lock: file,
-        })
-    }
-}
-
-impl Drop for PidFile {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
     }
 }

@@ -4,7 +4,9 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
-use vmm_sys_util::signal::{block_signal, create_sigset};
+use vmm_sys_util::signal::create_sigset;
+
+use crate::kvm::vcpu::kick_signal;
 
 /// Those that end a machine in order.
 const SIGNALS: [libc::c_int; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
@@ -13,12 +15,15 @@ const SIGNALS: [libc::c_int; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, li
 pub struct Signals(OwnedFd);
 
 impl Signals {
-    /// Blocks the signals in this thread, and so in all that it starts.
+    /// Blocks the signals in this thread, and so in all that it starts. Those
+    /// that mayfly was started to ignore (by nohup, say) stay ignored.
     pub fn new() -> io::Result<Self> {
-        for signal in SIGNALS {
-            block_signal(signal).map_err(|error| io::Error::other(format!("{error:?}")))?;
-        }
-        let set = create_sigset(&SIGNALS).map_err(io::Error::from)?;
+        let taken: Vec<_> = SIGNALS.into_iter().filter(|&it| !ignored(it)).collect();
+        let set = create_sigset(&taken).map_err(io::Error::from)?;
+        mask(libc::SIG_BLOCK, &set)?;
+        // Whoever started mayfly may have blocked what its own threads need.
+        let kick = create_sigset(&[kick_signal()]).map_err(io::Error::from)?;
+        mask(libc::SIG_UNBLOCK, &kick)?;
         // SAFETY: makes a new descriptor from a live set.
         match unsafe { libc::signalfd(-1, &set, libc::SFD_NONBLOCK | libc::SFD_CLOEXEC) } {
             -1 => Err(io::Error::last_os_error()),
@@ -39,6 +44,22 @@ impl Signals {
         // SAFETY: all of it was written.
         let info = unsafe { info.assume_init() };
         i32::try_from(info.ssi_signo).ok()
+    }
+}
+
+fn ignored(signal: libc::c_int) -> bool {
+    let mut action = MaybeUninit::<libc::sigaction>::uninit();
+    // SAFETY: changes nothing; fills in the structure, or fails.
+    let asked = unsafe { libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) };
+    // SAFETY: the call succeeded.
+    asked == 0 && unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
+}
+
+fn mask(how: libc::c_int, set: &libc::sigset_t) -> io::Result<()> {
+    // SAFETY: reads a live set.
+    match unsafe { libc::pthread_sigmask(how, set, std::ptr::null_mut()) } {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
     }
 }
 

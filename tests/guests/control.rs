@@ -155,7 +155,7 @@ fn every_command_is_answered_and_garbage_harms_nobody() {
         line.rsplit(' ').next().unwrap().parse().unwrap()
     };
     assert!(sample("mayfly_vcpu_exits_total{vcpu=\"1\",reason=") >= 0.0);
-    assert!(sample("mayfly_vcpu_exits_total{vcpu=\"0\",reason=\"io_out\"}") > 100.0);
+    assert!(sample("mayfly_vcpu_exits_total{vcpu=\"0\",reason=\"io_out\"}") > 10.0);
     assert!(sample("mayfly_boot_phase_seconds{phase=\"guest_init\"}") > 0.0);
     assert!(sample("mayfly_device_chains_total{device=\"rng\"}") >= 0.0);
     assert_eq!(sample("mayfly_paused"), 0.0);
