@@ -10,8 +10,16 @@ use crate::failure::{Class, Failure, OrFail};
 use crate::machine::{self, Ending, Outcome};
 use crate::timing::{Record, Timeline};
 
+const EXAMPLES: &str = "\
+Examples:
+  mayfly boot
+  mayfly boot --cpus 2 --memory 2G --disk path=root.img --cmdline root=/dev/vda
+  mayfly boot --net tap=tap0 --console unix=/tmp/console --name web
+  mayfly boot --config vm.toml --memory 4G";
+
 /// Flags of the machine, and of this run.
 #[derive(clap::Args, Default)]
+#[command(after_help = EXAMPLES)]
 pub struct Args {
     #[command(flatten)]
     machine: RawConfig,

@@ -8,8 +8,18 @@ use clap::Subcommand;
 use crate::config::RawConfig;
 use crate::failure::Failure;
 
+const EXAMPLES: &str = r#"Examples:
+  mayfly config check vm.toml
+
+A file has the names of boot's flags:
+  cpus = 2
+  memory = { size = "2G", shared = true }
+  [[disk]]
+  path = "root.img""#;
+
 /// Raw flags.
 #[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub struct Args {
     #[command(subcommand)]
     verb: Verb,

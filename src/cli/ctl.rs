@@ -7,8 +7,15 @@ use clap::Subcommand;
 use crate::control::{Client, ClientError, Command, Folder};
 use crate::failure::{Class, Failure, OrFail};
 
+const EXAMPLES: &str = "\
+Examples:
+  mayfly ctl web pause
+  mayfly ctl web metrics | grep exits
+  mayfly ctl web shutdown --deadline 10";
+
 /// Raw flags.
 #[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub struct Args {
     /// The VM's name (see mayfly list), or the path of its socket
     vm: String,

@@ -6,8 +6,14 @@ use crate::doctor::{self, Verdict};
 use crate::failure::{Class, Failure, OrFail};
 use crate::machine;
 
+const EXAMPLES: &str = "\
+Examples:
+  mayfly doctor
+  mayfly doctor --can-boot && mayfly boot";
+
 /// Raw flags.
 #[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub struct Args {
     /// Print one JSON array
     #[arg(long)]

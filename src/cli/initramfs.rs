@@ -9,8 +9,14 @@ use mayfly_boot::initramfs::{DEFAULT_MODULES, Initramfs};
 
 use crate::failure::{Failure, OrFail};
 
+const EXAMPLES: &str = "\
+Examples:
+  mayfly initramfs --modules /lib/modules/6.12.0 --init mayfly-init \\
+      --add /bin/busybox=/bin/busybox --output initramfs.cpio";
+
 /// Raw flags.
 #[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub struct Args {
     /// A kernel's module folder, such as /lib/modules/6.12.0
     #[arg(long, value_name = "DIR")]

@@ -9,8 +9,13 @@ use mayfly_boot::payload;
 
 use crate::failure::{Failure, OrFail};
 
+const EXAMPLES: &str = "\
+Examples:
+  mayfly kernel extract /boot/vmlinuz-6.12.0 vmlinux";
+
 /// Raw flags.
 #[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub struct Args {
     #[command(subcommand)]
     verb: Verb,

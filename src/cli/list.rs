@@ -7,8 +7,14 @@ use serde_json::Value;
 use crate::control::{Client, Command, Folder};
 use crate::failure::{Failure, OrFail};
 
+const EXAMPLES: &str = "\
+Examples:
+  mayfly list
+  mayfly list --json";
+
 /// Raw flags.
 #[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub struct Args {
     /// Print one JSON array
     #[arg(long)]

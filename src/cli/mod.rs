@@ -47,6 +47,11 @@ enum Verb {
 }
 
 const EXIT_CODES: &str = "\
+Examples:
+  mayfly                   the default guest: a shell, or a demonstration
+  mayfly boot --help       all there is to say about a machine
+  mayfly doctor            can this host run VMs?
+
 Exit codes:
   0      the guest turned off or restarted its machine
   1      mayfly itself failed
