@@ -9,5 +9,6 @@ mod consoles;
 mod control;
 mod disks;
 mod endings;
+mod memory;
 mod nets;
 mod refusals;
