@@ -10,5 +10,6 @@ pub mod bus;
 pub mod cmos;
 pub mod i8042;
 pub mod platform;
+pub mod rate_limiter;
 pub mod serial;
 pub mod virtio;
