@@ -143,6 +143,7 @@ impl Budget {
 pub struct RateLimiter {
     budget: Budget,
     timer: TimerFd,
+    waiting: bool,
     throttled: u64,
 }
 
@@ -152,6 +153,7 @@ impl RateLimiter {
         Ok(RateLimiter {
             budget: Budget::new(limits, Instant::now()),
             timer: TimerFd::new().map_err(io::Error::from)?,
+            waiting: false,
             throttled: 0,
         })
     }
@@ -163,9 +165,12 @@ impl RateLimiter {
             return true;
         }
         let Some(wait) = self.budget.wait(Instant::now()) else {
+            self.waiting = false;
             return true;
         };
-        self.throttled += 1;
+        if !std::mem::replace(&mut self.waiting, true) {
+            self.throttled += 1;
+        }
         if let Err(error) = self.timer.reset(wait, None) {
             // Better too fast than never again.
             log::warn!("rate limit: setting a timer: {error}");
@@ -195,7 +200,7 @@ impl RateLimiter {
         let _ = self.timer.clear();
     }
 
-    /// How often requests had to wait.
+    /// How often the budget was spent.
     pub fn throttled(&self) -> u64 {
         self.throttled
     }

@@ -9,6 +9,7 @@ pub mod queues;
 pub mod rng;
 #[cfg(test)]
 pub mod testing;
+mod turns;
 
 /// The guest's memory.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;

@@ -232,16 +232,29 @@ impl Driver {
         data
     }
 
-    /// Waits until a source is ready, and lets the device know.
+    /// Waits until a source is ready, and lets the device know of all that are.
     pub fn serve_source(&mut self) {
-        for (token, fd) in self.transport.sources() {
-            let mut entry = libc::pollfd {
-                fd,
-                events: libc::POLLIN,
-                revents: 0,
-            };
-            // SAFETY: one live entry.
-            if unsafe { libc::poll(&mut entry, 1, 5000) } > 0 {
+        let (tokens, mut entries): (Vec<_>, Vec<_>) = self
+            .transport
+            .sources()
+            .into_iter()
+            .map(|(token, fd)| {
+                let events = libc::POLLIN;
+                let revents = 0;
+                (
+                    token,
+                    libc::pollfd {
+                        fd,
+                        events,
+                        revents,
+                    },
+                )
+            })
+            .unzip();
+        // SAFETY: live entries, as many as said.
+        unsafe { libc::poll(entries.as_mut_ptr(), entries.len() as u64, 5000) };
+        for (token, entry) in tokens.into_iter().zip(entries) {
+            if entry.revents != 0 {
                 self.transport.source_ready(token);
             }
         }

@@ -1,11 +1,12 @@
-//! The block device (virtio 1.2, 5.2), on a raw image or a host's block device.
+//! The block device (virtio 1.2, 5.2), on an image or a host's block device.
 
 mod engine;
 mod request;
 #[cfg(test)]
+mod qcow2_tests;
+#[cfg(test)]
 mod tests;
 
-use std::fs::File;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -16,13 +17,14 @@ use self::engine::{Completion, DEPTH, Engine, Kind, Operation};
 use self::request::{Action, Limits, Request, Status};
 use super::device::{Broken, DeviceId, Token, VirtioDevice};
 use super::queues::Queues;
+use super::turns::Turns;
 use super::{GuestMemory, feature};
+use crate::rate_limiter::{LimitHandle, Limits as RateLimits, RateLimiter};
 
+pub use self::engine::{Image, ImageError, Qcow2};
 pub use self::request::SECTOR;
 
-const REQUESTS: usize = 0;
 const QUEUE_SIZE: u16 = DEPTH as u16;
-const QUEUE_SIZES: [u16; 1] = [QUEUE_SIZE];
 /// Data descriptors of a request: all but header and status.
 const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
 const DISCARD_SECTORS_MAX: u32 = (1 << 30) / SECTOR as u32;
@@ -31,30 +33,54 @@ const DISCARD_ALIGNMENT: u32 = 4096 / SECTOR as u32;
 /// Zeroes, for file systems that cannot make ranges read as such.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
+// Sources.
+const COMPLETED: Token = 0;
+const BUDGET: Token = 1;
+const NEW_LIMITS: Token = 2;
+
 /// The length of a disk's identifier.
 pub const ID_LEN: usize = 20;
 
 /// The host's side of a disk.
 #[derive(Debug)]
 pub struct Disk {
-    /// An image or a block device, open as `read_only` says.
-    pub file: File,
+    /// An image, open as `read_only` says.
+    pub image: Image,
     /// Its size in sectors.
     pub sectors: u64,
     /// The guest may not write.
     pub read_only: bool,
     /// What the guest sees as serial number, padded with NULs.
     pub id: [u8; ID_LEN],
+    /// How many queues the guest may use, one or more.
+    pub queues: u16,
+    /// How much it may move.
+    pub limits: RateLimits,
 }
 
 /// A request whose operation is in flight.
 struct InFlight {
     request: Request,
+    /// Where its chain came from.
+    queue: usize,
     operation: Operation,
     /// Bytes that are not done yet, of a read or a write.
     rest: usize,
     /// What the used ring is told at the end.
     written: u32,
+}
+
+/// What was done since the device was made.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counters {
+    reads: u64,
+    read_bytes: u64,
+    writes: u64,
+    written_bytes: u64,
+    flushes: u64,
+    discards: u64,
+    zeroes: u64,
+    errors: u64,
 }
 
 /// The device.
@@ -68,6 +94,12 @@ pub struct Block {
     /// Indexed by token; boxed, as the kernel holds pointers to its inside.
     in_flight: Vec<Option<Box<InFlight>>>,
     free: Vec<usize>,
+    queue_sizes: Vec<u16>,
+    /// The queues that may have chains which were not taken yet.
+    turns: Turns,
+    limiter: RateLimiter,
+    new_limits: LimitHandle,
+    counters: Counters,
 }
 
 impl Block {
@@ -78,7 +110,7 @@ impl Block {
 
     fn with_engine(
         disk: Disk,
-        engine: impl FnOnce(File) -> io::Result<Engine>,
+        engine: impl FnOnce(Image) -> io::Result<Engine>,
     ) -> io::Result<Self> {
         let limits = Limits {
             sectors: disk.sectors,
@@ -87,27 +119,42 @@ impl Block {
             zeroes_sectors: ZEROES_SECTORS_MAX,
         };
         Ok(Block {
-            engine: engine(disk.file)?,
+            engine: engine(disk.image)?,
             limits,
             id: disk.id,
-            config: config_space(disk.sectors),
+            config: config_space(disk.sectors, disk.queues),
             write_through: true,
             in_flight: (0..DEPTH).map(|_| None).collect(),
             free: (0..DEPTH).rev().collect(),
+            queue_sizes: vec![QUEUE_SIZE; disk.queues.max(1).into()],
+            turns: Turns::default(),
+            limiter: RateLimiter::new(disk.limits)?,
+            new_limits: LimitHandle::new(disk.limits)?,
+            counters: Counters::default(),
         })
     }
 
+    /// Changes the limits while the device runs.
+    pub fn limit_handle(&self) -> LimitHandle {
+        self.new_limits.clone()
+    }
+
     /// Starts a request, or completes it if there is nothing to wait for.
-    fn start(&mut self, request: Request, queues: &mut Queues) -> Result<(), Broken> {
+    fn start(
+        &mut self,
+        request: Request,
+        queue: usize,
+        queues: &mut Queues,
+    ) -> Result<(), Broken> {
         let durable = self.write_through;
         let (kind, offset, iovecs, rest, written) = match &request.action {
             Action::Refuse(status) => {
                 let status = *status;
-                return done(&request, status, 0, queues);
+                return self.done(&request, queue, status, 0, queues);
             }
             Action::GetId { data } => {
                 let len = data.write(&self.id);
-                return done(&request, Status::Ok, len as u32, queues);
+                return self.done(&request, queue, Status::Ok, len as u32, queues);
             }
             Action::Read { offset, data } => {
                 (Kind::Read, *offset, data.iovecs(), data.len(), data.len())
@@ -121,32 +168,16 @@ impl Block {
             ),
             Action::Flush => (Kind::Flush, 0, Vec::new(), 0, 0),
             Action::Discard { offset, len } => {
-                let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-                (
-                    Kind::Allocate { mode, len: *len },
-                    *offset,
-                    Vec::new(),
-                    0,
-                    0,
-                )
+                (Kind::Discard { len: *len }, *offset, Vec::new(), 0, 0)
             }
             Action::WriteZeroes { offset, len, unmap } => {
-                let how = match unmap {
-                    true => libc::FALLOC_FL_PUNCH_HOLE,
-                    false => libc::FALLOC_FL_ZERO_RANGE,
-                };
-                let mode = how | libc::FALLOC_FL_KEEP_SIZE;
-                (
-                    Kind::Allocate { mode, len: *len },
-                    *offset,
-                    Vec::new(),
-                    0,
-                    0,
-                )
+                let (len, unmap) = (*len, *unmap);
+                (Kind::Zero { len, unmap }, *offset, Vec::new(), 0, 0)
             }
         };
         let in_flight = Box::new(InFlight {
             request,
+            queue,
             operation: Operation {
                 kind,
                 offset,
@@ -161,7 +192,13 @@ impl Block {
     fn submit(&mut self, in_flight: Box<InFlight>, queues: &mut Queues) -> Result<(), Broken> {
         let Some(slot) = self.free.pop() else {
             // `serve` leaves chains in the ring rather than come here.
-            return done(&in_flight.request, Status::IoError, 0, queues);
+            return self.done(
+                &in_flight.request,
+                in_flight.queue,
+                Status::IoError,
+                0,
+                queues,
+            );
         };
         // SAFETY: the operation stays in its slot until its completion is
         // taken; it holds the buffers, which hold guest memory.
@@ -173,7 +210,13 @@ impl Block {
             }
             Err(_) => {
                 self.free.push(slot);
-                done(&in_flight.request, Status::IoError, 0, queues)
+                self.done(
+                    &in_flight.request,
+                    in_flight.queue,
+                    Status::IoError,
+                    0,
+                    queues,
+                )
             }
         }
     }
@@ -201,22 +244,61 @@ impl Block {
             (_, Err(error)) if error.kind() == io::ErrorKind::Interrupted => {
                 return self.submit(in_flight, queues);
             }
-            (Kind::Allocate { len, .. }, Err(error))
-                if error.raw_os_error() == Some(libc::EOPNOTSUPP) =>
-            {
-                if !matches!(in_flight.request.action, Action::WriteZeroes { .. }) {
-                    Status::Unsupported
-                } else {
-                    in_flight.write_zeroes(len, self.write_through);
-                    return self.submit(in_flight, queues);
-                }
+            (Kind::Discard { .. }, Err(error)) if is_unsupported(&error) => Status::Unsupported,
+            (Kind::Zero { len, .. }, Err(error)) if is_unsupported(&error) => {
+                in_flight.write_zeroes(len, self.write_through);
+                return self.submit(in_flight, queues);
             }
             (_, Err(error)) => {
                 log::warn!("disk: {error}");
                 Status::IoError
             }
         };
-        done(&in_flight.request, status, in_flight.written, queues)
+        self.done(
+            &in_flight.request,
+            in_flight.queue,
+            status,
+            in_flight.written,
+            queues,
+        )
+    }
+
+    /// Tells the driver how a request ended, and counts it. `written` is
+    /// without the status.
+    fn done(
+        &mut self,
+        request: &Request,
+        queue: usize,
+        status: Status,
+        written: u32,
+        queues: &mut Queues,
+    ) -> Result<(), Broken> {
+        request.finish(status);
+        let counters = &mut self.counters;
+        let written = match status {
+            Status::Ok => {
+                match &request.action {
+                    Action::Read { data, .. } => {
+                        counters.reads += 1;
+                        counters.read_bytes += data.len() as u64;
+                    }
+                    Action::Write { data, .. } => {
+                        counters.writes += 1;
+                        counters.written_bytes += data.len() as u64;
+                    }
+                    Action::Flush => counters.flushes += 1,
+                    Action::Discard { .. } => counters.discards += 1,
+                    Action::WriteZeroes { .. } => counters.zeroes += 1,
+                    Action::GetId { .. } | Action::Refuse(_) => {}
+                }
+                written
+            }
+            Status::IoError | Status::Unsupported => {
+                counters.errors += 1;
+                0
+            }
+        };
+        queues.complete(queue, request.head, written.saturating_add(1))
     }
 
     /// Waits for all that is in flight, so that nothing touches the guest.
@@ -245,13 +327,20 @@ impl Block {
         }
     }
 
+    /// Takes chains from all queues in turn, as long as there is room and budget.
     fn serve_requests(&mut self, queues: &mut Queues) -> Result<(), Broken> {
-        while !self.free.is_empty() {
-            let Some(chain) = queues.pop(REQUESTS)? else {
+        while let Some(queue) = self.turns.next() {
+            if self.free.is_empty() || !self.limiter.admits() {
+                // A completion or the timer calls again.
                 break;
+            }
+            let Some(chain) = queues.pop(queue)? else {
+                self.turns.remove(queue);
+                continue;
             };
             let request = Request::parse(&chain, self.limits)?;
-            self.start(request, queues)?;
+            self.limiter.charge(request.moved());
+            self.start(request, queue, queues)?;
         }
         Ok(())
     }
@@ -296,26 +385,20 @@ impl InFlight {
     }
 }
 
-/// Tells the driver how a request ended. `written` is without the status.
-fn done(
-    request: &Request,
-    status: Status,
-    written: u32,
-    queues: &mut Queues,
-) -> Result<(), Broken> {
-    request.finish(status);
-    let written = if status == Status::Ok { written } else { 0 };
-    queues.complete(REQUESTS, request.head, written.saturating_add(1))
+/// Neither the file system nor the format can do it.
+fn is_unsupported(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::Unsupported || error.raw_os_error() == Some(libc::EOPNOTSUPP)
 }
 
 /// `struct virtio_blk_config` (virtio 1.2, 5.2.4).
-fn config_space(sectors: u64) -> Vec<u8> {
+fn config_space(sectors: u64, queues: u16) -> Vec<u8> {
     let mut config = vec![0; 60];
     let mut put = |offset: usize, bytes: &[u8]| {
         config[offset..offset + bytes.len()].copy_from_slice(bytes);
     };
     put(0, &sectors.to_le_bytes()); // capacity
     put(12, &SEGMENTS_MAX.to_le_bytes()); // seg_max
+    put(34, &queues.to_le_bytes()); // num_queues
     put(36, &DISCARD_SECTORS_MAX.to_le_bytes()); // max_discard_sectors
     put(40, &1u32.to_le_bytes()); // max_discard_seg
     put(44, &DISCARD_ALIGNMENT.to_le_bytes()); // discard_sector_alignment
@@ -332,7 +415,12 @@ impl VirtioDevice for Block {
 
     fn features(&self) -> u64 {
         let common = feature(spec::VIRTIO_BLK_F_SEG_MAX) | feature(spec::VIRTIO_BLK_F_FLUSH);
+        let several = match self.queue_sizes.len() {
+            0 | 1 => 0,
+            _ => feature(spec::VIRTIO_BLK_F_MQ),
+        };
         common
+            | several
             | match self.limits.read_only {
                 true => feature(spec::VIRTIO_BLK_F_RO),
                 false => {
@@ -342,7 +430,7 @@ impl VirtioDevice for Block {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+        &self.queue_sizes
     }
 
     fn config(&self) -> &[u8] {
@@ -354,21 +442,36 @@ impl VirtioDevice for Block {
         Ok(())
     }
 
-    fn serve(&mut self, _: usize, queues: &mut Queues) -> Result<(), Broken> {
+    fn serve(&mut self, queue: usize, queues: &mut Queues) -> Result<(), Broken> {
+        self.turns.add(queue);
         let served = self.serve_requests(queues);
         self.commit();
         served
     }
 
     fn sources(&self) -> Vec<(Token, RawFd)> {
-        vec![(0, self.engine.event())]
+        vec![
+            (COMPLETED, self.engine.event()),
+            (BUDGET, self.limiter.timer()),
+            (NEW_LIMITS, self.new_limits.changed()),
+        ]
     }
 
-    fn ready(&mut self, _: Token, queues: &mut Queues) -> Result<(), Broken> {
+    fn ready(&mut self, token: Token, queues: &mut Queues) -> Result<(), Broken> {
         let mut result = Ok(());
-        for completion in self.engine.completions() {
-            // Each is taken, even behind a fault: `drain` waits for the rest.
-            result = result.and(self.complete(completion, queues));
+        match token {
+            COMPLETED => {
+                for completion in self.engine.completions() {
+                    // Each is taken, even behind a fault: `drain` waits for the rest.
+                    result = result.and(self.complete(completion, queues));
+                }
+            }
+            BUDGET => self.limiter.acknowledge(),
+            _ => {
+                if let Some(limits) = self.new_limits.take() {
+                    self.limiter.set(limits);
+                }
+            }
         }
         let served = result.and_then(|()| self.serve_requests(queues));
         self.commit();
@@ -377,6 +480,22 @@ impl VirtioDevice for Block {
 
     fn reset(&mut self) {
         self.drain();
+        self.turns = Turns::default();
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let all = self.counters;
+        vec![
+            ("reads", all.reads),
+            ("read_bytes", all.read_bytes),
+            ("writes", all.writes),
+            ("written_bytes", all.written_bytes),
+            ("flushes", all.flushes),
+            ("discards", all.discards),
+            ("zeroes", all.zeroes),
+            ("errors", all.errors),
+            ("throttled", self.limiter.throttled()),
+        ]
     }
 }
 

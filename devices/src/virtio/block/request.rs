@@ -96,6 +96,15 @@ impl Request {
         })
     }
 
+    /// How many bytes it moves, as limits count: a discard moves none.
+    pub fn moved(&self) -> u64 {
+        match &self.action {
+            Action::Read { data, .. } | Action::Write { data, .. } => data.len() as u64,
+            Action::WriteZeroes { len, .. } => *len,
+            Action::Flush | Action::GetId { .. } | Action::Discard { .. } | Action::Refuse(_) => 0,
+        }
+    }
+
     /// Writes the status to the chain.
     pub fn finish(&self, status: Status) {
         self.status.write(&[status as u8]);

@@ -1,8 +1,10 @@
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
 
 use super::*;
+use crate::rate_limiter::Rate;
 use crate::virtio::mmio;
 use crate::virtio::testing::{Descriptor, Driver};
 use proptest::prelude::*;
@@ -23,10 +25,12 @@ fn image() -> File {
 
 fn disk(file: &File, read_only: bool) -> Disk {
     Disk {
-        file: file.try_clone().unwrap(),
+        image: Image::Raw(file.try_clone().unwrap()),
         sectors: SECTORS,
         read_only,
         id: *b"the-disk\0\0\0\0\0\0\0\0\0\0\0\0",
+        queues: 1,
+        limits: RateLimits::default(),
     }
 }
 
@@ -167,6 +171,7 @@ fn ranges_are_discarded_and_zeroed_and_no_more() {
     // A write of zeroes stands in where the file system cannot do it.
     let mut in_flight = InFlight {
         request: Request::parse(&chain_of(&mut driver), driver_limits()).unwrap(),
+        queue: 0,
         operation: Operation {
             kind: Kind::Flush,
             offset: 0,
@@ -381,6 +386,135 @@ fn after_a_reset_nothing_touches_the_guest() {
     let mut all = Vec::new();
     file.read_to_end(&mut all).unwrap();
     assert!(all.iter().all(|&byte| byte == 0));
+}
+
+/// Adds a read of a sector to a queue without telling; returns where its
+/// status will be.
+fn add_read(driver: &mut Driver, queue: usize, sector: u8, sectors: u32) -> u64 {
+    let slot = u64::from(sector);
+    let (header, status) = (HEADER + slot * 16, STATUS + slot);
+    let mut bytes = [0; 16];
+    bytes[8] = sector;
+    driver.write(header, &bytes);
+    driver.write(status, &[0xee]);
+    driver.add(
+        queue,
+        &[
+            Descriptor::readable(header, 16),
+            Descriptor::writable(DATA, sectors * 512),
+            Descriptor::writable(status, 1),
+        ],
+    );
+    status
+}
+
+fn limited(file: &File, bandwidth: Option<u64>, operations: Option<u64>) -> Disk {
+    let rate = |per_second: u64| Rate {
+        per_second: per_second.try_into().unwrap(),
+        burst: 0,
+    };
+    let mut disk = disk(file, false);
+    disk.limits = RateLimits {
+        bandwidth: bandwidth.map(rate),
+        operations: operations.map(rate),
+    };
+    disk
+}
+
+fn counter(driver: &Driver, name: &str) -> u64 {
+    let all = driver.transport.counters();
+    all.iter().find(|(known, _)| *known == name).unwrap().1
+}
+
+#[test]
+fn a_spent_budget_delays_and_loses_nothing() {
+    let file = image();
+    let mut driver = started(Block::new(limited(&file, None, Some(20))).unwrap());
+    let start = Instant::now();
+    let all: Vec<u64> = (0..5).map(|n| add_read(&mut driver, 0, n, 1)).collect();
+    driver.kick(0);
+    let (mut used, mut turns) = (driver.used(0).len(), 0);
+    while used < all.len() {
+        driver.serve_source();
+        used += driver.used(0).len();
+        turns += 1;
+    }
+    // Two were saved up; three more take 50 ms each.
+    assert!(
+        start.elapsed() >= Duration::from_millis(100),
+        "{:?}",
+        start.elapsed()
+    );
+    assert!(turns < 20, "{turns}");
+    for status in all {
+        assert_eq!(driver.read(status, 1), [0]);
+    }
+    assert_eq!(counter(&driver, "reads"), 5);
+    assert_eq!(counter(&driver, "read_bytes"), 5 * 512);
+    assert!(counter(&driver, "throttled") >= 1);
+}
+
+#[test]
+fn a_request_larger_than_the_budget_passes_and_new_limits_forgive_its_debt() {
+    let file = image();
+    let block = Block::new(limited(&file, Some(64), None)).unwrap();
+    let handle = block.limit_handle();
+    let mut driver = started(block);
+    add_read(&mut driver, 0, 0, 8);
+    driver.kick(0);
+    driver.serve_source();
+    assert_eq!(driver.used(0), [(0, 4097)]);
+    // A minute of debt: nothing goes on by itself …
+    let status = add_read(&mut driver, 0, 1, 1);
+    driver.kick(0);
+    assert_eq!(counter(&driver, "throttled"), 1);
+    assert_eq!(driver.read(status, 1), [0xee]);
+    // … nor by a reset, but by new limits.
+    driver.reset();
+    let features = feature(spec::VIRTIO_BLK_F_FLUSH);
+    driver.start(features);
+    let status = add_read(&mut driver, 0, 1, 1);
+    driver.kick(0);
+    assert_eq!(driver.read(status, 1), [0xee]);
+    handle.set(RateLimits::default());
+    let start = Instant::now();
+    while driver.used(0).is_empty() {
+        assert!(start.elapsed() < Duration::from_secs(4));
+        driver.serve_source();
+    }
+    assert_eq!(driver.read(status, 1), [0]);
+}
+
+#[test]
+fn queues_are_served_each_in_its_turn() {
+    let file = image();
+    let mut several = limited(&file, None, Some(20));
+    several.queues = 3;
+    let block = Block::new(several).unwrap();
+    assert_ne!(block.features() & feature(spec::VIRTIO_BLK_F_MQ), 0);
+    assert_eq!(block.config()[34..36], [3, 0]);
+    let mut driver = started(block);
+    for n in 0..4 {
+        add_read(&mut driver, 0, n, 1);
+    }
+    add_read(&mut driver, 1, 4, 1);
+    add_read(&mut driver, 2, 5, 1);
+    let mut order = Vec::new();
+    for queue in [0, 1, 2] {
+        driver.kick(queue);
+    }
+    while order.len() < 6 {
+        for queue in 0..3 {
+            order.extend(driver.used(queue).iter().map(|_| queue));
+        }
+        driver.serve_source();
+    }
+    // Two of the first pass before the others are seen, and then all in turn.
+    let last_of_others = order.iter().rposition(|&queue| queue != 0).unwrap();
+    assert!(last_of_others < 5, "{order:?}");
+    for n in 0..6 {
+        assert_eq!(driver.read(STATUS + n, 1), [0]);
+    }
 }
 
 proptest! {

@@ -1,0 +1,163 @@
+//! Doing I/O without blocking: raw images by io_uring, or by threads where it
+//! is refused; other formats by threads.
+
+mod qcow2;
+mod threads;
+mod uring;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use self::threads::Threads;
+use self::uring::Uring;
+
+pub use self::qcow2::{ImageError, Qcow2};
+#[cfg(test)]
+pub use self::threads::Worker;
+
+/// How many operations may be in flight.
+pub const DEPTH: usize = 256;
+
+/// An opened disk image, in the format that its owner says it has.
+#[derive(Debug)]
+pub enum Image {
+    /// The disk's bytes, whatever they are; or a host's block device.
+    Raw(File),
+    /// QEMU's format.
+    Qcow2(Box<Qcow2>),
+}
+
+/// What an operation does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Reads to the buffers.
+    Read,
+    /// Writes from the buffers; durable at its end if so asked.
+    Write { durable: bool },
+    /// Makes what was written durable.
+    Flush,
+    /// The range's content does not matter any more.
+    Discard { len: u64 },
+    /// The range shall read as zeroes, and may give its room back.
+    Zero { len: u64, unmap: bool },
+}
+
+impl Kind {
+    /// The mode and length for `fallocate`, if it is what a raw image needs.
+    fn allocation(self) -> Option<(libc::c_int, u64)> {
+        let (how, len) = match self {
+            Kind::Discard { len } | Kind::Zero { len, unmap: true } => {
+                (libc::FALLOC_FL_PUNCH_HOLE, len)
+            }
+            Kind::Zero { len, unmap: false } => (libc::FALLOC_FL_ZERO_RANGE, len),
+            Kind::Read | Kind::Write { .. } | Kind::Flush => return None,
+        };
+        Some((how | libc::FALLOC_FL_KEEP_SIZE, len))
+    }
+}
+
+/// An operation. Its owner keeps it, unmoved, and what its buffers point to,
+/// until it is completed.
+#[derive(Debug)]
+pub struct Operation {
+    /// What to do.
+    pub kind: Kind,
+    /// Where on the disk.
+    pub offset: u64,
+    /// The buffers of a read or write.
+    pub iovecs: Vec<libc::iovec>,
+}
+
+/// A completed operation: its token, and how many bytes or which error.
+pub type Completion = (u64, io::Result<usize>);
+
+/// Does I/O on one image.
+pub enum Engine {
+    /// By the kernel.
+    Uring(Box<Uring>),
+    /// By threads.
+    Threads(Threads),
+}
+
+impl Engine {
+    /// What suits the image and this host best.
+    pub fn new(image: Image) -> io::Result<Self> {
+        let file = match image {
+            Image::Raw(file) => file,
+            Image::Qcow2(_) => return Engine::threads(image),
+        };
+        match Uring::new(file.try_clone()?) {
+            Ok(uring) => Ok(Engine::Uring(Box::new(uring))),
+            Err(error) => {
+                log::info!("io_uring is not available ({error}); using threads");
+                Engine::threads(Image::Raw(file))
+            }
+        }
+    }
+
+    /// Threads, whatever the host allows.
+    pub fn threads(image: Image) -> io::Result<Self> {
+        let threads = match image {
+            Image::Raw(file) => Threads::new(Arc::new(file)),
+            Image::Qcow2(qcow2) => Threads::new(Arc::new(*qcow2)),
+        };
+        threads.map(Engine::Threads)
+    }
+
+    /// Starts an operation.
+    ///
+    /// # Safety
+    ///
+    /// The buffers must stay valid until the operation is completed.
+    pub unsafe fn submit(&mut self, token: u64, operation: &Operation) -> io::Result<()> {
+        match self {
+            // SAFETY: the caller's promise.
+            Engine::Uring(uring) => unsafe { uring.submit(token, operation) },
+            // SAFETY: the caller's promise.
+            Engine::Threads(threads) => unsafe { threads.submit(token, operation) },
+        }
+    }
+
+    /// Makes sure that what was submitted is under way.
+    pub fn commit(&mut self) -> io::Result<()> {
+        match self {
+            Engine::Uring(uring) => uring.commit(),
+            Engine::Threads(_) => Ok(()),
+        }
+    }
+
+    /// Takes what is completed.
+    pub fn completions(&mut self) -> Vec<Completion> {
+        match self {
+            Engine::Uring(uring) => uring.completions(),
+            Engine::Threads(threads) => threads.completions(),
+        }
+    }
+
+    /// Waits until something is completed. Something must be in flight.
+    pub fn wait(&mut self) -> io::Result<()> {
+        match self {
+            Engine::Uring(uring) => uring.wait(),
+            Engine::Threads(threads) => threads.wait(),
+        }
+    }
+
+    /// Readable when something is completed.
+    pub fn event(&self) -> RawFd {
+        match self {
+            Engine::Uring(uring) => uring.event(),
+            Engine::Threads(threads) => threads.event(),
+        }
+    }
+}
+
+fn retry(mut operation: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+    loop {
+        match operation() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}

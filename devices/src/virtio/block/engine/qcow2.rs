@@ -1,0 +1,355 @@
+//! QEMU's image format (QEMU's `docs/interop/qcow2.txt`), by the crate `imago`.
+//!
+//! Nothing that the image names is opened: its header is checked here first,
+//! and the backing file is the one that is given, or none.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
+use std::sync::{PoisonError, RwLock};
+
+use imago::file::File as Storage;
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
+
+use super::threads::Worker;
+use super::{Image, Kind};
+
+/// The size of the header's part that is checked.
+const HEADER: usize = 104;
+const MAGIC: [u8; 4] = *b"QFI\xfb";
+const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
+const ENTRY: u64 = 8;
+/// QEMU's limits on tables that are held in memory.
+const L1_TABLE_MAX: u64 = 32 << 20;
+const REFCOUNT_TABLE_MAX: u64 = 8 << 20;
+/// A file's offsets are signed.
+const SIZE_MAX: u64 = i64::MAX as u64;
+/// Incompatible features, by bit, and what to do about them.
+const FEATURES: [(&str, &str); 5] = [
+    ("was not closed cleanly", "repair it: qemu-img check -r all"),
+    ("is marked as corrupt", "repair it: qemu-img check -r all"),
+    (
+        "keeps its data in another file",
+        "make it one file: qemu-img convert -O qcow2",
+    ),
+    (
+        "is not compressed by zlib",
+        "convert it: qemu-img convert -O qcow2",
+    ),
+    (
+        "has extended L2 entries",
+        "convert it: qemu-img convert -O qcow2",
+    ),
+];
+/// Guest memory is copied by so much at a time.
+const CHUNK: usize = 256 << 10;
+
+/// Why an image cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// It has another format, or none.
+    #[error("is not a qcow2 image; without format=qcow2 it is a raw one")]
+    NoQcow2,
+    /// It is of another version.
+    #[error("is of version {0} of qcow2; versions 2 and 3 are known")]
+    Version(u32),
+    /// A feature that is not supported.
+    #[error("{0}; {1}")]
+    Feature(&'static str, &'static str),
+    /// A feature of the future.
+    #[error("has features that are not known: {0:#x}")]
+    Unknown(u64),
+    /// Its content is encrypted.
+    #[error("is encrypted; decrypt it: qemu-img convert -O qcow2")]
+    Encrypted,
+    /// It has bitmaps, which writing would make wrong.
+    #[error(
+        "has bitmaps or other notes of its content, which do not follow what a guest writes; \
+         remove them (qemu-img bitmap --remove), or take it with ,ro"
+    )]
+    Autoclear,
+    /// A number in the header is impossible.
+    #[error("is damaged: its {0} is impossible")]
+    Damaged(&'static str),
+    /// It needs a backing file.
+    #[error("is only the difference to a backing file; name that, too: backing=FILE")]
+    BackingNeeded,
+    /// It has no backing file.
+    #[error("has no backing file; leave backing= out")]
+    NoBacking,
+    /// Reading it failed.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// What is believed of a header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Header {
+    size: u64,
+    backed: bool,
+    cluster: u64,
+    refcount_table: u64,
+}
+
+impl Header {
+    /// Checks the header of a file of a length.
+    fn parse(bytes: &[u8; HEADER], len: u64, writable: bool) -> Result<Self, ImageError> {
+        let word = |at: usize| -> u32 {
+            let field = bytes.get(at..).and_then(<[u8]>::first_chunk);
+            field.map_or(0, |field| u32::from_be_bytes(*field))
+        };
+        let long = |at: usize| u64::from(word(at)) << 32 | u64::from(word(at + 4));
+        if !bytes.starts_with(&MAGIC) {
+            return Err(ImageError::NoQcow2);
+        }
+        let version = word(4);
+        let (incompatible, autoclear) = match version {
+            2 => (0, 0),
+            3 => (long(72), long(88)),
+            other => return Err(ImageError::Version(other)),
+        };
+        for (bit, (what, remedy)) in FEATURES.iter().enumerate() {
+            if incompatible & 1 << bit != 0 {
+                return Err(ImageError::Feature(what, remedy));
+            }
+        }
+        if incompatible != 0 {
+            return Err(ImageError::Unknown(incompatible));
+        }
+        if word(32) != 0 {
+            return Err(ImageError::Encrypted);
+        }
+        if writable && autoclear != 0 {
+            return Err(ImageError::Autoclear);
+        }
+        let possible = |possible, name| match possible {
+            true => Ok(()),
+            false => Err(ImageError::Damaged(name)),
+        };
+        let (cluster_bits, size) = (word(20), long(24));
+        possible(CLUSTER_BITS.contains(&cluster_bits), "cluster size")?;
+        possible(size <= SIZE_MAX, "size")?;
+        let cluster = 1u64 << cluster_bits;
+        let inside = |offset, size| lies_inside(offset, size, cluster, len);
+        let l1 = u64::from(word(36)) * ENTRY;
+        possible(l1 <= L1_TABLE_MAX, "L1 table")?;
+        possible(l1 == 0 || inside(long(40), l1), "L1 table")?;
+        let refcounts = u64::from(word(56)) << cluster_bits;
+        possible(refcounts <= REFCOUNT_TABLE_MAX, "refcount table")?;
+        possible(inside(long(48), refcounts), "refcount table")?;
+        possible(refcounts > 0, "refcount table")?;
+        possible(version == 2 || word(96) <= 6, "refcount size")?;
+        Ok(Header {
+            size,
+            backed: long(8) != 0,
+            cluster,
+            refcount_table: long(48),
+        })
+    }
+}
+
+/// A table starts at a cluster behind the header's, and ends within the file.
+fn lies_inside(offset: u64, size: u64, cluster: u64, len: u64) -> bool {
+    let end = offset.checked_add(size);
+    offset % cluster == 0 && offset > 0 && end.is_some_and(|end| end <= len)
+}
+
+/// An image of this format.
+#[derive(Debug)]
+pub struct Qcow2 {
+    /// Written to by whom must be alone: a discard gives room back that others
+    /// may be about to use.
+    access: RwLock<FormatAccess<Storage>>,
+    size: u64,
+}
+
+impl Qcow2 {
+    /// Checks and takes over an image, open as `writable` says, and its backing
+    /// file, if it has one. The files are not changed by this.
+    pub fn open(file: File, writable: bool, backing: Option<Image>) -> Result<Self, ImageError> {
+        let mut bytes = [0; HEADER];
+        read_at(&file, 0, &mut bytes)?;
+        let len = (&file).seek(SeekFrom::End(0))?;
+        let header = Header::parse(&bytes, len, writable)?;
+        if writable {
+            // Without a count of its own header's references, an image is not
+            // one that room can be found in.
+            let mut first = [0; ENTRY as usize];
+            read_at(&file, header.refcount_table, &mut first)?;
+            let block = u64::from_be_bytes(first);
+            if !lies_inside(block, header.cluster, header.cluster, len) {
+                return Err(ImageError::Damaged("refcount table"));
+            }
+        }
+        let backing = match (header.backed, backing) {
+            (false, None) => None,
+            (true, Some(image)) => Some(image.into_access()?),
+            (true, None) => return Err(ImageError::BackingNeeded),
+            (false, Some(_)) => return Err(ImageError::NoBacking),
+        };
+        let image = imago::qcow2::Qcow2::<Storage>::builder(Storage::try_from(file)?)
+            .write(writable)
+            .backing(backing)
+            .data_file(None)
+            .open(DenyImplicitOpenGate::default())?;
+        Ok(Qcow2 {
+            access: RwLock::new(FormatAccess::new(image)),
+            size: header.size,
+        })
+    }
+
+    /// The disk's size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+}
+
+/// Reads bytes of a file; those behind its end stay as they are.
+fn read_at(file: &File, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+    let mut done = 0;
+    while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
+        match file.read_at(rest, offset.saturating_add(done as u64)) {
+            Ok(0) => break,
+            Ok(len) => done += len,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+impl Image {
+    fn into_access(self) -> io::Result<FormatAccess<Storage>> {
+        match self {
+            Image::Raw(file) => {
+                let storage = Storage::try_from(file)?;
+                let raw = imago::raw::Raw::builder(storage).write(false);
+                let raw = raw.open(DenyImplicitOpenGate::default())?;
+                Ok(FormatAccess::new(raw))
+            }
+            Image::Qcow2(image) => Ok(image
+                .access
+                .into_inner()
+                .unwrap_or_else(PoisonError::into_inner)),
+        }
+    }
+}
+
+/// What iovecs point to, a piece at a time.
+struct Pieces<'a> {
+    iovecs: &'a [libc::iovec],
+    /// What is done of the first.
+    done: usize,
+}
+
+impl Pieces<'_> {
+    /// # Safety
+    ///
+    /// There must be `count` of them, which are valid while this lives, as is
+    /// what they point to.
+    unsafe fn new<'a>(iovecs: *const libc::iovec, count: usize) -> Pieces<'a> {
+        let iovecs = match count {
+            0 => &[],
+            // SAFETY: the caller's promise.
+            _ => unsafe { std::slice::from_raw_parts(iovecs, count) },
+        };
+        Pieces { iovecs, done: 0 }
+    }
+
+    fn len(&self) -> usize {
+        self.iovecs
+            .iter()
+            .fold(0, |sum, iovec| sum.saturating_add(iovec.iov_len))
+    }
+
+    /// The next piece of at most `len` bytes, which are at least one.
+    fn next(&mut self, len: usize) -> Option<(*mut u8, usize)> {
+        loop {
+            let (first, others) = self.iovecs.split_first()?;
+            let len = len.min(first.iov_len - self.done);
+            if len > 0 {
+                let start = first.iov_base.cast::<u8>().wrapping_add(self.done);
+                self.done += len;
+                return Some((start, len));
+            }
+            (self.iovecs, self.done) = (others, 0);
+        }
+    }
+
+    fn write(&mut self, mut data: &[u8]) {
+        while !data.is_empty()
+            && let Some((target, len)) = self.next(data.len())
+        {
+            // SAFETY: `len` bytes are valid at the target, which is no Rust
+            // object, and no more than there are data.
+            unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), target, len) };
+            data = data.get(len..).unwrap_or_default();
+        }
+    }
+
+    fn read(&mut self, mut data: &mut [u8]) {
+        while !data.is_empty()
+            && let Some((source, len)) = self.next(data.len())
+        {
+            // SAFETY: `len` bytes are valid at the source, which is no Rust
+            // object, and no more than there is room.
+            unsafe { std::ptr::copy_nonoverlapping(source, data.as_mut_ptr(), len) };
+            data = data.get_mut(len..).unwrap_or_default();
+        }
+    }
+}
+
+impl Worker for Qcow2 {
+    /// Guest memory is copied: `imago` has slices of bytes for buffers, which
+    /// nobody else may write to meanwhile.
+    unsafe fn run(
+        &self,
+        kind: Kind,
+        offset: u64,
+        iovecs: *const libc::iovec,
+        count: usize,
+    ) -> io::Result<usize> {
+        // SAFETY: the caller's promise.
+        let mut pieces = unsafe { Pieces::new(iovecs, count) };
+        let exclusive = |work: &dyn Fn(&mut FormatAccess<Storage>) -> io::Result<()>| {
+            let mut access = self.access.write().unwrap_or_else(PoisonError::into_inner);
+            work(&mut access).map(|()| 0)
+        };
+        match kind {
+            Kind::Discard { len } => {
+                return exclusive(&|access| access.discard_to_any(offset, len));
+            }
+            Kind::Zero { len, unmap: true } => {
+                return exclusive(&|access| access.discard_to_zero(offset, len));
+            }
+            _ => {}
+        }
+        let access = self.access.read().unwrap_or_else(PoisonError::into_inner);
+        let flush = || access.flush().and_then(|()| access.sync());
+        let total = pieces.len();
+        let mut chunk = vec![0; total.min(CHUNK)];
+        let mut done = 0;
+        match kind {
+            Kind::Read | Kind::Write { .. } => {
+                while done < total {
+                    chunk.truncate(total - done);
+                    let at = offset.saturating_add(done as u64);
+                    if kind == Kind::Read {
+                        access.read(chunk.as_mut_slice(), at)?;
+                        pieces.write(&chunk);
+                    } else {
+                        pieces.read(&mut chunk);
+                        access.write(chunk.as_slice(), at)?;
+                    }
+                    done += chunk.len();
+                }
+                if kind == (Kind::Write { durable: true }) {
+                    flush()?;
+                }
+            }
+            Kind::Zero { len, .. } => access.write_zeroes(offset, len)?,
+            _ => flush()?,
+        }
+        Ok(done)
+    }
+}

@@ -1,0 +1,165 @@
+//! I/O by threads that may block.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::{Completion, Kind, Operation, retry};
+
+const THREADS: usize = 4;
+
+/// Does one operation after the other, on several threads at once.
+pub trait Worker: Send + Sync + 'static {
+    /// Does it, and returns how many bytes of the buffers were read or written.
+    ///
+    /// # Safety
+    ///
+    /// The buffers must be valid, and may be written to by others meanwhile.
+    unsafe fn run(
+        &self,
+        kind: Kind,
+        offset: u64,
+        iovecs: *const libc::iovec,
+        count: usize,
+    ) -> io::Result<usize>;
+}
+
+/// The threads, and what they are told and tell.
+pub struct Threads {
+    jobs: Option<Sender<Job>>,
+    done: Receiver<Completion>,
+    event: EventFd,
+    threads: Vec<JoinHandle<()>>,
+}
+
+struct Job {
+    token: u64,
+    kind: Kind,
+    offset: u64,
+    iovecs: *const libc::iovec,
+    count: usize,
+}
+
+// SAFETY: whoever submits keeps what it points to valid until the completion,
+// whichever thread it is used on.
+unsafe impl Send for Job {}
+
+impl Threads {
+    pub(super) fn new(worker: Arc<impl Worker>) -> io::Result<Self> {
+        let (jobs, queue) = mpsc::channel::<Job>();
+        let (finished, done) = mpsc::channel();
+        let queue = Arc::new(Mutex::new(queue));
+        let event = EventFd::new(EFD_NONBLOCK)?;
+        let mut threads = Vec::new();
+        for _ in 0..THREADS {
+            let (queue, finished, worker) = (queue.clone(), finished.clone(), worker.clone());
+            let event = event.try_clone()?;
+            let work = move || {
+                loop {
+                    let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                    let Ok(job) = job else { return };
+                    // SAFETY: whoever submitted keeps the buffers valid.
+                    let result =
+                        unsafe { worker.run(job.kind, job.offset, job.iovecs, job.count) };
+                    if finished.send((job.token, result)).is_err() {
+                        return;
+                    }
+                    let _ = event.write(1);
+                }
+            };
+            threads.push(thread::Builder::new().name("block".into()).spawn(work)?);
+        }
+        Ok(Threads {
+            jobs: Some(jobs),
+            done,
+            event,
+            threads,
+        })
+    }
+
+    /// # Safety
+    ///
+    /// The buffers must stay valid until the operation is completed.
+    pub(super) unsafe fn submit(&mut self, token: u64, operation: &Operation) -> io::Result<()> {
+        let job = Job {
+            token,
+            kind: operation.kind,
+            offset: operation.offset,
+            iovecs: operation.iovecs.as_ptr(),
+            count: operation.iovecs.len(),
+        };
+        let jobs = self.jobs.as_ref();
+        jobs.and_then(|jobs| jobs.send(job).ok())
+            .ok_or_else(|| io::ErrorKind::BrokenPipe.into())
+    }
+
+    pub(super) fn completions(&mut self) -> Vec<Completion> {
+        let _ = self.event.read();
+        self.done.try_iter().collect()
+    }
+
+    pub(super) fn wait(&self) -> io::Result<()> {
+        let mut entry = libc::pollfd {
+            fd: self.event.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        retry(|| {
+            // SAFETY: one live entry.
+            match unsafe { libc::poll(&mut entry, 1, -1) } {
+                -1 => Err(io::Error::last_os_error()),
+                _ => Ok(()),
+            }
+        })
+    }
+
+    pub(super) fn event(&self) -> RawFd {
+        self.event.as_raw_fd()
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        self.jobs = None;
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A raw image.
+impl Worker for File {
+    unsafe fn run(
+        &self,
+        kind: Kind,
+        offset: u64,
+        iovecs: *const libc::iovec,
+        count: usize,
+    ) -> io::Result<usize> {
+        let fd = self.as_raw_fd();
+        let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+        let count = libc::c_int::try_from(count).map_err(io::Error::other)?;
+        let result = match (kind, kind.allocation()) {
+            (_, Some((mode, len))) => {
+                let len = libc::off_t::try_from(len).map_err(io::Error::other)?;
+                // SAFETY: no memory is involved.
+                unsafe { libc::fallocate(fd, mode, offset, len) as isize }
+            }
+            // SAFETY: the caller's promise.
+            (Kind::Read, _) => unsafe { libc::preadv(fd, iovecs, count, offset) },
+            (Kind::Write { durable }, _) => {
+                let flags = if durable { libc::RWF_DSYNC } else { 0 };
+                // SAFETY: the caller's promise.
+                unsafe { libc::pwritev2(fd, iovecs, count, offset, flags) }
+            }
+            // SAFETY: no memory is involved.
+            _ => unsafe { libc::fdatasync(fd) as isize },
+        };
+        usize::try_from(result).map_err(|_| io::Error::last_os_error())
+    }
+}
