@@ -3,7 +3,9 @@
 use std::process::ExitCode;
 
 use clap::Subcommand;
+use mayfly_devices::rate_limiter::Limits;
 
+use crate::config::{Keys, take_limits};
 use crate::control::{Client, ClientError, Command, Folder};
 use crate::failure::{Class, Failure, OrFail};
 
@@ -46,6 +48,14 @@ enum Verb {
     },
     /// Send a non-maskable interrupt to every vCPU
     Nmi,
+    /// Limit what a disk or network moves in a second: disk0 bw=10M,iops=500, or none
+    Limit {
+        /// The device's name: disk0, net0, …
+        device: String,
+        /// bw=10M[,bw-burst=50M], and iops= and iops-burst= of a disk, pps= and
+        /// pps-burst= of a network; or none
+        limits: String,
+    },
 }
 
 /// Carries out the verb.
@@ -57,6 +67,16 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         Verb::Pause => drop(client.ask(&Command::Pause {}).map_err(refuse)?),
         Verb::Resume => drop(client.ask(&Command::Resume {}).map_err(refuse)?),
         Verb::Nmi => drop(client.ask(&Command::Nmi {}).map_err(refuse)?),
+        Verb::Limit { device, limits } => {
+            let flag = format!("ctl {} limit {device} {limits}", args.vm);
+            let limits = parse_limits(&device, &limits)
+                .map_err(|error| Failure::config(format!("{flag}: {error}")))?;
+            drop(
+                client
+                    .ask(&Command::Limit { device, limits })
+                    .map_err(refuse)?,
+            );
+        }
         Verb::Info => {
             let info = client.ask(&Command::Info {}).map_err(refuse)?;
             let text = serde_json::to_string_pretty(&info).or_internal("ctl info")?;
@@ -83,6 +103,26 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A network's operations are packets.
+fn parse_limits(device: &str, text: &str) -> Result<Limits, String> {
+    if text == "none" {
+        return Ok(Limits::default());
+    }
+    let (operations, syntax) = match device.starts_with("net") {
+        true => (
+            "pps",
+            "bw=10M,bw-burst=50M,pps=5000,pps-burst=1000, or none",
+        ),
+        false => (
+            "iops",
+            "bw=10M,bw-burst=50M,iops=500,iops-burst=1000, or none",
+        ),
+    };
+    let mut keys = Keys::parse(text, syntax);
+    let limits = take_limits(&mut keys, operations)?;
+    keys.finish().map(|()| limits)
 }
 
 fn refusal(error: ClientError, vm: &str) -> Failure {

@@ -3,21 +3,66 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use mayfly_devices::rate_limiter::Limits;
+
 use super::keys::Keys;
+use super::limits::take_limits;
+use super::queues::Queues;
 
 /// A disk's id is at most this long (virtio 1.2, 5.2.6, `VIRTIO_BLK_ID_BYTES`).
 const DISK_ID_MAX: usize = 20;
-const SYNTAX: &str = "path=F[,ro][,id=S]";
+const SYNTAX: &str = "path=F[,ro][,id=S][,format=raw|qcow2][,backing=F][,backing-format=raw|qcow2]\
+                      [,bw=10M][,bw-burst=50M][,iops=500][,iops-burst=1000][,queues=N|cpus]";
+
+/// How an image is laid out. It is said by the user, never guessed: a guest
+/// that writes a header to its raw disk must not turn it into something else.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Format {
+    /// The disk's bytes.
+    #[default]
+    Raw,
+    /// QEMU's format.
+    Qcow2,
+}
+
+impl FromStr for Format {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "raw" => Ok(Format::Raw),
+            "qcow2" => Ok(Format::Qcow2),
+            _ => Err(format!("{text} is not a format; write raw or qcow2")),
+        }
+    }
+}
+
+/// The image that another one is the difference to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackingConfig {
+    /// The file, which is only read.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: Format,
+}
 
 /// A disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskConfig {
-    /// A raw image or a block device.
+    /// An image or a block device.
     pub path: PathBuf,
+    /// Its format.
+    pub format: Format,
+    /// What a qcow2 image is the difference to.
+    pub backing: Option<BackingConfig>,
     /// The guest may not write.
     pub read_only: bool,
     /// What the guest sees as the serial number.
     pub id: Option<String>,
+    /// How much the guest may move.
+    pub limits: Limits,
+    /// How many queues it has.
+    pub queues: Queues,
 }
 
 impl FromStr for DiskConfig {
@@ -27,16 +72,41 @@ impl FromStr for DiskConfig {
         let mut keys = Keys::parse(text, SYNTAX);
         let disk = DiskConfig {
             path: keys.required("path")?.into(),
+            format: take_format(&mut keys, "format")?.unwrap_or_default(),
+            backing: take_backing(&mut keys)?,
             read_only: keys.flag("ro")?,
             id: keys.value("id")?,
+            limits: take_limits(&mut keys, "iops")?,
+            queues: Queues::take(&mut keys)?,
         };
         keys.finish()?;
+        if disk.backing.is_some() && disk.format != Format::Qcow2 {
+            return Err("backing= needs format=qcow2; a raw image is whole".into());
+        }
         if let Some(id) = &disk.id
             && (id.len() > DISK_ID_MAX || !id.is_ascii())
         {
             return Err(format!("id must have 1 to {DISK_ID_MAX} ASCII characters"));
         }
         Ok(disk)
+    }
+}
+
+fn take_format(keys: &mut Keys, key: &str) -> Result<Option<Format>, String> {
+    let value = keys.value(key)?;
+    let format = value.as_deref().map(str::parse).transpose();
+    format.map_err(|error| format!("{key}={error}"))
+}
+
+fn take_backing(keys: &mut Keys) -> Result<Option<BackingConfig>, String> {
+    let format = take_format(keys, "backing-format")?;
+    match (keys.value("backing")?, format) {
+        (Some(path), format) => Ok(Some(BackingConfig {
+            path: path.into(),
+            format: format.unwrap_or_default(),
+        })),
+        (None, Some(_)) => Err("backing-format needs backing=".into()),
+        (None, None) => Ok(None),
     }
 }
 
@@ -50,6 +120,18 @@ mod tests {
         assert_eq!(disk.path, PathBuf::from("a=b,c.img"));
         assert!(disk.read_only);
         assert_eq!(disk.id.as_deref(), Some("root"));
+        assert_eq!((disk.format, disk.backing), (Format::Raw, None));
+        assert_eq!(disk.queues, Queues::Number(1));
+        assert_eq!(disk.limits, Limits::default());
+        let disk: DiskConfig = "path=a,format=qcow2,backing=b,backing-format=qcow2,queues=cpus"
+            .parse()
+            .unwrap();
+        let backing = BackingConfig {
+            path: "b".into(),
+            format: Format::Qcow2,
+        };
+        assert_eq!((disk.format, disk.backing), (Format::Qcow2, Some(backing)));
+        assert_eq!(disk.queues.number(3), 3);
         for bad in [
             "",
             "a.img",
@@ -62,6 +144,17 @@ mod tests {
             "path=a,",
             "path=a,id=",
             "path=a,id=123456789012345678901",
+            "path=a,format=vmdk",
+            "path=a,format=",
+            "path=a,backing=b",
+            "path=a,format=raw,backing=b",
+            "path=a,format=qcow2,backing-format=raw",
+            "path=a,format=qcow2,backing=b,backing-format=auto",
+            "path=a,queues=0",
+            "path=a,queues=256",
+            "path=a,queues=all",
+            "path=a,bw=0",
+            "path=a,pps=1",
         ] {
             assert!(bad.parse::<DiskConfig>().is_err(), "{bad}");
         }

@@ -5,8 +5,10 @@ mod console;
 mod disk;
 mod guest;
 mod keys;
+mod limits;
 mod memory;
 mod net;
+mod queues;
 mod raw;
 mod size;
 
@@ -16,11 +18,13 @@ use std::str::FromStr;
 use mayfly_boot::{Protocol, cmdline, layout};
 
 pub use self::console::ConsoleConfig;
-pub use self::disk::DiskConfig;
+pub use self::disk::{BackingConfig, DiskConfig, Format};
 pub use self::guest::{cache_folder, default_guest};
 pub use self::keys::Keys;
+pub use self::limits::take_limits;
 pub use self::memory::{HugePages, MEMORY_MIN, MemoryConfig};
 pub use self::net::NetConfig;
+pub use self::queues::Queues;
 pub use self::raw::{BootProtocol, RawConfig};
 
 use self::guest::GuestFiles;
@@ -101,6 +105,12 @@ impl RawConfig {
         let memory = parse_one(self.memory.as_deref(), "--memory")?.unwrap_or_default();
         let disks: Vec<DiskConfig> = parse_all(&self.disk, "--disk")?;
         let nets: Vec<NetConfig> = parse_all(&self.net, "--net")?;
+        for (text, disk) in self.disk.iter().zip(&disks) {
+            check_queues(disk.queues, cpus, "--disk", text)?;
+        }
+        for (text, net) in self.net.iter().zip(&nets) {
+            check_queues(net.queues, cpus, "--net", text)?;
+        }
         let devices = disks.len() + nets.len() + 1; // and the random numbers
         if devices > layout::VIRTIO_MAX {
             return Err(Failure::config(format!(
@@ -175,6 +185,11 @@ fn parse_one<T: FromStr<Err = String>>(
     text.map(parse).transpose()
 }
 
+fn check_queues(queues: Queues, cpus: u8, flag: &str, text: &str) -> Result<(), Failure> {
+    let checked = queues.check(cpus);
+    checked.map_err(|error| Failure::config(format!("{flag} {text}: {error}")))
+}
+
 fn parse_cpus(text: &str) -> Result<u8, Failure> {
     match text.parse() {
         Ok(cpus @ 1..=CPUS_MAX) => Ok(cpus),
@@ -218,6 +233,22 @@ mod tests {
         assert!(!config("", false, "none").unwrap().contains("console="));
         assert_eq!(config("debug", true, "stdio").unwrap(), "debug");
         assert!(refusal(config(&"x".repeat(2048), true, "none")).starts_with("--cmdline"));
+    }
+
+    #[test]
+    fn queues_need_cpus() {
+        let config = |queues: &str| RawConfig {
+            kernel: Some("k".into()),
+            cpus: Some("2".into()),
+            disk: vec![format!("path=a,queues={queues}")],
+            net: vec![format!("tap=a,queues={queues}")],
+            ..Default::default()
+        };
+        assert!(refusal(config("3").validate()).contains("queues=3 are more than"));
+        for queues in ["2", "cpus"] {
+            let config = config(queues).validate().unwrap();
+            assert_eq!(config.nets[0].queues.number(config.cpus), 2);
+        }
     }
 
     #[test]

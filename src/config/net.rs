@@ -2,11 +2,16 @@
 
 use std::str::FromStr;
 
+use mayfly_devices::rate_limiter::Limits;
+
 use super::keys::Keys;
+use super::limits::take_limits;
+use super::queues::Queues;
 
 /// A network device's name is shorter than this (Linux' `IFNAMSIZ`).
 const TAP_NAME_MAX: usize = 16;
-const SYNTAX: &str = "tap=NAME[,mac=XX:XX:XX:XX:XX:XX]";
+const SYNTAX: &str = "tap=NAME[,mac=XX:XX:XX:XX:XX:XX]\
+                      [,bw=10M][,bw-burst=50M][,pps=5000][,pps-burst=1000][,queues=N|cpus]";
 
 /// A network device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,6 +20,10 @@ pub struct NetConfig {
     pub tap: String,
     /// The guest's MAC address; else derived from the TAP's name.
     pub mac: Option<[u8; 6]>,
+    /// How much the guest may send, and as much again receive.
+    pub limits: Limits,
+    /// How many pairs of queues it has.
+    pub queues: Queues,
 }
 
 impl FromStr for NetConfig {
@@ -25,6 +34,8 @@ impl FromStr for NetConfig {
         let net = NetConfig {
             tap: keys.required("tap")?,
             mac: keys.value("mac")?.as_deref().map(parse_mac).transpose()?,
+            limits: take_limits(&mut keys, "pps")?,
+            queues: Queues::take(&mut keys)?,
         };
         keys.finish()?;
         if net.tap.len() >= TAP_NAME_MAX || net.tap.contains(['/', '%', ' ', '\0']) {
@@ -76,6 +87,9 @@ mod tests {
             "tap=a,mac=+2:00:00:00:00:01",
             "tap=a,mac=02:00:00:00:00",
             "tap=a,model=e1000",
+            "tap=a,iops=1",
+            "tap=a,pps=0",
+            "tap=a,queues=0",
         ] {
             assert!(bad.parse::<NetConfig>().is_err(), "{bad}");
         }

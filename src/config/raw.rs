@@ -46,12 +46,15 @@ pub struct RawConfig {
     )]
     #[serde(deserialize_with = "word")]
     pub memory: Option<String>,
-    /// A disk image or block device (repeatable)
-    #[arg(long, value_name = "path=F[,ro][,id=S]")]
+    /// A disk image or block device (repeatable); limits are a second's
+    #[arg(
+        long,
+        value_name = "path=F[,ro][,id=S][,format=raw|qcow2][,backing=F][,bw=10M][,iops=500][,queues=N]"
+    )]
     #[serde(deserialize_with = "words")]
     pub disk: Vec<String>,
-    /// A network device on a TAP device (repeatable)
-    #[arg(long, value_name = "tap=NAME[,mac=…]")]
+    /// A network device on a TAP device (repeatable); limits are a second's, each way
+    #[arg(long, value_name = "tap=NAME[,mac=…][,bw=10M][,pps=5000][,queues=N]")]
     #[serde(deserialize_with = "words")]
     pub net: Vec<String>,
     /// Serial console: stdio, file=F, pty, unix=S, none [default: stdio]

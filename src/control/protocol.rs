@@ -4,6 +4,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use mayfly_devices::rate_limiter::Limits;
 use serde::{Deserialize, Serialize};
 
 /// What a VM can be asked.
@@ -32,6 +33,14 @@ pub enum Command {
     },
     /// A non-maskable interrupt on every vCPU.
     Nmi {},
+    /// What a disk or network may move from now on; none without.
+    Limit {
+        /// Its name, as `info` tells it.
+        device: String,
+        /// The limits.
+        #[serde(default)]
+        limits: Limits,
+    },
 }
 
 /// The answer.
@@ -87,8 +96,17 @@ mod tests {
             read(r#"{"command":"shutdown","deadline":5}"#).unwrap(),
             Command::Shutdown { deadline: 5 }
         );
+        let limit =
+            r#"{"command":"limit","device":"disk0","limits":{"bandwidth":{"per-second":5}}}"#;
+        let Command::Limit { device, limits } = read(limit).unwrap() else {
+            panic!("{limit}");
+        };
+        assert_eq!(device, "disk0");
+        assert_eq!(limits.bandwidth.unwrap().per_second.get(), 5);
         for wrong in [
             "",
+            r#"{"command":"limit","device":"disk0","limits":{"bandwidth":{"per-second":0}}}"#,
+            r#"{"command":"limit","device":"disk0","limits":{"iops":1}}"#,
             "{}",
             "[]",
             r#"{"command":"fly"}"#,

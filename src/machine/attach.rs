@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use mayfly_boot::{MmioDevice, layout};
+use mayfly_devices::rate_limiter::LimitHandle;
 use mayfly_devices::virtio::block::Block;
 use mayfly_devices::virtio::device::{DeviceId, VirtioDevice};
 use mayfly_devices::virtio::mmio::{NOTIFY_OFFSET, VirtioMmio};
@@ -29,6 +30,8 @@ pub struct Slot {
     pub place: MmioDevice,
     /// The device.
     pub transport: Arc<Mutex<VirtioMmio>>,
+    /// Changes its limits, if it can have some.
+    pub limits: Option<LimitHandle>,
 }
 
 /// A device without a place.
@@ -37,6 +40,7 @@ struct Unplaced {
     /// What asked for it, for messages.
     flag: String,
     device: Box<dyn VirtioDevice>,
+    limits: Option<LimitHandle>,
 }
 
 #[derive(Default)]
@@ -49,10 +53,21 @@ impl Devices {
         flag: impl Into<String>,
         device: impl VirtioDevice + 'static,
     ) {
+        self.add_limited(name, flag, device, None);
+    }
+
+    fn add_limited(
+        &mut self,
+        name: impl Into<String>,
+        flag: impl Into<String>,
+        device: impl VirtioDevice + 'static,
+        limits: Option<LimitHandle>,
+    ) {
         self.0.push(Unplaced {
             name: name.into(),
             flag: flag.into(),
             device: Box::new(device),
+            limits,
         });
     }
 }
@@ -69,15 +84,14 @@ pub fn attach(
     for (index, (disk, from)) in resources.disks.drain(..).zip(&config.disks).enumerate() {
         let flag = format!("--disk path={}", from.path.display());
         let block = Block::new(disk).or_host(&flag)?;
-        devices.add(format!("disk{index}"), flag, block);
+        let limits = Some(block.limit_handle());
+        devices.add_limited(format!("disk{index}"), flag, block, limits);
     }
-    for (index, (tap, from)) in resources.taps.drain(..).zip(&config.nets).enumerate() {
+    for (index, (taps, from)) in resources.taps.drain(..).zip(&config.nets).enumerate() {
         let flag = format!("--net tap={}", from.tap);
-        devices.add(
-            format!("net{index}"),
-            flag,
-            Net::new(tap, mac_address(from)),
-        );
+        let net = Net::new(taps, mac_address(from), from.limits).or_host(&flag)?;
+        let limits = Some(net.limit_handle());
+        devices.add_limited(format!("net{index}"), flag, net, limits);
     }
     let random = resources
         .random
@@ -101,7 +115,12 @@ fn place(
     memory: &Arc<GuestMemory>,
     buses: &mut Buses,
 ) -> Result<Slot, Failure> {
-    let Unplaced { name, flag, device } = unplaced;
+    let Unplaced {
+        name,
+        flag,
+        device,
+        limits,
+    } = unplaced;
     let kind = device.id();
     let (Some(addr), Some(irq)) = (layout::virtio_address(index), layout::virtio_irq(index)) else {
         return Err(Failure::config(format!("{flag}: too many devices")));
@@ -124,6 +143,7 @@ fn place(
         kind,
         place: MmioDevice { addr, irq },
         transport,
+        limits,
     })
 }
 
@@ -155,6 +175,8 @@ mod tests {
         let config = |tap: &str, mac| NetConfig {
             tap: tap.into(),
             mac,
+            limits: Default::default(),
+            queues: Default::default(),
         };
         let derived = mac_address(&config("tap0", None));
         assert_eq!(derived, mac_address(&config("tap0", None)));

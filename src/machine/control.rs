@@ -7,6 +7,7 @@ use std::sync::mpsc::TrySendError;
 use std::time::{Duration, Instant};
 
 use mayfly_devices::bus::lock;
+use mayfly_devices::rate_limiter::{LimitHandle, Limits};
 use serde_json::json;
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -86,6 +87,7 @@ impl Commander {
             Command::Metrics {} => Ok(self.metrics(timeline).into()),
             Command::Shutdown { deadline } => self.shutdown(Duration::from_secs(deadline)),
             Command::Nmi {} => self.interrupt(),
+            Command::Limit { device, limits } => self.limit(&device, limits),
         };
         let reply = done.map_or_else(Reply::Error, Reply::Ok);
         // A client that has gone needs no answer.
@@ -131,6 +133,18 @@ impl Commander {
         Ok(serde_json::Value::Null)
     }
 
+    fn limit(&mut self, device: &str, limits: Limits) -> Result<serde_json::Value, String> {
+        let slot = self.slots.iter().find(|slot| slot.name == device);
+        let slot =
+            slot.ok_or_else(|| format!("{device}: no such device; see mayfly ctl … info"))?;
+        let Some(handle) = &slot.limits else {
+            return Err(format!("{device}: has no limits; disks and networks have"));
+        };
+        handle.set(limits);
+        self.tell("limit", Some(device.to_owned()));
+        Ok(serde_json::Value::Null)
+    }
+
     /// A paused guest cannot turn off: it runs again.
     fn shutdown(&mut self, deadline: Duration) -> Result<serde_json::Value, String> {
         self.resume()?;
@@ -151,6 +165,7 @@ impl Commander {
                     "name": slot.name,
                     "kind": format!("{:?}", slot.kind).to_lowercase(),
                     "flag": slot.flag,
+                    "limits": slot.limits.as_ref().map(LimitHandle::get),
                 })
             })
             .collect();

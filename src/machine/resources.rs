@@ -6,9 +6,9 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
-use mayfly_devices::virtio::block::{Disk, ID_LEN, SECTOR};
+use mayfly_devices::virtio::block::{Disk, ID_LEN, Image, Qcow2, SECTOR};
 
-use crate::config::{ConsoleConfig, DiskConfig, MachineConfig};
+use crate::config::{ConsoleConfig, DiskConfig, Format, MachineConfig};
 use crate::failure::{Class, Failure, OrFail};
 use crate::net::tap;
 
@@ -22,8 +22,8 @@ pub struct Resources {
     pub initrd: Option<File>,
     /// The disks, locked.
     pub disks: Vec<Disk>,
-    /// The TAP devices, attached.
-    pub taps: Vec<File>,
+    /// The TAP devices, attached once for each pair of queues.
+    pub taps: Vec<Vec<File>>,
     /// Random bytes for the guest.
     pub random: File,
 }
@@ -51,12 +51,12 @@ impl Resources {
         let disks = config
             .disks
             .iter()
-            .map(open_disk)
+            .map(|disk| open_disk(disk, config.cpus))
             .collect::<Result<_, _>>()?;
         let taps = config
             .nets
             .iter()
-            .map(|net| tap::open(&net.tap))
+            .map(|net| tap::open(&net.tap, net.queues.number(config.cpus)))
             .collect::<Result<_, _>>()?;
         let random = File::open(RANDOM).or_host(RANDOM)?;
         Ok(Resources {
@@ -89,18 +89,70 @@ fn open_regular(path: &Path, flag: &str) -> Result<File, Failure> {
     Ok(file)
 }
 
-/// Opens a disk, and locks it: shared if it is only read.
-fn open_disk(config: &DiskConfig) -> Result<Disk, Failure> {
+/// Opens a disk.
+fn open_disk(config: &DiskConfig, cpus: u8) -> Result<Disk, Failure> {
     let flag = format!("--disk path={}", config.path.display());
+    let (file, len) = open_image(&config.path, config.read_only, &flag)?;
+    let backing = match &config.backing {
+        None => None,
+        Some(backing) => {
+            let flag = format!("{flag}: backing={}", backing.path.display());
+            let (file, _) = open_image(&backing.path, true, &flag)?;
+            Some(match backing.format {
+                Format::Raw => Image::Raw(file),
+                Format::Qcow2 => {
+                    let image = Qcow2::open(file, false, None).or_config(&flag)?;
+                    Image::Qcow2(Box::new(image))
+                }
+            })
+        }
+    };
+    let (image, size) = match config.format {
+        Format::Raw => (Image::Raw(file), len),
+        Format::Qcow2 => {
+            let image = Qcow2::open(file, !config.read_only, backing).or_config(&flag)?;
+            let size = image.size();
+            (Image::Qcow2(Box::new(image)), size)
+        }
+    };
+    if size < SECTOR {
+        return Err(Failure::config(format!(
+            "{flag}: is smaller than a sector of {SECTOR} bytes; make it larger with {}",
+            match config.format {
+                Format::Raw => "truncate -s",
+                Format::Qcow2 => "qemu-img resize",
+            }
+        )));
+    }
+    let mut id = [0; ID_LEN];
+    for (target, source) in id
+        .iter_mut()
+        .zip(config.id.iter().flat_map(|id| id.bytes()))
+    {
+        *target = source;
+    }
+    Ok(Disk {
+        image,
+        sectors: size / SECTOR,
+        read_only: config.read_only,
+        id,
+        queues: config.queues.number(cpus).into(),
+        limits: config.limits,
+    })
+}
+
+/// Opens an image's file, and locks it: shared if it is only read. Returns its
+/// length, too.
+fn open_image(path: &Path, read_only: bool, flag: &str) -> Result<(File, u64), Failure> {
     let file = OpenOptions::new()
         .read(true)
-        .write(!config.read_only)
+        .write(!read_only)
         .custom_flags(libc::O_NONBLOCK)
-        .open(&config.path)
-        .map_err(|error| refusal(&error, &flag))?;
+        .open(path)
+        .map_err(|error| refusal(&error, flag))?;
     let kind = file
         .metadata()
-        .map_err(|error| refusal(&error, &flag))?
+        .map_err(|error| refusal(&error, flag))?
         .file_type();
     if kind.is_dir() {
         return Err(Failure::config(format!(
@@ -114,46 +166,26 @@ fn open_disk(config: &DiskConfig) -> Result<Disk, Failure> {
     }
     // It only kept the opening from blocking: in older kernels io_uring refuses
     // to wait on such a file.
-    set_blocking(&file).map_err(|error| refusal(&error, &flag))?;
+    set_blocking(&file).map_err(|error| refusal(&error, flag))?;
     // A block device's metadata has no size; its end has.
-    let size = (&file)
+    let len = (&file)
         .seek(SeekFrom::End(0))
-        .map_err(|error| refusal(&error, &flag))?;
-    if size < SECTOR {
-        return Err(Failure::config(format!(
-            "{flag}: is smaller than a sector of {SECTOR} bytes; make it larger with truncate -s"
-        )));
-    }
-    let locked = match config.read_only {
+        .map_err(|error| refusal(&error, flag))?;
+    let locked = match read_only {
         true => file.try_lock_shared(),
         false => file.try_lock(),
     };
     match locked {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => {
-            return Err(Failure::host(format!(
-                "{flag}: is locked: another VM uses it{}",
-                match config.read_only {
-                    true => " and may write to it",
-                    false => "; VMs can share it if all have it with ,ro",
-                }
-            )));
-        }
-        Err(TryLockError::Error(error)) => return Err(refusal(&error, &flag)),
+        Ok(()) => Ok((file, len)),
+        Err(TryLockError::WouldBlock) => Err(Failure::host(format!(
+            "{flag}: is locked: another VM uses it{}",
+            match read_only {
+                true => " and may write to it",
+                false => "; VMs can share it if all have it with ,ro",
+            }
+        ))),
+        Err(TryLockError::Error(error)) => Err(refusal(&error, flag)),
     }
-    let mut id = [0; ID_LEN];
-    for (target, source) in id
-        .iter_mut()
-        .zip(config.id.iter().flat_map(|id| id.bytes()))
-    {
-        *target = source;
-    }
-    Ok(Disk {
-        file,
-        sectors: size / SECTOR,
-        read_only: config.read_only,
-        id,
-    })
 }
 
 fn set_blocking(file: &File) -> io::Result<()> {

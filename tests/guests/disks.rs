@@ -198,3 +198,95 @@ fn several_disks_keep_their_order() {
         assert_eq!(printed(&console, name), sectors.to_string());
     }
 }
+
+fn qemu_img(args: &[&str]) -> String {
+    tool("qemu-img", args)
+}
+
+/// Images that QEMU's tools make, and check afterwards.
+#[test]
+fn qcow2_images_are_read_and_written_as_qemu_does() {
+    let guest = Guest::new(
+        "set -e
+         md5() { md5sum $1 | cut -d ' ' -f 1; }
+         for disk in vda vdb vdc; do
+             mount -t ext4 /dev/$disk /mnt
+             echo old-$disk: $(md5 /mnt/old)
+             dd if=/dev/urandom of=/mnt/new bs=64k count=160 2>/dev/null
+             dd if=/dev/urandom of=/mnt/old bs=4k seek=100 count=300 conv=notrunc 2>/dev/null
+             dd if=/dev/zero of=/mnt/gone bs=1M count=16 2>/dev/null
+             sync
+             rm /mnt/gone
+             echo trimmed-$disk: $(fstrim -v /mnt)
+             sync
+             echo 3 > /proc/sys/vm/drop_caches
+             echo new-$disk: $(md5 /mnt/new)
+             echo now-$disk: $(md5 /mnt/old)
+             umount /mnt
+         done
+         echo finished: yes
+         read line < /dev/console || true",
+    );
+    let path = |name: &str| guest.path(name).to_str().unwrap().to_owned();
+    let (raw, old) = (path("raw"), path("old"));
+    make_ext4(raw.as_ref(), 128);
+    random_file(old.as_ref(), 8 << 20);
+    let write = format!("write {old} old");
+    tool("debugfs", &["-w", "-R", &write, &raw]);
+    // A whole image, compressed; the difference to a raw one; to a qcow2 one.
+    let (whole, on_raw, on_qcow2) = (path("whole"), path("on-raw"), path("on,qcow2"));
+    let base = path("base");
+    qemu_img(&["convert", "-c", "-O", "qcow2", &raw, &whole]);
+    qemu_img(&["convert", "-O", "qcow2", &raw, &base]);
+    qemu_img(&["snapshot", "-c", "before", &whole]);
+    qemu_img(&[
+        "create", "-q", "-f", "qcow2", "-b", &raw, "-F", "raw", &on_raw,
+    ]);
+    qemu_img(&[
+        "create", "-q", "-f", "qcow2", "-b", &base, "-F", "qcow2", &on_qcow2,
+    ]);
+    let (raw_before, base_before) = (checksum(raw.as_ref()), checksum(base.as_ref()));
+
+    let disks = [
+        format!("path={whole},format=qcow2"),
+        format!("path={on_raw},format=qcow2,backing={raw}"),
+        format!(
+            "path={},format=qcow2,backing={base},backing-format=qcow2",
+            on_qcow2.replace(',', ",,")
+        ),
+    ];
+    let mut running = guest
+        .args(disks.iter().flat_map(|disk| ["--disk", disk]))
+        .start();
+    running.expect("finished: ");
+    // All of them are locked, the backing files shared.
+    for (refused, code) in [(&raw, 3), (&base, 3), (&whole, 3)] {
+        let disk = format!("path={refused}");
+        let ended = Guest::new("").args(["--disk", &disk]).start().wait();
+        assert_eq!(ended.code(), Some(code), "{ended:?}");
+        assert!(ended.stderr.contains("locked"), "{ended:?}");
+    }
+    let folder = std::mem::replace(&mut running.folder, tempfile::tempdir().unwrap());
+    running.signal(15);
+    let ended = running.wait();
+    let console = &ended.stdout;
+    assert_eq!(printed(console, "finished"), "yes", "{ended:?}");
+    assert_eq!(checksum(raw.as_ref()), raw_before);
+    assert_eq!(checksum(base.as_ref()), base_before);
+    for (disk, image) in [("vda", &whole), ("vdb", &on_raw), ("vdc", &on_qcow2)] {
+        qemu_img(&["check", "-q", "-f", "qcow2", image]);
+        let flat = format!("{image}.flat");
+        qemu_img(&["convert", "-f", "qcow2", "-O", "raw", image, &flat]);
+        check_clean(flat.as_ref());
+        let printed = |what: &str| printed(console, &format!("{what}-{disk}"));
+        assert_eq!(printed("old"), checksum(old.as_ref()), "{disk}");
+        assert_eq!(checksum_in(flat.as_ref(), "/new"), printed("new"), "{disk}");
+        assert_eq!(checksum_in(flat.as_ref(), "/old"), printed("now"), "{disk}");
+        assert!(printed("trimmed").contains("bytes"), "{console}");
+    }
+    // What the snapshot kept is still there.
+    let snapshot = format!("{whole}.snapshot");
+    qemu_img(&["convert", "-l", "before", "-O", "raw", &whole, &snapshot]);
+    qemu_img(&["compare", "-q", "-f", "raw", "-F", "raw", &snapshot, &raw]);
+    drop(folder);
+}

@@ -9,6 +9,7 @@ mod consoles;
 mod control;
 mod disks;
 mod endings;
+mod limits;
 mod memory;
 mod nets;
 mod refusals;

@@ -2,33 +2,45 @@
 
 use std::process::{Child, Command, Stdio};
 
-use crate::common::{Guest, Running, tool};
+use crate::common::{Guest, Running, random_file, tool};
 
 const TAP: &str = "tap0";
 const GIB: u64 = 1 << 30;
 
 /// A network namespace with a TAP, gone with this.
-pub struct Namespace(String);
+pub struct Namespace {
+    name: String,
+    /// More keys of the guest's `--net`.
+    keys: String,
+}
 
 impl Namespace {
     pub fn new(name: &str) -> Self {
-        let namespace = Namespace(format!("mayfly-{name}-{}", std::process::id()));
-        tool("ip", &["netns", "add", &namespace.0]);
+        Self::with(name, "tap", "")
+    }
+
+    /// With a TAP of a mode, and more keys of `--net`.
+    pub fn with(name: &str, mode: &str, keys: &str) -> Self {
+        let namespace = Namespace {
+            name: format!("mayfly-{name}-{}", std::process::id()),
+            keys: keys.into(),
+        };
+        tool("ip", &["netns", "add", &namespace.name]);
         for command in [
             "link set lo up",
-            "tuntap add dev tap0 mode tap",
+            &format!("tuntap add dev tap0 mode {mode}"),
             "addr add 10.9.0.1/24 dev tap0",
             "link set tap0 up",
         ] {
             let words: Vec<&str> = command.split(' ').collect();
-            tool("ip", &[&["-n", &namespace.0], &words[..]].concat());
+            tool("ip", &[&["-n", &namespace.name], &words[..]].concat());
         }
         namespace
     }
 
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new("ip");
-        command.args(["netns", "exec", &self.0]).arg(program);
+        command.args(["netns", "exec", &self.name]).arg(program);
         command
     }
 
@@ -38,10 +50,12 @@ impl Namespace {
         for (name, value) in guest.command.get_envs() {
             command.env(name, value.unwrap_or_default());
         }
-        command.args(["--net", &format!("tap={TAP}")]).args([
-            "--cmdline",
-            "ip=10.9.0.2::10.9.0.1:255.255.255.0:guest:eth0:off",
-        ]);
+        command
+            .args(["--net", &format!("tap={TAP}{}", self.keys)])
+            .args([
+                "--cmdline",
+                "ip=10.9.0.2::10.9.0.1:255.255.255.0:guest:eth0:off",
+            ]);
         guest.command = command;
         guest.start()
     }
@@ -50,7 +64,7 @@ impl Namespace {
 impl Drop for Namespace {
     fn drop(&mut self) {
         let _ = Command::new("ip")
-            .args(["netns", "delete", &self.0])
+            .args(["netns", "delete", &self.name])
             .status();
     }
 }
@@ -153,4 +167,63 @@ fn a_given_mac_is_the_guest_s_and_a_tap_serves_one_vm() {
         ended.stderr.contains("--net tap=tap0: another VM uses it"),
         "{ended:?}"
     );
+}
+
+/// What each of two CPUs sends and receives goes by a pair of queues of its own.
+#[test]
+fn two_cpus_use_two_queues() {
+    let namespace = Namespace::with("queues", "tap multi_queue", ",queues=cpus");
+    let guest = Guest::new(
+        "queues() { ls -d $1 | wc -l; }
+         echo net: $(queues '/sys/class/net/eth0/queues/rx-*') disk: $(queues '/sys/block/vda/mq/*')
+         for cpu in 1 2; do
+             (taskset $cpu nc 10.9.0.1 500$cpu -e dd of=/tmp/$cpu bs=64k iflag=fullblock 2>/dev/null
+              taskset $cpu nc 10.9.0.1 501$cpu -e dd if=/tmp/$cpu bs=64k 2>/dev/null
+              taskset $cpu dd if=/tmp/$cpu of=/dev/vda bs=1M seek=$((cpu * 16 - 16)) conv=fsync 2>/dev/null
+              echo 3 > /proc/sys/vm/drop_caches
+              echo sum$cpu: $(taskset $cpu dd if=/dev/vda bs=1M skip=$((cpu * 16 - 16)) count=16 2>/dev/null |
+                  md5sum | cut -d ' ' -f 1)) &
+         done
+         wait
+         echo all: done",
+    )
+    .args(["--cpus", "2"]);
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let disk = path("disk");
+    random_file(disk.as_ref(), 32 << 20);
+    let serve = |port: String, argument: String| {
+        let mut nc = namespace.command("busybox");
+        nc.args(["nc", "-l", "-p", &port, "-e", "dd", "bs=64k", &argument]);
+        nc.args(["iflag=fullblock"]);
+        Peer(nc.stderr(Stdio::null()).spawn().unwrap())
+    };
+    let mut peers = Vec::new();
+    for cpu in 1..=2 {
+        let (sent, received) = (path(&format!("sent{cpu}")), path(&format!("received{cpu}")));
+        random_file(sent.as_ref(), 16 << 20);
+        peers.push(serve(format!("500{cpu}"), format!("if={sent}")));
+        peers.push(serve(format!("501{cpu}"), format!("of={received}")));
+    }
+    let guest = guest.args(["--disk", &format!("path={disk},queues=2")]);
+    let mut running = namespace.start(guest);
+    running.expect("net: ");
+    // A TAP of several queues would let another VM attach.
+    let ended = namespace.start(Guest::new("").args(["--cpus", "2"])).wait();
+    assert_eq!(ended.code(), Some(3), "{ended:?}");
+    assert!(ended.stderr.contains("another VM uses it"), "{ended:?}");
+    let ended = running.wait();
+    assert!(ended.stdout.contains("net: 2 disk: 2"), "{ended:?}");
+    assert!(ended.stdout.contains("all: done"), "{ended:?}");
+    for mut peer in peers {
+        assert!(peer.0.wait().unwrap().success());
+    }
+    for cpu in 1..=2 {
+        let sent = path(&format!("sent{cpu}"));
+        tool("cmp", &[&sent, &path(&format!("received{cpu}"))]);
+        let sum = tool("md5sum", &[&sent]);
+        let sum = sum.split(' ').next().unwrap();
+        let expected = format!("sum{cpu}: {sum}");
+        assert!(ended.stdout.contains(&expected), "{expected}: {ended:?}");
+    }
 }

@@ -371,3 +371,85 @@ fn doctor_tells_what_this_host_can_do() {
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(text.contains("fatal") && text.contains("TAP"), "{text}");
 }
+
+#[test]
+fn images_that_are_not_what_is_said() {
+    let folder = Folder::new();
+    let kernel = kernel("cloud-6.12", "vmlinux");
+    let kernel = kernel.to_str().unwrap();
+    let (raw, base, overlay) = (
+        folder.path("raw"),
+        folder.path("base"),
+        folder.path("overlay"),
+    );
+    let (luks, data, chain) = (
+        folder.path("luks"),
+        folder.path("data"),
+        folder.path("chain"),
+    );
+    let img = |args: &[&str]| drop(tool("qemu-img", args));
+    let create = |args: &[&str]| img(&[&["create", "-q", "-f", "qcow2"], args].concat());
+    File::create(&raw).unwrap().set_len(1 << 20).unwrap();
+    create(&[&base, "1M"]);
+    create(&["-b", &raw, "-F", "raw", &overlay]);
+    create(&["-b", &overlay, "-F", "qcow2", &chain]);
+    create(&[
+        "-o",
+        &format!("data_file={}", folder.path("data.raw")),
+        &data,
+        "1M",
+    ]);
+    create(&[
+        "--object",
+        "secret,id=key,data=secret",
+        "-o",
+        "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10",
+        &luks,
+        "1M",
+    ]);
+    let before = fs::read(&base).unwrap();
+    for (disk, code, part) in [
+        (
+            format!("{raw},format=qcow2"),
+            CONFIG,
+            "is not a qcow2 image",
+        ),
+        (format!("{overlay},format=qcow2"), CONFIG, "backing=FILE"),
+        (
+            format!("{base},format=qcow2,backing={raw}"),
+            CONFIG,
+            "leave backing= out",
+        ),
+        (
+            format!("{chain},format=qcow2,backing={overlay},backing-format=qcow2"),
+            CONFIG,
+            "backing=FILE",
+        ),
+        (
+            format!("{overlay},format=qcow2,backing={raw}x"),
+            CONFIG,
+            "no such file",
+        ),
+        (
+            format!("{overlay},format=raw,backing={raw}"),
+            CONFIG,
+            "needs format=qcow2",
+        ),
+        (
+            format!("{data},format=qcow2"),
+            CONFIG,
+            "keeps its data in another file",
+        ),
+        (format!("{luks},format=qcow2"), CONFIG, "is encrypted"),
+        (
+            format!("{base},format=qcow2,queues=2"),
+            CONFIG,
+            "queues=2 are more",
+        ),
+        (format!("{base},format=qcow2,bw=0"), CONFIG, "would stop"),
+    ] {
+        let output = boot(&["--kernel", kernel, "--disk", &format!("path={disk}")]);
+        assert_refusal(&output, code, &["--disk", part]);
+    }
+    assert_eq!(fs::read(&base).unwrap(), before);
+}

@@ -12,7 +12,7 @@ use virtio_bindings::virtio_mmio as reg;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::device::VirtioDevice;
+use super::device::{Token, VirtioDevice};
 use super::mmio::{Status, VirtioMmio};
 use super::{GuestMemory, feature};
 use crate::bus::BusDevice;
@@ -234,10 +234,16 @@ impl Driver {
 
     /// Waits until a source is ready, and lets the device know of all that are.
     pub fn serve_source(&mut self) {
+        self.serve_sources(|_| true);
+    }
+
+    /// The same for some of the sources.
+    pub fn serve_sources(&mut self, which: impl Fn(Token) -> bool) {
         let (tokens, mut entries): (Vec<_>, Vec<_>) = self
             .transport
             .sources()
             .into_iter()
+            .filter(|(token, _)| which(*token))
             .map(|(token, fd)| {
                 let events = libc::POLLIN;
                 let revents = 0;

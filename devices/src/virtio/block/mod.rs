@@ -1,9 +1,9 @@
 //! The block device (virtio 1.2, 5.2), on an image or a host's block device.
 
 mod engine;
-mod request;
 #[cfg(test)]
 mod qcow2_tests;
+mod request;
 #[cfg(test)]
 mod tests;
 
@@ -140,12 +140,7 @@ impl Block {
     }
 
     /// Starts a request, or completes it if there is nothing to wait for.
-    fn start(
-        &mut self,
-        request: Request,
-        queue: usize,
-        queues: &mut Queues,
-    ) -> Result<(), Broken> {
+    fn start(&mut self, request: Request, queue: usize, queues: &mut Queues) -> Result<(), Broken> {
         let durable = self.write_through;
         let (kind, offset, iovecs, rest, written) = match &request.action {
             Action::Refuse(status) => {
@@ -345,6 +340,12 @@ impl Block {
         Ok(())
     }
 
+    fn take_limits(&mut self) {
+        if let Some(limits) = self.new_limits.take() {
+            self.limiter.set(limits);
+        }
+    }
+
     fn commit(&mut self) {
         // What is refused now is submitted with the next one, or by `drain`.
         if let Err(error) = self.engine.commit() {
@@ -439,6 +440,8 @@ impl VirtioDevice for Block {
 
     fn activate(&mut self, acked: u64, _: &Arc<GuestMemory>) -> Result<(), Broken> {
         self.write_through = acked & feature(spec::VIRTIO_BLK_F_FLUSH) == 0;
+        // Sources are not heard before.
+        self.take_limits();
         Ok(())
     }
 
@@ -467,11 +470,7 @@ impl VirtioDevice for Block {
                 }
             }
             BUDGET => self.limiter.acknowledge(),
-            _ => {
-                if let Some(limits) = self.new_limits.take() {
-                    self.limiter.set(limits);
-                }
-            }
+            _ => self.take_limits(),
         }
         let served = result.and_then(|()| self.serve_requests(queues));
         self.commit();

@@ -241,10 +241,17 @@ fn counts_of_references_that_lie_do_not_crash_it() {
     for (at, len) in [(table, 8), (counts, CLUSTER), (table, CLUSTER)] {
         let file = create(false);
         file.write_all_at(&vec![0; len], at).unwrap();
-        let Ok(image) = open(&file, None) else { continue };
+        let Ok(image) = open(&file, None) else {
+            continue;
+        };
         let mut disk = Engine::new(Image::Qcow2(Box::new(image))).unwrap();
         for offset in (0..LEN).step_by(CLUSTER) {
-            let _ = run(&mut disk, Kind::Write { durable: true }, offset as u64, &mut [1; 4096]);
+            let _ = run(
+                &mut disk,
+                Kind::Write { durable: true },
+                offset as u64,
+                &mut [1; 4096],
+            );
         }
     }
 }

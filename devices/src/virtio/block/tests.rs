@@ -459,7 +459,10 @@ fn a_request_larger_than_the_budget_passes_and_new_limits_forgive_its_debt() {
     let file = image();
     let block = Block::new(limited(&file, Some(64), None)).unwrap();
     let handle = block.limit_handle();
+    // What is set before there is a driver counts, too.
+    handle.set(limited(&file, Some(65), None).limits);
     let mut driver = started(block);
+    assert_eq!(handle.take(), None);
     add_read(&mut driver, 0, 0, 8);
     driver.kick(0);
     driver.serve_source();

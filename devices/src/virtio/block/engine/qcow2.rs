@@ -151,7 +151,7 @@ impl Header {
 /// A table starts at a cluster behind the header's, and ends within the file.
 fn lies_inside(offset: u64, size: u64, cluster: u64, len: u64) -> bool {
     let end = offset.checked_add(size);
-    offset % cluster == 0 && offset > 0 && end.is_some_and(|end| end <= len)
+    offset.is_multiple_of(cluster) && offset > 0 && end.is_some_and(|end| end <= len)
 }
 
 /// An image of this format.

@@ -64,8 +64,7 @@ impl Threads {
                     let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
                     let Ok(job) = job else { return };
                     // SAFETY: whoever submitted keeps the buffers valid.
-                    let result =
-                        unsafe { worker.run(job.kind, job.offset, job.iovecs, job.count) };
+                    let result = unsafe { worker.run(job.kind, job.offset, job.iovecs, job.count) };
                     if finished.send((job.token, result)).is_err() {
                         return;
                     }

@@ -1,0 +1,339 @@
+//! The network device (virtio 1.2, 5.1), on a TAP device of the host.
+//!
+//! The TAP speaks the same packet header as the guest, so checksums and
+//! segmentation are passed through untouched. What the guest sends goes to the
+//! TAP straight from its memory; what it receives is copied once, as only the
+//! packet itself tells how many buffers it needs. Each pair of queues has a
+//! descriptor of the TAP of its own.
+
+mod control;
+mod pair;
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_net as spec;
+
+use self::pair::{Pair, Received};
+use super::device::{Broken, DeviceId, Token, VirtioDevice};
+use super::queues::Queues;
+use super::turns::Turns;
+use super::{GuestMemory, feature};
+use crate::rate_limiter::{LimitHandle, Limits, RateLimiter};
+
+const QUEUE_SIZE: u16 = 256;
+const CONTROL_SIZE: u16 = 64;
+/// `struct virtio_net_hdr_v1`, and where its `num_buffers` is.
+pub const HEADER: usize = 12;
+const NUM_BUFFERS: usize = 10;
+/// The largest packet, with its header: 64 KiB and an Ethernet header.
+const PACKET_MAX: usize = HEADER + 14 + 65_535;
+const STATUS_LINK_UP: u16 = 1;
+
+// Sources; those below are the pairs' TAP descriptors.
+const RECEIVE_BUDGET: Token = 1 << 16;
+const TRANSMIT_BUDGET: Token = RECEIVE_BUDGET + 1;
+const NEW_LIMITS: Token = RECEIVE_BUDGET + 2;
+
+/// What the guest may leave to the host, and the host to the guest.
+const FEATURES: [u32; 11] = [
+    spec::VIRTIO_NET_F_MAC,
+    spec::VIRTIO_NET_F_STATUS,
+    spec::VIRTIO_NET_F_MRG_RXBUF,
+    spec::VIRTIO_NET_F_CSUM,
+    spec::VIRTIO_NET_F_HOST_TSO4,
+    spec::VIRTIO_NET_F_HOST_TSO6,
+    spec::VIRTIO_NET_F_HOST_ECN,
+    spec::VIRTIO_NET_F_GUEST_CSUM,
+    spec::VIRTIO_NET_F_GUEST_TSO4,
+    spec::VIRTIO_NET_F_GUEST_TSO6,
+    spec::VIRTIO_NET_F_GUEST_ECN,
+];
+/// What it needs to use several pairs of queues.
+const SEVERAL: [u32; 2] = [spec::VIRTIO_NET_F_CTRL_VQ, spec::VIRTIO_NET_F_MQ];
+
+/// The role of a queue (virtio 1.2, 5.1.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    Receive(usize),
+    Transmit(usize),
+    Control,
+}
+
+/// What passed, or did not, since the device was made.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counters {
+    packets: u64,
+    bytes: u64,
+    drops: u64,
+}
+
+impl Counters {
+    fn passed(&mut self, bytes: u64) {
+        self.packets += 1;
+        self.bytes += bytes;
+    }
+}
+
+/// One way through the device.
+struct Direction {
+    /// Pairs that may have packets which did not pass yet.
+    turns: Turns,
+    limiter: RateLimiter,
+    counters: Counters,
+}
+
+impl Direction {
+    fn new(limits: Limits) -> io::Result<Self> {
+        Ok(Direction {
+            turns: Turns::default(),
+            limiter: RateLimiter::new(limits)?,
+            counters: Counters::default(),
+        })
+    }
+}
+
+/// The device.
+pub struct Net {
+    /// One or more.
+    pairs: Vec<Pair>,
+    /// How many of them the guest uses.
+    used_pairs: usize,
+    queue_sizes: Vec<u16>,
+    config: Vec<u8>,
+    mergeable: bool,
+    /// Where the control queue is, if the guest has one.
+    control: Option<usize>,
+    receive: Direction,
+    transmit: Direction,
+    new_limits: LimitHandle,
+}
+
+impl Net {
+    /// A device with a MAC address, on descriptors of a TAP, one for each pair
+    /// of queues, that do not block and have packet headers of [`HEADER`]
+    /// bytes. Each direction is limited by itself.
+    pub fn new(taps: Vec<File>, mac: [u8; 6], limits: Limits) -> io::Result<Self> {
+        let count = taps.len();
+        let mut config = mac.to_vec();
+        config.extend(STATUS_LINK_UP.to_le_bytes());
+        let mut queue_sizes = vec![QUEUE_SIZE; 2 * count];
+        if count > 1 {
+            config.extend((count as u16).to_le_bytes()); // max_virtqueue_pairs
+            queue_sizes.push(CONTROL_SIZE);
+        }
+        Ok(Net {
+            pairs: taps.into_iter().map(Pair::new).collect(),
+            used_pairs: 1,
+            queue_sizes,
+            config,
+            mergeable: false,
+            control: None,
+            receive: Direction::new(limits)?,
+            transmit: Direction::new(limits)?,
+            new_limits: LimitHandle::new(limits)?,
+        })
+    }
+
+    /// Changes the limits of both directions while the device runs.
+    pub fn limit_handle(&self) -> LimitHandle {
+        self.new_limits.clone()
+    }
+
+    fn role(&self, queue: usize) -> Role {
+        match queue {
+            queue if Some(queue) == self.control => Role::Control,
+            queue if queue % 2 == 0 => Role::Receive(queue / 2),
+            queue => Role::Transmit(queue / 2),
+        }
+    }
+
+    /// The guest uses so many pairs; false if it cannot. The TAP must not give
+    /// packets to the others.
+    fn use_pairs(&mut self, count: usize) -> bool {
+        let attached = self
+            .pairs
+            .iter_mut()
+            .enumerate()
+            .try_for_each(|(index, pair)| pair.attach(index < count));
+        if let Err(error) = &attached {
+            log::warn!("network: attaching queues: {error}");
+        }
+        self.used_pairs = count;
+        for index in 0..count {
+            self.receive.turns.add(index);
+            self.transmit.turns.add(index);
+        }
+        attached.is_ok()
+    }
+
+    fn take_limits(&mut self) {
+        if let Some(limits) = self.new_limits.take() {
+            self.receive.limiter.set(limits);
+            self.transmit.limiter.set(limits);
+        }
+    }
+
+    /// Passes packets to the guest until there are none, or it has no room.
+    fn receive(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+        while let Some(index) = self.receive.turns.next() {
+            let Some(pair) = self
+                .pairs
+                .get_mut(index)
+                .filter(|_| index < self.used_pairs)
+            else {
+                self.receive.turns.remove(index);
+                continue;
+            };
+            if !self.receive.limiter.admits() {
+                break;
+            }
+            match pair.receive(2 * index, self.mergeable, queues)? {
+                Received::Packet(bytes) => {
+                    self.receive.limiter.charge(bytes);
+                    self.receive.counters.passed(bytes);
+                }
+                Received::Lost => self.receive.counters.drops += 1,
+                Received::Nothing => self.receive.turns.remove(index),
+            }
+        }
+        Ok(())
+    }
+
+    fn transmit(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+        while let Some(index) = self.transmit.turns.next() {
+            let Some(pair) = self.pairs.get(index).filter(|_| index < self.used_pairs) else {
+                self.transmit.turns.remove(index);
+                continue;
+            };
+            if !self.transmit.limiter.admits() {
+                break;
+            }
+            let queue = 2 * index + 1;
+            let Some(chain) = queues.pop(queue)? else {
+                self.transmit.turns.remove(index);
+                continue;
+            };
+            if !chain.writable.is_empty() || chain.readable.len() < HEADER {
+                return Err(Broken(
+                    "a packet to send must be readable and have a header",
+                ));
+            }
+            let bytes = (chain.readable.len() - HEADER) as u64;
+            self.transmit.limiter.charge(bytes);
+            match chain.readable.len() <= PACKET_MAX && pair.send(&chain) {
+                true => self.transmit.counters.passed(bytes),
+                false => self.transmit.counters.drops += 1,
+            }
+            queues.complete(queue, chain.head, 0)?;
+        }
+        Ok(())
+    }
+}
+
+impl VirtioDevice for Net {
+    fn id(&self) -> DeviceId {
+        DeviceId::Net
+    }
+
+    fn features(&self) -> u64 {
+        let several = match self.pairs.len() {
+            0 | 1 => &[][..],
+            _ => &SEVERAL,
+        };
+        let all = FEATURES.iter().chain(several);
+        all.fold(0, |all, &bit| all | feature(bit))
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    fn activate(&mut self, acked: u64, _: &Arc<GuestMemory>) -> Result<(), Broken> {
+        let has = |bit| acked & feature(bit) != 0;
+        self.mergeable = has(spec::VIRTIO_NET_F_MRG_RXBUF);
+        // It is behind the pairs that the driver knows of.
+        let behind = match has(spec::VIRTIO_NET_F_MQ) {
+            true => 2 * self.pairs.len(),
+            false => 2,
+        };
+        self.control = has(spec::VIRTIO_NET_F_CTRL_VQ).then_some(behind);
+        if let Some(pair) = self.pairs.first() {
+            pair.set_offloads(acked);
+        }
+        // Sources are not heard before.
+        self.take_limits();
+        Ok(())
+    }
+
+    fn serve(&mut self, queue: usize, queues: &mut Queues) -> Result<(), Broken> {
+        match self.role(queue) {
+            Role::Receive(index) => {
+                self.receive.turns.add(index);
+                self.receive(queues)
+            }
+            Role::Transmit(index) => {
+                self.transmit.turns.add(index);
+                self.transmit(queues)
+            }
+            Role::Control => {
+                self.control(queue, queues)?;
+                self.receive(queues)?;
+                self.transmit(queues)
+            }
+        }
+    }
+
+    fn sources(&self) -> Vec<(Token, RawFd)> {
+        let taps = (0..).zip(self.pairs.iter().map(Pair::source));
+        taps.chain([
+            (RECEIVE_BUDGET, self.receive.limiter.timer()),
+            (TRANSMIT_BUDGET, self.transmit.limiter.timer()),
+            (NEW_LIMITS, self.new_limits.changed()),
+        ])
+        .collect()
+    }
+
+    fn ready(&mut self, token: Token, queues: &mut Queues) -> Result<(), Broken> {
+        match token {
+            RECEIVE_BUDGET => self.receive.limiter.acknowledge(),
+            TRANSMIT_BUDGET => self.transmit.limiter.acknowledge(),
+            NEW_LIMITS => self.take_limits(),
+            tap => self.receive.turns.add(tap as usize),
+        }
+        self.receive(queues)?;
+        self.transmit(queues)
+    }
+
+    fn reset(&mut self) {
+        for pair in &mut self.pairs {
+            pair.reset();
+        }
+        self.control = None;
+        self.use_pairs(1);
+        self.receive.turns = Turns::default();
+        self.transmit.turns = Turns::default();
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let (rx, tx) = (self.receive.counters, self.transmit.counters);
+        let throttled = self.receive.limiter.throttled() + self.transmit.limiter.throttled();
+        vec![
+            ("rx_packets", rx.packets),
+            ("rx_bytes", rx.bytes),
+            ("rx_drops", rx.drops),
+            ("tx_packets", tx.packets),
+            ("tx_bytes", tx.bytes),
+            ("tx_drops", tx.drops),
+            ("throttled", throttled),
+        ]
+    }
+}
