@@ -212,9 +212,9 @@ fn qcow2_images_are_read_and_written_as_qemu_does() {
          for disk in vda vdb vdc; do
              mount -t ext4 /dev/$disk /mnt
              echo old-$disk: $(md5 /mnt/old)
-             dd if=/dev/urandom of=/mnt/new bs=64k count=160 2>/dev/null
+             dd if=/dev/urandom of=/mnt/new bs=64k count=40 2>/dev/null
              dd if=/dev/urandom of=/mnt/old bs=4k seek=100 count=300 conv=notrunc 2>/dev/null
-             dd if=/dev/zero of=/mnt/gone bs=1M count=16 2>/dev/null
+             dd if=/dev/zero of=/mnt/gone bs=1M count=4 2>/dev/null
              sync
              rm /mnt/gone
              echo trimmed-$disk: $(fstrim -v /mnt)
@@ -229,8 +229,8 @@ fn qcow2_images_are_read_and_written_as_qemu_does() {
     );
     let path = |name: &str| guest.path(name).to_str().unwrap().to_owned();
     let (raw, old) = (path("raw"), path("old"));
-    make_ext4(raw.as_ref(), 128);
-    random_file(old.as_ref(), 8 << 20);
+    make_ext4(raw.as_ref(), 48);
+    random_file(old.as_ref(), 2 << 20);
     let write = format!("write {old} old");
     tool("debugfs", &["-w", "-R", &write, &raw]);
     // A whole image, compressed; the difference to a raw one; to a qcow2 one.

@@ -53,20 +53,13 @@ fn rates_are_kept_and_changed_while_the_guest_runs() {
         disks.push("--disk".to_owned());
         disks.push(format!("path={},ro,{keys}", path.display()));
     }
-    let serve = |port: &str| {
+    let serve = |port: &str, program: [&str; 2]| {
         let mut nc = namespace.command("busybox");
-        nc.args(["nc", "-l", "-p", port, "-e", "cat", "/dev/zero"]);
-        Peer(nc.stdout(Stdio::null()).spawn().unwrap())
+        nc.args(["nc", "-l", "-p", port, "-e"]).args(program);
+        Peer(nc.stderr(Stdio::null()).spawn().unwrap())
     };
-    let mut sink = namespace.command("busybox");
-    sink.args(["nc", "-l", "-p", "5001"]);
-    let _sink = Peer(
-        sink.stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap(),
-    );
-    let _source = serve("5002");
+    let _sink = serve("5001", ["dd", "of=/dev/null"]);
+    let _source = serve("5002", ["cat", "/dev/zero"]);
     let vm = Controlled::start(guest.args(disks), |guest| namespace.start(guest));
     let taken = |count: usize| {
         wait_until("a sample", || samples(&vm.running.console()).len() >= count);
