@@ -13,6 +13,7 @@ const EXAMPLES: &str = "\
 Examples:
   mayfly ctl web pause
   mayfly ctl web metrics | grep exits
+  mayfly ctl web limit disk0 bw=10M,iops=500
   mayfly ctl web shutdown --deadline 10";
 
 /// Raw flags.
@@ -71,11 +72,8 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
             let flag = format!("ctl {} limit {device} {limits}", args.vm);
             let limits = parse_limits(&device, &limits)
                 .map_err(|error| Failure::config(format!("{flag}: {error}")))?;
-            drop(
-                client
-                    .ask(&Command::Limit { device, limits })
-                    .map_err(refuse)?,
-            );
+            let command = Command::Limit { device, limits };
+            drop(client.ask(&command).map_err(refuse)?);
         }
         Verb::Info => {
             let info = client.ask(&Command::Info {}).map_err(refuse)?;
