@@ -1,7 +1,9 @@
 //! ACPI tables of a hardware-reduced platform (ACPI 6.5, sections 4.1 and 5).
 
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path, ResourceTemplate, Scope,
+    And, Device, EISAName, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO,
+    If, Interrupt, Local, Memory32Fixed, Method, Name, Notify, OpRegion, OpRegionSpace, Package,
+    Path, ResourceTemplate, Scope, Store,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -15,17 +17,19 @@ use acpi_tables::{Aml, AmlSink};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::layout::{
-    ACPI_END, ACPI_TABLES, APIC, IOAPIC, RESET, RESET_VALUE, RSDP, RTC_PORT, RTC_PORT_LEN,
-    RTC_PRESENT, SERIAL_IRQ, SERIAL_PORT, SERIAL_PORT_LEN, SLEEP_CONTROL, SLEEP_STATUS,
-    SLEEP_TYPE_S5, VIRTIO_MAX, VIRTIO_MMIO_SIZE,
+    ACPI_END, ACPI_TABLES, APIC, GED_EVENTS, GED_IRQ, GED_POWER_BUTTON, GED_VM_GENERATION, IOAPIC,
+    PVPANIC_PORT, RESET, RESET_VALUE, RSDP, RTC_PORT, RTC_PORT_LEN, RTC_PRESENT, SERIAL_IRQ,
+    SERIAL_PORT, SERIAL_PORT_LEN, SLEEP_CONTROL, SLEEP_STATUS, SLEEP_TYPE_S5, VIRTIO_MAX,
+    VIRTIO_MMIO_SIZE, VM_GENERATION,
 };
+use crate::wdat::wdat;
 
-const OEM_ID: [u8; 6] = *b"MAYFLY";
-const OEM_TABLE_ID: [u8; 8] = *b"MAYFLYVM";
-const OEM_REVISION: u32 = 1;
+pub(crate) const OEM_ID: [u8; 6] = *b"MAYFLY";
+pub(crate) const OEM_TABLE_ID: [u8; 8] = *b"MAYFLYVM";
+pub(crate) const OEM_REVISION: u32 = 1;
 /// Integers are 64-bit from revision 2 on.
 const DSDT_REVISION: u8 = 2;
-const SDT_HEADER_LEN: u32 = 36;
+pub(crate) const SDT_HEADER_LEN: u32 = 36;
 const IOAPIC_ID: u8 = 0;
 const GSI_BASE: u32 = 0;
 const TABLE_ALIGN: u64 = 16;
@@ -72,6 +76,7 @@ pub fn write_tables<M: GuestMemoryBackend>(
     mem: &M,
     cpus: u8,
     virtio: &[MmioDevice],
+    watchdog: bool,
 ) -> Result<u64, AcpiError> {
     if cpus == 0 {
         return Err(AcpiError::NoCpus);
@@ -86,6 +91,9 @@ pub fn write_tables<M: GuestMemoryBackend>(
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    if watchdog {
+        xsdt.add_entry(area.append(&wdat())?);
+    }
     let xsdt = area.append(&bytes_of(&xsdt))?;
     mem.write_slice(&bytes_of(&Rsdp::new(OEM_ID, xsdt)), GuestAddress(RSDP))?;
     Ok(RSDP)
@@ -110,7 +118,7 @@ impl<M: GuestMemoryBackend> Area<'_, M> {
     }
 }
 
-fn bytes_of(table: &dyn Aml) -> Vec<u8> {
+pub(crate) fn bytes_of(table: &dyn Aml) -> Vec<u8> {
     let mut bytes = Vec::new();
     table.to_aml_bytes(&mut bytes);
     bytes
@@ -176,6 +184,10 @@ fn dsdt(cpus: u8, virtio: &[MmioDevice], rtc: bool) -> Result<Vec<u8>, AcpiError
     if rtc {
         devices.extend(clock());
     }
+    devices.extend(power_button());
+    devices.extend(generation_id());
+    devices.extend(events());
+    devices.extend(panic_device());
     for (uid, device) in (0u8..).zip(virtio) {
         devices.extend(virtio_mmio(uid, device)?);
     }
@@ -244,6 +256,91 @@ fn clock() -> Vec<u8> {
     ))
 }
 
+const POWER_BUTTON: &str = "PWRB";
+const GENERATION_ID: &str = "VGEN";
+
+/// A control-method power button (ACPI 6.5, 4.8.2.2.1.2).
+fn power_button() -> Vec<u8> {
+    bytes_of(&Device::new(
+        POWER_BUTTON.into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0C0C")),
+            &Name::new("_UID".into(), &0u8),
+        ],
+    ))
+}
+
+/// Microsoft's "Virtual Machine Generation ID": drivers know it by its
+/// compatible IDs, and `ADDR` tells them the address in two halves.
+fn generation_id() -> Vec<u8> {
+    let (low, high) = (VM_GENERATION as u32, (VM_GENERATION >> 32) as u32);
+    bytes_of(&Device::new(
+        GENERATION_ID.into(),
+        vec![
+            &Name::new("_HID".into(), &"MFLY0001"),
+            &Name::new(
+                "_CID".into(),
+                &Package::new(vec![&"VMGENCTR", &"VM_Gen_Counter"]),
+            ),
+            &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+            &Name::new("ADDR".into(), &Package::new(vec![&low, &high])),
+        ],
+    ))
+}
+
+/// The generic event device (ACPI 6.5, 5.6.9): tells of what its register
+/// says has happened.
+fn events() -> Vec<u8> {
+    /// Device-specific: the button is pressed, the identifier has changed.
+    const HAPPENED: u8 = 0x80;
+    let (button, generation) = (Path::new(POWER_BUTTON), Path::new(GENERATION_ID));
+    let register = Path::new("EVTS");
+    let pressed = And::new(&Local(1), &Local(0), &GED_POWER_BUTTON);
+    let renewed = And::new(&Local(1), &Local(0), &GED_VM_GENERATION);
+    bytes_of(&Device::new(
+        "GED_".into(),
+        vec![
+            &Name::new("_HID".into(), &"ACPI0013"),
+            &Name::new("_UID".into(), &0u8),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&interrupt(GED_IRQ)]),
+            ),
+            &OpRegion::new("EREG".into(), OpRegionSpace::SystemIO, &GED_EVENTS, &1u8),
+            &Field::new(
+                "EREG".into(),
+                FieldAccessType::Byte,
+                FieldLockRule::NoLock,
+                FieldUpdateRule::WriteAsZeroes,
+                vec![FieldEntry::Named(*b"EVTS", u8::BITS as usize)],
+            ),
+            &Method::new(
+                "_EVT".into(),
+                1,
+                true,
+                vec![
+                    // The one read, as it clears.
+                    &Store::new(&Local(0), &register),
+                    &If::new(&pressed, vec![&Notify::new(&button, &HAPPENED)]),
+                    &If::new(&renewed, vec![&Notify::new(&generation, &HAPPENED)]),
+                ],
+            ),
+        ],
+    ))
+}
+
+/// QEMU's `docs/specs/pvpanic`.
+fn panic_device() -> Vec<u8> {
+    let port = IO::new(PVPANIC_PORT, PVPANIC_PORT, 1, 1);
+    bytes_of(&Device::new(
+        "PEVT".into(),
+        vec![
+            &Name::new("_HID".into(), &"QEMU0001"),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&port])),
+        ],
+    ))
+}
+
 fn virtio_mmio(uid: u8, device: &MmioDevice) -> Result<Vec<u8>, AcpiError> {
     let addr = u32::try_from(device.addr).map_err(|_| AcpiError::DeviceAddress(device.addr))?;
     let registers = Memory32Fixed::new(true, addr, VIRTIO_MMIO_SIZE as u32);
@@ -304,7 +401,7 @@ mod tests {
     #[test]
     fn all_tables_are_found_from_the_root_and_sum_to_zero() {
         let mem = memory(1 << 20);
-        let rsdp = write_tables(&mem, 32, &devices(VIRTIO_MAX)).unwrap();
+        let rsdp = write_tables(&mem, 32, &devices(VIRTIO_MAX), true).unwrap();
         let root = read(&mem, rsdp, 36);
         assert_eq!(&root[..8], b"RSD PTR ");
         assert_eq!((sum(&root[..20]), sum(&root)), (0, 0));
@@ -312,11 +409,13 @@ mod tests {
         let xsdt = table(&mem, u64_at(&root, 24));
         let fadt = table(&mem, u64_at(&xsdt, 36));
         let madt = table(&mem, u64_at(&xsdt, 44));
+        let wdat = table(&mem, u64_at(&xsdt, 52));
         let dsdt = table(&mem, u64_at(&fadt, 140));
         for (table, signature) in [
             (&xsdt, b"XSDT"),
             (&fadt, b"FACP"),
             (&madt, b"APIC"),
+            (&wdat, b"WDAT"),
             (&dsdt, b"DSDT"),
         ] {
             assert_eq!(&table[..4], signature);
@@ -333,6 +432,7 @@ mod tests {
                 ("xsdt", xsdt),
                 ("facp", fadt),
                 ("apic", madt),
+                ("wdat", wdat),
                 ("dsdt", dsdt),
             ] {
                 std::fs::write(format!("{folder}/{name}.aml"), table).unwrap();
@@ -341,12 +441,37 @@ mod tests {
     }
 
     #[test]
+    fn without_a_watchdog_there_is_no_table_for_it() {
+        let mem = memory(1 << 20);
+        let rsdp = write_tables(&mem, 1, &[], false).unwrap();
+        let xsdt = table(&mem, u64_at(&read(&mem, rsdp, 36), 24));
+        assert_eq!(xsdt.len(), 36 + 2 * 8);
+    }
+
+    #[test]
+    fn the_event_method_reads_once_and_notifies() {
+        let bytes = events();
+        let holds = |part: &[u8]| bytes.windows(part.len()).any(|window| window == part);
+        // Store (EVTS, Local0); If (And (Local0, 1, Local1)) Notify (PWRB, 0x80) …
+        assert!(holds(b"\x70EVTS\x60\xa0"));
+        assert!(holds(b"\x7b\x60\x01\x61\x86PWRB\x0a\x80"));
+        assert!(holds(b"\x7b\x60\x0a\x02\x61\x86VGEN\x0a\x80"));
+        assert_eq!(
+            bytes.windows(4).filter(|window| window == b"EVTS").count(),
+            2
+        );
+    }
+
+    #[test]
     fn refuses_impossible_machines() {
         let mem = memory(1 << 20);
-        assert!(matches!(write_tables(&mem, 0, &[]), Err(AcpiError::NoCpus)));
+        assert!(matches!(
+            write_tables(&mem, 0, &[], false),
+            Err(AcpiError::NoCpus)
+        ));
         let many = vec![devices(1)[0]; VIRTIO_MAX + 1];
         assert!(matches!(
-            write_tables(&mem, 1, &many),
+            write_tables(&mem, 1, &many, false),
             Err(AcpiError::TooManyDevices { .. })
         ));
         let high = MmioDevice {
@@ -354,10 +479,10 @@ mod tests {
             irq: 5,
         };
         assert!(matches!(
-            write_tables(&mem, 1, &[high]),
+            write_tables(&mem, 1, &[high], false),
             Err(AcpiError::DeviceAddress(_))
         ));
-        assert!(write_tables(&memory(0x1000), 1, &[]).is_err());
-        assert!(write_tables(&mem, u8::MAX, &devices(VIRTIO_MAX)).is_ok());
+        assert!(write_tables(&memory(0x1000), 1, &[], false).is_err());
+        assert!(write_tables(&mem, u8::MAX, &devices(VIRTIO_MAX), true).is_ok());
     }
 }

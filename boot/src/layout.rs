@@ -10,6 +10,7 @@
 //!    0x20000 │ command line                  │ 2 KiB
 //!    0x9fc00 ├───────────────────────────────┤ reserved from here
 //!    0xe0000 │ ACPI: RSDP, then the tables   │
+//!    0xfe000 │ VM generation ID              │ a page of its own
 //!    0xffff0 │ reset vector                  │
 //!   0x100000 ├───────────────────────────────┤ HIMEM_START
 //!            │ kernel  …  initial RAM disk   │ RAM
@@ -55,7 +56,9 @@ pub const RSDP: u64 = 0xe_0000;
 /// The first ACPI table.
 pub const ACPI_TABLES: u64 = RSDP + 0x40;
 /// The end of the area for ACPI tables.
-pub const ACPI_END: u64 = RESET_VECTOR;
+pub const ACPI_END: u64 = VM_GENERATION;
+/// The VM generation ID, alone in its page as its specification wants.
+pub const VM_GENERATION: u64 = 0xf_e000;
 /// Where a PC's firmware begins, and a kernel that restarts by it jumps to.
 pub const RESET_VECTOR: u64 = 0xf_fff0;
 
@@ -75,6 +78,8 @@ pub const IOAPIC: u32 = 0xfec0_0000;
 /// The local APICs.
 pub const APIC: u32 = 0xfee0_0000;
 
+/// The generic event device's interrupt.
+pub const GED_IRQ: u32 = 3;
 /// The interrupt of the first serial port.
 pub const SERIAL_IRQ: u32 = 4;
 /// The first virtio device's interrupt.
@@ -114,6 +119,29 @@ pub const BOOT_MARK: u16 = 0xb04;
 pub const GUEST_STATUS: u16 = 0xb05;
 /// The sleep type of soft-off, `_S5_`.
 pub const SLEEP_TYPE_S5: u8 = 5;
+
+/// The generic event device's register: what happened, cleared by reading.
+pub const GED_EVENTS: u16 = 0xb10;
+/// In [`GED_EVENTS`]: the power button was pressed.
+pub const GED_POWER_BUTTON: u8 = 1 << 0;
+/// In [`GED_EVENTS`]: the VM generation ID is another.
+pub const GED_VM_GENERATION: u8 = 1 << 1;
+
+/// The watchdog's ports.
+pub const WATCHDOG_PORT: u16 = 0xb20;
+/// How many ports the watchdog has.
+pub const WATCHDOG_PORT_LEN: u16 = 4;
+/// 8 bits: [`WATCHDOG_RUN`], or 0 while it is stopped.
+pub const WATCHDOG_CONTROL: u16 = 0xb20;
+/// 8 bits: a write feeds the watchdog.
+pub const WATCHDOG_FEED: u16 = 0xb21;
+/// 16 bits, seconds: a write sets the time out, a read tells what is left.
+pub const WATCHDOG_COUNT: u16 = 0xb22;
+/// In [`WATCHDOG_CONTROL`]: it runs.
+pub const WATCHDOG_RUN: u8 = 1;
+
+/// The paravirtual panic device, where all that emulate it have it.
+pub const PVPANIC_PORT: u16 = 0x505;
 
 /// The RAM of a machine with `size` bytes: start and length of each region.
 pub fn ram_regions(size: u64) -> Vec<(u64, u64)> {

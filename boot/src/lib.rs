@@ -18,6 +18,7 @@ pub mod kernel;
 pub mod layout;
 pub mod payload;
 pub mod pvh;
+mod wdat;
 pub mod zero_page;
 
 use vm_memory::GuestMemoryBackend;
@@ -38,6 +39,8 @@ pub struct Boot<'a> {
     pub cpus: u8,
     /// The virtio-mmio devices, in the order of their names in the guest.
     pub virtio: &'a [MmioDevice],
+    /// There is a watchdog.
+    pub watchdog: bool,
     /// Bytes of RAM, laid out as [`layout::ram_regions`] says.
     pub ram_size: u64,
 }
@@ -86,7 +89,7 @@ pub fn finish<M: GuestMemoryBackend>(
 ) -> Result<EntryState, BootError> {
     cmdline::write(mem, boot.cmdline)?;
     cpu::write_reset_vector(mem)?;
-    let rsdp = acpi::write_tables(mem, boot.cpus, boot.virtio)?;
+    let rsdp = acpi::write_tables(mem, boot.cpus, boot.virtio, boot.watchdog)?;
     match kernel.protocol {
         Protocol::Linux64 => {
             zero_page::write(mem, kernel, boot, rsdp)?;
@@ -125,6 +128,7 @@ mod tests {
             initrd,
             cpus: 1,
             virtio: &[],
+            watchdog: false,
             ram_size: RAM,
         }
     }

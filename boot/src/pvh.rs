@@ -71,6 +71,7 @@ mod tests {
             initrd: Some(initrd),
             cpus: 1,
             virtio: &[],
+            watchdog: false,
             ram_size: 4 << 20,
         };
         write(&mem, &boot, 0xe0000).unwrap();

@@ -95,6 +95,7 @@ mod tests {
             initrd,
             cpus: 1,
             virtio: &[],
+            watchdog: false,
             ram_size: 4 << 30,
         }
     }
