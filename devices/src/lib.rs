@@ -8,8 +8,12 @@
 
 pub mod bus;
 pub mod cmos;
+pub mod ged;
 pub mod i8042;
 pub mod platform;
 pub mod rate_limiter;
+pub mod pvpanic;
 pub mod serial;
 pub mod virtio;
+pub mod vmgenid;
+pub mod watchdog;
