@@ -13,8 +13,10 @@ pub enum Class {
     Config = 2,
     /// The host refuses: KVM, a permission, a lock.
     Host = 3,
-    /// The guest crashed.
+    /// The guest crashed, or hung.
     GuestCrash = 4,
+    /// The guest's kernel panicked.
+    GuestPanic = 5,
 }
 
 /// One line for the user, and its class.

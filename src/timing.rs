@@ -105,7 +105,7 @@ impl fmt::Display for Timeline {
 /// process's start.
 #[derive(Debug, Serialize)]
 pub struct Record<'a> {
-    /// How the VM ended: `power-off`, `reset`, `quit`, `signal`, `crash`, `internal`.
+    /// How the VM ended: [`Outcome::name`](crate::machine::Outcome::name).
     pub outcome: &'a str,
     /// More about it, where there is more to say.
     pub detail: Option<&'a str>,

@@ -14,7 +14,14 @@ use cpio::newc;
 /// Where the guest's init finds the modules' paths, in the order to load them.
 pub const MODULE_LIST: &str = "etc/mayfly/modules";
 /// What a guest needs for mayfly's devices.
-pub const DEFAULT_MODULES: [&str; 4] = ["virtio_mmio", "virtio_blk", "virtio_net", "virtio-rng"];
+pub const DEFAULT_MODULES: [&str; 6] = [
+    "virtio_mmio",
+    "virtio_blk",
+    "virtio_net",
+    "virtio-rng",
+    "pvpanic-mmio",
+    "button",
+];
 
 const DIRECTORIES: [&str; 11] = [
     "bin",

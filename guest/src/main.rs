@@ -12,12 +12,16 @@
 //! | `reboot`  | restarts                                                 |
 //! | `panic`   | ends, which makes the kernel panic                       |
 //!
+//! When the power button is pressed, processes are told to end before the
+//! machine is turned off.
+//!
 //! The exit status (125 when init itself failed, 126 and 127 as a shell's,
 //! 128 and more for signals) is written to a port of the VMM.
 
 mod demo;
 mod net;
 mod port;
+mod power_button;
 mod system;
 
 use std::path::Path;
@@ -36,7 +40,6 @@ fn main() {
     let words: Vec<String> = std::env::args().skip(1).collect();
     match words.first().map(String::as_str) {
         Some("quit") => system::power_off(),
-        Some("panic") => std::process::exit(1),
         Some("reboot") => system::restart(),
         _ => {}
     }
@@ -51,6 +54,10 @@ fn main() {
 fn run(words: &[String]) -> Result<i32, String> {
     system::mount_all()?;
     system::load_modules(Path::new(MODULE_LIST))?;
+    if words == ["panic"] {
+        std::process::exit(1);
+    }
+    power_button::watch();
     if Path::new(BUSYBOX).exists() {
         // Without a shell's tools most guests are useless, but not all.
         let _ = system::status_of(Command::new(BUSYBOX).args(["--install", "-s", "/bin"]));

@@ -7,6 +7,9 @@ use std::os::fd::AsRawFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
 
 /// Source, target, type, data of each mount.
 const MOUNTS: [(&str, &str, &str, &str); 6] = [
@@ -162,8 +165,36 @@ pub fn interactive(shell: &str) -> i32 {
     status_of(&mut command)
 }
 
+/// The power button was pressed.
+static SHUTTING_DOWN: AtomicBool = AtomicBool::new(false);
+
+/// Tells all processes to end, and turns the machine off: at once when they
+/// have, else after their time. PID 1's other thread waits for them.
+pub fn shut_down() -> ! {
+    const PATIENCE: Duration = Duration::from_secs(5);
+    SHUTTING_DOWN.store(true, Ordering::SeqCst);
+    // Shells heed only the second, stopped processes none before the third.
+    for signal in [libc::SIGTERM, libc::SIGHUP, libc::SIGCONT] {
+        signal_all(signal);
+    }
+    thread::sleep(PATIENCE);
+    signal_all(libc::SIGKILL);
+    thread::sleep(Duration::from_secs(1));
+    end(libc::RB_POWER_OFF)
+}
+
+/// Signals all processes but this one.
+fn signal_all(signal: libc::c_int) {
+    // SAFETY: touches no memory.
+    unsafe { libc::kill(-1, signal) };
+}
+
 /// Writes what is in memory to the disks and turns the machine off.
 pub fn power_off() -> ! {
+    if SHUTTING_DOWN.load(Ordering::SeqCst) {
+        // SAFETY: no status is asked for.
+        while unsafe { libc::waitpid(-1, std::ptr::null_mut(), 0) } > 0 {}
+    }
     end(libc::RB_POWER_OFF)
 }
 
@@ -178,6 +209,6 @@ fn end(how: libc::c_int) -> ! {
     loop {
         // SAFETY: does not return when it succeeds; touches no memory of ours.
         unsafe { libc::reboot(how) };
-        std::thread::sleep(std::time::Duration::from_secs(1));
+        thread::sleep(Duration::from_secs(1));
     }
 }

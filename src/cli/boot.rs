@@ -81,19 +81,34 @@ pub fn run(args: Args, timeline: Timeline) -> Result<ExitCode, Failure> {
         super::print(&record(&ending, code)?)?;
     }
     match &ending.outcome {
+        Outcome::Panic => super::report(&"the guest's kernel panicked"),
+        Outcome::Hung(late) => super::report(&format!(
+            "the guest hung: its watchdog was not fed for {} s",
+            late.as_secs()
+        )),
         Outcome::Crash(reason) => super::report(&format!("the guest crashed: {reason}")),
         Outcome::Internal(reason) => super::report(reason),
         _ => {}
     }
+    if matches!(code, GUEST_CRASH | GUEST_PANIC) && !ending.last_lines.is_empty() {
+        super::report(&"the guest's last lines:");
+        for line in &ending.last_lines {
+            let _ = writeln!(std::io::stderr(), "  {line}");
+        }
+    }
     Ok(ExitCode::from(code))
 }
+
+const GUEST_CRASH: u8 = Class::GuestCrash as u8;
+const GUEST_PANIC: u8 = Class::GuestPanic as u8;
 
 fn exit_code(outcome: &Outcome) -> u8 {
     const SIGNALLED: i32 = 128;
     match outcome {
         Outcome::PowerOff | Outcome::Reset | Outcome::Quit | Outcome::Forced => 0,
         Outcome::Signal(signal) => u8::try_from(SIGNALLED + signal).unwrap_or(u8::MAX),
-        Outcome::Crash(_) => Class::GuestCrash as u8,
+        Outcome::Panic => GUEST_PANIC,
+        Outcome::Hung(_) | Outcome::Crash(_) => GUEST_CRASH,
         Outcome::Internal(_) => Class::Internal as u8,
     }
 }

@@ -31,7 +31,7 @@ pub struct Cli {
 #[derive(Subcommand)]
 enum Verb {
     /// Boot a kernel (the default verb)
-    Boot(boot::Args),
+    Boot(Box<boot::Args>),
     /// Command a running VM
     Ctl(ctl::Args),
     /// List running VMs
@@ -57,7 +57,8 @@ Exit codes:
   1      mayfly itself failed
   2      what was asked for cannot be (flags, files)
   3      the host refuses (KVM, permissions, locks)
-  4      the guest crashed (triple fault, KVM internal error)
+  4      the guest crashed or hung (triple fault, KVM internal error, watchdog)
+  5      the guest's kernel panicked
   128+N  ended by signal N";
 
 /// Runs what the command line asks for.
@@ -66,7 +67,7 @@ pub fn run() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.verb {
         None => boot::run(boot::Args::bare(), timeline),
-        Some(Verb::Boot(args)) => boot::run(args, timeline),
+        Some(Verb::Boot(args)) => boot::run(*args, timeline),
         Some(Verb::Ctl(args)) => ctl::run(args),
         Some(Verb::List(args)) => list::run(args),
         Some(Verb::Config(args)) => config::run(args),

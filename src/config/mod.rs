@@ -11,6 +11,7 @@ mod net;
 mod queues;
 mod raw;
 mod size;
+mod watchdog;
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -26,6 +27,7 @@ pub use self::memory::{HugePages, MEMORY_MIN, MemoryConfig};
 pub use self::net::NetConfig;
 pub use self::queues::Queues;
 pub use self::raw::{BootProtocol, RawConfig};
+pub use self::watchdog::WatchdogAction;
 
 use self::guest::GuestFiles;
 use crate::control::{NAME_MAX, valid_name};
@@ -66,6 +68,8 @@ pub struct MachineConfig {
     pub nets: Vec<NetConfig>,
     /// Where the serial console is.
     pub console: ConsoleConfig,
+    /// What a watchdog does, if there is one.
+    pub watchdog: Option<WatchdogAction>,
     /// What is logged, and where to.
     pub log: LogConfig,
     /// Where to write the process's id.
@@ -161,6 +165,7 @@ impl RawConfig {
             disks,
             nets,
             console,
+            watchdog: parse_one(self.watchdog.as_deref(), "--watchdog")?,
             log: parse_one(self.log.as_deref(), "--log")?.unwrap_or_default(),
             pidfile: self.pidfile,
         })

@@ -60,6 +60,15 @@ pub struct RawConfig {
     /// Serial console: stdio, file=F, pty, unix=S, none [default: stdio]
     #[arg(long, value_name = "WHERE")]
     pub console: Option<String>,
+    /// A watchdog, and what happens if the guest that starts it hangs [default action: crash]
+    #[arg(
+        long,
+        value_name = "action=crash|reset|nmi",
+        num_args = 0..=1,
+        default_missing_value = "action=crash"
+    )]
+    #[serde(deserialize_with = "word")]
+    pub watchdog: Option<String>,
     /// Log messages of a level and above, to standard error or a file [default: warn]
     #[arg(long, value_name = "error|warn|info|debug|trace[,file=F][,json]")]
     #[serde(deserialize_with = "word")]
@@ -130,6 +139,7 @@ impl RawConfig {
             disk: either(self.disk, file.disk),
             net: either(self.net, file.net),
             console: self.console.or(file.console),
+            watchdog: self.watchdog.or(file.watchdog),
             log: self.log.or(file.log),
             pidfile: self.pidfile.or(file.pidfile),
         }

@@ -1,6 +1,7 @@
 //! The host's side of the guest's serial console.
 
 mod escape;
+mod tail;
 mod terminal;
 
 use std::collections::VecDeque;
@@ -18,6 +19,7 @@ use mayfly_devices::serial::Serial;
 use crate::config::ConsoleConfig;
 use crate::failure::{Failure, OrFail};
 use escape::{Escape, HELP, Request};
+use tail::Tail;
 use terminal::RawTerminal;
 
 /// A pipe that polls as writable takes this much without blocking.
@@ -34,6 +36,8 @@ pub struct Console {
     /// Output that its reader leaves lying may be lost.
     lossy: bool,
     escape: Option<Escape>,
+    /// What the user may not have seen.
+    tail: Option<Tail>,
     /// Keys that were read, to see if they are for the monitor, and that the
     /// guest does not take yet.
     held: VecDeque<u8>,
@@ -57,6 +61,12 @@ impl Console {
     /// Opens what the user chose. Called last of all that can fail: it creates
     /// files, and changes the terminal.
     pub fn open(config: &ConsoleConfig) -> Result<Self, Failure> {
+        let mut console = Console::of(config)?;
+        console.tail = (*config != ConsoleConfig::Stdio).then(Tail::default);
+        Ok(console)
+    }
+
+    fn of(config: &ConsoleConfig) -> Result<Self, Failure> {
         match config {
             ConsoleConfig::None => Ok(Console::default()),
             ConsoleConfig::Stdio => Console::stdio().or_host("--console stdio"),
@@ -204,6 +214,9 @@ impl Console {
                     }
                 },
             };
+            if let Some(tail) = &mut self.tail {
+                tail.push(&chunk[..done]);
+            }
             lock(serial).output_done(done);
         }
     }
@@ -248,6 +261,11 @@ impl Console {
             let space = HELD_MAX - self.held.len();
             self.held.extend(data.iter().take(space));
         }
+    }
+
+    /// The guest's last lines, if they went where the user may not see them.
+    pub fn last_lines(&self) -> Vec<String> {
+        self.tail.as_ref().map(Tail::lines).unwrap_or_default()
     }
 
     /// Passes on what is left at the end; waits for a slow reader, not for ever.

@@ -1,19 +1,18 @@
 //! The boot recipe, from top to bottom.
 
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use kvm_ioctls::Kvm;
 use mayfly_boot::{Boot, KernelError, MmioDevice, initrd, kernel, layout};
-use mayfly_devices::cmos::Cmos;
-use mayfly_devices::i8042::{self, I8042};
-use mayfly_devices::platform::{Platform, PlatformEvent, PlatformPorts};
+use mayfly_devices::platform::PlatformEvent;
+use mayfly_devices::pvpanic::GuestPanic;
 use mayfly_devices::serial::{Serial, SerialState};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::attach::{self, Slot};
+use super::platform::{self, PlatformHandle};
 use super::resources::Resources;
 use crate::config::MachineConfig;
 use crate::control::Ask;
@@ -31,6 +30,8 @@ pub enum VmEvent {
     Vcpu(VcpuEnd),
     /// The guest asks its platform for something.
     Platform(PlatformEvent, Instant),
+    /// The guest's kernel panicked.
+    Panic(GuestPanic),
     /// The user asks for something.
     Ask(Ask),
 }
@@ -72,8 +73,8 @@ pub struct Machine {
     pub serial: Arc<Mutex<Serial>>,
     /// The console has output, or room for input.
     pub serial_attention: EventFd,
-    /// What the guest's init says of its work, or [`NO_STATUS`].
-    pub guest_status: Arc<AtomicU16>,
+    /// Power button, watchdog, …
+    pub platform: PlatformHandle,
     /// Where events are sent …
     pub notifier: Notifier,
     /// … and received …
@@ -107,7 +108,8 @@ pub fn build(
 
     let mut buses = Buses::default();
     let (serial, serial_attention) = attach_serial(&vm, &mut buses)?;
-    let guest_status = attach_platform(&mut buses, &notifier)?;
+    let watchdog = config.watchdog.is_some();
+    let platform = platform::attach(&vm, &memory, &mut buses, &notifier, watchdog)?;
     let slots = attach::attach(config, &mut resources, &vm, &memory, &mut buses)?;
     let virtio: Vec<MmioDevice> = slots.iter().map(|slot| slot.place).collect();
 
@@ -131,7 +133,7 @@ pub fn build(
         slots: slots.into(),
         serial,
         serial_attention,
-        guest_status,
+        platform,
         notifier,
         events,
         wake,
@@ -186,6 +188,7 @@ fn load(
         initrd,
         cpus: config.cpus,
         virtio,
+        watchdog: config.watchdog.is_some(),
         ram_size: config.memory.size,
     };
     mayfly_boot::finish(memory, &kernel, &boot).or_config("--kernel, --cmdline")
@@ -214,57 +217,4 @@ fn attach_serial(vm: &Vm, buses: &mut Buses) -> Result<(Arc<Mutex<Serial>>, Even
         )
         .or_internal("serial port")?;
     Ok((serial, listener))
-}
-
-/// The guest's init has not said how its work ended.
-pub const NO_STATUS: u16 = u16::MAX;
-
-/// Each event is sent once: a guest may write to its ports without end.
-fn attach_platform(buses: &mut Buses, notifier: &Notifier) -> Result<Arc<AtomicU16>, Failure> {
-    let clone = || {
-        notifier
-            .try_clone()
-            .or_host("duplicating an event descriptor")
-    };
-    let offset = |port: u16| u64::from(port - layout::PLATFORM_PORT);
-    let ports = PlatformPorts {
-        sleep_control: offset(layout::SLEEP_CONTROL),
-        soft_off: layout::SLEEP_TYPE_S5,
-        reset: offset(layout::RESET),
-        reset_value: layout::RESET_VALUE,
-        boot_mark: offset(layout::BOOT_MARK),
-        status: offset(layout::GUEST_STATUS),
-    };
-    let (tell, reset) = (clone()?, clone()?);
-    let status = Arc::new(AtomicU16::new(NO_STATUS));
-    let (said, mut marked, mut ended) = (status.clone(), false, false);
-    let platform = Platform::new(ports, move |event| {
-        let sent = match event {
-            PlatformEvent::Status(value) => return said.store(value.into(), Ordering::Relaxed),
-            PlatformEvent::BootMark => &mut marked,
-            PlatformEvent::PowerOff | PlatformEvent::Reset => &mut ended,
-        };
-        if !std::mem::replace(sent, true) {
-            tell.send(VmEvent::Platform(event, Instant::now()));
-        }
-    });
-    let mut pulsed = false;
-    let i8042 = I8042::new(move || {
-        if !std::mem::replace(&mut pulsed, true) {
-            reset.send(VmEvent::Platform(PlatformEvent::Reset, Instant::now()));
-        }
-    });
-    let io = &mut buses.io;
-    io.insert(
-        layout::PLATFORM_PORT.into(),
-        layout::PLATFORM_PORT_LEN.into(),
-        Arc::new(Mutex::new(platform)),
-    )
-    .and_then(|()| {
-        let clock = Arc::new(Mutex::new(Cmos::default()));
-        io.insert(layout::RTC_PORT.into(), layout::RTC_PORT_LEN.into(), clock)
-    })
-    .and_then(|()| io.insert(i8042::COMMAND_PORT.into(), 1, Arc::new(Mutex::new(i8042))))
-    .or_internal("platform ports")?;
-    Ok(status)
 }

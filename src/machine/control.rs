@@ -12,8 +12,9 @@ use serde_json::json;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::attach::Slot;
-use super::run::VcpuControl;
-use crate::config::MachineConfig;
+use super::platform::PlatformHandle;
+use super::run::{Outcome, VcpuControl};
+use crate::config::{MachineConfig, WatchdogAction};
 use crate::control::{Ask, Command, Event, Reply, Subscriber};
 use crate::metrics::Exposition;
 use crate::timing::Timeline;
@@ -23,6 +24,8 @@ pub struct Commander {
     about: About,
     vcpus: Arc<VcpuControl>,
     slots: Arc<[Slot]>,
+    platform: PlatformHandle,
+    watchdog: WatchdogAction,
     state: State,
     subscribers: Vec<Subscriber>,
     /// Ends the guest that was asked to turn off and does not.
@@ -51,6 +54,7 @@ impl Commander {
         config: &MachineConfig,
         vcpus: Arc<VcpuControl>,
         slots: Arc<[Slot]>,
+        platform: PlatformHandle,
     ) -> std::io::Result<Self> {
         Ok(Commander {
             about: About {
@@ -62,6 +66,8 @@ impl Commander {
             },
             vcpus,
             slots,
+            platform,
+            watchdog: config.watchdog.unwrap_or(WatchdogAction::Crash),
             state: State::Running,
             subscribers: Vec::new(),
             deadline: TimerFd::new().map_err(std::io::Error::from)?,
@@ -72,6 +78,25 @@ impl Commander {
     /// Readable when the guest's time to turn off is over.
     pub fn deadline(&self) -> RawFd {
         self.deadline.as_raw_fd()
+    }
+
+    /// Readable when the watchdog was not fed in time.
+    pub fn watchdog_timer(&self) -> Option<RawFd> {
+        Some(lock(self.platform.watchdog()?).timer())
+    }
+
+    /// Does what the watchdog is for; returns how the machine ends, if it does.
+    pub fn watchdog_expired(&mut self) -> Option<Outcome> {
+        let (misses, late) = lock(self.platform.watchdog()?).expired()?;
+        match self.watchdog {
+            WatchdogAction::Reset => Some(Outcome::Reset),
+            WatchdogAction::Nmi if misses == 1 => {
+                self.vcpus.interrupt();
+                self.tell("watchdog", Some("nmi".to_owned()));
+                None
+            }
+            WatchdogAction::Crash | WatchdogAction::Nmi => Some(Outcome::Hung(late)),
+        }
     }
 
     /// Carries out a command and answers it.
@@ -114,6 +139,7 @@ impl Commander {
             self.vcpus.resume();
             return Err("a vCPU does not leave the guest; it runs on".into());
         }
+        self.platform.pause();
         self.state = State::Paused;
         self.tell("paused", None);
         Ok(serde_json::Value::Null)
@@ -121,6 +147,7 @@ impl Commander {
 
     fn resume(&mut self) -> Result<serde_json::Value, String> {
         if self.state == State::Paused {
+            self.platform.resume();
             self.vcpus.resume();
             self.state = State::Running;
             self.tell("resumed", None);
@@ -145,13 +172,15 @@ impl Commander {
         Ok(serde_json::Value::Null)
     }
 
-    /// A paused guest cannot turn off: it runs again.
+    /// Presses the power button, and insists. A paused guest cannot turn off:
+    /// it runs again.
     fn shutdown(&mut self, deadline: Duration) -> Result<serde_json::Value, String> {
         self.resume()?;
         // A timer of zero would never fire.
         self.deadline
             .reset(deadline.max(Duration::from_millis(1)), None)
             .map_err(|error| format!("setting a timer: {error}"))?;
+        self.platform.press_power_button();
         self.tell("shutdown", Some(format!("within {} s", deadline.as_secs())));
         Ok(serde_json::Value::Null)
     }

@@ -5,14 +5,17 @@ use std::os::fd::AsRawFd;
 use std::rc::Rc;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use mayfly_devices::bus::lock;
 use mayfly_devices::platform::PlatformEvent;
+use mayfly_devices::pvpanic::GuestPanic;
 use mayfly_devices::serial::Serial;
 use mayfly_devices::virtio::mmio::VirtioMmio;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
 
 use super::build::VmEvent;
 use super::control::Commander;
@@ -87,8 +90,14 @@ fn add(ops: &mut EventOps, events: Events, learnt: &Shared) {
     }
 }
 
-/// Marks the event of the deadline.
+/// Marks the event of the deadline …
 const DEADLINE: u32 = 1;
+/// … of the watchdog …
+const WATCHDOG: u32 = 2;
+/// … and of the time that a panic has.
+const GRACE: u32 = 3;
+/// A kernel that panicked may print for so long, unless it restarts before.
+const GRACE_TIME: Duration = Duration::from_secs(1);
 
 /// Takes what vCPUs, signals and the user tell.
 pub struct Control {
@@ -98,6 +107,10 @@ pub struct Control {
     pub events: Receiver<VmEvent>,
     /// From the host.
     pub signals: Signals,
+    /// The guest said that it panicked.
+    pub panicked: bool,
+    /// Then, how long it may go on.
+    pub grace: TimerFd,
     /// Carries out what the user asks.
     pub commander: Rc<RefCell<Commander>>,
     /// Where it goes.
@@ -108,16 +121,29 @@ impl MutEventSubscriber for Control {
     fn init(&mut self, ops: &mut EventOps) {
         add(ops, Events::new(&self.wake, EventSet::IN), &self.learnt);
         add(ops, Events::new(&self.signals, EventSet::IN), &self.learnt);
-        let deadline = self.commander.borrow().deadline();
-        let deadline = Events::with_data_raw(deadline, DEADLINE, EventSet::IN);
-        add(ops, deadline, &self.learnt);
+        let commander = self.commander.borrow();
+        let timers = [
+            (Some(commander.deadline()), DEADLINE),
+            (commander.watchdog_timer(), WATCHDOG),
+            (Some(self.grace.as_raw_fd()), GRACE),
+        ];
+        for (fd, data) in timers {
+            let Some(fd) = fd else { continue };
+            let events = Events::with_data_raw(fd, data, EventSet::IN);
+            add(ops, events, &self.learnt);
+        }
     }
 
     fn process(&mut self, event: Events, _: &mut EventOps) {
         let _ = self.wake.read();
         let mut learnt = self.learnt.borrow_mut();
         let mut commander = self.commander.borrow_mut();
-        let mut outcome = (event.data() == DEADLINE).then_some(Outcome::Forced);
+        let mut outcome = match event.data() {
+            DEADLINE => Some(Outcome::Forced),
+            WATCHDOG => commander.watchdog_expired(),
+            GRACE => Some(Outcome::Panic),
+            _ => None,
+        };
         for event in self.events.try_iter() {
             let next = match event {
                 VmEvent::Vcpu(VcpuEnd::Stopped) => None,
@@ -129,6 +155,16 @@ impl MutEventSubscriber for Control {
                 VmEvent::Platform(PlatformEvent::BootMark, when) => {
                     learnt.timeline.guest_init = learnt.timeline.at(when);
                     commander.tell("guest-init", None);
+                    None
+                }
+                VmEvent::Panic(GuestPanic::Panicked) => {
+                    self.panicked = true;
+                    commander.tell("panicked", None);
+                    let timer = self.grace.reset(GRACE_TIME, None);
+                    timer.is_err().then_some(Outcome::Panic)
+                }
+                VmEvent::Panic(GuestPanic::CrashLoaded) => {
+                    commander.tell("crash-kernel", None);
                     None
                 }
                 VmEvent::Ask(ask) => {
@@ -144,7 +180,13 @@ impl MutEventSubscriber for Control {
             outcome = outcome.or(Some(Outcome::Signal(signal)));
         }
         if learnt.outcome.is_none() {
-            learnt.outcome = outcome;
+            learnt.outcome = outcome.map(|outcome| match outcome {
+                // However a kernel that panicked makes an end.
+                Outcome::PowerOff | Outcome::Reset | Outcome::Crash(_) if self.panicked => {
+                    Outcome::Panic
+                }
+                outcome => outcome,
+            });
         }
     }
 }

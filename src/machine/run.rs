@@ -3,7 +3,6 @@
 use std::cell::RefCell;
 use std::os::unix::thread::JoinHandleExt;
 use std::rc::Rc;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -14,6 +13,8 @@ use super::event_loop::{ConsolePump, Control, EventLoop, VirtioWorker};
 use super::pidfile::PidFile;
 use super::resources::Resources;
 use super::signals::Signals;
+use vmm_sys_util::timerfd::TimerFd;
+
 use crate::config::MachineConfig;
 use crate::console::Console;
 use crate::control::{Folder, Server};
@@ -38,6 +39,10 @@ pub enum Outcome {
     Forced,
     /// A signal ended it.
     Signal(i32),
+    /// The guest's kernel panicked.
+    Panic,
+    /// The guest did not feed its watchdog for so long.
+    Hung(Duration),
     /// The guest cannot go on.
     Crash(String),
     /// mayfly cannot go on.
@@ -53,6 +58,8 @@ impl Outcome {
             Outcome::Quit => "quit",
             Outcome::Forced => "forced-off",
             Outcome::Signal(_) => "signal",
+            Outcome::Panic => "panic",
+            Outcome::Hung(_) => "hung",
             Outcome::Crash(_) => "crash",
             Outcome::Internal(_) => "internal",
         }
@@ -65,6 +72,8 @@ pub struct Ending {
     pub outcome: Outcome,
     /// What the guest's init said of its work.
     pub guest_status: Option<u8>,
+    /// The console's last lines, if it is not standard output.
+    pub last_lines: Vec<String>,
     /// When.
     pub timeline: Timeline,
 }
@@ -109,12 +118,19 @@ pub fn run(config: &MachineConfig, mut timeline: Timeline) -> Result<Ending, Fai
             notifier.send(VmEvent::Vcpu(end));
         },
     )?);
-    let commander = Commander::new(config, vcpus.clone(), machine.slots.clone());
+    let commander = Commander::new(
+        config,
+        vcpus.clone(),
+        machine.slots.clone(),
+        machine.platform.clone(),
+    );
     let commander = Rc::new(RefCell::new(commander.or_host("creating a timer")?));
     events.add(Control {
         wake: machine.wake,
         events: machine.events,
         signals,
+        panicked: false,
+        grace: TimerFd::new().or_host("creating a timer")?,
         commander: commander.clone(),
         learnt: learnt.clone(),
     });
@@ -140,7 +156,8 @@ pub fn run(config: &MachineConfig, mut timeline: Timeline) -> Result<Ending, Fai
     learnt.timeline.exit = learnt.timeline.now();
     Ok(Ending {
         outcome,
-        guest_status: u8::try_from(machine.guest_status.load(Ordering::Relaxed)).ok(),
+        guest_status: machine.platform.guest_status(),
+        last_lines: console.borrow().last_lines(),
         timeline: learnt.timeline,
     })
 }

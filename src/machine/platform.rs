@@ -1,0 +1,184 @@
+//! The devices that every machine has: power, reset, clock, events; and its
+//! watchdog, if it is to have one.
+
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use mayfly_boot::layout;
+use mayfly_devices::bus::{BusDevice, lock};
+use mayfly_devices::cmos::Cmos;
+use mayfly_devices::ged::{Ged, GedHandle, GedState};
+use mayfly_devices::i8042::{self, I8042};
+use mayfly_devices::platform::{Platform, PlatformEvent, PlatformPorts};
+use mayfly_devices::pvpanic::{GuestPanic, Pvpanic};
+use mayfly_devices::vmgenid::{GenerationError, GenerationId};
+use mayfly_devices::watchdog::{Watchdog, WatchdogPorts, WatchdogState};
+
+use super::build::{Notifier, VmEvent, event};
+use crate::failure::{Failure, OrFail};
+use crate::kvm::memory::GuestMemory;
+use crate::kvm::vcpu::Buses;
+use crate::kvm::vm::Vm;
+
+/// The guest's init has not said how its work ended.
+pub const NO_STATUS: u16 = u16::MAX;
+
+/// What the host does with the platform.
+#[derive(Clone)]
+pub struct PlatformHandle {
+    ged: GedHandle,
+    generation: GenerationId<GuestMemory>,
+    watchdog: Option<Arc<Mutex<Watchdog>>>,
+    status: Arc<AtomicU16>,
+}
+
+impl PlatformHandle {
+    /// Presses the power button: a guest that listens turns off.
+    pub fn press_power_button(&self) {
+        self.ged.raise(layout::GED_POWER_BUTTON);
+    }
+
+    /// Tells the guest that it was cloned, or went back in time.
+    pub fn renew_generation(&self) -> Result<(), GenerationError> {
+        self.generation.renew()
+    }
+
+    /// The watchdog, if there is one.
+    pub fn watchdog(&self) -> Option<&Mutex<Watchdog>> {
+        self.watchdog.as_deref()
+    }
+
+    /// The vCPUs have stopped, for a while.
+    pub fn pause(&self) {
+        if let Some(watchdog) = self.watchdog() {
+            lock(watchdog).pause();
+        }
+    }
+
+    /// The vCPUs go on.
+    pub fn resume(&self) {
+        if let Some(watchdog) = self.watchdog() {
+            lock(watchdog).resume();
+        }
+    }
+
+    /// What the guest's init said of its work.
+    pub fn guest_status(&self) -> Option<u8> {
+        u8::try_from(self.status.load(Ordering::Relaxed)).ok()
+    }
+}
+
+/// Makes the devices, and places them.
+pub fn attach(
+    vm: &Vm,
+    memory: &GuestMemory,
+    buses: &mut Buses,
+    notifier: &Notifier,
+    watchdog: bool,
+) -> Result<PlatformHandle, Failure> {
+    let tell = || {
+        notifier
+            .try_clone()
+            .or_host("duplicating an event descriptor")
+    };
+    let mut place = |port: u16, len: u16, device: Arc<Mutex<dyn BusDevice>>| {
+        buses
+            .io
+            .insert(port.into(), len.into(), device)
+            .or_internal("platform ports")
+    };
+
+    let status = Arc::new(AtomicU16::new(NO_STATUS));
+    let power = power(tell()?, status.clone());
+    place(layout::PLATFORM_PORT, layout::PLATFORM_PORT_LEN, power)?;
+    place(i8042::COMMAND_PORT, 1, reset_line(tell()?))?;
+    place(layout::PVPANIC_PORT, 1, panic_port(tell()?))?;
+    let clock = Arc::new(Mutex::new(Cmos::default()));
+    place(layout::RTC_PORT, layout::RTC_PORT_LEN.into(), clock)?;
+
+    let interrupt = event()?;
+    vm.connect_interrupt(&interrupt, layout::GED_IRQ)
+        .or_host("event device")?;
+    let (device, ged) = Ged::new(GedState::default(), interrupt);
+    place(layout::GED_EVENTS, 1, Arc::new(Mutex::new(device)))?;
+    let generation = GenerationId::new(
+        memory.clone(),
+        layout::VM_GENERATION,
+        ged.clone(),
+        layout::GED_VM_GENERATION,
+    )
+    .or_host("VM generation ID")?;
+
+    let watchdog = match watchdog {
+        true => Some(Arc::new(Mutex::new(self::watchdog()?))),
+        false => None,
+    };
+    if let Some(watchdog) = &watchdog {
+        let device = watchdog.clone();
+        place(layout::WATCHDOG_PORT, layout::WATCHDOG_PORT_LEN, device)?;
+    }
+    Ok(PlatformHandle {
+        ged,
+        generation,
+        watchdog,
+        status,
+    })
+}
+
+/// Each event is sent once: a guest may write to its ports without end.
+fn power(tell: Notifier, status: Arc<AtomicU16>) -> Arc<Mutex<dyn BusDevice>> {
+    let offset = |port: u16| u64::from(port - layout::PLATFORM_PORT);
+    let ports = PlatformPorts {
+        sleep_control: offset(layout::SLEEP_CONTROL),
+        soft_off: layout::SLEEP_TYPE_S5,
+        reset: offset(layout::RESET),
+        reset_value: layout::RESET_VALUE,
+        boot_mark: offset(layout::BOOT_MARK),
+        status: offset(layout::GUEST_STATUS),
+    };
+    let (mut marked, mut ended) = (false, false);
+    Arc::new(Mutex::new(Platform::new(ports, move |event| {
+        let sent = match event {
+            PlatformEvent::Status(value) => return status.store(value.into(), Ordering::Relaxed),
+            PlatformEvent::BootMark => &mut marked,
+            PlatformEvent::PowerOff | PlatformEvent::Reset => &mut ended,
+        };
+        if !std::mem::replace(sent, true) {
+            tell.send(VmEvent::Platform(event, Instant::now()));
+        }
+    })))
+}
+
+fn reset_line(tell: Notifier) -> Arc<Mutex<dyn BusDevice>> {
+    let mut pulsed = false;
+    Arc::new(Mutex::new(I8042::new(move || {
+        if !std::mem::replace(&mut pulsed, true) {
+            tell.send(VmEvent::Platform(PlatformEvent::Reset, Instant::now()));
+        }
+    })))
+}
+
+fn panic_port(tell: Notifier) -> Arc<Mutex<dyn BusDevice>> {
+    let (mut panicked, mut crash_loaded) = (false, false);
+    Arc::new(Mutex::new(Pvpanic::new(move |panic| {
+        let sent = match panic {
+            GuestPanic::Panicked => &mut panicked,
+            GuestPanic::CrashLoaded => &mut crash_loaded,
+        };
+        if !std::mem::replace(sent, true) {
+            tell.send(VmEvent::Panic(panic));
+        }
+    })))
+}
+
+fn watchdog() -> Result<Watchdog, Failure> {
+    let offset = |port: u16| u64::from(port - layout::WATCHDOG_PORT);
+    let ports = WatchdogPorts {
+        control: offset(layout::WATCHDOG_CONTROL),
+        run: layout::WATCHDOG_RUN,
+        feed: offset(layout::WATCHDOG_FEED),
+        count: offset(layout::WATCHDOG_COUNT),
+    };
+    Watchdog::new(ports, WatchdogState::default()).or_host("--watchdog: creating a timer")
+}
