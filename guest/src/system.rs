@@ -140,6 +140,7 @@ fn wait_for(pid: libc::pid_t) -> i32 {
 pub fn interactive(shell: &str) -> i32 {
     let console = read("/sys/class/tty/console/active").unwrap_or_default();
     let name = console.split_whitespace().last().unwrap_or("ttyS0");
+    INTERACTIVE.store(true, Ordering::SeqCst);
     let mut command = Command::new(shell);
     command.arg("-l").current_dir("/root");
     let open = || {
@@ -167,16 +168,19 @@ pub fn interactive(shell: &str) -> i32 {
 
 /// The power button was pressed.
 static SHUTTING_DOWN: AtomicBool = AtomicBool::new(false);
+/// There is a shell on the console.
+static INTERACTIVE: AtomicBool = AtomicBool::new(false);
 
 /// Tells all processes to end, and turns the machine off: at once when they
 /// have, else after their time. PID 1's other thread waits for them.
 pub fn shut_down() -> ! {
     const PATIENCE: Duration = Duration::from_secs(5);
     SHUTTING_DOWN.store(true, Ordering::SeqCst);
-    // Shells heed only the second, stopped processes none before the third.
-    for signal in [libc::SIGTERM, libc::SIGHUP, libc::SIGCONT] {
-        signal_all(signal);
+    signal_all(libc::SIGTERM);
+    if INTERACTIVE.load(Ordering::SeqCst) {
+        signal_all(libc::SIGHUP); // such a shell heeds nothing else
     }
+    signal_all(libc::SIGCONT); // those that are stopped heed nothing before
     thread::sleep(PATIENCE);
     signal_all(libc::SIGKILL);
     thread::sleep(Duration::from_secs(1));

@@ -4,8 +4,8 @@ use std::collections::VecDeque;
 
 /// How much is kept …
 const KEPT_MAX: usize = 8 << 10;
-/// … and how much of it is shown.
-const LINES_MAX: usize = 20;
+/// … and how much of it is shown: a panic's text, with its trace, is this long.
+const LINES_MAX: usize = 50;
 const LINE_MAX: usize = 200;
 
 /// The last bytes of a console.
@@ -82,8 +82,8 @@ mod tests {
             .collect();
         let last = lines(&many);
         assert_eq!(
-            (last.len(), last[0].as_str(), last[19].as_str()),
-            (20, "980", "999")
+            (last.len(), last[0].as_str(), last[49].as_str()),
+            (50, "950", "999")
         );
         assert_eq!(lines(&[b'x'; 100_000]), ["x".repeat(LINE_MAX)]);
         assert_eq!(lines(&[b'\t'; 100_000]), [""; 0]);

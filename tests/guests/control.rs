@@ -27,7 +27,7 @@ impl Controlled {
         }
     }
 
-    fn mayfly(&self, args: &[&str]) -> Output {
+    pub fn mayfly(&self, args: &[&str]) -> Output {
         let mut command = Command::new(mayfly());
         command.env("MAYFLY_RUNTIME_DIR", &self.runtime);
         command.args(args).output().unwrap()
@@ -127,7 +127,8 @@ fn a_pause_stops_time_for_nobody_else() {
 
 #[test]
 fn every_command_is_answered_and_garbage_harms_nobody() {
-    let guest = Guest::new("echo up; while :; do echo tick; sleep 1; done").args(["--cpus", "2"]);
+    let guest =
+        Guest::new("trap '' TERM HUP; while :; do echo tick; sleep 1; done").args(["--cpus", "2"]);
     let mut vm = Controlled::start(guest, Guest::start);
     vm.running.expect("tick");
     let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
@@ -213,7 +214,7 @@ fn every_command_is_answered_and_garbage_harms_nobody() {
     wait_until("another tick", || {
         vm.running.console().matches("tick").count() > ticks + 1
     });
-    // It does not know of the power button's meaning: the deadline ends it.
+    // Its processes do not heed the power button: the deadline ends it.
     vm.ctl(&["shutdown", "--deadline", "1"]);
     let text: Vec<String> = lines.iter().collect();
     assert!(events.wait().unwrap().success());

@@ -84,12 +84,28 @@ fn a_triple_fault_is_a_crash() {
 
 #[test]
 fn a_panic_ends_the_vm() {
-    let ended = Guest::new("")
-        .args(["--json", "--cmdline", "-- panic"])
+    let guest = Guest::new("");
+    let console = guest.path("console");
+    let where_to = format!("file={}", console.display());
+    let ended = guest
+        .args(["--json", "--cmdline", "-- panic", "--console", &where_to])
         .start()
         .wait();
-    assert_eq!(ended.record()["outcome"], "reset", "{ended:?}");
-    assert!(ended.stdout.contains("Kernel panic"), "{ended:?}");
+    assert_eq!(ended.code(), Some(5), "{ended:?}");
+    assert_eq!(ended.record()["outcome"], "panic");
+    // The panic's text, from its beginning, though the console is elsewhere.
+    let (message, lines) = ended
+        .stderr
+        .split_once("the guest's last lines:\n")
+        .unwrap_or_else(|| panic!("{ended:?}"));
+    assert!(message.contains("the guest's kernel panicked"));
+    for part in [
+        "Kernel panic - not syncing: Attempted to kill init!",
+        "Call Trace:",
+    ] {
+        assert!(lines.contains(part), "{ended:?}");
+    }
+    assert!(lines.lines().count() <= 50);
 }
 
 /// Signals end a guest that is busy on all CPUs, at once and in order.

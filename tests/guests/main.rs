@@ -12,4 +12,5 @@ mod endings;
 mod limits;
 mod memory;
 mod nets;
+mod platform;
 mod refusals;
