@@ -132,16 +132,35 @@ impl Buffer {
         (head, tail)
     }
 
+    /// Its parts from an offset on, at most `len` bytes of them.
+    fn range(&self, offset: usize, len: usize) -> impl Iterator<Item = Part> {
+        let (mut skip, mut rest) = (offset, len);
+        self.parts.iter().filter_map(move |part| {
+            let before = skip.min(part.len);
+            skip -= before;
+            let len = (part.len - before).min(rest);
+            rest -= len;
+            (len > 0).then(|| Part {
+                addr: part.addr.unchecked_add(before as u64),
+                len,
+            })
+        })
+    }
+
     /// Copies its first bytes to `data`; returns how many there were.
     pub fn read(&self, data: &mut [u8]) -> usize {
+        self.read_at(0, data)
+    }
+
+    /// Copies its bytes from an offset on to `data`; returns how many there were.
+    pub fn read_at(&self, offset: usize, data: &mut [u8]) -> usize {
         let mut done = 0;
-        for part in &self.parts {
-            let len = part.len.min(data.len() - done);
-            let target = &mut data[done..done + len];
+        for part in self.range(offset, data.len()) {
+            let target = &mut data[done..done + part.len];
             if self.memory.read_slice(target, part.addr).is_err() {
                 break;
             }
-            done += len;
+            done += part.len;
         }
         done
     }
@@ -174,5 +193,27 @@ impl Buffer {
                 iov_len: slice.len(),
             })
             .collect()
+    }
+
+    /// A range of the buffer for a system call, without allocating: as much of
+    /// it as `room` takes. The pointers are valid while this lives.
+    pub fn vectors<'a>(
+        &self,
+        offset: usize,
+        len: usize,
+        room: &'a mut [libc::iovec],
+    ) -> &'a [libc::iovec] {
+        let mut count = 0;
+        let slices = self
+            .range(offset, len)
+            .filter_map(|part| self.memory.get_slice(part.addr, part.len).ok());
+        for (vector, slice) in room.iter_mut().zip(slices) {
+            *vector = libc::iovec {
+                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                iov_len: slice.len(),
+            };
+            count += 1;
+        }
+        &room[..count]
     }
 }

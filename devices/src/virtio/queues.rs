@@ -143,6 +143,15 @@ impl Queues {
         Err(Broken("the available ring cannot be read"))
     }
 
+    /// Leaves the chain that was taken last, and not completed, to be taken again.
+    pub fn untake(&mut self, queue: usize) {
+        if let Some(Some(active)) = self.queues.get_mut(queue) {
+            active.queue.go_to_previous_position();
+            active.share += 1;
+            self.chains -= 1;
+        }
+    }
+
     /// Gives a chain back, with `len` bytes written to it.
     pub fn complete(&mut self, queue: usize, head: u16, len: u32) -> Result<(), Broken> {
         let Some(Some(active)) = self.queues.get_mut(queue) else {
