@@ -10,6 +10,7 @@ pub mod rng;
 #[cfg(test)]
 pub mod testing;
 mod turns;
+pub mod vsock;
 
 /// The guest's memory.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;

@@ -1,0 +1,264 @@
+//! The socket device (virtio 1.2, 5.10), on Unix sockets of the host.
+//!
+//! A connection of the guest to the host's port P becomes one to whatever the
+//! [`Connector`] reaches for P. A client of the listener that writes
+//! `CONNECT P` and a newline becomes a connection to the guest's port P: it
+//! reads `OK HOSTPORT` and a newline once the guest accepted, then what the
+//! guest sends; refused, it is hung up on.
+//!
+//! Bytes go straight from sockets to the guest's memory and back. Only what a
+//! peer does not take is held, and never more than the guest's credit.
+
+mod backlog;
+mod connection;
+mod greeting;
+mod muxer;
+mod packet;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::os::fd::RawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use self::muxer::Muxer;
+use self::packet::{HEADER, Header};
+use super::device::{Broken, DeviceId, Token, VirtioDevice};
+use super::queues::Queues;
+use super::{GuestMemory, feature};
+
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+const EVENT: usize = 2;
+const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
+/// Streams are supported (virtio 1.2, 5.10.3).
+const F_STREAM: u32 = 0;
+/// Connections do not exist any more (virtio 1.2, 5.10.6.7).
+const EVENT_TRANSPORT_RESET: u32 = 0;
+/// How much a connection holds of what the guest sent: the guest's credit.
+const BUFFER: usize = 64 << 10;
+/// The most data in a packet to the guest.
+const PACKET_MAX: usize = 64 << 10;
+
+/// The guest's identifiers that are no guest's: below are the hypervisor, the
+/// guest itself and the host, above is the one that stands for any.
+pub const CIDS: std::ops::Range<u32> = 3..u32::MAX;
+
+/// Connects to what listens on a port, without blocking.
+pub type Connector = Box<dyn FnMut(u32) -> io::Result<UnixStream> + Send>;
+
+/// How much, and how long, at most.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Connections at once, with clients that have none yet.
+    pub connections: usize,
+    /// Resets that wait for the guest. When there are more, it must take some
+    /// before it can send.
+    pub resets: usize,
+    /// For a client to say what it wants.
+    pub greeting: Duration,
+    /// For the guest to accept.
+    pub request: Duration,
+    /// For what is over on one side to be taken by the other.
+    pub linger: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            connections: 4096,
+            resets: 256,
+            greeting: Duration::from_secs(5),
+            request: Duration::from_secs(10),
+            linger: Duration::from_secs(30),
+        }
+    }
+}
+
+/// What the guest can see, but for its connections, which end with the device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockState {
+    cid: u32,
+    /// The guest is to be told that its connections ended.
+    ended: bool,
+}
+
+impl VsockState {
+    /// The state of a device whose guest has an identifier of [`CIDS`].
+    pub fn new(cid: u32) -> Self {
+        VsockState { cid, ended: false }
+    }
+}
+
+/// The device.
+pub struct Vsock {
+    state: VsockState,
+    config: [u8; 8],
+    muxer: Muxer,
+    /// Edges may have been missed.
+    unpolled: bool,
+}
+
+impl Vsock {
+    /// A device whose clients come by a listener.
+    pub fn new(state: VsockState, listener: UnixListener, connect: Connector) -> io::Result<Self> {
+        Vsock::with_limits(state, listener, connect, Limits::default())
+    }
+
+    /// The same, with other limits.
+    pub fn with_limits(
+        state: VsockState,
+        listener: UnixListener,
+        connect: Connector,
+        limits: Limits,
+    ) -> io::Result<Self> {
+        let cid = u64::from(state.cid);
+        Ok(Vsock {
+            state,
+            config: cid.to_le_bytes(),
+            muxer: Muxer::new(cid, listener, connect, limits)?,
+            unpolled: true,
+        })
+    }
+
+    /// The state for a snapshot. Connections are not in it: a device that is
+    /// made of it tells the guest that they ended.
+    pub fn save(&self) -> VsockState {
+        VsockState {
+            ended: true,
+            ..self.state.clone()
+        }
+    }
+
+    /// Moves packets both ways, until there are none or a queue has no chains.
+    fn work(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+        if std::mem::take(&mut self.unpolled) {
+            self.muxer.poll();
+        }
+        loop {
+            let stalled = self.transmit(queues)?;
+            self.muxer.accept();
+            let progress = self.receive(queues)?;
+            // Without progress the guest has no buffers: it will say when it has.
+            if !(stalled && progress) {
+                break;
+            }
+        }
+        self.tell_end(queues)
+    }
+
+    /// Takes packets of the guest. True if there may be more, for which there
+    /// is no room.
+    fn transmit(&mut self, queues: &mut Queues) -> Result<bool, Broken> {
+        while !self.muxer.is_full() {
+            let Some(chain) = queues.pop(TRANSMIT)? else {
+                return Ok(false);
+            };
+            let mut header = [0; HEADER];
+            if !chain.writable.is_empty() || chain.readable.read(&mut header) < HEADER {
+                return Err(Broken(
+                    "a packet to send must be readable and have a header",
+                ));
+            }
+            self.muxer.packet(&Header::parse(&header), &chain.readable);
+            queues.complete(TRANSMIT, chain.head, 0)?;
+        }
+        Ok(true)
+    }
+
+    /// Gives packets to the guest. True if there were any.
+    fn receive(&mut self, queues: &mut Queues) -> Result<bool, Broken> {
+        let mut progress = false;
+        while self.muxer.has_packets() {
+            let Some(chain) = queues.pop(RECEIVE)? else {
+                break;
+            };
+            if !chain.readable.is_empty() || chain.writable.len() <= HEADER {
+                return Err(Broken(
+                    "a receive buffer must be writable and hold more than a header",
+                ));
+            }
+            let Some(header) = self.muxer.next(&chain.writable) else {
+                queues.untake(RECEIVE);
+                break;
+            };
+            chain.writable.write(&header.bytes());
+            // At most the packet's largest size.
+            let len = HEADER as u32 + header.len;
+            queues.complete(RECEIVE, chain.head, len)?;
+            progress = true;
+        }
+        Ok(progress)
+    }
+
+    fn tell_end(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+        if !self.state.ended {
+            return Ok(());
+        }
+        let Some(chain) = queues.pop(EVENT)? else {
+            return Ok(());
+        };
+        let event = EVENT_TRANSPORT_RESET.to_le_bytes();
+        if !chain.readable.is_empty() || chain.writable.write(&event) < event.len() {
+            return Err(Broken("an event buffer must be writable and hold an event"));
+        }
+        self.state.ended = false;
+        queues.complete(EVENT, chain.head, event.len() as u32)
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn id(&self) -> DeviceId {
+        DeviceId::Vsock
+    }
+
+    fn features(&self) -> u64 {
+        feature(F_STREAM)
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    fn activate(&mut self, _: u64, _: &Arc<GuestMemory>) -> Result<(), Broken> {
+        self.unpolled = true;
+        Ok(())
+    }
+
+    fn serve(&mut self, _: usize, queues: &mut Queues) -> Result<(), Broken> {
+        self.work(queues)
+    }
+
+    fn sources(&self) -> Vec<(Token, RawFd)> {
+        vec![(0, self.muxer.fd())]
+    }
+
+    fn ready(&mut self, _: Token, queues: &mut Queues) -> Result<(), Broken> {
+        self.unpolled = true;
+        self.work(queues)
+    }
+
+    fn reset(&mut self) {
+        self.muxer.reset();
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let counters = self.muxer.counters;
+        vec![
+            ("connections", counters.connections),
+            ("refused_connections", counters.refused),
+            ("resets", counters.resets),
+            ("stray_packets", counters.strays),
+            ("received_bytes", counters.received),
+            ("sent_bytes", counters.sent),
+        ]
+    }
+}
