@@ -16,3 +16,4 @@ pub mod machine;
 pub mod metrics;
 pub mod net;
 pub mod timing;
+pub mod vsock;

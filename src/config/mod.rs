@@ -11,6 +11,7 @@ mod net;
 mod queues;
 mod raw;
 mod size;
+mod vsock;
 mod watchdog;
 
 use std::path::{Path, PathBuf};
@@ -27,6 +28,7 @@ pub use self::memory::{HugePages, MEMORY_MIN, MemoryConfig};
 pub use self::net::NetConfig;
 pub use self::queues::Queues;
 pub use self::raw::{BootProtocol, RawConfig};
+pub use self::vsock::VsockConfig;
 pub use self::watchdog::WatchdogAction;
 
 use self::guest::GuestFiles;
@@ -66,6 +68,8 @@ pub struct MachineConfig {
     pub disks: Vec<DiskConfig>,
     /// Network devices, in the order of their names in the guest.
     pub nets: Vec<NetConfig>,
+    /// Sockets between guest and host.
+    pub vsock: Option<VsockConfig>,
     /// Where the serial console is.
     pub console: ConsoleConfig,
     /// What a watchdog does, if there is one.
@@ -88,6 +92,7 @@ impl MachineConfig {
         disks
             .map(|disk| disk.path.as_path())
             .chain(console)
+            .chain(self.vsock.as_ref().map(|vsock| vsock.path.as_path()))
             .chain(self.log.file.as_deref())
             .chain(self.pidfile.as_deref())
     }
@@ -115,12 +120,13 @@ impl RawConfig {
         for (text, net) in self.net.iter().zip(&nets) {
             check_queues(net.queues, cpus, "--net", text)?;
         }
-        let devices = disks.len() + nets.len() + 1; // and the random numbers
-        if devices > layout::VIRTIO_MAX {
+        let vsock: Option<VsockConfig> = parse_one(self.vsock.as_deref(), "--vsock")?;
+        let others = 1 + usize::from(vsock.is_some()); // and the random numbers
+        let devices = disks.len() + nets.len();
+        if devices + others > layout::VIRTIO_MAX {
             return Err(Failure::config(format!(
-                "--disk, --net: {} devices are too many; at most {} fit",
-                devices - 1,
-                layout::VIRTIO_MAX - 1
+                "--disk, --net: {devices} devices are too many; at most {} fit",
+                layout::VIRTIO_MAX - others
             )));
         }
         for (index, net) in nets.iter().enumerate() {
@@ -164,6 +170,7 @@ impl RawConfig {
             memory,
             disks,
             nets,
+            vsock,
             console,
             watchdog: parse_one(self.watchdog.as_deref(), "--watchdog")?,
             log: parse_one(self.log.as_deref(), "--log")?.unwrap_or_default(),

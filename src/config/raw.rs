@@ -57,6 +57,10 @@ pub struct RawConfig {
     #[arg(long, value_name = "tap=NAME[,mac=…][,bw=10M][,pps=5000][,queues=N]")]
     #[serde(deserialize_with = "words")]
     pub net: Vec<String>,
+    /// Sockets between guest and host (vsock), as Unix sockets of the host
+    #[arg(long, value_name = "cid=N,unix=S")]
+    #[serde(deserialize_with = "word")]
+    pub vsock: Option<String>,
     /// Serial console: stdio, file=F, pty, unix=S, none [default: stdio]
     #[arg(long, value_name = "WHERE")]
     pub console: Option<String>,
@@ -138,6 +142,7 @@ impl RawConfig {
             memory: self.memory.or(file.memory),
             disk: either(self.disk, file.disk),
             net: either(self.net, file.net),
+            vsock: self.vsock.or(file.vsock),
             console: self.console.or(file.console),
             watchdog: self.watchdog.or(file.watchdog),
             log: self.log.or(file.log),

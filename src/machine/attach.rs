@@ -9,6 +9,7 @@ use mayfly_devices::virtio::device::{DeviceId, VirtioDevice};
 use mayfly_devices::virtio::mmio::{NOTIFY_OFFSET, VirtioMmio};
 use mayfly_devices::virtio::net::Net;
 use mayfly_devices::virtio::rng::Rng;
+use mayfly_devices::virtio::vsock::{Vsock, VsockState};
 
 use super::build::event;
 use super::resources::Resources;
@@ -17,6 +18,7 @@ use crate::failure::{Failure, OrFail};
 use crate::kvm::memory::GuestMemory;
 use crate::kvm::vcpu::Buses;
 use crate::kvm::vm::Vm;
+use crate::vsock;
 
 /// A virtio device in its place.
 pub struct Slot {
@@ -92,6 +94,12 @@ pub fn attach(
         let net = Net::new(taps, mac_address(from), from.limits).or_host(&flag)?;
         let limits = Some(net.limit_handle());
         devices.add_limited(format!("net{index}"), flag, net, limits);
+    }
+    if let (Some(listener), Some(from)) = (resources.vsock.take(), &config.vsock) {
+        let flag = from.flag();
+        let state = VsockState::new(from.cid);
+        let device = Vsock::new(state, listener, vsock::connector(&from.path));
+        devices.add("vsock", flag.clone(), device.or_host(&flag)?);
     }
     let random = resources
         .random

@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use mayfly_devices::virtio::block::{Disk, ID_LEN, Image, Qcow2, SECTOR};
@@ -11,6 +12,7 @@ use mayfly_devices::virtio::block::{Disk, ID_LEN, Image, Qcow2, SECTOR};
 use crate::config::{ConsoleConfig, DiskConfig, Format, MachineConfig};
 use crate::failure::{Class, Failure, OrFail};
 use crate::net::tap;
+use crate::vsock;
 
 const RANDOM: &str = "/dev/urandom";
 
@@ -24,6 +26,8 @@ pub struct Resources {
     pub disks: Vec<Disk>,
     /// The TAP devices, attached once for each pair of queues.
     pub taps: Vec<Vec<File>>,
+    /// Where clients of the guest's sockets will come, without a name yet.
+    pub vsock: Option<UnixListener>,
     /// Random bytes for the guest.
     pub random: File,
 }
@@ -58,12 +62,20 @@ impl Resources {
             .iter()
             .map(|net| tap::open(&net.tap, net.queues.number(config.cpus)))
             .collect::<Result<_, _>>()?;
+        let vsock = match &config.vsock {
+            Some(vsock) => {
+                check_creatable(&vsock.path, &vsock.flag())?;
+                Some(vsock::open(vsock)?)
+            }
+            None => None,
+        };
         let random = File::open(RANDOM).or_host(RANDOM)?;
         Ok(Resources {
             kernel,
             initrd,
             disks,
             taps,
+            vsock,
             random,
         })
     }

@@ -1,6 +1,7 @@
 //! Running a machine to its end, and cleaning up behind it.
 
 use std::cell::RefCell;
+use std::os::unix::net::UnixListener;
 use std::os::unix::thread::JoinHandleExt;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,6 +23,7 @@ use crate::failure::{Failure, OrFail};
 use crate::kvm::gate::Gate;
 use crate::kvm::vcpu::{self, Buses, ExitCounters, Vcpu};
 use crate::timing::Timeline;
+use crate::vsock;
 
 /// Enough for what a vCPU's thread calls.
 const VCPU_STACK: usize = 256 << 10;
@@ -85,12 +87,18 @@ pub fn run(config: &MachineConfig, mut timeline: Timeline) -> Result<Ending, Fai
     let signals = Signals::new().or_internal("blocking signals")?;
     vcpu::install_kick_handler().or_internal("installing a signal handler")?;
     let resources = Resources::open(config)?;
+    let vsock = resources.vsock.as_ref().map(UnixListener::try_clone);
+    let vsock = vsock.transpose().or_host("duplicating a descriptor")?;
     let machine = build(config, resources, &mut timeline)?;
 
     // All that can be refused has been; now the host is changed.
     log.open_file(&config.log)?;
     let (listener, socket) = Folder::locate().listen(&config.name)?;
     let _pidfile = config.pidfile.as_deref().map(PidFile::create).transpose()?;
+    let _vsock = match (&vsock, &config.vsock) {
+        (Some(socket), Some(vsock)) => Some(vsock::Name::give(socket, vsock)?),
+        _ => None,
+    };
     let console = Rc::new(RefCell::new(Console::open(&config.console)?));
 
     let mut events = EventLoop::new(timeline).or_internal("event loop")?;

@@ -1,0 +1,89 @@
+//! `--vsock`
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use mayfly_devices::virtio::vsock::CIDS;
+
+use super::keys::Keys;
+
+const SYNTAX: &str = "cid=N,unix=S";
+/// A Unix socket's name is shorter than this (Linux' `sockaddr_un`) …
+const NAME_MAX: usize = 108;
+/// … and a port's is this much longer: `_4294967295`.
+const PORT_LEN: usize = 11;
+
+/// Sockets between guest and host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VsockConfig {
+    /// The guest's context identifier.
+    pub cid: u32,
+    /// The socket that clients of the guest connect to. A port of the host has
+    /// the same name with `_` and its number.
+    pub path: PathBuf,
+}
+
+impl VsockConfig {
+    /// What the user wrote, for messages.
+    pub fn flag(&self) -> String {
+        format!("--vsock cid={},unix={}", self.cid, self.path.display())
+    }
+}
+
+impl FromStr for VsockConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut keys = Keys::parse(text, SYNTAX);
+        let (cid, path) = (keys.required("cid")?, keys.required("unix")?);
+        keys.finish()?;
+        let plain = cid.bytes().all(|byte| byte.is_ascii_digit());
+        let number = cid.parse().ok().filter(|number| CIDS.contains(number));
+        let (true, Some(number)) = (plain, number) else {
+            return Err(format!(
+                "cid {cid} is not a number from {} to {}",
+                CIDS.start,
+                CIDS.end - 1
+            ));
+        };
+        let path = PathBuf::from(path);
+        if path.as_os_str().as_bytes().len() + PORT_LEN >= NAME_MAX {
+            return Err(format!(
+                "unix is too long; a socket's name has at most {} bytes here",
+                NAME_MAX - PORT_LEN - 1
+            ));
+        }
+        Ok(VsockConfig { cid: number, path })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sockets() {
+        let long = format!("cid=4294967294,unix={}", "x".repeat(96));
+        let vsock: VsockConfig = long.parse().unwrap();
+        assert_eq!(vsock.cid, 4_294_967_294);
+        assert_eq!(vsock.flag(), format!("--vsock {long}"));
+        for bad in [
+            "",
+            "cid=3",
+            "unix=a",
+            "cid=3,unix=",
+            "cid=2,unix=a",
+            "cid=+3,unix=a",
+            "cid=-1,unix=a",
+            "cid=0x10,unix=a",
+            "cid=4294967295,unix=a",
+            "cid=4294967296,unix=a",
+            "cid=3,cid=4,unix=a",
+            "cid=3,unix=a,port=1",
+            &format!("{long}x"),
+        ] {
+            assert!(bad.parse::<VsockConfig>().is_err(), "{bad}");
+        }
+    }
+}
