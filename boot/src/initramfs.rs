@@ -12,16 +12,21 @@ use std::path::{Path, PathBuf};
 use cpio::newc;
 
 /// Where the guest's init finds the modules' paths, in the order to load them.
+/// Behind a path may be how the names of devices begin that it is for: without
+/// one of these it is not loaded.
 pub const MODULE_LIST: &str = "etc/mayfly/modules";
-/// What a guest needs for mayfly's devices.
-pub const DEFAULT_MODULES: [&str; 6] = [
+/// What a guest needs for mayfly's devices. The first brings the others up.
+pub const DEFAULT_MODULES: [&str; 7] = [
     "virtio_mmio",
     "virtio_blk",
     "virtio_net",
     "virtio-rng",
+    "vmw_vsock_virtio_transport",
     "pvpanic-mmio",
     "button",
 ];
+/// Drivers of this bus are only loaded for the devices that are there.
+const BUS: &str = "virtio:";
 
 const DIRECTORIES: [&str; 11] = [
     "bin",
@@ -134,11 +139,15 @@ impl<W: Write> Initramfs<W> {
     /// Adds the modules and what they need, and their list for the init.
     pub fn modules(&mut self, directory: &Path, names: &[&str]) -> Result<(), InitramfsError> {
         let mut list = String::new();
-        for path in resolve_modules(directory, names)? {
-            let data = load_module(&path)?;
-            let name = module_name(&path);
-            let guest_path = format!("lib/modules/{name}.ko");
-            list.push_str(&format!("/{guest_path}\n"));
+        for module in resolve_modules(directory, names)? {
+            let data = load_module(&module.path)?;
+            let guest_path = format!("lib/modules/{}.ko", module_name(&module.path));
+            let devices = module.devices.iter().flatten();
+            let words: Vec<&str> = [guest_path.as_str()]
+                .into_iter()
+                .chain(devices.map(String::as_str))
+                .collect();
+            list.push_str(&format!("/{}\n", words.join(" ")));
             self.file(&guest_path, 0o644, &data)?;
         }
         self.file(MODULE_LIST, 0o644, list.as_bytes())
@@ -171,16 +180,37 @@ fn module_name(path: &Path) -> String {
     name.replace('-', "_")
 }
 
-/// The files of the modules and of all they need, in the order to load them.
-/// Those built into the kernel are left out.
-pub fn resolve_modules(directory: &Path, names: &[&str]) -> Result<Vec<PathBuf>, InitramfsError> {
+/// A module to load.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Module {
+    /// Its file.
+    pub path: PathBuf,
+    /// How the names of the devices begin that it, or what needs it, is for.
+    /// None: it is always needed.
+    pub devices: Option<BTreeSet<String>>,
+}
+
+impl Module {
+    /// It is also needed for these devices.
+    fn add(&mut self, devices: &Option<BTreeSet<String>>) {
+        self.devices = match (self.devices.take(), devices) {
+            (Some(ours), Some(theirs)) => Some(&ours | theirs),
+            _ => None,
+        };
+    }
+}
+
+/// The modules and all they need, in the order to load them. Those built into
+/// the kernel are left out.
+pub fn resolve_modules(directory: &Path, names: &[&str]) -> Result<Vec<Module>, InitramfsError> {
     let read = |name: &str| {
         let path = directory.join(name);
         fs::read_to_string(&path).map_err(|source| InitramfsError::Read { path, source })
     };
     let dependencies = read("modules.dep")?;
     let builtin = read("modules.builtin")?;
-    let mut order: Vec<PathBuf> = Vec::new();
+    let aliases = read("modules.alias")?;
+    let mut order: Vec<Module> = Vec::new();
     for name in names {
         let name = name.replace('-', "_");
         let line = dependencies
@@ -196,15 +226,34 @@ pub fn resolve_modules(directory: &Path, names: &[&str]) -> Result<Vec<PathBuf>,
             }
             return Err(InitramfsError::NoModule(name));
         };
+        let devices = devices_of(&aliases, &name);
         // modules.dep lists what a module needs so that the last comes first.
         for file in needs.split_whitespace().rev().chain([file]) {
             let path = directory.join(file);
-            if !order.contains(&path) {
-                order.push(path);
+            match order.iter_mut().find(|module| module.path == path) {
+                Some(module) => module.add(&devices),
+                None => order.push(Module {
+                    path,
+                    devices: devices.clone(),
+                }),
             }
         }
     }
     Ok(order)
+}
+
+/// The devices of [`BUS`] that a module drives: `alias virtio:d00000001v* NAME`.
+fn devices_of(aliases: &str, name: &str) -> Option<BTreeSet<String>> {
+    let devices: BTreeSet<String> = aliases
+        .lines()
+        .filter_map(|line| {
+            let mut words = line.split_whitespace().skip(1);
+            let (pattern, module) = (words.next()?, words.next()?);
+            let prefix = pattern.strip_suffix('*')?;
+            (module == name && pattern.starts_with(BUS)).then(|| prefix.to_owned())
+        })
+        .collect();
+    (!devices.is_empty()).then_some(devices)
 }
 
 /// Reads a module, unpacked.
@@ -249,6 +298,10 @@ mod tests {
             b"a.ko: b.ko.xz c-c.ko\nb.ko.xz: c-c.ko\nc-c.ko:\n",
         );
         write("modules.builtin", b"kernel/x/built-in.ko\n");
+        write(
+            "modules.alias",
+            b"# Aliases\nalias virtio:d00000013v* a\nalias acpi*:X:* b\nalias symbol:x c_c\n",
+        );
         dir
     }
 
@@ -275,7 +328,7 @@ mod tests {
             resolve_modules(dir.path(), list)
                 .unwrap()
                 .iter()
-                .map(|path| module_name(path))
+                .map(|module| module_name(&module.path))
                 .collect()
         };
         assert_eq!(names(&["a", "b"]), ["c_c", "b", "a"]);
@@ -284,6 +337,28 @@ mod tests {
             resolve_modules(dir.path(), &["none"]),
             Err(InitramfsError::NoModule(name)) if name == "none"
         ));
+    }
+
+    #[test]
+    fn a_driver_and_what_only_it_needs_are_for_its_device() {
+        let dir = tree();
+        let list = |names: &[&str]| {
+            let mut archive = Initramfs::new(Vec::new()).unwrap();
+            archive.modules(dir.path(), names).unwrap();
+            let entries = entries(&archive.finish().unwrap());
+            let list = entries.into_iter().find(|entry| entry.0 == MODULE_LIST);
+            String::from_utf8(list.unwrap().2).unwrap()
+        };
+        let device = " virtio:d00000013v\n";
+        let (a, b, c) = (
+            "/lib/modules/a.ko",
+            "/lib/modules/b.ko",
+            "/lib/modules/c_c.ko",
+        );
+        assert_eq!(list(&["a"]), format!("{c}{device}{b}{device}{a}{device}"));
+        // What is wanted anyhow is loaded anyhow.
+        assert_eq!(list(&["a", "c-c"]), format!("{c}\n{b}{device}{a}{device}"));
+        assert_eq!(list(&["b", "a"]), format!("{c}\n{b}\n{a}{device}"));
     }
 
     #[test]
