@@ -93,6 +93,12 @@ impl Queues {
         std::mem::take(&mut self.chains)
     }
 
+    /// The device stops here, though there is more to do: it is called again
+    /// for all its queues once others had their turn.
+    pub fn again(&mut self) {
+        self.exhausted = true;
+    }
+
     /// The device had its share, and there may be more.
     pub(super) fn exhausted(&self) -> bool {
         self.exhausted

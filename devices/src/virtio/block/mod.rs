@@ -235,6 +235,10 @@ impl Block {
                     false => Status::IoError,
                 }
             }
+            (Kind::Discard { .. } | Kind::Zero { .. }, Ok(_)) if self.write_through => {
+                in_flight.operation.kind = Kind::Flush;
+                return self.submit(in_flight, queues);
+            }
             (_, Ok(_)) => Status::Ok,
             (_, Err(error)) if error.kind() == io::ErrorKind::Interrupted => {
                 return self.submit(in_flight, queues);
@@ -299,14 +303,12 @@ impl Block {
     /// Waits for all that is in flight, so that nothing touches the guest.
     fn drain(&mut self) {
         while self.in_flight.iter().any(Option::is_some) {
-            if self
-                .engine
-                .commit()
-                .and_then(|()| self.engine.wait())
-                .is_err()
-            {
+            match self.engine.commit().and_then(|()| self.engine.wait()) {
+                Ok(()) => {}
+                // The kernel is short of memory for a moment.
+                Err(error) if is_passing(&error) => std::thread::yield_now(),
                 // The buffers may still be written to: they must stay.
-                std::process::abort();
+                Err(_) => std::process::abort(),
             }
             for (token, _) in self.engine.completions() {
                 let slot = token as usize;
@@ -346,10 +348,11 @@ impl Block {
         }
     }
 
-    fn commit(&mut self) {
-        // What is refused now is submitted with the next one, or by `drain`.
+    fn commit(&mut self, queues: &mut Queues) {
         if let Err(error) = self.engine.commit() {
             log::warn!("disk: submitting: {error}");
+            // The guest may wait for just these, and send no more.
+            queues.again();
         }
     }
 }
@@ -386,9 +389,18 @@ impl InFlight {
     }
 }
 
-/// Neither the file system nor the format can do it.
+/// Neither the file system nor the format can do it, or a block device of
+/// larger sectors not at this place.
 fn is_unsupported(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::Unsupported || error.raw_os_error() == Some(libc::EOPNOTSUPP)
+    use io::ErrorKind::{InvalidInput, Unsupported};
+    matches!(error.kind(), Unsupported | InvalidInput)
+        || error.raw_os_error() == Some(libc::EOPNOTSUPP)
+}
+
+/// A call that failed may succeed if it is made again.
+fn is_passing(error: &io::Error) -> bool {
+    let code = error.raw_os_error();
+    matches!(code, Some(libc::EAGAIN | libc::EBUSY | libc::ENOMEM))
 }
 
 /// `struct virtio_blk_config` (virtio 1.2, 5.2.4).
@@ -448,7 +460,7 @@ impl VirtioDevice for Block {
     fn serve(&mut self, queue: usize, queues: &mut Queues) -> Result<(), Broken> {
         self.turns.add(queue);
         let served = self.serve_requests(queues);
-        self.commit();
+        self.commit(queues);
         served
     }
 
@@ -473,7 +485,7 @@ impl VirtioDevice for Block {
             _ => self.take_limits(),
         }
         let served = result.and_then(|()| self.serve_requests(queues));
-        self.commit();
+        self.commit(queues);
         served
     }
 

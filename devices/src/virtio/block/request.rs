@@ -54,6 +54,10 @@ pub struct Request {
     status: Buffer,
 }
 
+/// The most data of a request: Linux sends 1280 KiB by default. Whoever resets
+/// the device waits for all that is in flight.
+const DATA_MAX: usize = 8 << 20;
+
 /// What a request is checked against.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -122,6 +126,9 @@ fn action(
         true => Err(Status::IoError),
         false => Ok(()),
     };
+    if input.len().max(output.len()) > DATA_MAX {
+        return Err(Status::IoError);
+    }
     match kind {
         spec::VIRTIO_BLK_T_IN => Ok(Action::Read {
             offset: range(sector, input.len() as u64, limits.sectors)?,

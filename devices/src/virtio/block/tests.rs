@@ -551,3 +551,21 @@ proptest! {
         prop_assert_eq!(file.metadata().unwrap().len(), SECTORS * 512);
     }
 }
+
+#[test]
+fn a_request_without_measure_is_refused() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 30).unwrap();
+    let large = Disk {
+        sectors: 1 << 21,
+        ..disk(&file, false)
+    };
+    let mut driver = started(Block::new(large).unwrap());
+    let part = Descriptor::readable(0x1_0000, 0xf_0000);
+    let mut write = |count| {
+        let data = vec![part; count];
+        request(&mut driver, spec::VIRTIO_BLK_T_OUT, 0, &data).0
+    };
+    assert_eq!(write(8), 0);
+    assert_eq!(write(9), spec::VIRTIO_BLK_S_IOERR as u8);
+}

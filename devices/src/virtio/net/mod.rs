@@ -180,6 +180,7 @@ impl Net {
 
     /// Passes packets to the guest until there are none, or it has no room.
     fn receive(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+        let mut lost = 0;
         while let Some(index) = self.receive.turns.next() {
             let Some(pair) = self
                 .pairs
@@ -197,7 +198,15 @@ impl Net {
                     self.receive.limiter.charge(bytes);
                     self.receive.counters.passed(bytes);
                 }
-                Received::Lost => self.receive.counters.drops += 1,
+                Received::Lost => {
+                    self.receive.counters.drops += 1;
+                    // These take no chain, whose number has a limit.
+                    lost += 1;
+                    if lost == QUEUE_SIZE {
+                        queues.again();
+                        break;
+                    }
+                }
                 Received::Nothing => self.receive.turns.remove(index),
             }
         }

@@ -37,9 +37,10 @@ pub struct Pair {
     tap: File,
     /// The TAP gives packets to it.
     attached: bool,
-    /// A packet that was read, and waits for buffers.
+    /// Room for a packet, from the first one on.
     packet: Vec<u8>,
-    waiting: bool,
+    /// The length of one that was read, and waits for buffers.
+    waiting: Option<usize>,
     /// Buffers that were taken, and wait for a packet.
     held: VecDeque<Chain>,
 }
@@ -50,7 +51,7 @@ impl Pair {
             tap,
             attached: true,
             packet: Vec::new(),
-            waiting: false,
+            waiting: None,
             held: VecDeque::new(),
         }
     }
@@ -64,7 +65,7 @@ impl Pair {
     pub fn reset(&mut self) {
         self.held.clear();
         self.packet = Vec::new();
-        self.waiting = false;
+        self.waiting = None;
     }
 
     /// Whether the TAP shall give packets to this pair.
@@ -92,15 +93,22 @@ impl Pair {
 
     /// Tells the TAP what it may leave to the guest.
     pub fn set_offloads(&self, acked: u64) {
+        // A driver may ask for what needs another (virtio 1.2, 5.1.3.1): the
+        // TAP refuses that, and would keep what an earlier driver asked for.
+        let has = |bit| acked & feature(bit) != 0;
+        let csum = has(spec::VIRTIO_NET_F_GUEST_CSUM);
+        let tso4 = csum && has(spec::VIRTIO_NET_F_GUEST_TSO4);
+        let tso6 = csum && has(spec::VIRTIO_NET_F_GUEST_TSO6);
+        let ecn = (tso4 || tso6) && has(spec::VIRTIO_NET_F_GUEST_ECN);
         let offloads = [
-            (spec::VIRTIO_NET_F_GUEST_CSUM, TUN_F_CSUM),
-            (spec::VIRTIO_NET_F_GUEST_TSO4, TUN_F_TSO4),
-            (spec::VIRTIO_NET_F_GUEST_TSO6, TUN_F_TSO6),
-            (spec::VIRTIO_NET_F_GUEST_ECN, TUN_F_TSO_ECN),
+            (csum, TUN_F_CSUM),
+            (tso4, TUN_F_TSO4),
+            (tso6, TUN_F_TSO6),
+            (ecn, TUN_F_TSO_ECN),
         ];
         let flags = offloads
             .iter()
-            .filter(|(bit, _)| acked & feature(*bit) != 0)
+            .filter(|(wanted, _)| *wanted)
             .fold(0, |flags, (_, flag)| flags | flag);
         let flags = libc::c_ulong::from(flags);
         // SAFETY: an open descriptor, and a number.
@@ -116,7 +124,7 @@ impl Pair {
         mergeable: bool,
         queues: &mut Queues,
     ) -> Result<Received, Broken> {
-        if !self.waiting {
+        if self.waiting.is_none() {
             self.packet.resize(PACKET_MAX, 0);
             let read = loop {
                 match self.tap.read(&mut self.packet) {
@@ -125,7 +133,7 @@ impl Pair {
                 }
             };
             match read {
-                Ok(len) if len >= HEADER => self.packet.truncate(len),
+                Ok(len) if len >= HEADER => self.waiting = Some(len),
                 Ok(_) => return Ok(Received::Lost),
                 Err(error) => {
                     if error.kind() != io::ErrorKind::WouldBlock {
@@ -134,10 +142,11 @@ impl Pair {
                     return Ok(Received::Nothing);
                 }
             }
-            self.waiting = true;
         }
         let received = self.deliver(queue, mergeable, queues)?;
-        self.waiting = matches!(received, Received::Nothing);
+        if !matches!(received, Received::Nothing) {
+            self.waiting = None;
+        }
         Ok(received)
     }
 
@@ -148,8 +157,9 @@ impl Pair {
         mergeable: bool,
         queues: &mut Queues,
     ) -> Result<Received, Broken> {
+        let len = self.waiting.unwrap_or(0).min(self.packet.len());
         let mut room: usize = self.held.iter().map(|chain| chain.writable.len()).sum();
-        while room < self.packet.len() && (mergeable || self.held.is_empty()) {
+        while room < len && (mergeable || self.held.is_empty()) {
             let Some(chain) = queues.pop(queue)? else {
                 return Ok(Received::Nothing);
             };
@@ -161,10 +171,10 @@ impl Pair {
             room += chain.writable.len();
             self.held.push_back(chain);
         }
-        if room < self.packet.len() {
+        if room < len {
             return Ok(Received::Lost);
         }
-        let mut rest = self.packet.len();
+        let mut rest = len;
         let count = self
             .held
             .iter()
@@ -178,13 +188,13 @@ impl Pair {
         if let Some(field) = self.packet.get_mut(NUM_BUFFERS..HEADER) {
             field.copy_from_slice(&count_bytes);
         }
-        let mut rest = self.packet.as_slice();
+        let mut rest = self.packet.get(..len).unwrap_or_default();
         for chain in self.held.drain(..count) {
             let len = chain.writable.write(rest);
             rest = rest.get(len..).unwrap_or_default();
             queues.complete(queue, chain.head, len as u32)?;
         }
-        Ok(Received::Packet((self.packet.len() - HEADER) as u64))
+        Ok(Received::Packet((len - HEADER) as u64))
     }
 
     /// Sends a packet, or loses it, as a network may.
