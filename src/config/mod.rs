@@ -93,6 +93,7 @@ impl MachineConfig {
             .map(|disk| disk.path.as_path())
             .chain(console)
             .chain(self.vsock.as_ref().map(|vsock| vsock.path.as_path()))
+            .chain(self.vsock.as_ref().map(|vsock| vsock.path.as_path()))
             .chain(self.log.file.as_deref())
             .chain(self.pidfile.as_deref())
     }
