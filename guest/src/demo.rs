@@ -1,7 +1,8 @@
 //! Prints what the guest sees of its machine.
 
 use std::fs;
-use std::path::Path;
+
+use crate::system;
 
 const SECTOR: u64 = 512;
 
@@ -41,14 +42,8 @@ pub fn show() {
 }
 
 fn list(what: &str, directory: &str, prefix: &str, describe: impl Fn(&str) -> String) {
-    let mut names: Vec<String> = fs::read_dir(Path::new(directory))
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .filter(|name| name.starts_with(prefix))
-        .collect();
-    names.sort();
+    let mut names = system::names(directory);
+    names.retain(|name| name.starts_with(prefix));
     if names.is_empty() {
         println!("{what:<8} none");
     }

@@ -1,7 +1,9 @@
 //! PID 1 of a mayfly guest: tells the VMM that it was reached, mounts, loads
 //! modules, configures the network, runs what was asked for, powers off.
 //!
-//! What is asked for comes behind `--` on the kernel's command line:
+//! With `root=` on the kernel's command line it makes way for the init of a
+//! distribution on a disk (see `root.rs`). Else, what is asked for comes behind
+//! `--` on the kernel's command line:
 //!
 //! | words     | what happens                                             |
 //! |-----------|----------------------------------------------------------|
@@ -22,6 +24,7 @@ mod demo;
 mod net;
 mod port;
 mod power_button;
+mod root;
 mod system;
 
 use std::path::Path;
@@ -63,8 +66,12 @@ fn run(words: &[String]) -> Result<i32, String> {
         let _ = system::status_of(Command::new(BUSYBOX).args(["--install", "-s", "/bin"]));
         let _ = net::bring_up("lo", None);
     }
-    if let Some(config) = net::from_cmdline(&system::read("/proc/cmdline")?)? {
+    let cmdline = system::read("/proc/cmdline")?;
+    if let Some(config) = net::from_cmdline(&cmdline)? {
         net::configure(&config)?;
+    }
+    if let Some(root) = root::from_cmdline(&cmdline).filter(|_| root::in_initramfs()) {
+        return root::switch(&root, words);
     }
     match words {
         [] if Path::new(RUN_SCRIPT).exists() => {

@@ -16,7 +16,12 @@ const MOUNTS: [(&str, &str, &str, &str); 6] = [
     ("proc", "/proc", "proc", ""),
     ("sysfs", "/sys", "sysfs", ""),
     ("devtmpfs", "/dev", "devtmpfs", "mode=755"),
-    ("devpts", "/dev/pts", "devpts", "mode=620,ptmxmode=666"),
+    (
+        "devpts",
+        "/dev/pts",
+        "devpts",
+        "gid=5,mode=620,ptmxmode=666",
+    ),
     ("tmpfs", "/run", "tmpfs", "mode=755"),
     ("tmpfs", "/tmp", "tmpfs", "mode=1777"),
 ];
@@ -31,11 +36,21 @@ pub fn read(path: &str) -> Result<String, String> {
     fs::read_to_string(path).map_err(|error| format!("{path}: {error}"))
 }
 
+/// The names in a directory, in order.
+pub fn names(directory: &str) -> Vec<String> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    names
+}
+
 /// Mounts the kernel's file systems.
 pub fn mount_all() -> Result<(), String> {
     for (source, target, kind, data) in MOUNTS {
         fs::create_dir_all(target).map_err(|error| format!("{target}: {error}"))?;
-        mount(source, target, kind, data).or_else(|error| {
+        mount(source, target, kind, libc::MS_NOSUID, data).or_else(|error| {
             // The kernel itself may have mounted /dev.
             match error.raw_os_error() {
                 Some(libc::EBUSY) => Ok(()),
@@ -54,7 +69,14 @@ pub fn mount_all() -> Result<(), String> {
     Ok(())
 }
 
-fn mount(source: &str, target: &str, kind: &str, data: &str) -> io::Result<()> {
+/// Mounts, or moves what is mounted.
+pub fn mount(
+    source: &str,
+    target: &str,
+    kind: &str,
+    flags: libc::c_ulong,
+    data: &str,
+) -> io::Result<()> {
     let [source, target, kind, data] = [source, target, kind, data].map(CString::new);
     let (source, target, kind, data) = (source?, target?, kind?, data?);
     // SAFETY: four strings that live until the call returns.
@@ -63,7 +85,7 @@ fn mount(source: &str, target: &str, kind: &str, data: &str) -> io::Result<()> {
             source.as_ptr(),
             target.as_ptr(),
             kind.as_ptr(),
-            libc::MS_NOSUID,
+            flags,
             data.as_ptr().cast(),
         )
     };
@@ -109,7 +131,8 @@ fn load_module(path: &str) -> io::Result<()> {
     })
 }
 
-fn check(result: libc::c_long) -> io::Result<()> {
+/// The error of a system call that failed.
+pub fn check(result: libc::c_long) -> io::Result<()> {
     match result {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),

@@ -36,6 +36,11 @@ pub fn prepared(name: &str) -> Vec<u8> {
     fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
+/// A file of the Debian that scripts/distro has made.
+pub fn distro(name: &str) -> PathBuf {
+    variable("MAYFLY_DISTRO").join(name)
+}
+
 /// What a guest needs to be started, and where its files are.
 pub struct Guest {
     pub folder: tempfile::TempDir,
@@ -69,6 +74,11 @@ impl Guest {
             .unwrap();
         append(&mut image, &own.finish().unwrap());
         Self::with_image(name, file, &image)
+    }
+
+    /// A guest with modules, an init and busybox, which does what its command line says.
+    pub fn plain() -> Self {
+        Self::with_image("cloud-6.12", "vmlinux", &prepared("cloud-6.12.cpio"))
     }
 
     /// A guest with an init and nothing else.

@@ -37,6 +37,18 @@ fn a_power_off_is_told_in_the_record() {
 }
 
 #[test]
+fn a_root_that_is_not_there_is_told_and_ends_the_vm() {
+    let ended = Guest::plain()
+        .args(["--json", "--cmdline", "root=/dev/vdb"])
+        .start()
+        .wait();
+    assert_eq!(ended.code(), Some(0), "{ended:?}");
+    assert_eq!(ended.record()["guest_status"], 125);
+    let message = "mayfly-init: root=/dev/vdb: no such disk; there are: none";
+    assert!(ended.stdout.contains(message), "{ended:?}");
+}
+
+#[test]
 fn a_reboot_ends_the_vm() {
     let ended = Guest::new("")
         .args(["--json", "--cmdline", "-- reboot"])
