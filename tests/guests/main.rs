@@ -8,6 +8,7 @@ mod common;
 mod consoles;
 mod control;
 mod disks;
+mod distro;
 mod endings;
 mod limits;
 mod memory;

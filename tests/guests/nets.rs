@@ -44,20 +44,25 @@ impl Namespace {
         command
     }
 
-    pub fn start(&self, mut guest: Guest) -> Running {
+    /// The guest is to be started in the namespace.
+    pub fn enter(&self, mut guest: Guest) -> Guest {
         let mut command = self.command(guest.command.get_program());
         command.args(guest.command.get_args()).stdin(Stdio::null());
         for (name, value) in guest.command.get_envs() {
             command.env(name, value.unwrap_or_default());
         }
-        command
-            .args(["--net", &format!("tap={TAP}{}", self.keys)])
-            .args([
-                "--cmdline",
-                "ip=10.9.0.2::10.9.0.1:255.255.255.0:guest:eth0:off",
-            ]);
         guest.command = command;
-        guest.start()
+        guest
+    }
+
+    /// Starts the guest with the TAP and an address.
+    pub fn start(&self, guest: Guest) -> Running {
+        let guest = self.enter(guest);
+        let address = "ip=10.9.0.2::10.9.0.1:255.255.255.0:guest:eth0:off";
+        guest
+            .args(["--net", &format!("tap={TAP}{}", self.keys)])
+            .args(["--cmdline", address])
+            .start()
     }
 }
 
@@ -152,14 +157,9 @@ fn iperf3_both_ways() {
 #[test]
 fn a_given_mac_is_the_guest_s_and_a_tap_serves_one_vm() {
     let namespace = Namespace::new("mac");
-    let mut guest = Guest::new("echo mac: $(cat /sys/class/net/eth0/address); sleep 1000");
-    let mut command = namespace.command(guest.command.get_program());
-    command
-        .args(guest.command.get_args())
-        .args(["--net", "tap=tap0,mac=02:11:22:33:44:55"])
-        .stdin(Stdio::null());
-    guest.command = command;
-    let mut running = guest.start();
+    let guest = Guest::new("echo mac: $(cat /sys/class/net/eth0/address); sleep 1000")
+        .args(["--net", "tap=tap0,mac=02:11:22:33:44:55"]);
+    let mut running = namespace.enter(guest).start();
     running.expect("mac: 02:11:22:33:44:55");
     let ended = namespace.start(Guest::new("")).wait();
     assert_eq!(ended.code(), Some(3), "{ended:?}");
