@@ -10,6 +10,7 @@ pub mod bus;
 pub mod cmos;
 pub mod ged;
 pub mod i8042;
+pub mod line;
 pub mod platform;
 pub mod pvpanic;
 pub mod rate_limiter;

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
+use crate::line::Line;
 
 /// How much output waits at most, in bytes.
 const OUTPUT_MAX: usize = 64 << 10;
@@ -144,16 +145,6 @@ impl Serial {
         self.state.clone()
     }
 
-    /// How many bytes [`Serial::input`] takes now: none while the guest does
-    /// not listen, as its driver clears the FIFO when it starts to.
-    pub fn input_room(&self) -> usize {
-        if self.listening() {
-            self.fifo_room()
-        } else {
-            0
-        }
-    }
-
     /// The guest wants input. Linux enables all interrupts for a moment when it
     /// finds out which UART this is.
     fn listening(&self) -> bool {
@@ -163,33 +154,6 @@ impl Serial {
 
     fn fifo_room(&self) -> usize {
         INPUT_MAX.saturating_sub(self.state.input.len())
-    }
-
-    /// Gives the guest input; what has no room is lost.
-    pub fn input(&mut self, data: &[u8]) {
-        let room = self.input_room();
-        self.state.input.extend(data.iter().take(room));
-        self.update_interrupt();
-    }
-
-    /// The first part of what the guest has sent.
-    pub fn output(&self) -> &[u8] {
-        self.state.output.as_slices().0
-    }
-
-    /// Removes the first bytes of the output, which were passed on.
-    pub fn output_done(&mut self, count: usize) {
-        let was_busy = self.busy();
-        let count = count.min(self.state.output.len());
-        self.state.output.drain(..count);
-        if self.state.output.is_empty() {
-            // A burst should not hold its memory for ever.
-            self.state.output = VecDeque::new();
-        }
-        if was_busy && !self.busy() {
-            self.state.thre_pending = true;
-            self.update_interrupt();
-        }
     }
 
     /// There is no room for a FIFO's worth of output.
@@ -324,6 +288,41 @@ impl Serial {
             SCR => self.state.scr = value,
             _ => {}
         }
+    }
+}
+
+impl Line for Serial {
+    fn output(&self) -> &[u8] {
+        self.state.output.as_slices().0
+    }
+
+    fn output_done(&mut self, count: usize) {
+        let was_busy = self.busy();
+        let count = count.min(self.state.output.len());
+        self.state.output.drain(..count);
+        if self.state.output.is_empty() {
+            // A burst should not hold its memory for ever.
+            self.state.output = VecDeque::new();
+        }
+        if was_busy && !self.busy() {
+            self.state.thre_pending = true;
+            self.update_interrupt();
+        }
+    }
+
+    /// Linux' driver clears the FIFO when it starts to listen.
+    fn input_room(&self) -> usize {
+        if self.listening() {
+            self.fifo_room()
+        } else {
+            0
+        }
+    }
+
+    fn input(&mut self, data: &[u8]) {
+        let room = self.input_room();
+        self.state.input.extend(data.iter().take(room));
+        self.update_interrupt();
     }
 }
 
