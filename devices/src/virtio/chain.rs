@@ -182,6 +182,13 @@ impl Buffer {
         done
     }
 
+    /// Where it lies in guest memory: start and length of each part.
+    pub fn ranges(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.parts
+            .iter()
+            .map(|part| (part.addr.raw_value(), part.len as u64))
+    }
+
     /// The buffer for a system call. The pointers are valid while this, or a
     /// clone of it, lives: it holds the memory.
     pub fn iovecs(&self) -> Vec<libc::iovec> {

@@ -54,6 +54,9 @@ pub trait VirtioDevice: Send {
     /// What the guest reads of the configuration space.
     fn config(&self) -> &[u8];
 
+    /// The guest has read of the configuration space.
+    fn config_read(&mut self) {}
+
     /// The guest writes to the configuration space. The offset is any number.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 

@@ -434,6 +434,7 @@ impl BusDevice for VirtioMmio {
             for (target, source) in data.iter_mut().zip(rest.unwrap_or_default()) {
                 *target = *source;
             }
+            self.device.config_read();
         } else if let (Ok(offset @ 0..0x100), 4) = (u32::try_from(offset), data.len()) {
             data.copy_from_slice(&self.read_register(offset).to_le_bytes());
         }

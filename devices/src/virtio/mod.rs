@@ -1,7 +1,9 @@
 //! Virtio devices (virtio 1.2), and the transport that the guest finds them by.
 
+pub mod balloon;
 pub mod block;
 pub mod chain;
+pub mod console;
 pub mod device;
 pub mod mmio;
 pub mod net;

@@ -1,0 +1,135 @@
+//! One terminal, `/dev/hvc0` in Linux.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, Mutex};
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::port::{DevicePort, Port};
+use super::{F_SIZE, QUEUE_SIZE};
+use crate::bus::lock;
+use crate::line::TerminalSize;
+use crate::virtio::device::{Broken, DeviceId, Token, VirtioDevice};
+use crate::virtio::queues::Queues;
+use crate::virtio::{GuestMemory, feature};
+
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+const QUEUE_SIZES: [u16; 2] = [QUEUE_SIZE; 2];
+
+/// The device.
+///
+/// Linux' driver loses what it is given before the terminal is set up, and does
+/// not say when that is. But then it looks at the configuration if it was told
+/// of a change: it is told of one at the start, and input waits until it looks.
+pub struct Console {
+    port: DevicePort,
+    /// Columns and rows (virtio 1.2, 5.3.4).
+    config: [u8; 4],
+    /// The driver is interested in the size.
+    sized: bool,
+    /// It was told that the configuration changed.
+    told: bool,
+    wake: EventFd,
+}
+
+impl Console {
+    /// A terminal. `attention` is signalled when there is output after there
+    /// was none, or room for input after there was none.
+    pub fn new(attention: EventFd) -> io::Result<Self> {
+        let wake = EventFd::new(EFD_NONBLOCK)?;
+        Ok(Console {
+            port: DevicePort::new(attention, wake.try_clone()?),
+            config: [0; 4],
+            sized: false,
+            told: false,
+            wake,
+        })
+    }
+
+    /// The host's side.
+    pub fn port(&self) -> Arc<Mutex<Port>> {
+        self.port.shared().clone()
+    }
+
+    fn tell(&mut self, queues: &mut Queues) {
+        let size = lock(self.port.shared()).take_size();
+        if let Some(TerminalSize { columns, rows }) = size {
+            let ([a, b], [c, d]) = (columns.to_le_bytes(), rows.to_le_bytes());
+            self.config = [a, b, c, d];
+        }
+        if self.sized && (size.is_some() || !self.told) {
+            self.told = true;
+            queues.config_changed();
+        }
+    }
+}
+
+impl VirtioDevice for Console {
+    fn id(&self) -> DeviceId {
+        DeviceId::Console
+    }
+
+    fn features(&self) -> u64 {
+        feature(F_SIZE)
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    fn config_read(&mut self) {
+        if self.told {
+            self.port.set_open(true);
+        }
+    }
+
+    fn activate(&mut self, acked: u64, _: &Arc<GuestMemory>) -> Result<(), Broken> {
+        self.sized = acked & feature(F_SIZE) != 0;
+        if !self.sized {
+            self.port.set_open(true);
+        }
+        Ok(())
+    }
+
+    fn serve(&mut self, queue: usize, queues: &mut Queues) -> Result<(), Broken> {
+        self.tell(queues);
+        match queue {
+            RECEIVE => self.port.receive(RECEIVE, queues),
+            _ => self.port.transmit(TRANSMIT, queues),
+        }
+    }
+
+    fn sources(&self) -> Vec<(Token, RawFd)> {
+        vec![(0, self.wake.as_raw_fd())]
+    }
+
+    fn ready(&mut self, _: Token, queues: &mut Queues) -> Result<(), Broken> {
+        let _ = self.wake.read();
+        self.tell(queues);
+        self.port.receive(RECEIVE, queues)?;
+        self.port.transmit(TRANSMIT, queues)
+    }
+
+    fn reset(&mut self) {
+        self.port.reset();
+        self.sized = false;
+        self.told = false;
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        vec![
+            ("output_bytes", self.port.output_bytes),
+            ("input_bytes", self.port.input_bytes),
+        ]
+    }
+}
+
+#[cfg(test)]
+#[path = "terminal_tests.rs"]
+mod tests;
