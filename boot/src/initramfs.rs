@@ -16,11 +16,13 @@ use cpio::newc;
 /// one of these it is not loaded.
 pub const MODULE_LIST: &str = "etc/mayfly/modules";
 /// What a guest needs for mayfly's devices. The first brings the others up.
-pub const DEFAULT_MODULES: [&str; 7] = [
+pub const DEFAULT_MODULES: [&str; 9] = [
     "virtio_mmio",
+    "virtio_console",
     "virtio_blk",
     "virtio_net",
     "virtio-rng",
+    "virtio_balloon",
     "vmw_vsock_virtio_transport",
     "pvpanic-mmio",
     "button",
@@ -44,8 +46,9 @@ const DIRECTORIES: [&str; 11] = [
 const S_IFCHR: u32 = 0o020_000;
 const S_IFDIR: u32 = 0o040_000;
 const S_IFREG: u32 = 0o100_000;
-/// The console's device number, 5:1.
-const CONSOLE: (u32, u32) = (5, 1);
+/// What init needs before it mounts /dev: with no console it is started with
+/// nothing open, and opens the other one for it.
+const DEVICES: [(&str, u32, u32); 2] = [("dev/console", 5, 1), ("dev/null", 1, 3)];
 
 /// Why an initramfs could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -92,7 +95,7 @@ pub struct Initramfs<W: Write> {
 }
 
 impl<W: Write> Initramfs<W> {
-    /// Starts an archive with the directories and the console that init needs.
+    /// Starts an archive with the directories and devices that init needs.
     pub fn new(out: W) -> Result<Self, InitramfsError> {
         let mut archive = Initramfs {
             out,
@@ -102,11 +105,13 @@ impl<W: Write> Initramfs<W> {
         for directory in DIRECTORIES {
             archive.directory(directory)?;
         }
-        let console = archive
-            .entry("dev/console", S_IFCHR | 0o600)
-            .rdev_major(CONSOLE.0)
-            .rdev_minor(CONSOLE.1);
-        archive.put(console, &[])?;
+        for (path, major, minor) in DEVICES {
+            let device = archive
+                .entry(path, S_IFCHR | 0o600)
+                .rdev_major(major)
+                .rdev_minor(minor);
+            archive.put(device, &[])?;
+        }
         Ok(archive)
     }
 

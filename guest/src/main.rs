@@ -21,6 +21,7 @@
 //! 128 and more for signals) is written to a port of the VMM.
 
 mod demo;
+mod lines;
 mod net;
 mod port;
 mod power_button;
@@ -57,6 +58,8 @@ fn main() {
 fn run(words: &[String]) -> Result<i32, String> {
     system::mount_all()?;
     system::load_modules(Path::new(MODULE_LIST))?;
+    lines::adopt_console();
+    lines::link_channels();
     if words == ["panic"] {
         std::process::exit(1);
     }
