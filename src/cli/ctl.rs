@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Subcommand;
 use mayfly_devices::rate_limiter::Limits;
 
-use crate::config::{Keys, take_limits};
+use crate::config::{Keys, parse_size, take_limits};
 use crate::control::{Client, ClientError, Command, Folder};
 use crate::failure::{Class, Failure, OrFail};
 
@@ -13,6 +13,7 @@ const EXAMPLES: &str = "\
 Examples:
   mayfly ctl web pause
   mayfly ctl web metrics | grep exits
+  mayfly ctl web balloon 256M
   mayfly ctl web limit disk0 bw=10M,iops=500
   mayfly ctl web shutdown --deadline 10";
 
@@ -49,6 +50,11 @@ enum Verb {
     },
     /// Send a non-maskable interrupt to every vCPU
     Nmi,
+    /// Ask the guest to give up that much of its memory, or to take it back
+    Balloon {
+        /// The balloon's size: 256M, 1G, 0; a plain number is MiB
+        size: String,
+    },
     /// Limit what a disk or network moves in a second: disk0 bw=10M,iops=500, or none
     Limit {
         /// The device's name: disk0, net0, …
@@ -68,6 +74,11 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         Verb::Pause => drop(client.ask(&Command::Pause {}).map_err(refuse)?),
         Verb::Resume => drop(client.ask(&Command::Resume {}).map_err(refuse)?),
         Verb::Nmi => drop(client.ask(&Command::Nmi {}).map_err(refuse)?),
+        Verb::Balloon { size } => {
+            let wrong = |reason| Failure::config(format!("ctl balloon {size}: {reason}"));
+            let size = parse_size(&size, 20).map_err(wrong)?;
+            client.ask(&Command::Balloon { size }).map_err(refuse)?;
+        }
         Verb::Limit { device, limits } => {
             let flag = format!("ctl {} limit {device} {limits}", args.vm);
             let limits = parse_limits(&device, &limits)

@@ -48,7 +48,7 @@ pub enum HugePages {
 
 impl HugePages {
     /// The size in bytes.
-    pub fn bytes(self) -> u64 {
+    pub const fn bytes(self) -> u64 {
         match self {
             HugePages::Mib2 => 2 << 20,
             HugePages::Gib1 => 1 << 30,

@@ -1,6 +1,7 @@
 //! From raw flags to a machine that makes sense: the only place that validates
 //! and has defaults. Messages name the flag and the remedy.
 
+mod balloon;
 mod console;
 mod disk;
 mod guest;
@@ -18,8 +19,10 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use mayfly_boot::{Protocol, cmdline, layout};
+use mayfly_devices::virtio::console::CHANNELS_MAX;
 
-pub use self::console::ConsoleConfig;
+pub use self::balloon::{BalloonConfig, check_size as check_balloon_size};
+pub use self::console::{ChannelConfig, ConsoleConfig, HostEnd};
 pub use self::disk::{BackingConfig, DiskConfig, Format};
 pub use self::guest::{cache_folder, default_guest};
 pub use self::keys::Keys;
@@ -28,6 +31,7 @@ pub use self::memory::{HugePages, MEMORY_MIN, MemoryConfig};
 pub use self::net::NetConfig;
 pub use self::queues::Queues;
 pub use self::raw::{BootProtocol, RawConfig};
+pub use self::size::parse_size;
 pub use self::vsock::VsockConfig;
 pub use self::watchdog::WatchdogAction;
 
@@ -43,7 +47,10 @@ pub const CPUS_MAX: u8 = 32;
 /// is known and steady, a panic ends the VM, a restart is ACPI's.
 const CMDLINE: &str = "quiet loglevel=3 panic=-1 reboot=acpi pci=off 8250.nr_uarts=1 tsc=reliable no_timer_check \
                        cryptomgr.notests rcupdate.rcu_expedited=1";
-const CMDLINE_CONSOLE: &str = "console=ttyS0";
+const CMDLINE_SERIAL: &str = "console=ttyS0";
+/// The driver of the virtio console comes late, by module: until then messages
+/// go to the serial port, whose output goes the same way.
+const CMDLINE_VIRTIO: &str = "console=hvc0 earlyprintk=ttyS0";
 
 /// A machine, valid as far as can be told without opening anything.
 #[derive(Clone, Debug)]
@@ -70,8 +77,12 @@ pub struct MachineConfig {
     pub nets: Vec<NetConfig>,
     /// Sockets between guest and host.
     pub vsock: Option<VsockConfig>,
-    /// Where the serial console is.
+    /// A memory balloon, if there is to be one.
+    pub balloon: Option<BalloonConfig>,
+    /// The console.
     pub console: ConsoleConfig,
+    /// Named lines beside it.
+    pub channels: Vec<ChannelConfig>,
     /// What a watchdog does, if there is one.
     pub watchdog: Option<WatchdogAction>,
     /// What is logged, and where to.
@@ -85,13 +96,11 @@ impl MachineConfig {
     pub fn written(&self) -> impl Iterator<Item = &Path> {
         let writable = |disk: &&DiskConfig| !disk.read_only;
         let disks = self.disks.iter().filter(writable);
-        let console = match &self.console {
-            ConsoleConfig::File(path) | ConsoleConfig::Unix(path) => Some(path.as_path()),
-            _ => None,
-        };
+        let channels = self.channels.iter();
         disks
             .map(|disk| disk.path.as_path())
-            .chain(console)
+            .chain(self.console.end.path())
+            .chain(channels.filter_map(|channel| channel.end.path()))
             .chain(self.vsock.as_ref().map(|vsock| vsock.path.as_path()))
             .chain(self.vsock.as_ref().map(|vsock| vsock.path.as_path()))
             .chain(self.log.file.as_deref())
@@ -112,7 +121,13 @@ impl RawConfig {
             None => format!("vm-{}", std::process::id()),
         };
         let cpus = self.cpus.as_deref().map_or(Ok(1), parse_cpus)?;
-        let memory = parse_one(self.memory.as_deref(), "--memory")?.unwrap_or_default();
+        let memory: MemoryConfig =
+            parse_one(self.memory.as_deref(), "--memory")?.unwrap_or_default();
+        let balloon: Option<BalloonConfig> = parse_one(self.balloon.as_deref(), "--balloon")?;
+        if let (Some(balloon), Some(text)) = (&balloon, &self.balloon) {
+            let fits = balloon.check(&memory);
+            fits.map_err(|reason| Failure::config(format!("--balloon {text}: {reason}")))?;
+        }
         let disks: Vec<DiskConfig> = parse_all(&self.disk, "--disk")?;
         let nets: Vec<NetConfig> = parse_all(&self.net, "--net")?;
         for (text, disk) in self.disk.iter().zip(&disks) {
@@ -122,7 +137,15 @@ impl RawConfig {
             check_queues(net.queues, cpus, "--net", text)?;
         }
         let vsock: Option<VsockConfig> = parse_one(self.vsock.as_deref(), "--vsock")?;
-        let others = 1 + usize::from(vsock.is_some()); // and the random numbers
+        let console: ConsoleConfig =
+            parse_one(self.console.as_deref(), "--console")?.unwrap_or_default();
+        let channels = channels(&self.channel)?;
+        // The entropy device is always there, and channels share one.
+        let others = 1
+            + usize::from(vsock.is_some())
+            + usize::from(balloon.is_some())
+            + usize::from(console.virtio)
+            + usize::from(!channels.is_empty());
         let devices = disks.len() + nets.len();
         if devices + others > layout::VIRTIO_MAX {
             return Err(Failure::config(format!(
@@ -148,12 +171,13 @@ impl RawConfig {
                 )));
             }
         }
-        let console = parse_one(self.console.as_deref(), "--console")?.unwrap_or_default();
         let mut parts: Vec<&str> = Vec::new();
         if !self.no_default_cmdline {
             parts.push(CMDLINE);
-            if console != ConsoleConfig::None {
-                parts.push(CMDLINE_CONSOLE);
+            match console.end {
+                HostEnd::None => {}
+                _ if console.virtio => parts.push(CMDLINE_VIRTIO),
+                _ => parts.push(CMDLINE_SERIAL),
             }
         }
         parts.extend(self.cmdline.as_deref());
@@ -172,7 +196,9 @@ impl RawConfig {
             disks,
             nets,
             vsock,
+            balloon,
             console,
+            channels,
             watchdog: parse_one(self.watchdog.as_deref(), "--watchdog")?,
             log: parse_one(self.log.as_deref(), "--log")?.unwrap_or_default(),
             pidfile: self.pidfile,
@@ -196,6 +222,28 @@ fn parse_one<T: FromStr<Err = String>>(
             .map_err(|error| Failure::config(format!("{flag} {text}: {error}")))
     };
     text.map(parse).transpose()
+}
+
+fn channels(texts: &[String]) -> Result<Vec<ChannelConfig>, Failure> {
+    let channels: Vec<ChannelConfig> = parse_all(texts, "--channel")?;
+    if channels.len() > CHANNELS_MAX {
+        return Err(Failure::config(format!(
+            "--channel: {} are too many; at most {CHANNELS_MAX} fit",
+            channels.len()
+        )));
+    }
+    for (index, channel) in channels.iter().enumerate() {
+        if channels[..index]
+            .iter()
+            .any(|other| other.name == channel.name)
+        {
+            return Err(Failure::config(format!(
+                "--channel name={}: given twice; choose another name",
+                channel.name
+            )));
+        }
+    }
+    Ok(channels)
 }
 
 fn check_queues(queues: Queues, cpus: u8, flag: &str, text: &str) -> Result<(), Failure> {
@@ -244,6 +292,8 @@ mod tests {
         let line = config("debug", false, "stdio").unwrap();
         assert!(line.starts_with("quiet ") && line.ends_with(" console=ttyS0 debug"));
         assert!(!config("", false, "none").unwrap().contains("console="));
+        let line = config("", false, "virtio").unwrap();
+        assert!(line.contains("console=hvc0") && !line.contains("console=ttyS0"));
         assert_eq!(config("debug", true, "stdio").unwrap(), "debug");
         assert!(refusal(config(&"x".repeat(2048), true, "none")).starts_with("--cmdline"));
     }
@@ -272,5 +322,24 @@ mod tests {
             ..Default::default()
         };
         assert!(refusal(config.validate()).contains("twice"));
+    }
+
+    #[test]
+    fn channels_are_few_and_have_names_of_their_own() {
+        let config = |names: &[String]| {
+            RawConfig {
+                kernel: Some("k".into()),
+                channel: names
+                    .iter()
+                    .map(|name| format!("name={name},pty"))
+                    .collect(),
+                ..Default::default()
+            }
+            .validate()
+        };
+        let names: Vec<_> = (0..=CHANNELS_MAX).map(|index| index.to_string()).collect();
+        assert!(config(&names[1..]).is_ok());
+        assert!(refusal(config(&names)).contains("too many"));
+        assert!(refusal(config(&["a".into(), "a".into()])).contains("twice"));
     }
 }

@@ -61,9 +61,19 @@ pub struct RawConfig {
     #[arg(long, value_name = "cid=N,unix=S")]
     #[serde(deserialize_with = "word")]
     pub vsock: Option<String>,
-    /// Serial console: stdio, file=F, pty, unix=S, none [default: stdio]
-    #[arg(long, value_name = "WHERE")]
+    /// A memory balloon of a size; mayfly ctl changes it
+    #[arg(long, value_name = "SIZE[,deflate-on-oom][,reporting]")]
+    #[serde(deserialize_with = "word")]
+    pub balloon: Option<String>,
+    /// Console: stdio, file=F, pty, unix=S, none; virtio makes it fast, and know
+    /// the terminal's size [default: stdio]
+    #[arg(long, value_name = "WHERE[,virtio]")]
+    #[serde(deserialize_with = "word")]
     pub console: Option<String>,
+    /// A channel, /dev/virtio-ports/NAME in the guest (repeatable)
+    #[arg(long, value_name = "name=NAME,unix=S|pty|file=F")]
+    #[serde(deserialize_with = "words")]
+    pub channel: Vec<String>,
     /// A watchdog, and what happens if the guest that starts it hangs [default action: crash]
     #[arg(
         long,
@@ -143,7 +153,9 @@ impl RawConfig {
             disk: either(self.disk, file.disk),
             net: either(self.net, file.net),
             vsock: self.vsock.or(file.vsock),
+            balloon: self.balloon.or(file.balloon),
             console: self.console.or(file.console),
+            channel: either(self.channel, file.channel),
             watchdog: self.watchdog.or(file.watchdog),
             log: self.log.or(file.log),
             pidfile: self.pidfile.or(file.pidfile),

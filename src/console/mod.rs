@@ -1,4 +1,4 @@
-//! The host's side of the guest's serial console.
+//! The host's side of the guest's console and channels.
 
 mod escape;
 mod tail;
@@ -11,12 +11,13 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use mayfly_devices::bus::lock;
-use mayfly_devices::serial::Serial;
+use mayfly_devices::line::{Line, TerminalSize};
+use vmm_sys_util::eventfd::EventFd;
 
-use crate::config::ConsoleConfig;
+use crate::config::HostEnd;
 use crate::failure::{Failure, OrFail};
 use escape::{Escape, HELP, Request};
 use tail::Tail;
@@ -28,9 +29,32 @@ const CHUNK: usize = libc::PIPE_BUF;
 /// lost, as on any terminal.
 const HELD_MAX: usize = 4096;
 
+/// The guest's side of a console or a channel, and what is to be the host's.
+pub struct Connection {
+    /// What it is, for messages.
+    pub name: String,
+    /// What asked for it, for messages.
+    pub flag: String,
+    /// The host's end.
+    pub end: HostEnd,
+    /// The guest's ends. In this order they give output; the last takes
+    /// the input.
+    pub lines: Vec<Arc<Mutex<dyn Line>>>,
+    /// They have output, or room for input.
+    pub attention: EventFd,
+    /// The last lines are kept.
+    pub tail: bool,
+}
+
 /// The host's side: where output goes, where input comes from.
 #[derive(Default)]
 pub struct Console {
+    lines: Vec<Arc<Mutex<dyn Line>>>,
+    /// What the guest's side was told: that there is somebody, and its size.
+    connected: bool,
+    size: Option<TerminalSize>,
+    /// Of a client that left: the event loop still watches them.
+    left: Vec<File>,
     input: Option<File>,
     output: Option<File>,
     /// Output that its reader leaves lying may be lost.
@@ -60,32 +84,32 @@ impl Drop for SocketFile {
 impl Console {
     /// Opens what the user chose. Called last of all that can fail: it creates
     /// files, and changes the terminal.
-    pub fn open(config: &ConsoleConfig) -> Result<Self, Failure> {
-        let mut console = Console::of(config)?;
-        console.tail = (*config != ConsoleConfig::Stdio).then(Tail::default);
-        Ok(console)
-    }
-
-    fn of(config: &ConsoleConfig) -> Result<Self, Failure> {
-        match config {
-            ConsoleConfig::None => Ok(Console::default()),
-            ConsoleConfig::Stdio => Console::stdio().or_host("--console stdio"),
-            ConsoleConfig::File(path) => {
+    pub fn open(connection: &Connection) -> Result<Self, Failure> {
+        let flag = &connection.flag;
+        let console = match &connection.end {
+            HostEnd::None => Ok(Console::default()),
+            HostEnd::Stdio => Console::stdio().or_host(flag),
+            HostEnd::File(path) => {
                 let file = OpenOptions::new()
                     .write(true)
                     .create(true)
                     .truncate(true)
                     .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
                     .open(path)
-                    .or_host(format_args!("--console file={}", path.display()))?;
+                    .or_host(flag)?;
                 Ok(Console {
                     output: Some(file),
                     ..Default::default()
                 })
             }
-            ConsoleConfig::Pty => Console::pty().or_host("--console pty"),
-            ConsoleConfig::Unix(path) => Console::unix(path),
-        }
+            HostEnd::Pty => Console::pty(&connection.name).or_host(flag),
+            HostEnd::Unix(path) => Console::unix(path, flag),
+        }?;
+        Ok(Console {
+            lines: connection.lines.clone(),
+            tail: connection.tail.then(Tail::default),
+            ..console
+        })
     }
 
     fn stdio() -> io::Result<Self> {
@@ -104,7 +128,7 @@ impl Console {
         })
     }
 
-    fn pty() -> io::Result<Self> {
+    fn pty(what: &str) -> io::Result<Self> {
         let (mut master, mut slave) = (-1, -1);
         let null = std::ptr::null_mut();
         // SAFETY: writes two descriptors; the other arguments may be null.
@@ -119,7 +143,7 @@ impl Console {
         let input = File::from(master);
         // The guest's own terminal echoes and edits.
         make_raw(&slave)?;
-        eprintln!("mayfly: console is {}", name.display());
+        eprintln!("mayfly: {what} is {}", name.display());
         Ok(Console {
             output: Some(input.try_clone()?),
             input: Some(input),
@@ -129,8 +153,7 @@ impl Console {
         })
     }
 
-    fn unix(path: &Path) -> Result<Self, Failure> {
-        let flag = format!("--console unix={}", path.display());
+    fn unix(path: &Path, flag: &str) -> Result<Self, Failure> {
         if let Ok(metadata) = path.symlink_metadata() {
             if !metadata.file_type().is_socket() || UnixStream::connect(path).is_ok() {
                 return Err(Failure::config(format!(
@@ -138,11 +161,11 @@ impl Console {
                 )));
             }
             // Left by one that was killed: nobody listens.
-            std::fs::remove_file(path).or_host(&flag)?;
+            std::fs::remove_file(path).or_host(flag)?;
         }
-        let listener = UnixListener::bind(path).or_host(&flag)?;
+        let listener = UnixListener::bind(path).or_host(flag)?;
         let socket = SocketFile(path.to_owned());
-        listener.set_nonblocking(true).or_host(&flag)?;
+        listener.set_nonblocking(true).or_host(flag)?;
         Ok(Console {
             listener: Some(listener),
             _socket: Some(socket),
@@ -175,18 +198,63 @@ impl Console {
         }
     }
 
-    /// Moves what can be moved without blocking. True if the user wants out.
-    pub fn pump(&mut self, serial: &Mutex<Serial>) -> bool {
-        self.pump_output(serial);
-        self.pump_input(serial)
+    /// The descriptors that are no sources any more. They are open until these
+    /// are dropped.
+    pub fn take_left(&mut self) -> Vec<File> {
+        std::mem::take(&mut self.left)
     }
 
-    fn pump_output(&mut self, serial: &Mutex<Serial>) {
+    /// Moves what can be moved without blocking. True if the user wants out.
+    pub fn pump(&mut self) -> bool {
+        self.tell_size();
+        self.tell_connected();
+        for line in self.lines.clone() {
+            self.pump_output(&*line);
+        }
+        let quit = match self.lines.last().cloned() {
+            Some(line) => self.pump_input(&*line),
+            None => false,
+        };
+        self.tell_connected();
+        quit
+    }
+
+    /// Tells the guest's side the terminal's size, if it changed. A
+    /// pseudo-terminal's other end may change it and does not say so: this is
+    /// looked at whenever something moves.
+    fn tell_size(&mut self) {
+        let files = [&self.input, &self.output];
+        let size = files.into_iter().flatten().find_map(terminal::size);
+        if let (Some(size), Some(line)) = (size, self.lines.last())
+            && self.size != Some(size)
+        {
+            self.size = Some(size);
+            lock(line).resized(size);
+        }
+    }
+
+    fn tell_connected(&mut self) {
+        let connected = self.input.is_some() || self.output.is_some();
+        if let Some(line) = self.lines.last()
+            && self.connected != connected
+        {
+            self.connected = connected;
+            lock(line).connected(connected);
+        }
+    }
+
+    /// The client left, or closed its half: it gets nothing more.
+    fn client_left(&mut self) {
+        self.left.extend(self.input.take());
+        self.left.extend(self.output.take());
+    }
+
+    fn pump_output(&mut self, line: &Mutex<dyn Line>) {
         let mut chunk = [0; CHUNK];
         loop {
             let len = {
-                let serial = lock(serial);
-                let output = serial.output();
+                let line = lock(line);
+                let output = line.output();
                 let len = output.len().min(CHUNK);
                 chunk[..len].copy_from_slice(&output[..len]);
                 len
@@ -209,7 +277,10 @@ impl Console {
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                     Err(_) => {
                         // Nobody reads any more; the guest goes on.
-                        self.output = None;
+                        match self.listener {
+                            Some(_) => self.client_left(),
+                            None => self.output = None,
+                        }
                         len
                     }
                 },
@@ -217,15 +288,15 @@ impl Console {
             if let Some(tail) = &mut self.tail {
                 tail.push(&chunk[..done]);
             }
-            lock(serial).output_done(done);
+            lock(line).output_done(done);
         }
     }
 
-    fn pump_input(&mut self, serial: &Mutex<Serial>) -> bool {
+    fn pump_input(&mut self, line: &Mutex<dyn Line>) -> bool {
         loop {
-            let room = lock(serial).input_room();
+            let room = lock(line).input_room();
             let deliver: Vec<u8> = self.held.drain(..room.min(self.held.len())).collect();
-            lock(serial).input(&deliver);
+            lock(line).input(&deliver);
             let room = room - deliver.len();
             let want = if self.escape.is_some() {
                 HELD_MAX
@@ -241,16 +312,16 @@ impl Console {
             let mut data = vec![0; want];
             match file.read(&mut data) {
                 Ok(0) | Err(_) => {
-                    self.input = None;
-                    if self.listener.is_some() {
-                        self.output = None;
+                    match self.listener {
+                        Some(_) => self.client_left(),
+                        None => self.input = None,
                     }
                     return false;
                 }
                 Ok(len) => data.truncate(len),
             }
             let Some(escape) = &mut self.escape else {
-                lock(serial).input(&data);
+                lock(line).input(&data);
                 continue;
             };
             match escape.filter(&mut data) {
@@ -269,15 +340,17 @@ impl Console {
     }
 
     /// Passes on what is left at the end; waits for a slow reader, not for ever.
-    pub fn flush(&mut self, serial: &Mutex<Serial>) {
+    pub fn flush(&mut self) {
         const PATIENCE_MS: i32 = 2000;
-        loop {
-            self.pump_output(serial);
-            let Some(file) = &self.output else { return };
-            if lock(serial).output().is_empty()
-                || !poll(file.as_raw_fd(), libc::POLLOUT, PATIENCE_MS)
-            {
-                return;
+        for line in self.lines.clone() {
+            loop {
+                self.pump_output(&*line);
+                let Some(file) = &self.output else { return };
+                if lock(&line).output().is_empty()
+                    || !poll(file.as_raw_fd(), libc::POLLOUT, PATIENCE_MS)
+                {
+                    break;
+                }
             }
         }
     }

@@ -6,6 +6,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, Once, PoisonError};
 
+use mayfly_devices::line::TerminalSize;
+
 /// The terminal to restore, where a panic finds it too.
 static SAVED: Mutex<Option<(RawFd, libc::termios)>> = Mutex::new(None);
 static HOOK: Once = Once::new();
@@ -53,6 +55,22 @@ impl Drop for RawTerminal {
         debug_assert!(self.0.as_raw_fd() >= 0); // still open
         restore();
     }
+}
+
+/// The size of a terminal; `None` if the file is not one.
+pub fn size(file: &File) -> Option<TerminalSize> {
+    let mut size = MaybeUninit::<libc::winsize>::uninit();
+    // SAFETY: fills in the structure, or fails.
+    if unsafe { libc::ioctl(file.as_raw_fd(), libc::TIOCGWINSZ, size.as_mut_ptr()) } != 0 {
+        return None;
+    }
+    // SAFETY: the call above succeeded.
+    let size = unsafe { size.assume_init() };
+    // Nobody has set one: nothing is known.
+    (size.ws_col > 0 && size.ws_row > 0).then_some(TerminalSize {
+        columns: size.ws_col,
+        rows: size.ws_row,
+    })
 }
 
 fn restore() {

@@ -33,6 +33,11 @@ pub enum Command {
     },
     /// A non-maskable interrupt on every vCPU.
     Nmi {},
+    /// Ask the guest for a balloon of a size.
+    Balloon {
+        /// In bytes.
+        size: u64,
+    },
     /// What a disk or network may move from now on; none without.
     Limit {
         /// Its name, as `info` tells it.
@@ -111,6 +116,7 @@ mod tests {
             "[]",
             r#"{"command":"fly"}"#,
             r#"{"command":"shutdown"}"#,
+            r#"{"command":"balloon","size":"1M"}"#,
             r#"{"command":"shutdown","deadline":-1}"#,
             r#"{"command":"pause","now":true}"#,
         ] {

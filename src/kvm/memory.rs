@@ -12,6 +12,7 @@ use vm_memory::{
     GuestRegionMmap, MmapRegion,
 };
 
+use super::reclaim::MappedFiles;
 use crate::config::{HugePages, MemoryConfig};
 
 /// The guest's memory, everywhere in mayfly.
@@ -116,7 +117,12 @@ fn advise(region: &MmapRegion<()>, advice: libc::c_int) -> io::Result<()> {
 }
 
 /// Maps files over a guest's memory.
-pub struct FileMapper<'a>(pub &'a GuestMemory);
+pub struct FileMapper<'a> {
+    /// The memory.
+    pub memory: &'a GuestMemory,
+    /// Where it is noted.
+    pub files: &'a MappedFiles,
+}
 
 impl MapFile for FileMapper<'_> {
     fn map_file(&self, file: &File, offset: u64, addr: u64, len: u64) -> io::Result<bool> {
@@ -124,12 +130,16 @@ impl MapFile for FileMapper<'_> {
         let bytes = usize::try_from(len).map_err(io::Error::other)?;
         // Whoever shares the memory must see what is loaded, and huge pages
         // cannot be replaced one by one: copy instead.
-        if self.0.iter().any(|region| region.file_offset().is_some()) {
+        if self
+            .memory
+            .iter()
+            .any(|region| region.file_offset().is_some())
+        {
             return Ok(false);
         }
         // The range must lie in one region, so that it lies in one mapping.
         let slice = self
-            .0
+            .memory
             .get_slice(GuestAddress(addr), bytes)
             .map_err(invalid)?;
         let host = slice.ptr_guard_mut();
@@ -153,7 +163,10 @@ impl MapFile for FileMapper<'_> {
                 error if error.raw_os_error() == Some(libc::ENODEV) => Ok(false),
                 error => Err(error),
             },
-            _ => Ok(true),
+            _ => {
+                self.files.add(addr, len);
+                Ok(true)
+            }
         }
     }
 }
@@ -172,6 +185,10 @@ mod tests {
         }
     }
 
+    fn mapper<'a>(memory: &'a GuestMemory, files: &'a MappedFiles) -> FileMapper<'a> {
+        FileMapper { memory, files }
+    }
+
     #[test]
     fn shared_memory_is_a_file_that_shows_everything() {
         let memory = guest_memory(&config(true)).unwrap();
@@ -182,7 +199,7 @@ mod tests {
         std::os::unix::fs::FileExt::read_exact_at(file, &mut byte, 0x5000).unwrap();
         assert_eq!(byte, [7]);
         let other = tempfile::tempfile().unwrap();
-        let mapped = FileMapper(&memory).map_file(&other, 0, 0x5000, 0x1000);
+        let mapped = mapper(&memory, &MappedFiles::default()).map_file(&other, 0, 0x5000, 0x1000);
         assert!(!mapped.unwrap());
         prefault(&memory).unwrap();
         assert_eq!(memory.read_obj::<u8>(GuestAddress(0x5000)).unwrap(), 7);
@@ -194,7 +211,7 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&[7; 0x2000]).unwrap();
         assert!(
-            FileMapper(&memory)
+            mapper(&memory, &MappedFiles::default())
                 .map_file(&file, 0x1000, 0x5000, 0x1000)
                 .unwrap()
         );
@@ -210,7 +227,8 @@ mod tests {
     fn files_are_not_mapped_outside_of_memory() {
         let memory = guest_memory(&config(false)).unwrap();
         let file = tempfile::tempfile().unwrap();
-        let mapper = FileMapper(&memory);
+        let files = MappedFiles::default();
+        let mapper = mapper(&memory, &files);
         assert!(mapper.map_file(&file, 0, 0xff000, 0x2000).is_err());
         assert!(mapper.map_file(&file, 0, u64::MAX - 0xfff, 0x1000).is_err());
     }

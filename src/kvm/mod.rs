@@ -5,6 +5,7 @@ pub mod gate;
 pub mod memory;
 pub mod msr;
 pub mod probe;
+pub mod reclaim;
 pub mod vcpu;
 pub mod vm;
 

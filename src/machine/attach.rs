@@ -3,19 +3,26 @@
 use std::sync::{Arc, Mutex};
 
 use mayfly_boot::{MmioDevice, layout};
+use mayfly_devices::line::Line;
 use mayfly_devices::rate_limiter::LimitHandle;
+use mayfly_devices::serial::Serial;
+use mayfly_devices::virtio::balloon::{Balloon, BalloonHandle};
 use mayfly_devices::virtio::block::Block;
+use mayfly_devices::virtio::console::{Channels, Console};
 use mayfly_devices::virtio::device::{DeviceId, VirtioDevice};
 use mayfly_devices::virtio::mmio::{NOTIFY_OFFSET, VirtioMmio};
 use mayfly_devices::virtio::net::Net;
 use mayfly_devices::virtio::rng::Rng;
 use mayfly_devices::virtio::vsock::{Vsock, VsockState};
+use vmm_sys_util::eventfd::EventFd;
 
-use super::build::event;
+use super::build::{duplicate, event};
 use super::resources::Resources;
-use crate::config::{MachineConfig, NetConfig};
+use crate::config::{HostEnd, MachineConfig, NetConfig};
+use crate::console::Connection;
 use crate::failure::{Failure, OrFail};
 use crate::kvm::memory::GuestMemory;
+use crate::kvm::reclaim::{MappedFiles, Reclaimer};
 use crate::kvm::vcpu::Buses;
 use crate::kvm::vm::Vm;
 use crate::vsock;
@@ -74,14 +81,25 @@ impl Devices {
     }
 }
 
+/// What was attached.
+pub struct Attached {
+    /// The virtio devices.
+    pub slots: Vec<Slot>,
+    /// The console, then the channels.
+    pub connections: Vec<Connection>,
+    /// Commands the balloon.
+    pub balloon: Option<BalloonHandle>,
+}
+
 /// Makes all devices, in the order of their names in the guest.
 pub fn attach(
     config: &MachineConfig,
     resources: &mut Resources,
+    serial: (Arc<Mutex<Serial>>, EventFd),
     vm: &Vm,
-    memory: &GuestMemory,
+    (memory, files): (&GuestMemory, &MappedFiles),
     buses: &mut Buses,
-) -> Result<Vec<Slot>, Failure> {
+) -> Result<Attached, Failure> {
     let mut devices = Devices::default();
     for (index, (disk, from)) in resources.disks.drain(..).zip(&config.disks).enumerate() {
         let flag = format!("--disk path={}", from.path.display());
@@ -106,13 +124,79 @@ pub fn attach(
         .try_clone()
         .or_host("duplicating a descriptor")?;
     devices.add("rng", "the entropy device", Rng::new(random));
+    let mut balloon = None;
+    if let Some(from) = &config.balloon {
+        let reclaimer = Reclaimer::new(memory, &config.memory, files);
+        let device = Balloon::new(reclaimer, from.abilities, from.size).or_host("--balloon")?;
+        balloon = Some(device.handle());
+        devices.add("balloon", "--balloon", device);
+    }
+    let mut connections = vec![attach_console(config, serial, &mut devices)?];
+    connections.extend(attach_channels(config, &mut devices)?);
 
     let memory = Arc::new(memory.clone());
     let mut slots = Vec::new();
     for (index, device) in devices.0.into_iter().enumerate() {
         slots.push(place(index, device, vm, &memory, buses)?);
     }
-    Ok(slots)
+    Ok(Attached {
+        slots,
+        connections,
+        balloon,
+    })
+}
+
+/// The console is on the serial port, or on a device of its own; then the
+/// serial port has the guest's first words.
+fn attach_console(
+    config: &MachineConfig,
+    (serial, attention): (Arc<Mutex<Serial>>, EventFd),
+    devices: &mut Devices,
+) -> Result<Connection, Failure> {
+    let flag = format!("--console {}", config.console.end);
+    let mut lines: Vec<Arc<Mutex<dyn Line>>> = vec![serial];
+    if config.console.virtio {
+        let console = Console::new(duplicate(&attention)?).or_host(&flag)?;
+        lines.push(console.port());
+        devices.add("console", &flag, console);
+    }
+    Ok(Connection {
+        name: "console".to_owned(),
+        flag,
+        tail: config.console.end != HostEnd::Stdio,
+        end: config.console.end.clone(),
+        lines,
+        attention,
+    })
+}
+
+/// All channels are ports of one device.
+fn attach_channels(
+    config: &MachineConfig,
+    devices: &mut Devices,
+) -> Result<Vec<Connection>, Failure> {
+    let Some(first) = config.channels.first() else {
+        return Ok(Vec::new());
+    };
+    let (mut ports, mut connections) = (Vec::new(), Vec::new());
+    for channel in &config.channels {
+        let attention = event()?;
+        ports.push((channel.name.clone(), duplicate(&attention)?));
+        connections.push(Connection {
+            name: format!("channel {}", channel.name),
+            flag: channel.flag(),
+            end: channel.end.clone(),
+            tail: false,
+            lines: Vec::new(),
+            attention,
+        });
+    }
+    let device = Channels::new(ports).or_host(first.flag())?;
+    for (connection, port) in connections.iter_mut().zip(device.ports()) {
+        connection.lines.push(port);
+    }
+    devices.add("channels", first.flag(), device);
+    Ok(connections)
 }
 
 /// Gives a device its address, its interrupt and its notifications.

@@ -9,16 +9,19 @@ use mayfly_boot::{Boot, KernelError, MmioDevice, initrd, kernel, layout};
 use mayfly_devices::platform::PlatformEvent;
 use mayfly_devices::pvpanic::GuestPanic;
 use mayfly_devices::serial::{Serial, SerialState};
+use mayfly_devices::virtio::balloon::BalloonHandle;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::attach::{self, Slot};
+use super::attach::{self, Attached, Slot};
 use super::platform::{self, PlatformHandle};
 use super::resources::Resources;
 use crate::config::MachineConfig;
+use crate::console::Connection;
 use crate::control::Ask;
 use crate::failure::{Failure, OrFail};
-use crate::kvm::memory::{FileMapper, GuestMemory, guest_memory, prefault};
+use crate::kvm::memory::{FileMapper, guest_memory, prefault};
 use crate::kvm::probe::{self, Backend};
+use crate::kvm::reclaim::MappedFiles;
 use crate::kvm::vcpu::{Buses, Vcpu, VcpuEnd};
 use crate::kvm::vm::{self, Vm};
 use crate::timing::Timeline;
@@ -69,10 +72,10 @@ pub struct Machine {
     pub buses: Buses,
     /// The virtio devices.
     pub slots: Arc<[Slot]>,
-    /// The console's port.
-    pub serial: Arc<Mutex<Serial>>,
-    /// The console has output, or room for input.
-    pub serial_attention: EventFd,
+    /// The console, then the channels.
+    pub connections: Vec<Connection>,
+    /// Commands the balloon.
+    pub balloon: Option<BalloonHandle>,
     /// Power button, watchdog, …
     pub platform: PlatformHandle,
     /// Where events are sent …
@@ -101,19 +104,34 @@ pub fn build(
     let wake = event()?;
     let notifier = Notifier {
         sender,
-        wake: wake
-            .try_clone()
-            .or_host("duplicating an event descriptor")?,
+        wake: duplicate(&wake)?,
     };
 
     let mut buses = Buses::default();
-    let (serial, serial_attention) = attach_serial(&vm, &mut buses)?;
+    let serial = attach_serial(&vm, &mut buses)?;
     let watchdog = config.watchdog.is_some();
     let platform = platform::attach(&vm, &memory, &mut buses, &notifier, watchdog)?;
-    let slots = attach::attach(config, &mut resources, &vm, &memory, &mut buses)?;
+    let files = MappedFiles::default();
+    let attached = attach::attach(
+        config,
+        &mut resources,
+        serial,
+        &vm,
+        (&memory, &files),
+        &mut buses,
+    )?;
+    let Attached {
+        slots,
+        connections,
+        balloon,
+    } = attached;
     let virtio: Vec<MmioDevice> = slots.iter().map(|slot| slot.place).collect();
 
-    let entry = load(config, &mut resources, &memory, &virtio)?;
+    let mapper = FileMapper {
+        memory: &memory,
+        files: &files,
+    };
+    let entry = load(config, &mut resources, &mapper, &virtio)?;
     if config.memory.prefault {
         prefault(&memory).or_host(memory_flag(config))?;
     }
@@ -131,8 +149,8 @@ pub fn build(
         vcpus,
         buses,
         slots: slots.into(),
-        serial,
-        serial_attention,
+        connections,
+        balloon,
         platform,
         notifier,
         events,
@@ -164,11 +182,11 @@ pub fn open_kvm() -> Result<Kvm, Failure> {
 fn load(
     config: &MachineConfig,
     resources: &mut Resources,
-    memory: &GuestMemory,
+    mapper: &FileMapper,
     virtio: &[MmioDevice],
 ) -> Result<mayfly_boot::EntryState, Failure> {
-    let mapper = FileMapper(memory);
-    let loaded = kernel::load(memory, &mut resources.kernel, &mapper, config.protocol);
+    let memory = mapper.memory;
+    let loaded = kernel::load(memory, &mut resources.kernel, mapper, config.protocol);
     let flag = match loaded {
         Err(KernelError::DoesNotFit { .. }) => {
             format!("{}: {}", memory_flag(config), config.kernel_flag)
@@ -178,7 +196,7 @@ fn load(
     let kernel = loaded.or_config(flag)?;
     let initrd = match (&config.initrd, &mut resources.initrd) {
         (Some(path), Some(file)) => Some(
-            initrd::load(memory, file, &mapper, kernel.start..kernel.end)
+            initrd::load(memory, file, mapper, kernel.start..kernel.end)
                 .or_config(format_args!("--initrd {}", path.display()))?,
         ),
         _ => None,
@@ -199,13 +217,17 @@ pub fn event() -> Result<EventFd, Failure> {
     EventFd::new(EFD_NONBLOCK).or_host("creating an event descriptor")
 }
 
+/// The same event descriptor once more.
+pub fn duplicate(event: &EventFd) -> Result<EventFd, Failure> {
+    event.try_clone().or_host("duplicating an event descriptor")
+}
+
+/// Returns the port, and what it signals when the host's side is to look.
 fn attach_serial(vm: &Vm, buses: &mut Buses) -> Result<(Arc<Mutex<Serial>>, EventFd), Failure> {
     let (interrupt, attention) = (event()?, event()?);
     vm.connect_interrupt(&interrupt, layout::SERIAL_IRQ)
         .or_host("serial port")?;
-    let listener = attention
-        .try_clone()
-        .or_host("duplicating an event descriptor")?;
+    let listener = duplicate(&attention)?;
     let serial = Serial::new(SerialState::default(), interrupt, attention);
     let serial = Arc::new(Mutex::new(serial));
     buses

@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 
 use mayfly_devices::bus::lock;
 use mayfly_devices::rate_limiter::{LimitHandle, Limits};
+use mayfly_devices::virtio::balloon::BalloonHandle;
 use serde_json::json;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::attach::Slot;
 use super::platform::PlatformHandle;
 use super::run::{Outcome, VcpuControl};
-use crate::config::{MachineConfig, WatchdogAction};
+use crate::config::{MachineConfig, WatchdogAction, check_balloon_size};
 use crate::control::{Ask, Command, Event, Reply, Subscriber};
 use crate::metrics::Exposition;
 use crate::timing::Timeline;
@@ -24,6 +25,7 @@ pub struct Commander {
     about: About,
     vcpus: Arc<VcpuControl>,
     slots: Arc<[Slot]>,
+    balloon: Option<BalloonHandle>,
     platform: PlatformHandle,
     watchdog: WatchdogAction,
     state: State,
@@ -54,6 +56,7 @@ impl Commander {
         config: &MachineConfig,
         vcpus: Arc<VcpuControl>,
         slots: Arc<[Slot]>,
+        balloon: Option<BalloonHandle>,
         platform: PlatformHandle,
     ) -> std::io::Result<Self> {
         Ok(Commander {
@@ -66,6 +69,7 @@ impl Commander {
             },
             vcpus,
             slots,
+            balloon,
             platform,
             watchdog: config.watchdog.unwrap_or(WatchdogAction::Crash),
             state: State::Running,
@@ -112,6 +116,7 @@ impl Commander {
             Command::Metrics {} => Ok(self.metrics(timeline).into()),
             Command::Shutdown { deadline } => self.shutdown(Duration::from_secs(deadline)),
             Command::Nmi {} => self.interrupt(),
+            Command::Balloon { size } => self.inflate(size),
             Command::Limit { device, limits } => self.limit(&device, limits),
         };
         let reply = done.map_or_else(Reply::Error, Reply::Ok);
@@ -157,6 +162,16 @@ impl Commander {
 
     fn interrupt(&self) -> Result<serde_json::Value, String> {
         self.vcpus.interrupt();
+        Ok(serde_json::Value::Null)
+    }
+
+    fn inflate(&mut self, size: u64) -> Result<serde_json::Value, String> {
+        let Some(balloon) = &self.balloon else {
+            return Err("it has no balloon; start it with --balloon 0".into());
+        };
+        check_balloon_size(size, self.about.memory)?;
+        balloon.set_target(size);
+        self.tell("balloon", Some(size.to_string()));
         Ok(serde_json::Value::Null)
     }
 
@@ -211,6 +226,7 @@ impl Commander {
             "kernel": self.about.kernel,
             "cmdline": self.about.cmdline,
             "devices": devices,
+            "balloon": self.balloon.as_ref().map(balloon_info),
         })
     }
 
@@ -220,6 +236,18 @@ impl Commander {
             .sample(&[], self.started.elapsed().as_secs_f64());
         text.gauge("mayfly_paused", "1 while the vCPUs are paused")
             .sample(&[], f64::from(u8::from(self.state == State::Paused)));
+        if let Some(balloon) = &self.balloon {
+            text.gauge(
+                "mayfly_balloon_target_bytes",
+                "The balloon's size as asked for",
+            )
+            .sample(&[], balloon.target() as f64);
+            text.gauge(
+                "mayfly_balloon_actual_bytes",
+                "The balloon's size as the guest says",
+            )
+            .sample(&[], balloon.actual() as f64);
+        }
         let mut phases = text.gauge(
             "mayfly_boot_phase_seconds",
             "When a phase of the boot ended, from the process's start",
@@ -260,4 +288,25 @@ impl Commander {
         }
         text.finish()
     }
+}
+
+/// Statistics are the last that the guest sent, and how old they are; newer
+/// ones are asked for.
+fn balloon_info(balloon: &BalloonHandle) -> serde_json::Value {
+    balloon.request_statistics();
+    let statistics = balloon.statistics().map(|statistics| {
+        let mut all: serde_json::Map<_, _> = statistics
+            .values
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value.into()))
+            .collect();
+        let age = statistics.when.elapsed().as_millis() as u64;
+        all.insert("age_ms".to_owned(), age.into());
+        all
+    });
+    json!({
+        "target": balloon.target(),
+        "actual": balloon.actual(),
+        "statistics": statistics,
+    })
 }

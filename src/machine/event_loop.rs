@@ -1,7 +1,7 @@
 //! The one thread that owns the host's side of all devices.
 
 use std::cell::RefCell;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::rc::Rc;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
@@ -11,7 +11,6 @@ use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, Subscrib
 use mayfly_devices::bus::lock;
 use mayfly_devices::platform::PlatformEvent;
 use mayfly_devices::pvpanic::GuestPanic;
-use mayfly_devices::serial::Serial;
 use mayfly_devices::virtio::mmio::VirtioMmio;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
@@ -113,6 +112,8 @@ pub struct Control {
     pub grace: TimerFd,
     /// Carries out what the user asks.
     pub commander: Rc<RefCell<Commander>>,
+    /// Signalled when the terminal's size changed.
+    pub resized: Option<EventFd>,
     /// Where it goes.
     pub learnt: Shared,
 }
@@ -176,8 +177,13 @@ impl MutEventSubscriber for Control {
             };
             outcome = outcome.or(next);
         }
-        if let Some(signal) = self.signals.next() {
-            outcome = outcome.or(Some(Outcome::Signal(signal)));
+        match self.signals.next() {
+            Some(libc::SIGWINCH) => {
+                // Only refuses when it is signalled already.
+                let _ = self.resized.as_ref().map(|console| console.write(1));
+            }
+            Some(signal) => outcome = outcome.or(Some(Outcome::Signal(signal))),
+            None => {}
         }
         if learnt.outcome.is_none() {
             learnt.outcome = outcome.map(|outcome| match outcome {
@@ -191,12 +197,10 @@ impl MutEventSubscriber for Control {
     }
 }
 
-/// Moves the console's bytes.
+/// Moves the bytes of a console or a channel.
 pub struct ConsolePump {
-    /// The host's side.
+    /// Both sides.
     pub console: Rc<RefCell<Console>>,
-    /// The guest's side.
-    pub serial: Arc<Mutex<Serial>>,
     /// Signalled by the guest's side.
     pub attention: EventFd,
     /// Where a wish to quit goes.
@@ -208,17 +212,25 @@ impl ConsolePump {
         for source in self.console.borrow().sources() {
             // On edges: the pump moves all it can, and what it leaves lying
             // must not wake it up. Files can't be watched, and need not be.
-            let events = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
-            let _ = ops.add(Events::new_raw(source, events));
+            let _ = ops.add(ConsolePump::edges(source));
         }
     }
 
-    fn pump(&mut self) {
-        if self.console.borrow_mut().pump(&self.serial) {
+    fn edges(source: RawFd) -> Events {
+        let events = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
+        Events::new_raw(source, events)
+    }
+
+    fn pump(&mut self, ops: &mut EventOps) {
+        let mut console = self.console.borrow_mut();
+        if console.pump() {
             self.learnt
                 .borrow_mut()
                 .outcome
                 .get_or_insert(Outcome::Quit);
+        }
+        for file in console.take_left() {
+            let _ = ops.remove(ConsolePump::edges(file.as_raw_fd()));
         }
     }
 }
@@ -231,7 +243,7 @@ impl MutEventSubscriber for ConsolePump {
             &self.learnt,
         );
         self.watch_sources(ops);
-        self.pump();
+        self.pump(ops);
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
@@ -240,7 +252,7 @@ impl MutEventSubscriber for ConsolePump {
         } else if self.console.borrow_mut().accept() {
             self.watch_sources(ops);
         }
-        self.pump();
+        self.pump(ops);
     }
 }
 

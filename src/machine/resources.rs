@@ -9,7 +9,7 @@ use std::path::Path;
 
 use mayfly_devices::virtio::block::{Disk, ID_LEN, Image, Qcow2, SECTOR};
 
-use crate::config::{ConsoleConfig, DiskConfig, Format, MachineConfig};
+use crate::config::{DiskConfig, Format, MachineConfig};
 use crate::failure::{Class, Failure, OrFail};
 use crate::net::tap;
 use crate::vsock;
@@ -40,11 +40,13 @@ impl Resources {
             Some(path) => Some(open_regular(path, &format!("--initrd {}", path.display()))?),
             None => None,
         };
-        if let ConsoleConfig::File(path) = &config.console {
-            check_creatable(path, &format!("--console file={}", path.display()))?;
+        if let Some(path) = config.console.end.path() {
+            check_creatable(path, &format!("--console {}", config.console.end))?;
         }
-        if let ConsoleConfig::Unix(path) = &config.console {
-            check_creatable(path, &format!("--console unix={}", path.display()))?;
+        for channel in &config.channels {
+            if let Some(path) = channel.end.path() {
+                check_creatable(path, &channel.flag())?;
+            }
         }
         if let Some(path) = &config.log.file {
             check_creatable(path, &format!("--log file={}", path.display()))?;

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use super::build::{VmEvent, build};
+use super::build::{VmEvent, build, duplicate};
 use super::control::Commander;
 use super::event_loop::{ConsolePump, Control, EventLoop, VirtioWorker};
 use super::pidfile::PidFile;
@@ -99,16 +99,23 @@ pub fn run(config: &MachineConfig, mut timeline: Timeline) -> Result<Ending, Fai
         (Some(socket), Some(vsock)) => Some(vsock::Name::give(socket, vsock)?),
         _ => None,
     };
-    let console = Rc::new(RefCell::new(Console::open(&config.console)?));
+    let resized = machine.connections.first();
+    let resized = resized.map(|console| duplicate(&console.attention));
+    let mut consoles = Vec::new();
+    for connection in machine.connections {
+        let console = Rc::new(RefCell::new(Console::open(&connection)?));
+        consoles.push((console, connection.attention));
+    }
 
     let mut events = EventLoop::new(timeline).or_internal("event loop")?;
     let learnt = events.learnt();
-    events.add(ConsolePump {
-        console: console.clone(),
-        serial: machine.serial.clone(),
-        attention: machine.serial_attention,
-        learnt: learnt.clone(),
-    });
+    for (console, attention) in &consoles {
+        events.add(ConsolePump {
+            console: console.clone(),
+            attention: duplicate(attention)?,
+            learnt: learnt.clone(),
+        });
+    }
 
     for slot in machine.slots.iter() {
         events.add(VirtioWorker::new(slot.transport.clone(), learnt.clone()));
@@ -130,6 +137,7 @@ pub fn run(config: &MachineConfig, mut timeline: Timeline) -> Result<Ending, Fai
         config,
         vcpus.clone(),
         machine.slots.clone(),
+        machine.balloon,
         machine.platform.clone(),
     );
     let commander = Rc::new(RefCell::new(commander.or_host("creating a timer")?));
@@ -139,6 +147,7 @@ pub fn run(config: &MachineConfig, mut timeline: Timeline) -> Result<Ending, Fai
         signals,
         panicked: false,
         grace: TimerFd::new().or_host("creating a timer")?,
+        resized: resized.transpose()?,
         commander: commander.clone(),
         learnt: learnt.clone(),
     });
@@ -151,7 +160,9 @@ pub fn run(config: &MachineConfig, mut timeline: Timeline) -> Result<Ending, Fai
     }
     let outcome = events.run();
     vcpus.stop();
-    console.borrow_mut().flush(&machine.serial);
+    for (console, _) in &consoles {
+        console.borrow_mut().flush();
+    }
     // What disks have in flight ends here, before their locks are released.
     drop((events, machine.slots));
     commander
@@ -165,7 +176,10 @@ pub fn run(config: &MachineConfig, mut timeline: Timeline) -> Result<Ending, Fai
     Ok(Ending {
         outcome,
         guest_status: machine.platform.guest_status(),
-        last_lines: console.borrow().last_lines(),
+        last_lines: consoles
+            .first()
+            .map(|(console, _)| console.borrow().last_lines())
+            .unwrap_or_default(),
         timeline: learnt.timeline,
     })
 }

@@ -1,4 +1,4 @@
-//! Signals that end a machine, as a descriptor for the event loop.
+//! Signals to a machine, as a descriptor for the event loop.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -8,8 +8,15 @@ use vmm_sys_util::signal::create_sigset;
 
 use crate::kvm::vcpu::kick_signal;
 
-/// Those that end a machine in order.
-const SIGNALS: [libc::c_int; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
+/// Those that end a machine in order, and the one that its terminal's size
+/// changed.
+const SIGNALS: [libc::c_int; 5] = [
+    libc::SIGINT,
+    libc::SIGTERM,
+    libc::SIGHUP,
+    libc::SIGQUIT,
+    libc::SIGWINCH,
+];
 
 /// Reads the signals that were sent.
 pub struct Signals(OwnedFd);
