@@ -1,13 +1,15 @@
-//! The serial console on a terminal, pipes, a file, a pty.
+//! The console, serial and virtio, on a terminal, pipes, a file, a pty; channels.
 
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use crate::common::{Guest, PATIENCE};
+use crate::common::{Guest, PATIENCE, random_file};
 
 /// A terminal, and what a program on it printed.
 struct Terminal {
@@ -45,6 +47,18 @@ impl Terminal {
         // SAFETY: the call above succeeded.
         let settings = unsafe { settings.assume_init() };
         (settings.c_iflag, settings.c_oflag, settings.c_lflag)
+    }
+
+    fn resize(&self, columns: u16, rows: u16) {
+        let size = libc::winsize {
+            ws_col: columns,
+            ws_row: rows,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        // SAFETY: reads a live structure.
+        let result = unsafe { libc::ioctl(self.master.as_raw_fd(), libc::TIOCSWINSZ, &size) };
+        assert_eq!(result, 0);
     }
 
     fn type_in(&mut self, text: &str) {
@@ -235,4 +249,122 @@ fn a_pty_is_named_and_talks() {
     terminal.expect("got-hello");
     assert_eq!(running.wait().code(), Some(0));
     std::thread::sleep(Duration::from_millis(10));
+}
+
+#[test]
+fn a_virtio_console_has_a_shell_and_the_terminal_s_size() {
+    let mut terminal = Terminal::new();
+    terminal.resize(100, 30);
+    let mut guest = Guest::plain().args(["--console", "virtio"]);
+    guest
+        .command
+        .stdin(terminal.stdio())
+        .stdout(terminal.stdio())
+        .stderr(terminal.stdio());
+    // SAFETY: only system calls between fork and exec.
+    unsafe {
+        guest.command.pre_exec(|| {
+            // A terminal tells of its size those whom it controls.
+            assert!(libc::setsid() >= 0 && libc::ioctl(0, libc::TIOCSCTTY, 0) == 0);
+            Ok(())
+        });
+    }
+    let running = guest.own_output().start();
+    terminal.expect("# ");
+    terminal.type_in("tty; stty size; cat /sys/class/tty/console/active\n");
+    for expected in ["/dev/hvc0", "30 100", "hvc0"] {
+        terminal.expect(expected);
+    }
+    terminal.expect("# ");
+    terminal.type_in("until stty size | grep '^40 120'; do usleep 10000; done; echo re''sized\n");
+    terminal.resize(120, 40);
+    terminal.expect("40 120");
+    terminal.expect("resized");
+    terminal.type_in("\x01x");
+    assert_eq!(running.wait().code(), Some(0));
+}
+
+/// The kernel's first words come by the serial port, before there is a driver.
+#[test]
+fn a_virtio_console_loses_nothing_and_says_nothing_twice() {
+    let mut guest = Guest::with_kernel(
+        "generic-6.1",
+        "vmlinux",
+        "stty -echo; head -n 200 | md5sum
+         i=0; while [ $i -lt 2000 ]; do i=$((i + 1)); echo line $i of much; done; echo over",
+    )
+    .args(["--console", "virtio", "--cmdline", "loglevel=6"]);
+    let input = guest.path("input");
+    let lines: String = (0..200)
+        .map(|line| format!("line {line} of a long paste\n"))
+        .collect();
+    std::fs::write(&input, &lines).unwrap();
+    let sum = crate::common::tool("md5sum", &[input.to_str().unwrap()]);
+    guest.command.stdin(File::open(&input).unwrap());
+    let shown = guest.run();
+    assert!(shown.contains(sum.split(' ').next().unwrap()), "{shown}");
+    assert_eq!(shown.matches("Kernel command line:").count(), 1, "{shown}");
+    let lines = shown.lines().filter(|line| line.ends_with(" of much"));
+    assert_eq!(lines.count(), 2000);
+}
+
+#[test]
+fn channels_carry_bytes_both_ways_and_tell_who_is_there() {
+    const MUCH: usize = 8 << 20;
+    let guest = Guest::new(
+        "cd /dev/virtio-ports; ls -1
+         exec 3<>echo; cat <&3 >&3; echo hung-up
+         until read line <&3; do usleep 10000; done; echo again-$line; echo answer >&3
+         echo by-the-way >aside; echo done",
+    );
+    let folder = guest.path("");
+    let channel = |name: &str| format!("name={name},unix={}", folder.join(name).display());
+    let mut running = guest
+        .args([
+            "--channel",
+            &channel("echo"),
+            "--channel",
+            &channel("aside"),
+        ])
+        .start();
+    let mut aside = connect(&folder.join("aside"));
+    let data = folder.join("data");
+    random_file(&data, MUCH);
+    let data = std::fs::read(data).unwrap();
+    {
+        let mut echo = connect(&folder.join("echo"));
+        let (mut writer, sent) = (echo.try_clone().unwrap(), data.clone());
+        let writer = std::thread::spawn(move || writer.write_all(&sent).unwrap());
+        let mut came_back = vec![0; MUCH];
+        echo.read_exact(&mut came_back).unwrap();
+        assert!(came_back == data, "changed on the way");
+        writer.join().unwrap();
+    }
+    running.expect("hung-up");
+    let mut echo = connect(&folder.join("echo"));
+    echo.write_all(b"hello\n").unwrap();
+    let mut answer = [0; 7];
+    echo.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"answer\n");
+    let mut words = [0; 11];
+    aside.read_exact(&mut words).unwrap();
+    assert_eq!(&words, b"by-the-way\n");
+    let ended = running.wait();
+    assert_eq!(ended.code(), Some(0), "{ended:?}");
+    for expected in ["aside\necho\n", "again-hello", "done"] {
+        assert!(ended.stdout.contains(expected), "{ended:?}");
+    }
+    assert!(!folder.join("echo").exists());
+}
+
+/// Connects as soon as the VM listens.
+fn connect(path: &std::path::Path) -> UnixStream {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match UnixStream::connect(path) {
+            Ok(stream) => return stream,
+            Err(error) if Instant::now() > deadline => panic!("{}: {error}", path.display()),
+            Err(_) => std::thread::sleep(Duration::from_millis(20)),
+        }
+    }
 }

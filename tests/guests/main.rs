@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod balloon;
 mod boots;
 mod common;
 mod consoles;

@@ -190,6 +190,17 @@ fn devices_that_are_not_there() {
             CONFIG,
             "exists already",
         ),
+        ("--console", "none,virtio".to_owned(), CONFIG, "no device"),
+        ("--channel", "name=a".to_owned(), CONFIG, "unix=S"),
+        ("--channel", "name=a/b,pty".to_owned(), CONFIG, "letters"),
+        (
+            "--channel",
+            format!("name=a,unix={}", folder.path("no/s")),
+            CONFIG,
+            "does not exist",
+        ),
+        ("--balloon", "on".to_owned(), CONFIG, "write 512M"),
+        ("--balloon", "512M".to_owned(), CONFIG, "not smaller"),
         ("--pidfile", folder.path("."), CONFIG, "is a directory"),
     ] {
         let output = boot(&["--kernel", vmlinux, flag, &value]);
