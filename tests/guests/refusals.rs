@@ -214,7 +214,7 @@ fn devices_that_are_not_there() {
         "--disk",
         &format!("path={image}"),
     ]);
-    assert_refusal(&output, HOST, &["--disk", "locked"]);
+    assert_refusal(&output, CONFIG, &["--disk", "given twice"]);
     assert_eq!(fs::read(&image).unwrap(), [0; 1024]);
 }
 
