@@ -145,6 +145,13 @@ need_rust() {
     fi
 }
 
+# build_guest WHAT…  Builds programs of the guest: static, as it has no libraries.
+build_guest() {
+    RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" \
+        quietly cargo build --release --locked -p mayfly-guest "$@" \
+        --target x86_64-unknown-linux-gnu --target-dir "$GUEST_TARGET" || die "the build failed"
+}
+
 # The binary and the guest's init, built when their sources changed.
 build_mayfly() {
     local sources=("$ROOT"/{Cargo.toml,Cargo.lock,src,boot,devices,guest})
@@ -154,10 +161,7 @@ build_mayfly() {
     (
         cd "$ROOT"
         quietly cargo build --release --locked -p mayfly || die "the build failed"
-        # Static, as the guest has no libraries.
-        RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" \
-            quietly cargo build --release --locked -p mayfly-guest \
-            --target x86_64-unknown-linux-gnu --target-dir "$GUEST_TARGET" || die "the build failed"
+        build_guest
     )
     # cargo leaves alone what came out the same.
     touch "$MAYFLY" "$GUEST_INIT"

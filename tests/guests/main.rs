@@ -16,3 +16,4 @@ mod memory;
 mod nets;
 mod platform;
 mod refusals;
+mod vsock;

@@ -18,7 +18,7 @@ use crate::virtio::chain::Buffer;
 /// A buffer of more parts is read or written in several goes.
 const VECTORS: usize = 32;
 /// The guest is told its credit once it is this much behind.
-const CREDIT_STEP: u32 = BUFFER as u32 / 2;
+const CREDIT_STEP: u32 = BUFFER as u32 / 4;
 
 const NO_VECTORS: [libc::iovec; VECTORS] = [libc::iovec {
     iov_base: std::ptr::null_mut(),
