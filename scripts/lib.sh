@@ -161,7 +161,7 @@ build_mayfly() {
     (
         cd "$ROOT"
         quietly cargo build --release --locked -p mayfly || die "the build failed"
-        build_guest
+        build_guest --bins
     )
     # cargo leaves alone what came out the same.
     touch "$MAYFLY" "$GUEST_INIT"
