@@ -15,8 +15,10 @@ use cpio::newc;
 /// Behind a path may be how the names of devices begin that it is for: without
 /// one of these it is not loaded.
 pub const MODULE_LIST: &str = "etc/mayfly/modules";
+/// The same for modules that the guest's work does not wait for.
+pub const LATER_LIST: &str = "etc/mayfly/modules-later";
 /// What a guest needs for mayfly's devices. The first brings the others up.
-pub const DEFAULT_MODULES: [&str; 9] = [
+pub const DEFAULT_MODULES: [&str; 7] = [
     "virtio_mmio",
     "virtio_console",
     "virtio_blk",
@@ -24,9 +26,9 @@ pub const DEFAULT_MODULES: [&str; 9] = [
     "virtio-rng",
     "virtio_balloon",
     "vmw_vsock_virtio_transport",
-    "pvpanic-mmio",
-    "button",
 ];
+/// What tells of a panic, and of the power button.
+pub const LATER_MODULES: [&str; 2] = ["pvpanic-mmio", "button"];
 /// Drivers of this bus are only loaded for the devices that are there.
 const BUS: &str = "virtio:";
 
@@ -141,21 +143,41 @@ impl<W: Write> Initramfs<W> {
         self.put(entry, data)
     }
 
-    /// Adds the modules and what they need, and their list for the init.
-    pub fn modules(&mut self, directory: &Path, names: &[&str]) -> Result<(), InitramfsError> {
-        let mut list = String::new();
-        for module in resolve_modules(directory, names)? {
-            let data = load_module(&module.path)?;
-            let guest_path = format!("lib/modules/{}.ko", module_name(&module.path));
-            let devices = module.devices.iter().flatten();
-            let words: Vec<&str> = [guest_path.as_str()]
-                .into_iter()
-                .chain(devices.map(String::as_str))
-                .collect();
-            list.push_str(&format!("/{}\n", words.join(" ")));
-            self.file(&guest_path, 0o644, &data)?;
+    /// Adds the modules and what they need, and their lists for the init: those
+    /// that it loads first, and those that it loads while work is being done,
+    /// and does without if the kernel has none.
+    pub fn modules(
+        &mut self,
+        directory: &Path,
+        first: &[&str],
+        later: &[&str],
+    ) -> Result<(), InitramfsError> {
+        let first = resolve_modules(directory, first)?;
+        let mut rest = Vec::new();
+        for name in later {
+            match resolve_modules(directory, &[name]) {
+                Err(InitramfsError::NoModule(_)) => {}
+                modules => rest.extend(modules?),
+            }
         }
-        self.file(MODULE_LIST, 0o644, list.as_bytes())
+        let mut added = BTreeSet::new();
+        for (list_path, modules) in [(MODULE_LIST, first), (LATER_LIST, rest)] {
+            let mut list = String::new();
+            for module in modules {
+                let guest_path = format!("lib/modules/{}.ko", module_name(&module.path));
+                let devices = module.devices.iter().flatten();
+                let words: Vec<&str> = [guest_path.as_str()]
+                    .into_iter()
+                    .chain(devices.map(String::as_str))
+                    .collect();
+                list.push_str(&format!("/{}\n", words.join(" ")));
+                if added.insert(guest_path.clone()) {
+                    self.file(&guest_path, 0o644, &load_module(&module.path)?)?;
+                }
+            }
+            self.file(list_path, 0o644, list.as_bytes())?;
+        }
+        Ok(())
     }
 
     /// Ends the archive.
@@ -349,7 +371,7 @@ mod tests {
         let dir = tree();
         let list = |names: &[&str]| {
             let mut archive = Initramfs::new(Vec::new()).unwrap();
-            archive.modules(dir.path(), names).unwrap();
+            archive.modules(dir.path(), names, &[]).unwrap();
             let entries = entries(&archive.finish().unwrap());
             let list = entries.into_iter().find(|entry| entry.0 == MODULE_LIST);
             String::from_utf8(list.unwrap().2).unwrap()
@@ -372,7 +394,7 @@ mod tests {
         let mut archive = Initramfs::new(Vec::new()).unwrap();
         archive.file("/init", 0o755, b"#!").unwrap();
         archive.file("opt/deep/er", 0o600, b"x").unwrap();
-        archive.modules(dir.path(), &["b"]).unwrap();
+        archive.modules(dir.path(), &["b"], &["none", "a"]).unwrap();
         let entries = entries(&archive.finish().unwrap());
         let find = |name: &str| entries.iter().find(|entry| entry.0 == name).unwrap();
         assert_eq!(find("init").1, S_IFREG | 0o755);
@@ -383,11 +405,19 @@ mod tests {
             find(MODULE_LIST).2,
             b"/lib/modules/c_c.ko\n/lib/modules/b.ko\n"
         );
+        // Loading twice does no harm; being there twice would take room.
+        let devices = " virtio:d00000013v\n";
+        assert_eq!(
+            String::from_utf8_lossy(&find(LATER_LIST).2),
+            ["c_c", "b", "a"]
+                .map(|name| format!("/lib/modules/{name}.ko{devices}"))
+                .concat()
+        );
         // A directory must come before what it holds, and only once.
         let position = |name: &str| entries.iter().position(|entry| entry.0 == name).unwrap();
         assert!(position("opt") < position("opt/deep"));
         let count = |name: &str| entries.iter().filter(|entry| entry.0 == name).count();
-        assert_eq!(count("lib/modules"), 1);
+        assert_eq!((count("lib/modules"), count("lib/modules/b.ko")), (1, 1));
     }
 
     #[test]

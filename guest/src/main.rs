@@ -31,8 +31,9 @@ mod system;
 use std::path::Path;
 use std::process::Command;
 
-/// The list of modules to load (see `boot/src/initramfs.rs`).
+/// The lists of modules to load (see `boot/src/initramfs.rs`).
 const MODULE_LIST: &str = "/etc/mayfly/modules";
+const LATER_LIST: &str = "/etc/mayfly/modules-later";
 /// A script that is run instead of a shell.
 const RUN_SCRIPT: &str = "/etc/mayfly/run";
 const BUSYBOX: &str = "/bin/busybox";
@@ -60,10 +61,6 @@ fn run(words: &[String]) -> Result<i32, String> {
     system::load_modules(Path::new(MODULE_LIST))?;
     lines::adopt_console();
     lines::link_channels();
-    if words == ["panic"] {
-        std::process::exit(1);
-    }
-    power_button::watch();
     if Path::new(BUSYBOX).exists() {
         // Without a shell's tools most guests are useless, but not all.
         let _ = system::status_of(Command::new(BUSYBOX).args(["--install", "-s", "/bin"]));
@@ -73,9 +70,21 @@ fn run(words: &[String]) -> Result<i32, String> {
     if let Some(config) = net::from_cmdline(&cmdline)? {
         net::configure(&config)?;
     }
-    if let Some(root) = root::from_cmdline(&cmdline).filter(|_| root::in_initramfs()) {
+    let root = root::from_cmdline(&cmdline).filter(|_| root::in_initramfs());
+    if words == ["panic"] {
+        load_later();
+        std::process::exit(1);
+    }
+    if let Some(root) = root {
+        load_later();
         return root::switch(&root, words);
     }
+    // Without the thread the guest still does its work.
+    let _ = std::thread::Builder::new().spawn(|| {
+        system::give_way();
+        load_later();
+        power_button::watch();
+    });
     match words {
         [] if Path::new(RUN_SCRIPT).exists() => {
             Ok(system::status_of(Command::new("/bin/sh").arg(RUN_SCRIPT)))
@@ -92,5 +101,12 @@ fn run(words: &[String]) -> Result<i32, String> {
             "unknown words behind -- on the command line: {}",
             words.join(" ")
         )),
+    }
+}
+
+/// Loads what nobody waits for, and nobody dies without.
+fn load_later() {
+    if let Err(error) = system::load_modules(Path::new(LATER_LIST)) {
+        eprintln!("mayfly-init: {error}");
     }
 }

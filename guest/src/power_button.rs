@@ -20,24 +20,20 @@ const ACPI_GENL_ATTR_EVENT: u16 = 1;
 /// What `acpi_genl_event` begins with, for the button.
 const DEVICE_CLASS: &[u8] = b"button/power";
 
-/// Shuts down when the button is pressed, from a thread of its own. A kernel
-/// without ACPI has no button.
+/// Shuts down when the button is pressed. Returns if there can be none: the
+/// kernel is without ACPI.
 pub fn watch() {
     let Ok(socket) = subscribe() else { return };
-    // Without the thread the machine still runs, until it is told otherwise.
-    let _ = std::thread::Builder::new()
-        .name("power-button".to_owned())
-        .spawn(move || {
-            let mut buffer = [0; 1024];
-            loop {
-                match receive(&socket, &mut buffer) {
-                    Ok(message) if is_power_button(message) => system::shut_down(),
-                    Ok(_) => {}
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    Err(_) => return,
-                }
-            }
-        });
+    let mut buffer = [0; 1024];
+    loop {
+        match receive(&socket, &mut buffer) {
+            Ok(message) if is_power_button(message) => system::shut_down(),
+            Ok(_) => {}
+            // Interrupted, or there were more events than the kernel keeps.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::ENOBUFS)) => {}
+            Err(_) => return,
+        }
+    }
 }
 
 fn is_power_button(message: &[u8]) -> bool {

@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use mayfly_boot::initramfs::{DEFAULT_MODULES, Initramfs};
+use mayfly_boot::initramfs::{DEFAULT_MODULES, Initramfs, LATER_MODULES};
 
 use crate::failure::{Failure, OrFail};
 
@@ -46,7 +46,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         let mut names = DEFAULT_MODULES.to_vec();
         names.extend(args.module.iter().map(String::as_str));
         archive
-            .modules(folder, &names)
+            .modules(folder, &names, &LATER_MODULES)
             .or_config(format_args!("--modules {}", folder.display()))?;
     }
     for pair in &args.add {

@@ -30,8 +30,10 @@ pub struct Commander {
     watchdog: WatchdogAction,
     state: State,
     subscribers: Vec<Subscriber>,
-    /// Ends the guest that was asked to turn off and does not.
-    deadline: TimerFd,
+    /// Goes off while a guest that was asked to turn off has not …
+    insistence: TimerFd,
+    /// … and this is when its time is over.
+    deadline: Option<Instant>,
     started: Instant,
 }
 
@@ -74,14 +76,15 @@ impl Commander {
             watchdog: config.watchdog.unwrap_or(WatchdogAction::Crash),
             state: State::Running,
             subscribers: Vec::new(),
-            deadline: TimerFd::new().map_err(std::io::Error::from)?,
+            insistence: TimerFd::new().map_err(std::io::Error::from)?,
+            deadline: None,
             started: Instant::now(),
         })
     }
 
-    /// Readable when the guest's time to turn off is over.
-    pub fn deadline(&self) -> RawFd {
-        self.deadline.as_raw_fd()
+    /// Readable when [`Commander::insist`] is to be called.
+    pub fn insistence(&self) -> RawFd {
+        self.insistence.as_raw_fd()
     }
 
     /// Readable when the watchdog was not fed in time.
@@ -191,13 +194,28 @@ impl Commander {
     /// it runs again.
     fn shutdown(&mut self, deadline: Duration) -> Result<serde_json::Value, String> {
         self.resume()?;
-        // A timer of zero would never fire.
-        self.deadline
-            .reset(deadline.max(Duration::from_millis(1)), None)
+        let end = Instant::now().checked_add(deadline);
+        self.deadline = Some(end.ok_or("that deadline never comes")?);
+        self.press(deadline)
             .map_err(|error| format!("setting a timer: {error}"))?;
-        self.platform.press_power_button();
         self.tell("shutdown", Some(format!("within {} s", deadline.as_secs())));
         Ok(serde_json::Value::Null)
+    }
+
+    /// Presses the power button once more: a guest that was still booting did
+    /// not notice. When its time is over, returns how the machine ends.
+    pub fn insist(&mut self) -> Option<Outcome> {
+        let left = self.deadline?.saturating_duration_since(Instant::now());
+        let over = left.is_zero() || self.press(left).is_err();
+        over.then_some(Outcome::Forced)
+    }
+
+    fn press(&mut self, left: Duration) -> Result<(), vmm_sys_util::errno::Error> {
+        const AGAIN: Duration = Duration::from_secs(2);
+        // A timer of zero would never fire.
+        const SOON: Duration = Duration::from_millis(1);
+        self.platform.press_power_button();
+        self.insistence.reset(left.clamp(SOON, AGAIN), None)
     }
 
     fn info(&self) -> serde_json::Value {

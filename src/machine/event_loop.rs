@@ -89,8 +89,8 @@ fn add(ops: &mut EventOps, events: Events, learnt: &Shared) {
     }
 }
 
-/// Marks the event of the deadline …
-const DEADLINE: u32 = 1;
+/// Marks the event of a guest that does not turn off …
+const INSISTENCE: u32 = 1;
 /// … of the watchdog …
 const WATCHDOG: u32 = 2;
 /// … and of the time that a panic has.
@@ -124,7 +124,7 @@ impl MutEventSubscriber for Control {
         add(ops, Events::new(&self.signals, EventSet::IN), &self.learnt);
         let commander = self.commander.borrow();
         let timers = [
-            (Some(commander.deadline()), DEADLINE),
+            (Some(commander.insistence()), INSISTENCE),
             (commander.watchdog_timer(), WATCHDOG),
             (Some(self.grace.as_raw_fd()), GRACE),
         ];
@@ -140,7 +140,7 @@ impl MutEventSubscriber for Control {
         let mut learnt = self.learnt.borrow_mut();
         let mut commander = self.commander.borrow_mut();
         let mut outcome = match event.data() {
-            DEADLINE => Some(Outcome::Forced),
+            INSISTENCE => commander.insist(),
             WATCHDOG => commander.watchdog_expired(),
             GRACE => Some(Outcome::Panic),
             _ => None,
