@@ -6,7 +6,7 @@ mod terminal;
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -28,6 +28,20 @@ const CHUNK: usize = libc::PIPE_BUF;
 /// How many keys are held for a guest that does not take them; then keys are
 /// lost, as on any terminal.
 const HELD_MAX: usize = 4096;
+/// What a line moves before others have their turn: a guest that never stops
+/// sending, and a reader that keeps up, would have it all.
+const TURN: usize = 64 << 10;
+
+/// What came of moving bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pumped {
+    /// All that could be moved was; something will tell of more.
+    All,
+    /// There is more: it is to be called again.
+    More,
+    /// The user wants out.
+    Quit,
+}
 
 /// The guest's side of a console or a channel, and what is to be the host's.
 pub struct Connection {
@@ -114,7 +128,7 @@ impl Console {
 
     fn stdio() -> io::Result<Self> {
         let input = duplicate(libc::STDIN_FILENO).ok(); // may be closed
-        let output = duplicate(libc::STDOUT_FILENO).ok();
+        let output = duplicate(libc::STDOUT_FILENO).ok().map(nonblocking);
         let terminal = match &input {
             Some(input) => RawTerminal::new(input)?,
             None => None,
@@ -141,6 +155,7 @@ impl Console {
         let slave = File::from(slave);
         let name = std::fs::read_link(format!("/proc/self/fd/{}", slave.as_raw_fd()))?;
         let input = File::from(master);
+        set_nonblocking(&input)?;
         // The guest's own terminal echoes and edits.
         make_raw(&slave)?;
         eprintln!("mayfly: {what} is {}", name.display());
@@ -182,19 +197,22 @@ impl Console {
         [input, output, listener].into_iter().flatten()
     }
 
-    /// Takes a waiting client; true if the sources changed.
-    pub fn accept(&mut self) -> bool {
-        let Some(Ok((client, _))) = self.listener.as_ref().map(UnixListener::accept) else {
-            return false;
-        };
+    /// Takes a waiting client, one at a time: others are hung up on. The
+    /// sources may have changed.
+    pub fn accept(&mut self) {
+        while let Some(Ok((client, _))) = self.listener.as_ref().map(UnixListener::accept) {
+            self.welcome(client);
+        }
+    }
+
+    fn welcome(&mut self, client: UnixStream) {
         let client = File::from(OwnedFd::from(client));
-        match (self.input.is_none(), client.try_clone()) {
-            (true, Ok(output)) => {
-                self.output = Some(output);
-                self.input = Some(client);
-                true
-            }
-            _ => false, // one at a time: this one is hung up on
+        if self.input.is_none()
+            && set_nonblocking(&client).is_ok()
+            && let Ok(output) = client.try_clone()
+        {
+            self.output = Some(output);
+            self.input = Some(client);
         }
     }
 
@@ -204,19 +222,24 @@ impl Console {
         std::mem::take(&mut self.left)
     }
 
-    /// Moves what can be moved without blocking. True if the user wants out.
-    pub fn pump(&mut self) -> bool {
+    /// Moves what can be moved without blocking.
+    pub fn pump(&mut self) -> Pumped {
         self.tell_size();
         self.tell_connected();
+        let mut more = false;
         for line in self.lines.clone() {
-            self.pump_output(&*line);
+            more |= self.pump_output(&*line);
         }
         let quit = match self.lines.last().cloned() {
             Some(line) => self.pump_input(&*line),
             None => false,
         };
         self.tell_connected();
-        quit
+        match (quit, more) {
+            (true, _) => Pumped::Quit,
+            (false, true) => Pumped::More,
+            (false, false) => Pumped::All,
+        }
     }
 
     /// Tells the guest's side the terminal's size, if it changed. A
@@ -249,9 +272,11 @@ impl Console {
         self.left.extend(self.output.take());
     }
 
-    fn pump_output(&mut self, line: &Mutex<dyn Line>) {
+    /// True if it stopped though there may be more.
+    fn pump_output(&mut self, line: &Mutex<dyn Line>) -> bool {
         let mut chunk = [0; CHUNK];
-        loop {
+        let mut moved = 0;
+        while moved < TURN {
             let len = {
                 let line = lock(line);
                 let output = line.output();
@@ -260,7 +285,7 @@ impl Console {
                 len
             };
             if len == 0 {
-                return;
+                return false;
             }
             let done = match &mut self.output {
                 None => len,
@@ -268,13 +293,20 @@ impl Console {
                     if self.lossy {
                         len
                     } else {
-                        return;
+                        return false;
                     }
                 }
                 Some(file) => match file.write(&chunk[..len]) {
                     Ok(written) => written,
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                    // A terminal may be ready for less than it is given.
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        if self.lossy {
+                            len
+                        } else {
+                            return false;
+                        }
+                    }
                     Err(_) => {
                         // Nobody reads any more; the guest goes on.
                         match self.listener {
@@ -289,7 +321,9 @@ impl Console {
                 tail.push(&chunk[..done]);
             }
             lock(line).output_done(done);
+            moved += done;
         }
+        true
     }
 
     fn pump_input(&mut self, line: &Mutex<dyn Line>) -> bool {
@@ -311,6 +345,7 @@ impl Console {
             }
             let mut data = vec![0; want];
             match file.read(&mut data) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
                 Ok(0) | Err(_) => {
                     match self.listener {
                         Some(_) => self.client_left(),
@@ -326,7 +361,7 @@ impl Console {
             };
             match escape.filter(&mut data) {
                 Some(Request::Quit) => return true,
-                Some(Request::Help) => eprint!("{HELP}"),
+                Some(Request::Help) => drop(write!(io::stderr(), "{HELP}")),
                 None => {}
             }
             let space = HELD_MAX - self.held.len();
@@ -344,7 +379,7 @@ impl Console {
         const PATIENCE_MS: i32 = 2000;
         for line in self.lines.clone() {
             loop {
-                self.pump_output(&*line);
+                let _ = self.pump_output(&*line);
                 let Some(file) = &self.output else { return };
                 if lock(&line).output().is_empty()
                     || !poll(file.as_raw_fd(), libc::POLLOUT, PATIENCE_MS)
@@ -360,6 +395,29 @@ fn duplicate(fd: RawFd) -> io::Result<File> {
     // SAFETY: the descriptor is only borrowed for this call.
     let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
     fd.try_clone_to_owned().map(File::from)
+}
+
+/// A terminal's descriptor is shared with others, who want it to block: opened
+/// anew, it need not. Pipes tell how much they take; files do not block.
+fn nonblocking(output: File) -> File {
+    if !output.is_terminal() {
+        return output;
+    }
+    let reopened = OpenOptions::new()
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(format!("/proc/self/fd/{}", output.as_raw_fd()));
+    reopened.unwrap_or(output)
+}
+
+fn set_nonblocking(file: &File) -> io::Result<()> {
+    // SAFETY: an open descriptor, and numbers.
+    let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+    // SAFETY: as above.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 fn make_raw(terminal: &File) -> io::Result<()> {
@@ -393,4 +451,60 @@ fn poll(fd: RawFd, events: libc::c_short, timeout_ms: i32) -> bool {
     };
     // SAFETY: one live entry.
     unsafe { libc::poll(&mut entry, 1, timeout_ms) > 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A guest that always has more to say.
+    struct Endless;
+
+    impl Line for Endless {
+        fn output(&self) -> &[u8] {
+            &[b'x'; CHUNK]
+        }
+        fn output_done(&mut self, _: usize) {}
+        fn input_room(&self) -> usize {
+            0
+        }
+        fn input(&mut self, _: &[u8]) {}
+    }
+
+    fn endless(console: Console) -> Console {
+        Console {
+            lines: vec![Arc::new(Mutex::new(Endless))],
+            ..console
+        }
+    }
+
+    #[test]
+    fn a_terminal_that_nobody_reads_blocks_nobody() {
+        let mut console = endless(Console::pty("console").unwrap());
+        for _ in 0..10 {
+            assert_eq!(console.pump(), Pumped::More); // it loses output
+        }
+    }
+
+    #[test]
+    fn a_reader_that_keeps_up_leaves_others_their_turn() {
+        let output = OpenOptions::new().write(true).open("/dev/null").unwrap();
+        let mut console = endless(Console {
+            output: Some(output),
+            ..Default::default()
+        });
+        assert_eq!(console.pump(), Pumped::More);
+    }
+
+    #[test]
+    fn a_slow_reader_stops_the_output() {
+        let (reader, writer) = io::pipe().unwrap();
+        let mut console = endless(Console {
+            output: Some(File::from(OwnedFd::from(writer))),
+            ..Default::default()
+        });
+        while console.pump() == Pumped::More {}
+        assert_eq!(console.pump(), Pumped::All);
+        drop(reader);
+    }
 }

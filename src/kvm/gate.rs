@@ -66,7 +66,9 @@ impl Gate {
 
     fn order(&self, order: Order) {
         let mut state = self.lock();
-        state.order = order;
+        if state.order != Order::Stop {
+            state.order = order;
+        }
         self.attention.store(true, Ordering::Release);
         self.changed.notify_all();
     }
@@ -82,7 +84,7 @@ impl Gate {
         self.order(Order::Pause);
     }
 
-    /// Makes the vCPUs end; those in the guest must be kicked.
+    /// Makes the vCPUs end, for good; those in the guest must be kicked.
     pub fn stop(&self) {
         self.order(Order::Stop);
     }
@@ -190,7 +192,9 @@ mod tests {
         for thread in threads {
             assert_eq!(thread.join().unwrap(), (1, 2));
         }
-        // Nobody is left to wait for.
+        // Nobody is left to wait for, and nothing opens it again.
+        gate.open();
+        assert_eq!(gate.pass(0, || ()), Next::Stop);
         assert!(gate.closed(PATIENCE));
     }
 

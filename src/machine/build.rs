@@ -19,6 +19,7 @@ use crate::config::MachineConfig;
 use crate::console::Connection;
 use crate::control::Ask;
 use crate::failure::{Failure, OrFail};
+use crate::kvm::gate::Gate;
 use crate::kvm::memory::{FileMapper, guest_memory, prefault};
 use crate::kvm::probe::{self, Backend};
 use crate::kvm::reclaim::MappedFiles;
@@ -84,6 +85,8 @@ pub struct Machine {
     pub events: Receiver<VmEvent>,
     /// … after this has woken the loop up.
     pub wake: EventFd,
+    /// What the vCPUs pass on their way to the guest.
+    pub gate: Arc<Gate>,
 }
 
 /// Makes the machine; nothing of the host is changed yet.
@@ -110,7 +113,8 @@ pub fn build(
     let mut buses = Buses::default();
     let serial = attach_serial(&vm, &mut buses)?;
     let watchdog = config.watchdog.is_some();
-    let platform = platform::attach(&vm, &memory, &mut buses, &notifier, watchdog)?;
+    let gate = Arc::new(Gate::new(config.cpus.into()));
+    let platform = platform::attach(&vm, &memory, &mut buses, &notifier, &gate, watchdog)?;
     let files = MappedFiles::default();
     let attached = attach::attach(
         config,
@@ -155,6 +159,7 @@ pub fn build(
         notifier,
         events,
         wake,
+        gate,
     })
 }
 

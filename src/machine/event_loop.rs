@@ -20,7 +20,7 @@ use super::build::VmEvent;
 use super::control::Commander;
 use super::run::Outcome;
 use super::signals::Signals;
-use crate::console::Console;
+use crate::console::{Console, Pumped};
 use crate::kvm::vcpu::VcpuEnd;
 use crate::timing::Timeline;
 
@@ -223,11 +223,13 @@ impl ConsolePump {
 
     fn pump(&mut self, ops: &mut EventOps) {
         let mut console = self.console.borrow_mut();
-        if console.pump() {
-            self.learnt
-                .borrow_mut()
-                .outcome
-                .get_or_insert(Outcome::Quit);
+        match console.pump() {
+            Pumped::All => {}
+            Pumped::More => drop(self.attention.write(1)),
+            Pumped::Quit => {
+                let mut learnt = self.learnt.borrow_mut();
+                learnt.outcome.get_or_insert(Outcome::Quit);
+            }
         }
         for file in console.take_left() {
             let _ = ops.remove(ConsolePump::edges(file.as_raw_fd()));
@@ -249,7 +251,8 @@ impl MutEventSubscriber for ConsolePump {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         if events.fd() == self.attention.as_raw_fd() {
             let _ = self.attention.read();
-        } else if self.console.borrow_mut().accept() {
+        } else {
+            self.console.borrow_mut().accept();
             self.watch_sources(ops);
         }
         self.pump(ops);

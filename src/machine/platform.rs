@@ -17,6 +17,7 @@ use mayfly_devices::watchdog::{Watchdog, WatchdogPorts, WatchdogState};
 
 use super::build::{Notifier, VmEvent, event};
 use crate::failure::{Failure, OrFail};
+use crate::kvm::gate::Gate;
 use crate::kvm::memory::GuestMemory;
 use crate::kvm::vcpu::Buses;
 use crate::kvm::vm::Vm;
@@ -75,6 +76,7 @@ pub fn attach(
     memory: &GuestMemory,
     buses: &mut Buses,
     notifier: &Notifier,
+    gate: &Arc<Gate>,
     watchdog: bool,
 ) -> Result<PlatformHandle, Failure> {
     let tell = || {
@@ -90,9 +92,9 @@ pub fn attach(
     };
 
     let status = Arc::new(AtomicU16::new(NO_STATUS));
-    let power = power(tell()?, status.clone());
+    let power = power(tell()?, gate.clone(), status.clone());
     place(layout::PLATFORM_PORT, layout::PLATFORM_PORT_LEN, power)?;
-    place(i8042::COMMAND_PORT, 1, reset_line(tell()?))?;
+    place(i8042::COMMAND_PORT, 1, reset_line(tell()?, gate.clone()))?;
     place(layout::PVPANIC_PORT, 1, panic_port(tell()?))?;
     let clock = Arc::new(Mutex::new(Cmos::default()));
     place(layout::RTC_PORT, layout::RTC_PORT_LEN.into(), clock)?;
@@ -126,8 +128,9 @@ pub fn attach(
     })
 }
 
-/// Each event is sent once: a guest may write to its ports without end.
-fn power(tell: Notifier, status: Arc<AtomicU16>) -> Arc<Mutex<dyn BusDevice>> {
+/// Each event is sent once: a guest may write to its ports without end. One
+/// that is over would ask without end whether it is: it does not run any more.
+fn power(tell: Notifier, gate: Arc<Gate>, status: Arc<AtomicU16>) -> Arc<Mutex<dyn BusDevice>> {
     let offset = |port: u16| u64::from(port - layout::PLATFORM_PORT);
     let ports = PlatformPorts {
         sleep_control: offset(layout::SLEEP_CONTROL),
@@ -142,7 +145,10 @@ fn power(tell: Notifier, status: Arc<AtomicU16>) -> Arc<Mutex<dyn BusDevice>> {
         let sent = match event {
             PlatformEvent::Status(value) => return status.store(value.into(), Ordering::Relaxed),
             PlatformEvent::BootMark => &mut marked,
-            PlatformEvent::PowerOff | PlatformEvent::Reset => &mut ended,
+            PlatformEvent::PowerOff | PlatformEvent::Reset => {
+                gate.stop();
+                &mut ended
+            }
         };
         if !std::mem::replace(sent, true) {
             tell.send(VmEvent::Platform(event, Instant::now()));
@@ -150,9 +156,10 @@ fn power(tell: Notifier, status: Arc<AtomicU16>) -> Arc<Mutex<dyn BusDevice>> {
     })))
 }
 
-fn reset_line(tell: Notifier) -> Arc<Mutex<dyn BusDevice>> {
+fn reset_line(tell: Notifier, gate: Arc<Gate>) -> Arc<Mutex<dyn BusDevice>> {
     let mut pulsed = false;
     Arc::new(Mutex::new(I8042::new(move || {
+        gate.stop();
         if !std::mem::replace(&mut pulsed, true) {
             tell.send(VmEvent::Platform(PlatformEvent::Reset, Instant::now()));
         }

@@ -129,6 +129,7 @@ pub fn run(config: &MachineConfig, mut timeline: Timeline) -> Result<Ending, Fai
     let vcpus = Arc::new(VcpuControl::start(
         machine.vcpus,
         machine.buses,
+        machine.gate,
         move |end| {
             notifier.send(VmEvent::Vcpu(end));
         },
@@ -196,9 +197,9 @@ impl VcpuControl {
     fn start(
         vcpus: Vec<Vcpu>,
         buses: Buses,
+        gate: Arc<Gate>,
         tell: impl Fn(vcpu::VcpuEnd) + Send + Sync + 'static,
     ) -> Result<Self, Failure> {
-        let gate = Arc::new(Gate::new(vcpus.len()));
         let (buses, tell) = (Arc::new(buses), Arc::new(tell));
         let mut threads = Vec::new();
         let exits = vcpus.iter().map(Vcpu::exits).collect();
