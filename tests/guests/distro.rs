@@ -85,10 +85,14 @@ fn debian_runs_installs_reboots_and_turns_off() {
     assert_eq!(ended.code(), Some(0), "{ended:?}");
     assert_eq!(ended.record()["outcome"], "reset");
 
-    let mut vm = boot(&namespace, &disk, "LABEL=distro").running;
-    enter(&mut vm, "mayfly-greeting && systemctl poweroff");
-    vm.expect("greetings, installed");
-    let ended = vm.wait();
+    let mut vm = boot(&namespace, &disk, "LABEL=distro");
+    enter(
+        &mut vm.running,
+        "systemctl is-system-running --wait && mayfly-greeting",
+    );
+    vm.running.expect("greetings, installed");
+    vm.ctl(&["shutdown", "--deadline", "300"]);
+    let ended = vm.running.wait();
     assert_eq!(ended.code(), Some(0), "{ended:?}");
     assert_eq!(ended.record()["outcome"], "power-off");
 }
