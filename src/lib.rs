@@ -16,4 +16,5 @@ pub mod machine;
 pub mod metrics;
 pub mod net;
 pub mod timing;
+pub mod unix_socket;
 pub mod vsock;

@@ -3,66 +3,17 @@
 //! The listening socket is made at once, so that the device can have it, but
 //! named only when all that can be refused has been.
 
-use std::fs::{self, File, Metadata};
-use std::io;
-use std::mem;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 
 use mayfly_devices::virtio::vsock::Connector;
 
 use crate::config::VsockConfig;
 use crate::failure::{Failure, OrFail};
-use crate::machine::refusal;
+use crate::unix_socket::{check_free, connect, socket};
 
-/// How many clients may wait for the device; Linux takes fewer if it likes.
-const BACKLOG: libc::c_int = 1024;
 /// Enough for the device's connections, and all else that is open.
 const OPEN_FILES: libc::rlim_t = 4096 + 1024;
-
-/// A socket without a name, that does not block.
-fn socket() -> io::Result<OwnedFd> {
-    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-    // SAFETY: has no preconditions.
-    match unsafe { libc::socket(libc::AF_UNIX, kind, 0) } {
-        -1 => Err(io::Error::last_os_error()),
-        // SAFETY: a new descriptor, that nothing else owns.
-        fd => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
-    }
-}
-
-type NameCall = unsafe extern "C" fn(libc::c_int, *const libc::sockaddr, libc::socklen_t) -> i32;
-
-/// Calls `bind` or `connect` with a path.
-fn with_name(call: NameCall, socket: &impl AsRawFd, path: &Path) -> io::Result<()> {
-    // SAFETY: a structure of numbers.
-    let mut address: libc::sockaddr_un = unsafe { mem::zeroed() };
-    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
-    let name = path.as_os_str().as_bytes();
-    // The last byte stays zero.
-    if name.is_empty() || name.len() >= address.sun_path.len() {
-        return Err(io::ErrorKind::InvalidFilename.into());
-    }
-    for (target, source) in address.sun_path.iter_mut().zip(name) {
-        *target = *source as libc::c_char;
-    }
-    let len = mem::size_of_val(&address) as libc::socklen_t;
-    // SAFETY: an open descriptor, and an address that lives until the call returns.
-    match unsafe { call(socket.as_raw_fd(), (&raw const address).cast(), len) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-/// Connects without waiting for the listener to accept.
-fn connect(path: &Path) -> io::Result<UnixStream> {
-    let socket = socket()?;
-    with_name(libc::connect, &socket, path)?;
-    Ok(socket.into())
-}
 
 /// Connects the guest to the host's ports: their names begin with a path.
 pub fn connector(path: &Path) -> Connector {
@@ -98,105 +49,10 @@ fn raise_limit() {
     unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) };
 }
 
-/// True if there is a socket, left by a VM that was killed.
-fn check_free(path: &Path, flag: &str) -> Result<bool, Failure> {
-    match path.symlink_metadata() {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-        Err(error) => return Err(refusal(&error, flag)),
-        Ok(metadata) if metadata.file_type().is_socket() => {}
-        Ok(_) => {
-            return Err(Failure::config(format!(
-                "{flag}: exists already, and is not a socket; choose another name"
-            )));
-        }
-    }
-    match connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(refusal(&error, flag)),
-        _ => Err(Failure::config(format!(
-            "{flag}: a process that runs listens there; choose another name"
-        ))),
-    }
-}
-
-/// A socket's name, removed with this unless it is another's by now.
-pub struct Name {
-    path: PathBuf,
-    identity: (u64, u64),
-}
-
-impl Name {
-    /// Gives the socket its name, and listens.
-    pub fn give(socket: &UnixListener, config: &VsockConfig) -> Result<Self, Failure> {
-        let (path, flag) = (&config.path, config.flag());
-        // Who looks whether a socket is a leftover must not see a new one.
-        let folder = path.parent().filter(|parent| *parent != Path::new(""));
-        let lock = File::open(folder.unwrap_or(Path::new("."))).or_host(&flag)?;
-        lock.lock().or_host(&flag)?;
-        if check_free(path, &flag)? {
-            fs::remove_file(path).or_host(&flag)?;
-        }
-        with_name(libc::bind, socket, path).or_host(&flag)?;
-        let name = Name {
-            path: path.clone(),
-            identity: identity(&path.symlink_metadata().or_host(&flag)?),
-        };
-        // SAFETY: an open descriptor.
-        match unsafe { libc::listen(socket.as_raw_fd(), BACKLOG) } {
-            0 => Ok(name),
-            _ => Err(io::Error::last_os_error()).or_host(&flag),
-        }
-    }
-}
-
-fn identity(metadata: &Metadata) -> (u64, u64) {
-    (metadata.dev(), metadata.ino())
-}
-
-impl Drop for Name {
-    fn drop(&mut self) {
-        let ours = |metadata: Metadata| identity(&metadata) == self.identity;
-        if self.path.symlink_metadata().is_ok_and(ours) {
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::io::{Read, Write};
-
-    #[test]
-    fn a_name_is_taken_once_and_a_leftover_replaced() {
-        let folder = tempfile::tempdir().unwrap();
-        let config = VsockConfig {
-            cid: 3,
-            path: folder.path().join("v"),
-        };
-        let (first, second) = (open(&config).unwrap(), open(&config).unwrap());
-        assert!(!config.path.exists());
-        let name = Name::give(&first, &config).unwrap();
-        let refused = |failure: Failure| {
-            let message = failure.to_string();
-            assert!(message.contains("choose another name"), "{message}");
-        };
-        refused(Name::give(&second, &config).err().unwrap());
-        refused(open(&config).err().unwrap());
-        // Killed: the name stays, nobody listens.
-        drop(first);
-        mem::forget(name);
-        let third = open(&config).unwrap();
-        let name = Name::give(&third, &config).unwrap();
-        // Another's file is left alone.
-        fs::remove_file(&config.path).unwrap();
-        fs::write(&config.path, "precious").unwrap();
-        drop(name);
-        assert!(config.path.exists());
-        refused(open(&config).err().unwrap());
-        assert!(config.path.exists());
-    }
 
     #[test]
     fn a_port_has_a_socket_of_its_own() {

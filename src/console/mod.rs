@@ -8,9 +8,9 @@ use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use mayfly_devices::bus::lock;
@@ -19,6 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::HostEnd;
 use crate::failure::{Failure, OrFail};
+use crate::unix_socket::{self, Name};
 use escape::{Escape, HELP, Request};
 use tail::Tail;
 use terminal::RawTerminal;
@@ -80,19 +81,10 @@ pub struct Console {
     /// guest does not take yet.
     held: VecDeque<u8>,
     listener: Option<UnixListener>,
-    _socket: Option<SocketFile>,
+    _name: Option<Name>,
     _terminal: Option<RawTerminal>,
     /// Keeps a pseudo-terminal from hanging up while nobody has it open.
     _slave: Option<File>,
-}
-
-/// A socket's name, removed with it.
-struct SocketFile(PathBuf);
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
 }
 
 impl Console {
@@ -169,21 +161,10 @@ impl Console {
     }
 
     fn unix(path: &Path, flag: &str) -> Result<Self, Failure> {
-        if let Ok(metadata) = path.symlink_metadata() {
-            if !metadata.file_type().is_socket() || UnixStream::connect(path).is_ok() {
-                return Err(Failure::config(format!(
-                    "{flag}: exists already; remove it or choose another name"
-                )));
-            }
-            // Left by one that was killed: nobody listens.
-            std::fs::remove_file(path).or_host(flag)?;
-        }
-        let listener = UnixListener::bind(path).or_host(flag)?;
-        let socket = SocketFile(path.to_owned());
-        listener.set_nonblocking(true).or_host(flag)?;
+        let (listener, name) = unix_socket::listen(path, flag)?;
         Ok(Console {
             listener: Some(listener),
-            _socket: Some(socket),
+            _name: Some(name),
             ..Default::default()
         })
     }

@@ -1,13 +1,14 @@
 //! The folder with the sockets of this user's VMs: nobody else may enter it.
 
 use std::env;
-use std::fs::{self, DirBuilder, File, Metadata, TryLockError};
+use std::fs::{self, DirBuilder, Metadata};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::failure::{Failure, OrFail};
+use crate::unix_socket::{self, Name};
 
 /// The longest name of a VM.
 pub const NAME_MAX: usize = 64;
@@ -44,7 +45,7 @@ impl Folder {
     }
 
     #[cfg(test)]
-    pub(super) fn at(path: &Path) -> Self {
+    pub(super) fn at(path: &std::path::Path) -> Self {
         Folder(path.to_owned())
     }
 
@@ -70,7 +71,7 @@ impl Folder {
     }
 
     /// Makes the folder if it is missing, and listens on the socket of a VM.
-    pub fn listen(&self, name: &str) -> Result<(UnixListener, Socket), Failure> {
+    pub fn listen(&self, name: &str) -> Result<(UnixListener, Name), Failure> {
         let what = || format!("control folder {}", self.0.display());
         match DirBuilder::new().mode(PRIVATE).create(&self.0) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
@@ -90,31 +91,12 @@ impl Folder {
             )));
         }
         let path = self.socket(name);
-        // Who looks whether a socket is a leftover must not see a new one.
-        let lock = File::open(&self.0).or_host(what())?;
-        lock.lock().or_host(what())?;
         if UnixStream::connect(&path).is_ok() {
             return Err(Failure::config(format!(
                 "--name {name}: a VM of that name runs; choose another"
             )));
         }
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(Failure::host(format!("{}: {error}", path.display())));
-            }
-            _ => {}
-        }
-        let listener = UnixListener::bind(&path).or_host(path.display())?;
-        let identity = identity(&path.symlink_metadata().or_host(path.display())?);
-        let folder = self.0.clone();
-        Ok((
-            listener,
-            Socket {
-                path,
-                identity,
-                folder,
-            },
-        ))
+        unix_socket::listen(&path, &format!("--name {name}"))
     }
 }
 
@@ -122,40 +104,6 @@ fn private(metadata: &Metadata) -> bool {
     // SAFETY: has no preconditions.
     let user = unsafe { libc::geteuid() };
     metadata.is_dir() && metadata.uid() == user && metadata.mode() & 0o777 == PRIVATE
-}
-
-fn identity(metadata: &Metadata) -> (u64, u64) {
-    (metadata.dev(), metadata.ino())
-}
-
-/// A socket's name, removed with this unless it is another's by now.
-pub struct Socket {
-    path: PathBuf,
-    identity: (u64, u64),
-    folder: PathBuf,
-}
-
-impl Socket {
-    /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-}
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        // Whoever holds the lock for longer is wrong; a leftover does no harm.
-        let Ok(lock) = File::open(&self.folder) else {
-            return;
-        };
-        if matches!(lock.try_lock(), Err(TryLockError::Error(_))) {
-            return;
-        }
-        let ours = |metadata: Metadata| identity(&metadata) == self.identity;
-        if self.path.symlink_metadata().is_ok_and(ours) {
-            let _ = fs::remove_file(&self.path);
-        }
-    }
 }
 
 #[cfg(test)]

@@ -8,8 +8,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use super::folder::Socket;
 use super::protocol::{Command, Event, Reply};
+use crate::unix_socket::Name;
 
 /// More clients at a time are hung up on.
 const CLIENTS_MAX: usize = 16;
@@ -96,7 +96,7 @@ impl Drop for Waiting<'_> {
 
 /// The server. Its threads end with the process; the socket with this.
 pub struct Server {
-    _socket: Socket,
+    _name: Name,
     clients: Arc<Clients>,
 }
 
@@ -104,11 +104,12 @@ impl Server {
     /// Serves clients, whose commands go to `ask`.
     pub fn start(
         listener: UnixListener,
-        socket: Socket,
+        name: Name,
         ask: impl Fn(Ask) + Send + Sync + 'static,
     ) -> io::Result<Self> {
         let clients = Arc::new(Clients::default());
         let (ask, entries) = (Arc::new(ask), clients.clone());
+        listener.set_nonblocking(false)?;
         spawn(move || {
             for client in listener.incoming() {
                 let Ok(client) = client else {
@@ -128,7 +129,7 @@ impl Server {
             }
         })?;
         Ok(Server {
-            _socket: socket,
+            _name: name,
             clients,
         })
     }
@@ -233,9 +234,9 @@ mod tests {
     fn start() -> (tempfile::TempDir, Server, std::path::PathBuf) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("run");
-        let (listener, socket) = Folder::at(&path).listen("vm").unwrap();
-        let place = socket.path().to_owned();
-        let server = Server::start(listener, socket, |ask: Ask| {
+        let (listener, name) = Folder::at(&path).listen("vm").unwrap();
+        let place = path.join("vm.sock");
+        let server = Server::start(listener, name, |ask: Ask| {
             if let Some(subscriber) = ask.subscriber {
                 ask.reply.send(Reply::done()).unwrap();
                 subscriber.send(Event::now("one", None)).unwrap();

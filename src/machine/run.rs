@@ -23,7 +23,7 @@ use crate::failure::{Failure, OrFail};
 use crate::kvm::gate::Gate;
 use crate::kvm::vcpu::{self, Buses, ExitCounters, Vcpu};
 use crate::timing::Timeline;
-use crate::vsock;
+use crate::unix_socket::Name;
 
 /// Enough for what a vCPU's thread calls.
 const VCPU_STACK: usize = 256 << 10;
@@ -96,7 +96,7 @@ pub fn run(config: &MachineConfig, mut timeline: Timeline) -> Result<Ending, Fai
     let (listener, socket) = Folder::locate().listen(&config.name)?;
     let _pidfile = config.pidfile.as_deref().map(PidFile::create).transpose()?;
     let _vsock = match (&vsock, &config.vsock) {
-        (Some(socket), Some(vsock)) => Some(vsock::Name::give(socket, vsock)?),
+        (Some(socket), Some(vsock)) => Some(Name::give(socket, &vsock.path, &vsock.flag())?),
         _ => None,
     };
     let resized = machine.connections.first();
