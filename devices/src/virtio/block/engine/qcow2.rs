@@ -3,16 +3,20 @@
 //! Nothing that the image names is opened: its header is checked here first,
 //! and the backing file is the one that is given, or none.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
+use std::ptr;
 use std::sync::{PoisonError, RwLock};
 
 use imago::file::File as Storage;
-use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
+use imago::{DenyImplicitOpenGate, FormatDriverBuilder, Mapping, Storage as _, StorageExt as _};
 
 use super::threads::Worker;
 use super::{Image, Kind};
+
+type Access = imago::FormatAccess<Storage>;
 
 /// The size of the header's part that is checked.
 const HEADER: usize = 104;
@@ -41,8 +45,14 @@ const FEATURES: [(&str, &str); 5] = [
         "convert it: qemu-img convert -O qcow2",
     ),
 ];
-/// Guest memory is copied by so much at a time.
+/// How much is copied at a time, where it has to be.
 const CHUNK: usize = 256 << 10;
+
+thread_local! {
+    /// Kept from request to request: new memory would be mapped for each, and
+    /// cost more than all the rest.
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
 
 /// Why an image cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -159,7 +169,9 @@ fn lies_inside(offset: u64, size: u64, cluster: u64, len: u64) -> bool {
 pub struct Qcow2 {
     /// Written to by whom must be alone: a discard gives room back that others
     /// may be about to use.
-    access: RwLock<FormatAccess<Storage>>,
+    access: RwLock<Access>,
+    /// The same file.
+    file: File,
     size: u64,
 }
 
@@ -187,13 +199,14 @@ impl Qcow2 {
             (true, None) => return Err(ImageError::BackingNeeded),
             (false, Some(_)) => return Err(ImageError::NoBacking),
         };
-        let image = imago::qcow2::Qcow2::<Storage>::builder(Storage::try_from(file)?)
+        let image = imago::qcow2::Qcow2::<Storage>::builder(Storage::try_from(file.try_clone()?)?)
             .write(writable)
             .backing(backing)
             .data_file(None)
             .open(DenyImplicitOpenGate::default())?;
         Ok(Qcow2 {
-            access: RwLock::new(FormatAccess::new(image)),
+            access: RwLock::new(Access::new(image)),
+            file,
             size: header.size,
         })
     }
@@ -219,13 +232,13 @@ fn read_at(file: &File, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
 }
 
 impl Image {
-    fn into_access(self) -> io::Result<FormatAccess<Storage>> {
+    fn into_access(self) -> io::Result<Access> {
         match self {
             Image::Raw(file) => {
                 let storage = Storage::try_from(file)?;
                 let raw = imago::raw::Raw::builder(storage).write(false);
                 let raw = raw.open(DenyImplicitOpenGate::default())?;
-                Ok(FormatAccess::new(raw))
+                Ok(Access::new(raw))
             }
             Image::Qcow2(image) => Ok(image
                 .access
@@ -235,7 +248,8 @@ impl Image {
     }
 }
 
-/// What iovecs point to, a piece at a time.
+/// Buffers in guest memory, a part at a time.
+#[derive(Clone, Copy)]
 struct Pieces<'a> {
     iovecs: &'a [libc::iovec],
     /// What is done of the first.
@@ -263,45 +277,154 @@ impl Pieces<'_> {
     }
 
     /// The next piece of at most `len` bytes, which are at least one.
-    fn next(&mut self, len: usize) -> Option<(*mut u8, usize)> {
+    fn next(&mut self, len: usize) -> Option<libc::iovec> {
         loop {
             let (first, others) = self.iovecs.split_first()?;
             let len = len.min(first.iov_len - self.done);
             if len > 0 {
-                let start = first.iov_base.cast::<u8>().wrapping_add(self.done);
+                let start = first.iov_base.wrapping_byte_add(self.done);
                 self.done += len;
-                return Some((start, len));
+                return Some(libc::iovec {
+                    iov_base: start,
+                    iov_len: len,
+                });
             }
             (self.iovecs, self.done) = (others, 0);
         }
     }
 
+    /// The next pieces, of `len` bytes together, or all that there are.
+    fn take(&mut self, len: usize) -> Vec<libc::iovec> {
+        let mut pieces = Vec::new();
+        let mut left = len;
+        while left > 0
+            && let Some(piece) = self.next(left)
+        {
+            left -= piece.iov_len;
+            pieces.push(piece);
+        }
+        pieces
+    }
+
     fn write(&mut self, mut data: &[u8]) {
         while !data.is_empty()
-            && let Some((target, len)) = self.next(data.len())
+            && let Some(piece) = self.next(data.len())
         {
-            // SAFETY: `len` bytes are valid at the target, which is no Rust
-            // object, and no more than there are data.
-            unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), target, len) };
-            data = data.get(len..).unwrap_or_default();
+            let (now, later) = data.split_at(piece.iov_len);
+            // SAFETY: so many bytes are valid there, and it is no Rust object.
+            unsafe { ptr::copy_nonoverlapping(now.as_ptr(), piece.iov_base.cast(), now.len()) };
+            data = later;
         }
     }
 
-    fn read(&mut self, mut data: &mut [u8]) {
-        while !data.is_empty()
-            && let Some((source, len)) = self.next(data.len())
+    fn zero(&mut self, mut len: usize) {
+        while len > 0
+            && let Some(piece) = self.next(len)
         {
-            // SAFETY: `len` bytes are valid at the source, which is no Rust
-            // object, and no more than there is room.
-            unsafe { std::ptr::copy_nonoverlapping(source, data.as_mut_ptr(), len) };
-            data = data.get_mut(len..).unwrap_or_default();
+            // SAFETY: so many bytes are valid there, and it is no Rust object.
+            unsafe { ptr::write_bytes(piece.iov_base.cast::<u8>(), 0, piece.iov_len) };
+            len -= piece.iov_len;
         }
+    }
+
+    /// Reads or writes the next `len` bytes where a file has them, at an offset;
+    /// behind its end are zeroes.
+    fn transfer(&mut self, file: &File, kind: Kind, mut at: u64, mut len: usize) -> io::Result<()> {
+        while len > 0 {
+            let mut later = *self;
+            let now = later.take(len);
+            // SAFETY: the pieces are valid.
+            match unsafe { file.run(kind, at, now.as_ptr(), now.len()) } {
+                Ok(0) if kind == Kind::Read => {
+                    self.zero(len);
+                    len = 0;
+                }
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(moved) if moved == len => {
+                    *self = later;
+                    len = 0;
+                }
+                Ok(moved) => {
+                    self.take(moved);
+                    at = at.saturating_add(moved as u64);
+                    len = len.saturating_sub(moved);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 }
 
+impl Qcow2 {
+    /// Straight into guest memory where the image has the data as they are;
+    /// through a buffer otherwise: `imago` has slices of bytes, which nobody else
+    /// may write to meanwhile.
+    fn read(&self, access: &Access, mut at: u64, mut pieces: Pieces<'_>) -> io::Result<()> {
+        let mut left = pieces.len();
+        while left > 0 {
+            let (mapping, mapped) = access.get_mapping(at, left as u64)?;
+            let len = usize::try_from(mapped).map_or(left, |mapped| mapped.min(left));
+            if len == 0 {
+                // Behind the end of the disk.
+                pieces.zero(left);
+                break;
+            }
+            match mapping {
+                // Only this image's own data may be written to, not its backing file's.
+                Mapping::Raw {
+                    offset, writable, ..
+                } if writable => pieces.transfer(&self.file, Kind::Read, offset, len)?,
+                Mapping::Zero { .. } => pieces.zero(len),
+                _ => BUFFER.with_borrow_mut(|buffer| {
+                    let mut done = 0;
+                    while done < len {
+                        let chunk = room(buffer, len - done);
+                        access.read(&mut *chunk, at.saturating_add(done as u64))?;
+                        pieces.write(chunk);
+                        done += chunk.len();
+                    }
+                    io::Result::Ok(())
+                })?,
+            }
+            at = at.saturating_add(len as u64);
+            left -= len;
+        }
+        Ok(())
+    }
+
+    /// Straight from guest memory to where the image will have the data.
+    fn write(&self, access: &Access, mut at: u64, mut pieces: Pieces<'_>) -> io::Result<()> {
+        let mut left = pieces.len();
+        while left > 0 {
+            let mapping = access.prepare_data_mapping(at, left as u64, true)?;
+            let len = usize::try_from(mapping.length()).map_or(left, |mapped| mapped.min(left));
+            let end = mapping.offset().saturating_add(len as u64);
+            // `imago` remembers how long the file is, and has to see it grow.
+            if end > mapping.storage().size()? {
+                mapping.storage().write([0].as_slice(), end - 1)?;
+            }
+            let write = Kind::Write { durable: false };
+            pieces.transfer(&self.file, write, mapping.offset(), len)?;
+            access.commit_data_mapping(mapping)?;
+            at = at.saturating_add(len as u64);
+            left -= len;
+        }
+        Ok(())
+    }
+}
+
+/// At most `len` bytes of a buffer, which grows as needed up to its bound.
+fn room(buffer: &mut Vec<u8>, len: usize) -> &mut [u8] {
+    let len = len.min(CHUNK);
+    if buffer.len() < len {
+        buffer.resize(len, 0);
+    }
+    buffer.get_mut(..len).unwrap_or_default()
+}
+
 impl Worker for Qcow2 {
-    /// Guest memory is copied: `imago` has slices of bytes for buffers, which
-    /// nobody else may write to meanwhile.
     unsafe fn run(
         &self,
         kind: Kind,
@@ -310,46 +433,28 @@ impl Worker for Qcow2 {
         count: usize,
     ) -> io::Result<usize> {
         // SAFETY: the caller's promise.
-        let mut pieces = unsafe { Pieces::new(iovecs, count) };
-        let exclusive = |work: &dyn Fn(&mut FormatAccess<Storage>) -> io::Result<()>| {
+        let pieces = unsafe { Pieces::new(iovecs, count) };
+        let exclusive = |work: &dyn Fn(&mut Access) -> io::Result<()>| {
             let mut access = self.access.write().unwrap_or_else(PoisonError::into_inner);
-            work(&mut access).map(|()| 0)
+            work(&mut access)
         };
+        let shared = |work: &dyn Fn(&Access) -> io::Result<()>| {
+            work(&self.access.read().unwrap_or_else(PoisonError::into_inner))
+        };
+        let flush = |access: &Access| access.flush().and_then(|()| access.sync());
         match kind {
-            Kind::Discard { len } => {
-                return exclusive(&|access| access.discard_to_any(offset, len));
-            }
+            Kind::Read => shared(&|access| self.read(access, offset, pieces)),
+            Kind::Write { durable } => shared(&|access| {
+                self.write(access, offset, pieces)?;
+                if durable { flush(access) } else { Ok(()) }
+            }),
+            Kind::Flush => shared(&flush),
+            Kind::Discard { len } => exclusive(&|access| access.discard_to_any(offset, len)),
             Kind::Zero { len, unmap: true } => {
-                return exclusive(&|access| access.discard_to_zero(offset, len));
+                exclusive(&|access| access.discard_to_zero(offset, len))
             }
-            _ => {}
-        }
-        let access = self.access.read().unwrap_or_else(PoisonError::into_inner);
-        let flush = || access.flush().and_then(|()| access.sync());
-        let total = pieces.len();
-        let mut chunk = vec![0; total.min(CHUNK)];
-        let mut done = 0;
-        match kind {
-            Kind::Read | Kind::Write { .. } => {
-                while done < total {
-                    chunk.truncate(total - done);
-                    let at = offset.saturating_add(done as u64);
-                    if kind == Kind::Read {
-                        access.read(chunk.as_mut_slice(), at)?;
-                        pieces.write(&chunk);
-                    } else {
-                        pieces.read(&mut chunk);
-                        access.write(chunk.as_slice(), at)?;
-                    }
-                    done += chunk.len();
-                }
-                if kind == (Kind::Write { durable: true }) {
-                    flush()?;
-                }
-            }
-            Kind::Zero { len, .. } => access.write_zeroes(offset, len)?,
-            _ => flush()?,
-        }
-        Ok(done)
+            Kind::Zero { len, unmap: false } => shared(&|access| access.write_zeroes(offset, len)),
+        }?;
+        Ok(pieces.len())
     }
 }
