@@ -116,7 +116,10 @@ impl Engine {
             // SAFETY: the caller's promise.
             Engine::Uring(uring) => unsafe { uring.submit(token, operation) },
             // SAFETY: the caller's promise.
-            Engine::Threads(threads) => unsafe { threads.submit(token, operation) },
+            Engine::Threads(threads) => unsafe {
+                threads.submit(token, operation);
+                Ok(())
+            },
         }
     }
 

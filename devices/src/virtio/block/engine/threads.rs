@@ -1,10 +1,11 @@
 //! I/O by threads that may block.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -31,7 +32,7 @@ pub trait Worker: Send + Sync + 'static {
 
 /// The threads, and what they are told and tell.
 pub struct Threads {
-    jobs: Option<Sender<Job>>,
+    jobs: Arc<Jobs>,
     done: Receiver<Completion>,
     event: EventFd,
     threads: Vec<JoinHandle<()>>,
@@ -45,24 +46,76 @@ struct Job {
     count: usize,
 }
 
+/// What is to be done. Each job wakes one thread, and only if one sleeps; those
+/// that are awake take the next by themselves.
+#[derive(Default)]
+struct Jobs {
+    queue: Mutex<Queue>,
+    more: Condvar,
+}
+
+#[derive(Default)]
+struct Queue {
+    jobs: VecDeque<Job>,
+    asleep: usize,
+    over: bool,
+}
+
+impl Jobs {
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, job: Job) {
+        let mut queue = self.queue();
+        queue.jobs.push_back(job);
+        let wake = queue.asleep > 0;
+        drop(queue);
+        if wake {
+            self.more.notify_one();
+        }
+    }
+
+    /// The next one, when there is one; none when it is all over.
+    fn next(&self) -> Option<Job> {
+        let mut queue = self.queue();
+        loop {
+            if let Some(job) = queue.jobs.pop_front() {
+                return Some(job);
+            }
+            if queue.over {
+                return None;
+            }
+            queue.asleep += 1;
+            queue = self
+                .more
+                .wait(queue)
+                .unwrap_or_else(PoisonError::into_inner);
+            queue.asleep -= 1;
+        }
+    }
+
+    fn end(&self) {
+        self.queue().over = true;
+        self.more.notify_all();
+    }
+}
+
 // SAFETY: whoever submits keeps what it points to valid until the completion,
 // whichever thread it is used on.
 unsafe impl Send for Job {}
 
 impl Threads {
     pub(super) fn new(worker: Arc<impl Worker>) -> io::Result<Self> {
-        let (jobs, queue) = mpsc::channel::<Job>();
+        let jobs = Arc::new(Jobs::default());
         let (finished, done) = mpsc::channel();
-        let queue = Arc::new(Mutex::new(queue));
         let event = EventFd::new(EFD_NONBLOCK)?;
         let mut threads = Vec::new();
         for _ in 0..THREADS {
-            let (queue, finished, worker) = (queue.clone(), finished.clone(), worker.clone());
+            let (jobs, finished, worker) = (jobs.clone(), finished.clone(), worker.clone());
             let event = event.try_clone()?;
             let work = move || {
-                loop {
-                    let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
-                    let Ok(job) = job else { return };
+                while let Some(job) = jobs.next() {
                     // SAFETY: whoever submitted keeps the buffers valid.
                     let result = unsafe { worker.run(job.kind, job.offset, job.iovecs, job.count) };
                     if finished.send((job.token, result)).is_err() {
@@ -74,7 +127,7 @@ impl Threads {
             threads.push(thread::Builder::new().name("block".into()).spawn(work)?);
         }
         Ok(Threads {
-            jobs: Some(jobs),
+            jobs,
             done,
             event,
             threads,
@@ -84,17 +137,14 @@ impl Threads {
     /// # Safety
     ///
     /// The buffers must stay valid until the operation is completed.
-    pub(super) unsafe fn submit(&mut self, token: u64, operation: &Operation) -> io::Result<()> {
-        let job = Job {
+    pub(super) unsafe fn submit(&mut self, token: u64, operation: &Operation) {
+        self.jobs.add(Job {
             token,
             kind: operation.kind,
             offset: operation.offset,
             iovecs: operation.iovecs.as_ptr(),
             count: operation.iovecs.len(),
-        };
-        let jobs = self.jobs.as_ref();
-        jobs.and_then(|jobs| jobs.send(job).ok())
-            .ok_or_else(|| io::ErrorKind::BrokenPipe.into())
+        });
     }
 
     pub(super) fn completions(&mut self) -> Vec<Completion> {
@@ -124,7 +174,7 @@ impl Threads {
 
 impl Drop for Threads {
     fn drop(&mut self) {
-        self.jobs = None;
+        self.jobs.end();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
