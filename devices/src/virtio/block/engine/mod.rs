@@ -115,11 +115,11 @@ impl Engine {
         match self {
             // SAFETY: the caller's promise.
             Engine::Uring(uring) => unsafe { uring.submit(token, operation) },
-            // SAFETY: the caller's promise.
-            Engine::Threads(threads) => unsafe {
-                threads.submit(token, operation);
+            Engine::Threads(threads) => {
+                // SAFETY: the caller's promise.
+                unsafe { threads.submit(token, operation) };
                 Ok(())
-            },
+            }
         }
     }
 

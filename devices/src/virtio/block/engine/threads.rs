@@ -109,11 +109,16 @@ impl Threads {
     pub(super) fn new(worker: Arc<impl Worker>) -> io::Result<Self> {
         let jobs = Arc::new(Jobs::default());
         let (finished, done) = mpsc::channel();
-        let event = EventFd::new(EFD_NONBLOCK)?;
-        let mut threads = Vec::new();
+        // Whole from the start: should a thread be refused, its end ends the others.
+        let mut threads = Threads {
+            jobs: jobs.clone(),
+            done,
+            event: EventFd::new(EFD_NONBLOCK)?,
+            threads: Vec::new(),
+        };
         for _ in 0..THREADS {
             let (jobs, finished, worker) = (jobs.clone(), finished.clone(), worker.clone());
-            let event = event.try_clone()?;
+            let event = threads.event.try_clone()?;
             let work = move || {
                 while let Some(job) = jobs.next() {
                     // SAFETY: whoever submitted keeps the buffers valid.
@@ -124,14 +129,10 @@ impl Threads {
                     let _ = event.write(1);
                 }
             };
-            threads.push(thread::Builder::new().name("block".into()).spawn(work)?);
+            let thread = thread::Builder::new().name("block".into()).spawn(work)?;
+            threads.threads.push(thread);
         }
-        Ok(Threads {
-            jobs,
-            done,
-            event,
-            threads,
-        })
+        Ok(threads)
     }
 
     /// # Safety
