@@ -372,7 +372,8 @@ impl Qcow2 {
                 break;
             }
             match mapping {
-                // Only this image's own data may be written to, not its backing file's.
+                // Data that may be written to are in this file: not in its backing
+                // file, and not held by two clusters.
                 Mapping::Raw {
                     offset, writable, ..
                 } if writable => pieces.transfer(&self.file, Kind::Read, offset, len)?,
@@ -401,7 +402,8 @@ impl Qcow2 {
             let mapping = access.prepare_data_mapping(at, left as u64, true)?;
             let len = usize::try_from(mapping.length()).map_or(left, |mapped| mapped.min(left));
             let end = mapping.offset().saturating_add(len as u64);
-            // `imago` remembers how long the file is, and has to see it grow.
+            // `imago` remembers how long the file is: what it did not see grow, it
+            // would cut off when it fills a cluster up with zeroes.
             if end > mapping.storage().size()? {
                 mapping.storage().write([0].as_slice(), end - 1)?;
             }
