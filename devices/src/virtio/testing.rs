@@ -5,11 +5,14 @@
 
 #![allow(missing_docs)]
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_config as bits;
 use virtio_bindings::virtio_mmio as reg;
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{Token, VirtioDevice};
@@ -58,6 +61,9 @@ impl Descriptor {
 /// A driver, and its device.
 pub struct Driver {
     pub transport: VirtioMmio,
+    sources: Epoll,
+    /// Sources whose edges were seen and that were not served.
+    ready: BTreeSet<Token>,
     pub memory: Arc<GuestMemory>,
     interrupt: EventFd,
     /// For each queue, the next free descriptor and the used entries seen.
@@ -71,8 +77,16 @@ impl Driver {
         let queues = device.queue_sizes().len();
         let transport =
             VirtioMmio::new(device, memory.clone(), interrupt.try_clone().unwrap()).unwrap();
+        let sources = Epoll::new().unwrap();
+        for (token, fd) in transport.sources() {
+            let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            let event = EpollEvent::new(events, token.into());
+            sources.ctl(ControlOperation::Add, fd, event).unwrap();
+        }
         Driver {
             transport,
+            sources,
+            ready: BTreeSet::new(),
             memory,
             interrupt,
             positions: vec![(0, 0); queues],
@@ -237,32 +251,22 @@ impl Driver {
         self.serve_sources(|_| true);
     }
 
-    /// The same for some of the sources.
+    /// The same for some of the sources. They are watched on edges, as the event
+    /// loop does.
     pub fn serve_sources(&mut self, which: impl Fn(Token) -> bool) {
-        let (tokens, mut entries): (Vec<_>, Vec<_>) = self
-            .transport
-            .sources()
-            .into_iter()
-            .filter(|(token, _)| which(*token))
-            .map(|(token, fd)| {
-                let events = libc::POLLIN;
-                let revents = 0;
-                (
-                    token,
-                    libc::pollfd {
-                        fd,
-                        events,
-                        revents,
-                    },
-                )
-            })
-            .unzip();
-        // SAFETY: live entries, as many as said.
-        unsafe { libc::poll(entries.as_mut_ptr(), entries.len() as u64, 5000) };
-        for (token, entry) in tokens.into_iter().zip(entries) {
-            if entry.revents != 0 {
-                self.transport.source_ready(token);
-            }
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while !self.ready.iter().any(|&token| which(token)) && Instant::now() < deadline {
+            let mut events = [EpollEvent::default(); 8];
+            // The kernel may interrupt it to complete an operation.
+            let count = self.sources.wait(100, &mut events).unwrap_or(0);
+            let tokens = events[..count].iter().map(|event| event.data() as Token);
+            self.ready.extend(tokens);
+        }
+        let (ready, others) = self.ready.iter().partition(|&&token| which(token));
+        self.ready = others;
+        let ready: BTreeSet<Token> = ready;
+        for token in ready {
+            self.transport.source_ready(token);
         }
     }
 }

@@ -147,7 +147,7 @@ impl Engine {
         }
     }
 
-    /// Readable when something is completed.
+    /// Signalled when something is completed: to be watched on edges.
     pub fn event(&self) -> RawFd {
         match self {
             Engine::Uring(uring) => uring.event(),
