@@ -145,6 +145,41 @@ fn version_2_is_only_read() {
 }
 
 #[test]
+fn zeroes_beside_a_write_leave_it_alone() {
+    use super::engine::Worker;
+    let file = create(false);
+    let image = open(&file, None).unwrap();
+    let run = |kind, offset: u64, data: &mut [u8]| {
+        let iovec = libc::iovec {
+            iov_base: data.as_mut_ptr().cast(),
+            iov_len: data.len(),
+        };
+        // SAFETY: it is over when it returns.
+        unsafe { image.run(kind, offset, &iovec, usize::from(!data.is_empty())) }.unwrap();
+    };
+    let len = CLUSTER as u64 - 512;
+    for _ in 0..20 {
+        for start in (0..LEN as u64).step_by(CLUSTER) {
+            let both = std::sync::Barrier::new(2);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    both.wait();
+                    run(Kind::Write { durable: false }, start, &mut [7; 512]);
+                });
+                scope.spawn(|| {
+                    both.wait();
+                    run(Kind::Zero { len, unmap: false }, start + 512, &mut []);
+                });
+            });
+            let mut data = [0; 512];
+            run(Kind::Read, start, &mut data);
+            assert_eq!(data, [7; 512]);
+        }
+        run(Kind::Discard { len: LEN as u64 }, 0, &mut []);
+    }
+}
+
+#[test]
 fn the_backing_file_is_read_and_left_alone() {
     let base = tempfile::tempfile().unwrap();
     let content: Vec<u8> = (0..LEN / 2).map(|n| (n / 512) as u8 | 1).collect();

@@ -189,7 +189,8 @@ fn lies_inside(offset: u64, size: u64, cluster: u64, len: u64) -> bool {
 #[derive(Debug)]
 pub struct Qcow2 {
     /// Written to by whom must be alone: a discard gives room back that others
-    /// may be about to use.
+    /// may be about to use, zeroes may be a whole cluster that takes the place of
+    /// one being written to, and a flush must not see tables without their counts.
     access: RwLock<Access>,
     /// The same file.
     file: File,
@@ -268,7 +269,7 @@ impl Qcow2 {
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.shared(|access| access.flush())?;
+        self.exclusive(|access| access.flush())?;
         self.shared(|access| access.sync())
     }
 
@@ -513,10 +514,10 @@ impl Worker for Qcow2 {
             }
             Kind::Zero { len, unmap } => {
                 self.mark()?;
-                match unmap {
-                    true => self.exclusive(|access| access.discard_to_zero(offset, len))?,
-                    false => self.shared(|access| access.write_zeroes(offset, len))?,
-                }
+                self.exclusive(|access| match unmap {
+                    true => access.discard_to_zero(offset, len),
+                    false => access.write_zeroes(offset, len),
+                })?;
             }
         }
         Ok(pieces.len())
@@ -525,6 +526,50 @@ impl Worker for Qcow2 {
     fn close(&self) {
         if let Err(error) = self.unmark() {
             log::error!("a qcow2 image was not closed, and must be repaired: {error}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+    use std::time::Duration;
+
+    use imago::FormatCreateBuilder;
+
+    use super::*;
+
+    #[test]
+    fn what_moves_tables_waits_for_writes_and_those_for_nobody() {
+        let file = tempfile::tempfile().unwrap();
+        let storage = Storage::try_from(file.try_clone().unwrap()).unwrap();
+        let builder = imago::qcow2::Qcow2::<Storage>::create_builder(storage);
+        builder.size(1 << 20).create().unwrap();
+        let image = Qcow2::open(file, true, None).unwrap();
+        let len = 512;
+        for (kind, waits) in [
+            (Kind::Read, false),
+            (Kind::Write { durable: false }, false),
+            (Kind::Write { durable: true }, true),
+            (Kind::Flush, true),
+            (Kind::Discard { len }, true),
+            (Kind::Zero { len, unmap: true }, true),
+            (Kind::Zero { len, unmap: false }, true),
+        ] {
+            thread::scope(|scope| {
+                let another = image.access.read().unwrap();
+                // SAFETY: there are no buffers.
+                let work = scope.spawn(|| unsafe { image.run(kind, 0, ptr::null(), 0) }.unwrap());
+                let patience = if waits { 20 } else { 1000 };
+                for _ in 0..patience {
+                    if work.is_finished() {
+                        break;
+                    }
+                    thread::sleep(Duration::from_millis(1));
+                }
+                assert_eq!(work.is_finished(), !waits, "{kind:?}");
+                drop(another);
+            });
         }
     }
 }
