@@ -68,7 +68,7 @@ pub struct Console {
     /// What the guest's side was told: that there is somebody, and its size.
     connected: bool,
     size: Option<TerminalSize>,
-    /// Of a client that left: the event loop still watches them.
+    /// What is over, such as a client: the event loop still watches it.
     left: Vec<File>,
     input: Option<File>,
     output: Option<File>,
@@ -292,7 +292,7 @@ impl Console {
                         // Nobody reads any more; the guest goes on.
                         match self.listener {
                             Some(_) => self.client_left(),
-                            None => self.output = None,
+                            None => self.left.extend(self.output.take()),
                         }
                         len
                     }
@@ -330,7 +330,7 @@ impl Console {
                 Ok(0) | Err(_) => {
                     match self.listener {
                         Some(_) => self.client_left(),
-                        None => self.input = None,
+                        None => self.left.extend(self.input.take()),
                     }
                     return false;
                 }
@@ -450,6 +450,62 @@ mod tests {
             0
         }
         fn input(&mut self, _: &[u8]) {}
+    }
+
+    /// A guest that takes so many bytes, and says some.
+    #[derive(Default)]
+    struct Slow {
+        room: usize,
+        got: Vec<u8>,
+        says: Vec<u8>,
+    }
+
+    impl Slow {
+        fn with_room(room: usize) -> Self {
+            Slow {
+                room,
+                ..Default::default()
+            }
+        }
+    }
+
+    impl Line for Slow {
+        fn output(&self) -> &[u8] {
+            &self.says
+        }
+        fn output_done(&mut self, count: usize) {
+            self.says.drain(..count);
+        }
+        fn input_room(&self) -> usize {
+            self.room
+        }
+        fn input(&mut self, data: &[u8]) {
+            self.room -= data.len();
+            self.got.extend(data);
+        }
+    }
+
+    #[test]
+    fn what_is_over_is_handed_to_who_watches_it() {
+        let (input, writer) = io::pipe().unwrap();
+        let (reader, output) = io::pipe().unwrap();
+        let fds = [input.as_raw_fd(), output.as_raw_fd()];
+        let mut console = endless(Console {
+            input: Some(File::from(OwnedFd::from(input))),
+            output: Some(File::from(OwnedFd::from(output))),
+            ..Default::default()
+        });
+        let left = |console: &mut Console| {
+            let left = console.take_left();
+            left.iter().map(File::as_raw_fd).collect::<Vec<_>>()
+        };
+        drop(reader);
+        console.pump();
+        assert_eq!(left(&mut console), [fds[1]]);
+        drop(writer);
+        console.lines = vec![Arc::new(Mutex::new(Slow::with_room(1)))];
+        console.pump();
+        assert_eq!(left(&mut console), [fds[0]]);
     }
 
     fn endless(console: Console) -> Console {
