@@ -72,6 +72,10 @@ pub struct Console {
     left: Vec<File>,
     input: Option<File>,
     output: Option<File>,
+    /// What asked for it, for messages.
+    flag: String,
+    /// The user knows that output is lost.
+    warned: bool,
     /// Output that its reader leaves lying may be lost.
     lossy: bool,
     escape: Option<Escape>,
@@ -113,6 +117,7 @@ impl Console {
         }?;
         Ok(Console {
             lines: connection.lines.clone(),
+            flag: flag.clone(),
             tail: connection.tail.then(Tail::default),
             ..console
         })
@@ -253,6 +258,16 @@ impl Console {
         self.left.extend(self.output.take());
     }
 
+    /// Nobody reads any more, though there may be input; or a file is full, and
+    /// may have room again.
+    fn output_failed(&mut self, error: &io::Error) {
+        if self.listener.is_some() || error.kind() == io::ErrorKind::BrokenPipe {
+            self.left.extend(self.output.take());
+        } else if !std::mem::replace(&mut self.warned, true) {
+            log::warn!("{}: {error}; output is lost", self.flag);
+        }
+    }
+
     /// True if it stopped though there may be more.
     fn pump_output(&mut self, line: &Mutex<dyn Line>) -> bool {
         let mut chunk = [0; CHUNK];
@@ -288,13 +303,9 @@ impl Console {
                             return false;
                         }
                     }
-                    Err(_) => {
-                        // Nobody reads any more; the guest goes on.
-                        match self.listener {
-                            Some(_) => self.client_left(),
-                            None => self.left.extend(self.output.take()),
-                        }
-                        len
+                    Err(error) => {
+                        self.output_failed(&error);
+                        len // the guest goes on
                     }
                 },
             };
@@ -506,6 +517,46 @@ mod tests {
         console.lines = vec![Arc::new(Mutex::new(Slow::with_room(1)))];
         console.pump();
         assert_eq!(left(&mut console), [fds[0]]);
+    }
+
+    #[test]
+    fn what_a_client_sent_before_it_left_arrives() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let line = Arc::new(Mutex::new(Slow::with_room(10)));
+        let mut console = Console {
+            lines: vec![line.clone()],
+            ..Console::unix(&path, "--x").unwrap()
+        };
+        let mut client = UnixStream::connect(&path).unwrap();
+        console.accept();
+        client.write_all(&[7; 25]).unwrap();
+        drop(client);
+        for got in [10, 20, 25] {
+            lock(&line).says = b"ok".to_vec();
+            console.pump();
+            assert_eq!(lock(&line).got, vec![7; got]);
+            assert!(lock(&line).says.is_empty());
+            lock(&line).room = 10;
+        }
+        console.pump();
+        assert!(console.input.is_none() && console.output.is_none());
+    }
+
+    #[test]
+    fn a_file_without_room_is_kept() {
+        let line = Arc::new(Mutex::new(Slow::default()));
+        let mut console = Console {
+            lines: vec![line.clone()],
+            output: Some(OpenOptions::new().write(true).open("/dev/full").unwrap()),
+            ..Default::default()
+        };
+        for _ in 0..2 {
+            lock(&line).says = b"lost".to_vec();
+            console.pump();
+            assert!(lock(&line).says.is_empty());
+            assert!(console.output.is_some() && console.warned);
+        }
     }
 
     fn endless(console: Console) -> Console {
