@@ -183,15 +183,22 @@ impl Console {
         [input, output, listener].into_iter().flatten()
     }
 
-    /// Takes a waiting client, one at a time: others are hung up on. The
-    /// sources may have changed.
-    pub fn accept(&mut self) {
-        while let Some(Ok((client, _))) = self.listener.as_ref().map(UnixListener::accept) {
-            self.welcome(client);
+    /// Takes a waiting client, one at a time: others are hung up on. They wait
+    /// for one that left, if the guest has not taken all that it sent.
+    ///
+    /// True if there is a new one, and so there are new sources.
+    pub fn accept(&mut self) -> bool {
+        let mut welcome = false;
+        while let Some(listener) = &self.listener
+            && !self.is_leaving()
+            && let Ok((client, _)) = listener.accept()
+        {
+            welcome |= self.welcome(client);
         }
+        welcome
     }
 
-    fn welcome(&mut self, client: UnixStream) {
+    fn welcome(&mut self, client: UnixStream) -> bool {
         let client = File::from(OwnedFd::from(client));
         if self.input.is_none()
             && set_nonblocking(&client).is_ok()
@@ -199,7 +206,15 @@ impl Console {
         {
             self.output = Some(output);
             self.input = Some(client);
+            return true;
         }
+        false
+    }
+
+    /// The client left, but not all that it sent was taken.
+    fn is_leaving(&self) -> bool {
+        let hung_up = |file: &File| poll(file.as_raw_fd(), 0, 0);
+        self.input.as_ref().is_some_and(hung_up) || self.input.is_some() && self.output.is_none()
     }
 
     /// The descriptors that are no sources any more. They are open until these
@@ -332,7 +347,13 @@ impl Console {
             let Some(file) = &mut self.input else {
                 return false;
             };
-            if want == 0 || !ready(file.as_raw_fd(), libc::POLLIN) {
+            if !ready(file.as_raw_fd(), libc::POLLIN) {
+                return false;
+            }
+            if want == 0 {
+                if self.listener.is_some() && is_over(file) {
+                    self.client_left();
+                }
                 return false;
             }
             let mut data = vec![0; want];
@@ -428,6 +449,14 @@ fn make_raw(terminal: &File) -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// A socket's peer left, or closed its half, and all that it sent was taken.
+fn is_over(socket: &File) -> bool {
+    let mut byte = 0u8;
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    // SAFETY: an open descriptor, and a byte that lives until the call returns.
+    unsafe { libc::recv(socket.as_raw_fd(), (&raw mut byte).cast(), 1, flags) == 0 }
 }
 
 fn ready(fd: RawFd, events: libc::c_short) -> bool {
@@ -541,6 +570,41 @@ mod tests {
         }
         console.pump();
         assert!(console.input.is_none() && console.output.is_none());
+    }
+
+    #[test]
+    fn the_next_client_waits_for_one_that_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let line = Arc::new(Mutex::new(Slow::default()));
+        let mut console = Console {
+            lines: vec![line.clone()],
+            ..Console::unix(&path, "--x").unwrap()
+        };
+        // Which said nothing, while the guest does not listen …
+        let first = UnixStream::connect(&path).unwrap();
+        assert!(console.accept());
+        console.pump();
+        drop(first);
+        console.pump();
+        // … or something.
+        let mut second = UnixStream::connect(&path).unwrap();
+        assert!(console.accept());
+        second.write_all(b"second").unwrap();
+        drop(second);
+        console.pump();
+        let mut third = UnixStream::connect(&path).unwrap();
+        third.write_all(b"third").unwrap();
+        assert!(!console.accept());
+        lock(&line).room = 100;
+        console.pump();
+        assert!(console.accept());
+        console.pump();
+        assert_eq!(lock(&line).got, b"secondthird");
+        // Beside one that is there, others are hung up on.
+        let mut fourth = UnixStream::connect(&path).unwrap();
+        assert!(!console.accept());
+        assert_eq!(fourth.read(&mut [0]).unwrap(), 0);
     }
 
     #[test]
