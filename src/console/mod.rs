@@ -33,6 +33,18 @@ const HELD_MAX: usize = 4096;
 /// sending, and a reader that keeps up, would have it all.
 const TURN: usize = 64 << 10;
 
+/// How many clients are let in, or hung up on, before others have their turn.
+const CLIENTS_TURN: usize = 64;
+
+/// What came of looking for clients.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Accepted {
+    /// There is a new one, and so there are new sources.
+    pub client: bool,
+    /// More may wait: it is to be called again.
+    pub more: bool,
+}
+
 /// What came of moving bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pumped {
@@ -185,17 +197,22 @@ impl Console {
 
     /// Takes a waiting client, one at a time: others are hung up on. They wait
     /// for one that left, if the guest has not taken all that it sent.
-    ///
-    /// True if there is a new one, and so there are new sources.
-    pub fn accept(&mut self) -> bool {
-        let mut welcome = false;
-        while let Some(listener) = &self.listener
-            && !self.is_leaving()
-            && let Ok((client, _)) = listener.accept()
-        {
-            welcome |= self.welcome(client);
+    pub fn accept(&mut self) -> Accepted {
+        let mut accepted = Accepted::default();
+        for _ in 0..CLIENTS_TURN {
+            let Some(listener) = &self.listener else {
+                return accepted;
+            };
+            if self.is_leaving() {
+                return accepted;
+            }
+            let Ok((client, _)) = listener.accept() else {
+                return accepted;
+            };
+            accepted.client |= self.welcome(client);
         }
-        welcome
+        accepted.more = true;
+        accepted
     }
 
     fn welcome(&mut self, client: UnixStream) -> bool {
@@ -583,28 +600,43 @@ mod tests {
         };
         // Which said nothing, while the guest does not listen …
         let first = UnixStream::connect(&path).unwrap();
-        assert!(console.accept());
+        assert!(console.accept().client);
         console.pump();
         drop(first);
         console.pump();
         // … or something.
         let mut second = UnixStream::connect(&path).unwrap();
-        assert!(console.accept());
+        assert!(console.accept().client);
         second.write_all(b"second").unwrap();
         drop(second);
         console.pump();
         let mut third = UnixStream::connect(&path).unwrap();
         third.write_all(b"third").unwrap();
-        assert!(!console.accept());
+        assert!(!console.accept().client);
         lock(&line).room = 100;
         console.pump();
-        assert!(console.accept());
+        assert!(console.accept().client);
         console.pump();
         assert_eq!(lock(&line).got, b"secondthird");
         // Beside one that is there, others are hung up on.
         let mut fourth = UnixStream::connect(&path).unwrap();
-        assert!(!console.accept());
+        assert!(!console.accept().client);
         assert_eq!(fourth.read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn clients_without_end_leave_others_their_turn() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let mut console = Console::unix(&path, "--x").unwrap();
+        let clients: Vec<_> = (0..CLIENTS_TURN + 1)
+            .map(|_| UnixStream::connect(&path).unwrap())
+            .collect();
+        let [first, second] = [(); 2].map(|()| console.accept());
+        assert!(first.client && first.more);
+        assert!(!second.client && !second.more);
+        let last = clients.last().unwrap();
+        assert_eq!((&*last).read(&mut [0]).unwrap(), 0);
     }
 
     #[test]

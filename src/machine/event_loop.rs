@@ -259,8 +259,11 @@ impl MutEventSubscriber for ConsolePump {
         }
         self.pump(ops);
         // Whether one left is known by now.
-        let welcome = self.console.borrow_mut().accept();
-        if welcome {
+        let accepted = self.console.borrow_mut().accept();
+        if accepted.more {
+            let _ = self.attention.write(1);
+        }
+        if accepted.client {
             self.watch_sources(ops);
             self.pump(ops);
         }
@@ -403,6 +406,15 @@ mod tests {
         second.write_all(b"hello").unwrap();
         bench.run();
         assert_eq!(lock(&bench.guest).0, b"hello");
+    }
+
+    #[test]
+    fn many_clients_are_seen_to_in_several_turns() {
+        let mut bench = Bench::new();
+        let clients: Vec<_> = (0..200).map(|_| connect(&bench.path)).collect();
+        bench.run();
+        let hung_up = clients.iter().filter(|client| is_hung_up_on(client));
+        assert_eq!(hung_up.count(), clients.len() - 1);
     }
 
     #[test]
