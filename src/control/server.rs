@@ -4,7 +4,7 @@
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
 
@@ -37,7 +37,43 @@ pub struct Ask {
 }
 
 /// Someone who wants all events.
-pub type Subscriber = SyncSender<Event>;
+#[derive(Debug)]
+pub struct Subscriber {
+    events: SyncSender<Event>,
+    here: Weak<()>,
+}
+
+/// Where they arrive.
+struct Subscription {
+    events: Receiver<Event>,
+    _here: Arc<()>,
+}
+
+impl Subscriber {
+    fn new() -> (Self, Subscription) {
+        let (events, receiver) = mpsc::sync_channel(EVENTS_MAX);
+        let here = Arc::new(());
+        let subscriber = Subscriber {
+            events,
+            here: Arc::downgrade(&here),
+        };
+        let subscription = Subscription {
+            events: receiver,
+            _here: here,
+        };
+        (subscriber, subscription)
+    }
+
+    /// False if it has left, or lags behind too far.
+    pub fn tell(&self, event: Event) -> bool {
+        self.events.try_send(event).is_ok()
+    }
+
+    /// It has not left.
+    pub fn is_here(&self) -> bool {
+        self.here.strong_count() > 0
+    }
+}
 
 /// The clients of now.
 #[derive(Default)]
@@ -180,9 +216,9 @@ fn serve(client: &UnixStream, entry: &Entry, ask: &dyn Fn(Ask)) -> io::Result<()
         let (reply, answer) = mpsc::sync_channel(1);
         let mut events = None;
         let subscriber = (command == Command::Events {}).then(|| {
-            let (sender, receiver) = mpsc::sync_channel(EVENTS_MAX);
-            events = Some(receiver);
-            sender
+            let (subscriber, subscription) = Subscriber::new();
+            events = Some(subscription);
+            subscriber
         });
         ask(Ask {
             command,
@@ -196,7 +232,7 @@ fn serve(client: &UnixStream, entry: &Entry, ask: &dyn Fn(Ask)) -> io::Result<()
         };
         say(client, &answer)?;
         if let Some(events) = events {
-            return tell(client, &events);
+            return tell(client, &events.events);
         }
     }
 }
@@ -239,7 +275,7 @@ mod tests {
         let server = Server::start(listener, name, |ask: Ask| {
             if let Some(subscriber) = ask.subscriber {
                 ask.reply.send(Reply::done()).unwrap();
-                subscriber.send(Event::now("one", None)).unwrap();
+                assert!(subscriber.tell(Event::now("one", None)));
             } else if ask.command != (Command::Nmi {}) {
                 let text = format!("{:?}", ask.command);
                 ask.reply.send(Reply::Ok(text.into())).unwrap();
@@ -302,6 +338,18 @@ mod tests {
         while !answered() {
             thread::yield_now();
         }
+    }
+
+    #[test]
+    fn a_subscriber_that_left_is_known_to_have() {
+        let (subscriber, subscription) = Subscriber::new();
+        assert!(subscriber.is_here());
+        for _ in 0..EVENTS_MAX {
+            assert!(subscriber.tell(Event::now("some", None)));
+        }
+        assert!(!subscriber.tell(Event::now("too many", None)));
+        drop(subscription);
+        assert!(!subscriber.is_here());
     }
 
     #[test]

@@ -3,7 +3,6 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::mpsc::TrySendError;
 use std::time::{Duration, Instant};
 
 use mayfly_devices::bus::lock;
@@ -113,6 +112,8 @@ impl Commander {
             Command::Resume {} => self.resume(),
             Command::Info {} => Ok(self.info()),
             Command::Events {} => {
+                // Those that left would gather while nothing happens.
+                self.subscribers.retain(Subscriber::is_here);
                 self.subscribers.extend(ask.subscriber);
                 Ok(serde_json::Value::Null)
             }
@@ -130,13 +131,8 @@ impl Commander {
     /// Tells all who listen; one that lags behind is let go.
     pub fn tell(&mut self, event: &str, detail: Option<String>) {
         let event = Event::now(event, detail);
-        self.subscribers.retain(|subscriber| {
-            let sent = subscriber.try_send(event.clone());
-            !matches!(
-                sent,
-                Err(TrySendError::Disconnected(_) | TrySendError::Full(_))
-            )
-        });
+        self.subscribers
+            .retain(|subscriber| subscriber.tell(event.clone()));
     }
 
     fn pause(&mut self) -> Result<serde_json::Value, String> {
