@@ -44,13 +44,14 @@ pub struct Subscriber {
 }
 
 /// Where they arrive.
-struct Subscription {
+pub struct Subscription {
     events: Receiver<Event>,
     _here: Arc<()>,
 }
 
 impl Subscriber {
-    fn new() -> (Self, Subscription) {
+    /// Both ends.
+    pub fn new() -> (Self, Subscription) {
         let (events, receiver) = mpsc::sync_channel(EVENTS_MAX);
         let here = Arc::new(());
         let subscriber = Subscriber {
