@@ -15,8 +15,10 @@ use crate::unix_socket::Name;
 const CLIENTS_MAX: usize = 16;
 /// A longer line is no command.
 const LINE_MAX: u64 = 16 << 10;
-/// A client that takes longer to read a line loses its connection.
+/// A client that takes longer to read a line loses its connection …
 const WRITE_PATIENCE: Duration = Duration::from_secs(10);
+/// … as does one that takes longer to say what it wants.
+const FIRST_PATIENCE: Duration = Duration::from_secs(10);
 /// The event loop answers at once, unless it is stuck.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(30);
 /// Events that a slow client may lag behind; then it is let go.
@@ -161,7 +163,7 @@ impl Server {
                 let ask = ask.clone();
                 // Without a thread, the client is hung up on.
                 let _ = spawn(move || {
-                    let _ = serve(&client, &entry, &*ask);
+                    let _ = serve(&client, &entry, &*ask, FIRST_PATIENCE);
                 });
             }
         })?;
@@ -194,8 +196,9 @@ fn say(client: &UnixStream, line: &impl serde::Serialize) -> io::Result<()> {
     client.write_all(text.as_bytes())
 }
 
-fn serve(client: &UnixStream, entry: &Entry, ask: &dyn Fn(Ask)) -> io::Result<()> {
+fn serve(client: &UnixStream, entry: &Entry, ask: &dyn Fn(Ask), first: Duration) -> io::Result<()> {
     client.set_write_timeout(Some(WRITE_PATIENCE))?;
+    client.set_read_timeout(Some(first))?;
     let mut reader = BufReader::new(client);
     loop {
         let mut line = Vec::new();
@@ -213,6 +216,8 @@ fn serve(client: &UnixStream, entry: &Entry, ask: &dyn Fn(Ask)) -> io::Result<()
                 continue;
             }
         };
+        // It may have more to say, and nobody knows when.
+        client.set_read_timeout(None)?;
         let _waiting = entry.wait();
         let (reply, answer) = mpsc::sync_channel(1);
         let mut events = None;
@@ -339,6 +344,25 @@ mod tests {
         while !answered() {
             thread::yield_now();
         }
+    }
+
+    #[test]
+    fn a_client_that_says_nothing_is_hung_up_on() {
+        let clients = Arc::new(Clients::default());
+        let first = Duration::from_millis(20);
+        let ask = |ask: Ask| ask.reply.send(Reply::done()).unwrap();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let entry = clients.enter().unwrap();
+        assert!(serve(&ours, &entry, &ask, first).is_err());
+        // With its first command it has all the time.
+        theirs.write_all(b"{\"command\":\"pause\"}\n").unwrap();
+        thread::scope(|scope| {
+            let serving = scope.spawn(|| serve(&ours, &entry, &ask, first));
+            thread::sleep(5 * first);
+            assert!(!serving.is_finished());
+            drop(theirs);
+            let _ = serving.join().unwrap();
+        });
     }
 
     #[test]
