@@ -300,11 +300,16 @@ mod tests {
         let (_folder, _server, place) = start();
         let mut stream = UnixStream::connect(&place).unwrap();
         let mut answers = lines(&stream);
+        let deep = format!(
+            "{{\"command\":\"limit\",\"limits\":{}\n",
+            "[".repeat(10_000)
+        );
         for garbage in [
             &b"hello\n"[..],
             b"\xff\xfe\x00\n",
             b"\n",
             b"{\"command\":7}\n",
+            deep.as_bytes(),
         ] {
             stream.write_all(garbage).unwrap();
             let answer = answers.next().unwrap().unwrap();
