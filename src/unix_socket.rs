@@ -1,7 +1,7 @@
 //! Unix sockets and their names: a name is taken once, one that a killed process
 //! left is replaced, and it is removed by whoever made it and nobody else.
 
-use std::fs::{self, File, Metadata};
+use std::fs::{self, File, Metadata, TryLockError};
 use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -9,12 +9,18 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::failure::{Failure, OrFail};
 use crate::machine::refusal;
 
 /// How many clients may wait; Linux takes fewer if it likes.
 const BACKLOG: libc::c_int = 1024;
+
+/// A folder is locked only for as long as a name is given; but anybody who may
+/// read it can lock it.
+const LOCK_PATIENCE: Duration = Duration::from_secs(3);
 
 /// A socket without a name, that does not block.
 pub fn socket() -> io::Result<OwnedFd> {
@@ -97,8 +103,7 @@ impl Name {
     pub fn give(socket: &UnixListener, path: &Path, flag: &str) -> Result<Self, Failure> {
         // Who looks whether a socket is a leftover must not see a new one.
         let folder = path.parent().filter(|parent| *parent != Path::new(""));
-        let lock = File::open(folder.unwrap_or(Path::new("."))).or_host(flag)?;
-        lock.lock().or_host(flag)?;
+        let _lock = lock(folder.unwrap_or(Path::new(".")), LOCK_PATIENCE, flag)?;
         if check_free(path, flag)? {
             fs::remove_file(path).or_host(flag)?;
         }
@@ -111,6 +116,26 @@ impl Name {
         match unsafe { libc::listen(socket.as_raw_fd(), BACKLOG) } {
             0 => Ok(name),
             _ => Err(io::Error::last_os_error()).or_host(flag),
+        }
+    }
+}
+
+/// Locks a folder, until the file is closed.
+fn lock(folder: &Path, patience: Duration, flag: &str) -> Result<File, Failure> {
+    const AGAIN: Duration = Duration::from_millis(10);
+    let file = File::open(folder).or_host(flag)?;
+    let deadline = Instant::now() + patience;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => thread::sleep(AGAIN),
+            Err(TryLockError::WouldBlock) => {
+                return Err(Failure::host(format!(
+                    "{flag}: another process keeps the folder {} locked; choose another",
+                    folder.display()
+                )));
+            }
+            Err(TryLockError::Error(error)) => return Err(error).or_host(flag),
         }
     }
 }
@@ -131,6 +156,29 @@ impl Drop for Name {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_folder_that_another_locks_is_waited_for_and_then_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let patience = Duration::from_millis(30);
+        let other = lock(folder.path(), patience, "--x").unwrap();
+        let message = lock(folder.path(), patience, "--x")
+            .unwrap_err()
+            .to_string();
+        let name = folder.path().to_str().unwrap();
+        assert!(
+            message.contains("--x") && message.contains(name),
+            "{message}"
+        );
+        let path = folder.path().join("v");
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| listen(&path, "--x").map(drop));
+            thread::sleep(patience);
+            assert!(!waiting.is_finished());
+            drop(other);
+            waiting.join().unwrap().unwrap();
+        });
+    }
 
     #[test]
     fn a_name_is_taken_once_and_a_leftover_replaced() {

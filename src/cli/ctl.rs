@@ -1,6 +1,7 @@
 //! `mayfly ctl`
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Subcommand;
 use mayfly_devices::rate_limiter::Limits;
@@ -16,6 +17,9 @@ Examples:
   mayfly ctl web balloon 256M
   mayfly ctl web limit disk0 bw=10M,iops=500
   mayfly ctl web shutdown --deadline 10";
+
+/// Longer than a VM takes to say that its event loop is stuck.
+const PATIENCE: Duration = Duration::from_secs(40);
 
 /// Raw flags.
 #[derive(clap::Args)]
@@ -69,7 +73,7 @@ enum Verb {
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let path = Folder::locate().socket(&args.vm);
     let refuse = |error| refusal(error, &args.vm);
-    let mut client = Client::connect(&path).map_err(refuse)?;
+    let mut client = Client::connect(&path, PATIENCE).map_err(refuse)?;
     match args.verb {
         Verb::Pause => drop(client.ask(&Command::Pause {}).map_err(refuse)?),
         Verb::Resume => drop(client.ask(&Command::Resume {}).map_err(refuse)?),
@@ -103,7 +107,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         }
         Verb::Shutdown { deadline, no_wait } => {
             // Asked for first, so that the end is not missed.
-            let mut end = Client::connect(&path).map_err(refuse)?;
+            let mut end = Client::connect(&path, PATIENCE).map_err(refuse)?;
             end.ask(&Command::Events {}).map_err(refuse)?;
             client
                 .ask(&Command::Shutdown { deadline })

@@ -1,16 +1,20 @@
 //! `mayfly list`
 
 use std::process::ExitCode;
+use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::control::{Client, Command, Folder};
+use crate::control::{Client, ClientError, Command, Folder};
 use crate::failure::{Failure, OrFail};
 
 const EXAMPLES: &str = "\
 Examples:
   mayfly list
   mayfly list --json";
+
+/// A VM answers at once, unless its process is stopped.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Raw flags.
 #[derive(clap::Args)]
@@ -24,11 +28,9 @@ pub struct Args {
 /// Prints this user's VMs.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let folder = Folder::locate();
-    let ask = |name: String| {
-        let mut client = Client::connect(&folder.socket(&name)).ok()?;
-        client.ask(&Command::Info {}).ok()
-    };
-    let all: Vec<Value> = folder.names().into_iter().filter_map(ask).collect();
+    let names = folder.names();
+    let about = |name: &String| about(&folder, name, PATIENCE);
+    let all: Vec<Value> = names.iter().filter_map(about).collect();
     if args.json {
         super::print(&serde_json::to_string(&all).or_internal("--json")?)?;
         return Ok(ExitCode::SUCCESS);
@@ -38,17 +40,47 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         "NAME", "PID", "STATE", "CPUS", "MEMORY", "UPTIME"
     ))?;
     for vm in all {
-        let number = |key: &str| vm[key].as_u64().unwrap_or(0);
+        let number = |key: &str, scale: u64| match vm[key].as_u64() {
+            Some(number) => (number / scale).to_string(),
+            None => "?".to_owned(),
+        };
         let text = |key: &str| vm[key].as_str().unwrap_or("?").to_owned();
         super::print(&format!(
             "{:<20} {:>8} {:<8} {:>4} {:>9}M {:>9}s",
             text("name"),
-            number("pid"),
+            number("pid", 1),
             text("state"),
-            number("cpus"),
-            number("memory") >> 20,
-            number("uptime_ms") / 1000,
+            number("cpus", 1),
+            number("memory", 1 << 20),
+            number("uptime_ms", 1000),
         ))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What a VM says of itself; nothing if it does not run.
+fn about(folder: &Folder, name: &str, patience: Duration) -> Option<Value> {
+    let ask = || Client::connect(&folder.socket(name), patience)?.ask(&Command::Info {});
+    match ask() {
+        Ok(info) => Some(info),
+        Err(ClientError::NotRunning | ClientError::Ended) => None,
+        Err(_) => Some(json!({ "name": name, "state": "silent" })),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vm_that_does_not_answer_is_listed_and_one_that_is_not_there_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = Folder::at(&folder.path().join("run"));
+        let (listener, _name) = folder.listen("vm").unwrap();
+        let about = || about(&folder, "vm", Duration::from_millis(20));
+        let silent = json!({ "name": "vm", "state": "silent" });
+        assert_eq!(about(), Some(silent));
+        drop(listener);
+        assert_eq!(about(), None);
+    }
 }

@@ -33,6 +33,18 @@ const HELD_MAX: usize = 4096;
 /// sending, and a reader that keeps up, would have it all.
 const TURN: usize = 64 << 10;
 
+/// How many clients are let in, or hung up on, before others have their turn.
+const CLIENTS_TURN: usize = 64;
+
+/// What came of looking for clients.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Accepted {
+    /// There is a new one, and so there are new sources.
+    pub client: bool,
+    /// More may wait: it is to be called again.
+    pub more: bool,
+}
+
 /// What came of moving bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pumped {
@@ -68,10 +80,14 @@ pub struct Console {
     /// What the guest's side was told: that there is somebody, and its size.
     connected: bool,
     size: Option<TerminalSize>,
-    /// Of a client that left: the event loop still watches them.
+    /// What is over, such as a client: the event loop still watches it.
     left: Vec<File>,
     input: Option<File>,
     output: Option<File>,
+    /// What asked for it, for messages.
+    flag: String,
+    /// The user knows that output is lost.
+    warned: bool,
     /// Output that its reader leaves lying may be lost.
     lossy: bool,
     escape: Option<Escape>,
@@ -113,6 +129,7 @@ impl Console {
         }?;
         Ok(Console {
             lines: connection.lines.clone(),
+            flag: flag.clone(),
             tail: connection.tail.then(Tail::default),
             ..console
         })
@@ -178,15 +195,27 @@ impl Console {
         [input, output, listener].into_iter().flatten()
     }
 
-    /// Takes a waiting client, one at a time: others are hung up on. The
-    /// sources may have changed.
-    pub fn accept(&mut self) {
-        while let Some(Ok((client, _))) = self.listener.as_ref().map(UnixListener::accept) {
-            self.welcome(client);
+    /// Takes a waiting client, one at a time: others are hung up on. They wait
+    /// for one that left, if the guest has not taken all that it sent.
+    pub fn accept(&mut self) -> Accepted {
+        let mut accepted = Accepted::default();
+        for _ in 0..CLIENTS_TURN {
+            let Some(listener) = &self.listener else {
+                return accepted;
+            };
+            if self.is_leaving() {
+                return accepted;
+            }
+            let Ok((client, _)) = listener.accept() else {
+                return accepted;
+            };
+            accepted.client |= self.welcome(client);
         }
+        accepted.more = true;
+        accepted
     }
 
-    fn welcome(&mut self, client: UnixStream) {
+    fn welcome(&mut self, client: UnixStream) -> bool {
         let client = File::from(OwnedFd::from(client));
         if self.input.is_none()
             && set_nonblocking(&client).is_ok()
@@ -194,7 +223,15 @@ impl Console {
         {
             self.output = Some(output);
             self.input = Some(client);
+            return true;
         }
+        false
+    }
+
+    /// The client left, but not all that it sent was taken.
+    fn is_leaving(&self) -> bool {
+        let hung_up = |file: &File| poll(file.as_raw_fd(), 0, 0);
+        self.input.as_ref().is_some_and(hung_up) || self.input.is_some() && self.output.is_none()
     }
 
     /// The descriptors that are no sources any more. They are open until these
@@ -253,6 +290,16 @@ impl Console {
         self.left.extend(self.output.take());
     }
 
+    /// Nobody reads any more, though there may be input; or a file is full, and
+    /// may have room again.
+    fn output_failed(&mut self, error: &io::Error) {
+        if self.listener.is_some() || error.kind() == io::ErrorKind::BrokenPipe {
+            self.left.extend(self.output.take());
+        } else if !std::mem::replace(&mut self.warned, true) {
+            log::warn!("{}: {error}; output is lost", self.flag);
+        }
+    }
+
     /// True if it stopped though there may be more.
     fn pump_output(&mut self, line: &Mutex<dyn Line>) -> bool {
         let mut chunk = [0; CHUNK];
@@ -288,13 +335,9 @@ impl Console {
                             return false;
                         }
                     }
-                    Err(_) => {
-                        // Nobody reads any more; the guest goes on.
-                        match self.listener {
-                            Some(_) => self.client_left(),
-                            None => self.output = None,
-                        }
-                        len
+                    Err(error) => {
+                        self.output_failed(&error);
+                        len // the guest goes on
                     }
                 },
             };
@@ -321,7 +364,13 @@ impl Console {
             let Some(file) = &mut self.input else {
                 return false;
             };
-            if want == 0 || !ready(file.as_raw_fd(), libc::POLLIN) {
+            if !ready(file.as_raw_fd(), libc::POLLIN) {
+                return false;
+            }
+            if want == 0 {
+                if self.listener.is_some() && is_over(file) {
+                    self.client_left();
+                }
                 return false;
             }
             let mut data = vec![0; want];
@@ -330,7 +379,7 @@ impl Console {
                 Ok(0) | Err(_) => {
                     match self.listener {
                         Some(_) => self.client_left(),
-                        None => self.input = None,
+                        None => self.left.extend(self.input.take()),
                     }
                     return false;
                 }
@@ -419,6 +468,14 @@ fn make_raw(terminal: &File) -> io::Result<()> {
     }
 }
 
+/// A socket's peer left, or closed its half, and all that it sent was taken.
+fn is_over(socket: &File) -> bool {
+    let mut byte = 0u8;
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    // SAFETY: an open descriptor, and a byte that lives until the call returns.
+    unsafe { libc::recv(socket.as_raw_fd(), (&raw mut byte).cast(), 1, flags) == 0 }
+}
+
 fn ready(fd: RawFd, events: libc::c_short) -> bool {
     poll(fd, events, 0)
 }
@@ -450,6 +507,152 @@ mod tests {
             0
         }
         fn input(&mut self, _: &[u8]) {}
+    }
+
+    /// A guest that takes so many bytes, and says some.
+    #[derive(Default)]
+    struct Slow {
+        room: usize,
+        got: Vec<u8>,
+        says: Vec<u8>,
+    }
+
+    impl Slow {
+        fn with_room(room: usize) -> Self {
+            Slow {
+                room,
+                ..Default::default()
+            }
+        }
+    }
+
+    impl Line for Slow {
+        fn output(&self) -> &[u8] {
+            &self.says
+        }
+        fn output_done(&mut self, count: usize) {
+            self.says.drain(..count);
+        }
+        fn input_room(&self) -> usize {
+            self.room
+        }
+        fn input(&mut self, data: &[u8]) {
+            self.room -= data.len();
+            self.got.extend(data);
+        }
+    }
+
+    #[test]
+    fn what_is_over_is_handed_to_who_watches_it() {
+        let (input, writer) = io::pipe().unwrap();
+        let (reader, output) = io::pipe().unwrap();
+        let fds = [input.as_raw_fd(), output.as_raw_fd()];
+        let mut console = endless(Console {
+            input: Some(File::from(OwnedFd::from(input))),
+            output: Some(File::from(OwnedFd::from(output))),
+            ..Default::default()
+        });
+        let left = |console: &mut Console| {
+            let left = console.take_left();
+            left.iter().map(File::as_raw_fd).collect::<Vec<_>>()
+        };
+        drop(reader);
+        console.pump();
+        assert_eq!(left(&mut console), [fds[1]]);
+        drop(writer);
+        console.lines = vec![Arc::new(Mutex::new(Slow::with_room(1)))];
+        console.pump();
+        assert_eq!(left(&mut console), [fds[0]]);
+    }
+
+    #[test]
+    fn what_a_client_sent_before_it_left_arrives() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let line = Arc::new(Mutex::new(Slow::with_room(10)));
+        let mut console = Console {
+            lines: vec![line.clone()],
+            ..Console::unix(&path, "--x").unwrap()
+        };
+        let mut client = UnixStream::connect(&path).unwrap();
+        console.accept();
+        client.write_all(&[7; 25]).unwrap();
+        drop(client);
+        for got in [10, 20, 25] {
+            lock(&line).says = b"ok".to_vec();
+            console.pump();
+            assert_eq!(lock(&line).got, vec![7; got]);
+            assert!(lock(&line).says.is_empty());
+            lock(&line).room = 10;
+        }
+        console.pump();
+        assert!(console.input.is_none() && console.output.is_none());
+    }
+
+    #[test]
+    fn the_next_client_waits_for_one_that_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let line = Arc::new(Mutex::new(Slow::default()));
+        let mut console = Console {
+            lines: vec![line.clone()],
+            ..Console::unix(&path, "--x").unwrap()
+        };
+        // Which said nothing, while the guest does not listen …
+        let first = UnixStream::connect(&path).unwrap();
+        assert!(console.accept().client);
+        console.pump();
+        drop(first);
+        console.pump();
+        // … or something.
+        let mut second = UnixStream::connect(&path).unwrap();
+        assert!(console.accept().client);
+        second.write_all(b"second").unwrap();
+        drop(second);
+        console.pump();
+        let mut third = UnixStream::connect(&path).unwrap();
+        third.write_all(b"third").unwrap();
+        assert!(!console.accept().client);
+        lock(&line).room = 100;
+        console.pump();
+        assert!(console.accept().client);
+        console.pump();
+        assert_eq!(lock(&line).got, b"secondthird");
+        // Beside one that is there, others are hung up on.
+        let mut fourth = UnixStream::connect(&path).unwrap();
+        assert!(!console.accept().client);
+        assert_eq!(fourth.read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn clients_without_end_leave_others_their_turn() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let mut console = Console::unix(&path, "--x").unwrap();
+        let clients: Vec<_> = (0..CLIENTS_TURN + 1)
+            .map(|_| UnixStream::connect(&path).unwrap())
+            .collect();
+        let [first, second] = [(); 2].map(|()| console.accept());
+        assert!(first.client && first.more);
+        assert!(!second.client && !second.more);
+        let last = clients.last().unwrap();
+        assert_eq!((&*last).read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_file_without_room_is_kept() {
+        let line = Arc::new(Mutex::new(Slow::default()));
+        let mut console = Console {
+            lines: vec![line.clone()],
+            output: Some(OpenOptions::new().write(true).open("/dev/full").unwrap()),
+            ..Default::default()
+        };
+        for _ in 0..2 {
+            lock(&line).says = b"lost".to_vec();
+            console.pump();
+            assert!(lock(&line).says.is_empty());
+            assert!(console.output.is_some() && console.warned);
+        }
     }
 
     fn endless(console: Console) -> Console {

@@ -4,7 +4,7 @@ use std::env;
 use std::fs::{self, DirBuilder, Metadata};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
 use crate::failure::{Failure, OrFail};
@@ -45,7 +45,7 @@ impl Folder {
     }
 
     #[cfg(test)]
-    pub(super) fn at(path: &std::path::Path) -> Self {
+    pub(crate) fn at(path: &std::path::Path) -> Self {
         Folder(path.to_owned())
     }
 
@@ -91,7 +91,7 @@ impl Folder {
             )));
         }
         let path = self.socket(name);
-        if UnixStream::connect(&path).is_ok() {
+        if unix_socket::connect(&path).is_ok() {
             return Err(Failure::config(format!(
                 "--name {name}: a VM of that name runs; choose another"
             )));

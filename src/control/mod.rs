@@ -12,4 +12,4 @@ mod server;
 pub use client::{Client, ClientError};
 pub use folder::{Folder, NAME_MAX, valid_name};
 pub use protocol::{Command, Event, Reply};
-pub use server::{Ask, Server, Subscriber};
+pub use server::{Ask, Server, Subscriber, Subscription};

@@ -4,7 +4,7 @@
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
 
@@ -15,8 +15,10 @@ use crate::unix_socket::Name;
 const CLIENTS_MAX: usize = 16;
 /// A longer line is no command.
 const LINE_MAX: u64 = 16 << 10;
-/// A client that takes longer to read a line loses its connection.
+/// A client that takes longer to read a line loses its connection …
 const WRITE_PATIENCE: Duration = Duration::from_secs(10);
+/// … as does one that takes longer to say what it wants.
+const FIRST_PATIENCE: Duration = Duration::from_secs(10);
 /// The event loop answers at once, unless it is stuck.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(30);
 /// Events that a slow client may lag behind; then it is let go.
@@ -37,7 +39,44 @@ pub struct Ask {
 }
 
 /// Someone who wants all events.
-pub type Subscriber = SyncSender<Event>;
+#[derive(Debug)]
+pub struct Subscriber {
+    events: SyncSender<Event>,
+    here: Weak<()>,
+}
+
+/// Where they arrive.
+pub struct Subscription {
+    events: Receiver<Event>,
+    _here: Arc<()>,
+}
+
+impl Subscriber {
+    /// Both ends.
+    pub fn new() -> (Self, Subscription) {
+        let (events, receiver) = mpsc::sync_channel(EVENTS_MAX);
+        let here = Arc::new(());
+        let subscriber = Subscriber {
+            events,
+            here: Arc::downgrade(&here),
+        };
+        let subscription = Subscription {
+            events: receiver,
+            _here: here,
+        };
+        (subscriber, subscription)
+    }
+
+    /// False if it has left, or lags behind too far.
+    pub fn tell(&self, event: Event) -> bool {
+        self.events.try_send(event).is_ok()
+    }
+
+    /// It has not left.
+    pub fn is_here(&self) -> bool {
+        self.here.strong_count() > 0
+    }
+}
 
 /// The clients of now.
 #[derive(Default)]
@@ -124,7 +163,7 @@ impl Server {
                 let ask = ask.clone();
                 // Without a thread, the client is hung up on.
                 let _ = spawn(move || {
-                    let _ = serve(&client, &entry, &*ask);
+                    let _ = serve(&client, &entry, &*ask, FIRST_PATIENCE);
                 });
             }
         })?;
@@ -157,8 +196,9 @@ fn say(client: &UnixStream, line: &impl serde::Serialize) -> io::Result<()> {
     client.write_all(text.as_bytes())
 }
 
-fn serve(client: &UnixStream, entry: &Entry, ask: &dyn Fn(Ask)) -> io::Result<()> {
+fn serve(client: &UnixStream, entry: &Entry, ask: &dyn Fn(Ask), first: Duration) -> io::Result<()> {
     client.set_write_timeout(Some(WRITE_PATIENCE))?;
+    client.set_read_timeout(Some(first))?;
     let mut reader = BufReader::new(client);
     loop {
         let mut line = Vec::new();
@@ -176,13 +216,15 @@ fn serve(client: &UnixStream, entry: &Entry, ask: &dyn Fn(Ask)) -> io::Result<()
                 continue;
             }
         };
+        // It may have more to say, and nobody knows when.
+        client.set_read_timeout(None)?;
         let _waiting = entry.wait();
         let (reply, answer) = mpsc::sync_channel(1);
         let mut events = None;
         let subscriber = (command == Command::Events {}).then(|| {
-            let (sender, receiver) = mpsc::sync_channel(EVENTS_MAX);
-            events = Some(receiver);
-            sender
+            let (subscriber, subscription) = Subscriber::new();
+            events = Some(subscription);
+            subscriber
         });
         ask(Ask {
             command,
@@ -196,7 +238,7 @@ fn serve(client: &UnixStream, entry: &Entry, ask: &dyn Fn(Ask)) -> io::Result<()
         };
         say(client, &answer)?;
         if let Some(events) = events {
-            return tell(client, &events);
+            return tell(client, &events.events);
         }
     }
 }
@@ -239,7 +281,7 @@ mod tests {
         let server = Server::start(listener, name, |ask: Ask| {
             if let Some(subscriber) = ask.subscriber {
                 ask.reply.send(Reply::done()).unwrap();
-                subscriber.send(Event::now("one", None)).unwrap();
+                assert!(subscriber.tell(Event::now("one", None)));
             } else if ask.command != (Command::Nmi {}) {
                 let text = format!("{:?}", ask.command);
                 ask.reply.send(Reply::Ok(text.into())).unwrap();
@@ -258,11 +300,16 @@ mod tests {
         let (_folder, _server, place) = start();
         let mut stream = UnixStream::connect(&place).unwrap();
         let mut answers = lines(&stream);
+        let deep = format!(
+            "{{\"command\":\"limit\",\"limits\":{}\n",
+            "[".repeat(10_000)
+        );
         for garbage in [
             &b"hello\n"[..],
             b"\xff\xfe\x00\n",
             b"\n",
             b"{\"command\":7}\n",
+            deep.as_bytes(),
         ] {
             stream.write_all(garbage).unwrap();
             let answer = answers.next().unwrap().unwrap();
@@ -302,6 +349,37 @@ mod tests {
         while !answered() {
             thread::yield_now();
         }
+    }
+
+    #[test]
+    fn a_client_that_says_nothing_is_hung_up_on() {
+        let clients = Arc::new(Clients::default());
+        let first = Duration::from_millis(20);
+        let ask = |ask: Ask| ask.reply.send(Reply::done()).unwrap();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let entry = clients.enter().unwrap();
+        assert!(serve(&ours, &entry, &ask, first).is_err());
+        // With its first command it has all the time.
+        theirs.write_all(b"{\"command\":\"pause\"}\n").unwrap();
+        thread::scope(|scope| {
+            let serving = scope.spawn(|| serve(&ours, &entry, &ask, first));
+            thread::sleep(5 * first);
+            assert!(!serving.is_finished());
+            drop(theirs);
+            let _ = serving.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn a_subscriber_that_left_is_known_to_have() {
+        let (subscriber, subscription) = Subscriber::new();
+        assert!(subscriber.is_here());
+        for _ in 0..EVENTS_MAX {
+            assert!(subscriber.tell(Event::now("some", None)));
+        }
+        assert!(!subscriber.tell(Event::now("too many", None)));
+        drop(subscription);
+        assert!(!subscriber.is_here());
     }
 
     #[test]

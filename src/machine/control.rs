@@ -3,7 +3,6 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::mpsc::TrySendError;
 use std::time::{Duration, Instant};
 
 use mayfly_devices::bus::lock;
@@ -113,6 +112,8 @@ impl Commander {
             Command::Resume {} => self.resume(),
             Command::Info {} => Ok(self.info()),
             Command::Events {} => {
+                // Those that left would gather while nothing happens.
+                self.subscribers.retain(Subscriber::is_here);
                 self.subscribers.extend(ask.subscriber);
                 Ok(serde_json::Value::Null)
             }
@@ -130,13 +131,8 @@ impl Commander {
     /// Tells all who listen; one that lags behind is let go.
     pub fn tell(&mut self, event: &str, detail: Option<String>) {
         let event = Event::now(event, detail);
-        self.subscribers.retain(|subscriber| {
-            let sent = subscriber.try_send(event.clone());
-            !matches!(
-                sent,
-                Err(TrySendError::Disconnected(_) | TrySendError::Full(_))
-            )
-        });
+        self.subscribers
+            .retain(|subscriber| subscriber.tell(event.clone()));
     }
 
     fn pause(&mut self) -> Result<serde_json::Value, String> {
@@ -193,9 +189,10 @@ impl Commander {
     /// Presses the power button, and insists. A paused guest cannot turn off:
     /// it runs again.
     fn shutdown(&mut self, deadline: Duration) -> Result<serde_json::Value, String> {
-        self.resume()?;
         let end = Instant::now().checked_add(deadline);
-        self.deadline = Some(end.ok_or("that deadline never comes")?);
+        let end = end.ok_or("that deadline never comes")?;
+        self.resume()?;
+        self.deadline = Some(end);
         self.press(deadline)
             .map_err(|error| format!("setting a timer: {error}"))?;
         self.tell("shutdown", Some(format!("within {} s", deadline.as_secs())));
@@ -327,4 +324,78 @@ fn balloon_info(balloon: &BalloonHandle) -> serde_json::Value {
         "actual": balloon.actual(),
         "statistics": statistics,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+    use crate::control::Subscription;
+    use crate::kvm::gate::Gate;
+    use crate::kvm::vcpu::Buses;
+
+    /// Of a machine without vCPUs.
+    fn commander() -> Commander {
+        let gate = Arc::new(Gate::new(0));
+        let vcpus = VcpuControl::start(Vec::new(), Buses::default(), gate, |_| ()).unwrap();
+        Commander {
+            about: About {
+                name: "vm".into(),
+                kernel: String::new(),
+                cmdline: String::new(),
+                cpus: 0,
+                memory: 0,
+            },
+            vcpus: Arc::new(vcpus),
+            slots: Arc::new([]),
+            balloon: None,
+            platform: PlatformHandle::alone(),
+            watchdog: WatchdogAction::Crash,
+            state: State::Running,
+            subscribers: Vec::new(),
+            insistence: TimerFd::new().unwrap(),
+            deadline: None,
+            started: Instant::now(),
+        }
+    }
+
+    fn ask(commander: &mut Commander, command: Command) -> (Reply, Subscription) {
+        let (reply, answer) = mpsc::sync_channel(1);
+        let (subscriber, subscription) = Subscriber::new();
+        let subscriber = (command == Command::Events {}).then_some(subscriber);
+        let ask = Ask {
+            command,
+            reply,
+            subscriber,
+        };
+        commander.serve(ask, &Timeline::start());
+        (answer.try_recv().unwrap(), subscription)
+    }
+
+    #[test]
+    fn what_is_refused_changes_nothing() {
+        let mut commander = commander();
+        assert_eq!(ask(&mut commander, Command::Pause {}).0, Reply::done());
+        let deadline = u64::MAX;
+        let (reply, _) = ask(&mut commander, Command::Shutdown { deadline });
+        assert!(matches!(reply, Reply::Error(_)), "{reply:?}");
+        assert_eq!(commander.state, State::Paused);
+        assert_eq!(commander.deadline, None);
+        let deadline = 1;
+        let (reply, _) = ask(&mut commander, Command::Shutdown { deadline });
+        assert_eq!(reply, Reply::done());
+        assert_eq!(commander.state, State::Running);
+    }
+
+    #[test]
+    fn subscribers_that_left_do_not_gather() {
+        let mut commander = commander();
+        let stays = ask(&mut commander, Command::Events {});
+        for _ in 0..5 {
+            drop(ask(&mut commander, Command::Events {}));
+        }
+        assert_eq!(commander.subscribers.len(), 2);
+        drop(stays);
+    }
 }

@@ -231,8 +231,13 @@ impl ConsolePump {
                 learnt.outcome.get_or_insert(Outcome::Quit);
             }
         }
-        for file in console.take_left() {
+        let left = console.take_left();
+        for file in &left {
             let _ = ops.remove(ConsolePump::edges(file.as_raw_fd()));
+        }
+        if !left.is_empty() {
+            // For who waits for a client to leave.
+            let _ = self.attention.write(1);
         }
     }
 }
@@ -251,11 +256,17 @@ impl MutEventSubscriber for ConsolePump {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         if events.fd() == self.attention.as_raw_fd() {
             let _ = self.attention.read();
-        } else {
-            self.console.borrow_mut().accept();
-            self.watch_sources(ops);
         }
         self.pump(ops);
+        // Whether one left is known by now.
+        let accepted = self.console.borrow_mut().accept();
+        if accepted.more {
+            let _ = self.attention.write(1);
+        }
+        if accepted.client {
+            self.watch_sources(ops);
+            self.pump(ops);
+        }
     }
 }
 
@@ -295,5 +306,124 @@ impl MutEventSubscriber for VirtioWorker {
             queue if queue & QUEUE_EVENT != 0 => transport.kicked((queue & !QUEUE_EVENT) as usize),
             token => transport.source_ready(token),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{ErrorKind, Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::path::{Path, PathBuf};
+
+    use mayfly_devices::line::Line;
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    use super::*;
+    use crate::config::HostEnd;
+    use crate::console::Connection;
+
+    /// A guest that takes all.
+    #[derive(Default)]
+    struct Guest(Vec<u8>);
+
+    impl Line for Guest {
+        fn output(&self) -> &[u8] {
+            &[]
+        }
+        fn output_done(&mut self, _: usize) {}
+        fn input_room(&self) -> usize {
+            100
+        }
+        fn input(&mut self, data: &[u8]) {
+            self.0.extend(data);
+        }
+    }
+
+    /// A loop with a channel.
+    struct Bench {
+        events: EventLoop,
+        guest: Arc<Mutex<Guest>>,
+        path: PathBuf,
+        _folder: tempfile::TempDir,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("s");
+            let guest = Arc::new(Mutex::new(Guest::default()));
+            let connection = Connection {
+                name: "agent".into(),
+                flag: "--channel".into(),
+                end: HostEnd::Unix(path.clone()),
+                lines: vec![guest.clone()],
+                attention: EventFd::new(EFD_NONBLOCK).unwrap(),
+                tail: false,
+            };
+            let mut events = EventLoop::new(Timeline::start()).unwrap();
+            let learnt = events.learnt();
+            events.add(ConsolePump {
+                console: Rc::new(RefCell::new(Console::open(&connection).unwrap())),
+                attention: connection.attention,
+                learnt,
+            });
+            Bench {
+                events,
+                guest,
+                path,
+                _folder: folder,
+            }
+        }
+
+        /// Until nothing happens any more.
+        fn run(&mut self) {
+            while self.events.manager.run_with_timeout(50).unwrap() > 0 {}
+        }
+    }
+
+    fn connect(path: &Path) -> UnixStream {
+        UnixStream::connect(path).unwrap()
+    }
+
+    fn is_hung_up_on(mut client: &UnixStream) -> bool {
+        client.set_nonblocking(true).unwrap();
+        match client.read(&mut [0]) {
+            Ok(0) => true,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => false,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_client_may_come_right_after_another() {
+        let mut bench = Bench::new();
+        let first = connect(&bench.path);
+        bench.run();
+        drop(first);
+        let mut second = connect(&bench.path);
+        bench.run();
+        assert!(!is_hung_up_on(&second));
+        second.write_all(b"hello").unwrap();
+        bench.run();
+        assert_eq!(lock(&bench.guest).0, b"hello");
+    }
+
+    #[test]
+    fn many_clients_are_seen_to_in_several_turns() {
+        let mut bench = Bench::new();
+        let clients: Vec<_> = (0..200).map(|_| connect(&bench.path)).collect();
+        bench.run();
+        let hung_up = clients.iter().filter(|client| is_hung_up_on(client));
+        assert_eq!(hung_up.count(), clients.len() - 1);
+    }
+
+    #[test]
+    fn clients_that_say_one_thing_are_all_heard() {
+        let mut bench = Bench::new();
+        for _ in 0..5 {
+            connect(&bench.path).write_all(b"word ").unwrap();
+        }
+        bench.run();
+        assert_eq!(lock(&bench.guest).0, b"word ".repeat(5));
     }
 }

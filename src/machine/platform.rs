@@ -35,6 +35,22 @@ pub struct PlatformHandle {
 }
 
 impl PlatformHandle {
+    /// Without devices that a guest could reach.
+    #[cfg(test)]
+    pub(super) fn alone() -> Self {
+        use vm_memory::GuestAddress;
+        let memory = [(GuestAddress(layout::VM_GENERATION), 4096)];
+        let memory = GuestMemory::from_ranges(&memory).unwrap();
+        let (_, ged) = Ged::new(GedState::default(), event().unwrap());
+        let id = (layout::VM_GENERATION, layout::GED_VM_GENERATION);
+        PlatformHandle {
+            generation: GenerationId::new(memory, id.0, ged.clone(), id.1).unwrap(),
+            ged,
+            watchdog: None,
+            status: Arc::new(AtomicU16::new(NO_STATUS)),
+        }
+    }
+
     /// Presses the power button: a guest that listens turns off.
     pub fn press_power_button(&self) {
         self.ged.raise(layout::GED_POWER_BUTTON);

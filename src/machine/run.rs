@@ -194,7 +194,7 @@ pub struct VcpuControl {
 
 impl VcpuControl {
     /// Starts the threads; their vCPUs wait.
-    fn start(
+    pub(super) fn start(
         vcpus: Vec<Vcpu>,
         buses: Buses,
         gate: Arc<Gate>,

@@ -203,6 +203,40 @@ fn qemu_img(args: &[&str]) -> String {
     tool("qemu-img", args)
 }
 
+#[test]
+fn a_killed_vms_qcow2_image_is_taken_when_it_was_repaired() {
+    // Each in another table of the image; the last is not flushed.
+    let guest = Guest::new(
+        "dd if=/dev/urandom of=/dev/vda bs=64k count=4 conv=fsync 2>/dev/null
+         echo sum: $(head -c 256k /dev/vda | md5sum | cut -d ' ' -f 1)
+         dd if=/dev/urandom of=/dev/vda bs=64k count=4 seek=20000 oflag=direct 2>/dev/null
+         echo written: yes
+         sleep 1000",
+    );
+    let image = guest.path("image");
+    let path = image.to_str().unwrap().to_owned();
+    qemu_img(&["create", "-q", "-f", "qcow2", &path, "4G"]);
+    let disk = format!("path={path},format=qcow2");
+    let mut running = guest.args(["--disk", &disk]).start();
+    running.expect("written: ");
+    running.signal(9);
+    let folder = std::mem::replace(&mut running.folder, tempfile::tempdir().unwrap());
+    let sum = printed(&running.wait().stdout, "sum");
+    let again = || {
+        Guest::new("echo sum: $(head -c 256k /dev/vda | md5sum | cut -d ' ' -f 1)")
+            .args(["--disk", &disk])
+            .start()
+            .wait()
+    };
+    let ended = again();
+    assert_eq!(ended.code(), Some(2), "{ended:?}");
+    assert!(ended.stderr.contains("qemu-img check -r all"), "{ended:?}");
+    qemu_img(&["check", "-q", "-r", "all", "-f", "qcow2", &path]);
+    let ended = again();
+    assert_eq!(printed(&ended.stdout, "sum"), sum, "{ended:?}");
+    drop(folder);
+}
+
 /// Images that QEMU's tools make, and check afterwards.
 #[test]
 fn qcow2_images_are_read_and_written_as_qemu_does() {

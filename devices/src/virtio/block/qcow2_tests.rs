@@ -75,7 +75,7 @@ fn what_was_flushed_is_in_the_file() {
     run(&mut first, write, 512, &mut data).unwrap();
     run(&mut first, Kind::Flush, 0, &mut []).unwrap();
     // Without the first one's end, as if it had been killed.
-    let mut second = engine(&file, None);
+    let mut second = engine(&repaired(&file), None);
     assert_eq!(read(&mut second, 512, 10_000), data);
     run(
         &mut first,
@@ -84,8 +84,99 @@ fn what_was_flushed_is_in_the_file() {
         &mut [3; 700],
     )
     .unwrap();
-    let mut second = engine(&file, None);
+    let mut second = engine(&repaired(&file), None);
     assert_eq!(read(&mut second, 100_000, 701)[..700], [3; 700]);
+}
+
+/// A copy of an image whose counts are right, though it was not closed.
+fn repaired(file: &File) -> File {
+    let copy = tempfile::tempfile().unwrap();
+    copy.write_all_at(&whole(file), 0).unwrap();
+    copy.write_all_at(&[0], 79).unwrap();
+    copy
+}
+
+#[test]
+fn an_image_whose_user_was_killed_is_refused() {
+    let file = create(false);
+    let unchanged = whole(&file);
+    let mut first = engine(&file, None);
+    read(&mut first, 0, LEN);
+    run(&mut first, Kind::Flush, 0, &mut []).unwrap();
+    assert_eq!(whole(&file), unchanged);
+    let refused = |file: &File| {
+        let message = open(file, None).unwrap_err().to_string();
+        assert!(message.contains("qemu-img check -r all IMAGE"), "{message}");
+    };
+    let changes = [
+        Kind::Write { durable: false },
+        Kind::Discard { len: LEN as u64 },
+        Kind::Zero {
+            len: LEN as u64,
+            unmap: true,
+        },
+        Kind::Zero {
+            len: LEN as u64,
+            unmap: false,
+        },
+    ];
+    for change in changes {
+        let mut disk = engine(&file, None);
+        let data = match change {
+            Kind::Write { .. } => &mut [1; CLUSTER][..],
+            _ => &mut [],
+        };
+        run(&mut disk, change, 0, data).unwrap();
+        refused(&file);
+        run(&mut disk, Kind::Flush, 0, &mut []).unwrap();
+        refused(&file);
+        drop(disk);
+        open(&file, None).unwrap();
+    }
+}
+
+#[test]
+fn version_2_is_only_read() {
+    let file = create(false);
+    file.write_all_at(&[0, 0, 0, 2], 4).unwrap();
+    let message = open(&file, None).unwrap_err().to_string();
+    assert!(message.contains("compat=v3"), "{message}");
+    Qcow2::open(file, false, None).unwrap();
+}
+
+#[test]
+fn zeroes_beside_a_write_leave_it_alone() {
+    use super::engine::Worker;
+    let file = create(false);
+    let image = open(&file, None).unwrap();
+    let run = |kind, offset: u64, data: &mut [u8]| {
+        let iovec = libc::iovec {
+            iov_base: data.as_mut_ptr().cast(),
+            iov_len: data.len(),
+        };
+        // SAFETY: it is over when it returns.
+        unsafe { image.run(kind, offset, &iovec, usize::from(!data.is_empty())) }.unwrap();
+    };
+    let len = CLUSTER as u64 - 512;
+    for _ in 0..20 {
+        for start in (0..LEN as u64).step_by(CLUSTER) {
+            let both = std::sync::Barrier::new(2);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    both.wait();
+                    run(Kind::Write { durable: false }, start, &mut [7; 512]);
+                });
+                scope.spawn(|| {
+                    both.wait();
+                    run(Kind::Zero { len, unmap: false }, start + 512, &mut []);
+                });
+            });
+            let mut data = [0; 512];
+            run(Kind::Read, start, &mut data);
+            assert_eq!(data, [7; 512]);
+        }
+        run(Kind::Discard { len: LEN as u64 }, 0, &mut []);
+    }
 }
 
 #[test]

@@ -53,6 +53,13 @@ impl Console {
         self.port.shared().clone()
     }
 
+    fn receive(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+        self.port.receive(RECEIVE, queues)?;
+        // A terminal has no way to tell; the next client's input goes on.
+        lock(self.port.shared()).take_hang_up();
+        Ok(())
+    }
+
     fn tell(&mut self, queues: &mut Queues) {
         let size = lock(self.port.shared()).take_size();
         if let Some(TerminalSize { columns, rows }) = size {
@@ -100,7 +107,7 @@ impl VirtioDevice for Console {
     fn serve(&mut self, queue: usize, queues: &mut Queues) -> Result<(), Broken> {
         self.tell(queues);
         match queue {
-            RECEIVE => self.port.receive(RECEIVE, queues),
+            RECEIVE => self.receive(queues),
             _ => self.port.transmit(TRANSMIT, queues),
         }
     }
@@ -112,7 +119,7 @@ impl VirtioDevice for Console {
     fn ready(&mut self, _: Token, queues: &mut Queues) -> Result<(), Broken> {
         let _ = self.wake.read();
         self.tell(queues);
-        self.port.receive(RECEIVE, queues)?;
+        self.receive(queues)?;
         self.port.transmit(TRANSMIT, queues)
     }
 

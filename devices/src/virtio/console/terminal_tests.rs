@@ -261,3 +261,31 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn the_next_client_is_heard_when_the_guest_took_what_the_first_said() {
+    let mut bench = Bench::started();
+    lock(&bench.port).connected(true);
+    lock(&bench.port).input(b"first");
+    bench.driver.serve_source();
+    lock(&bench.port).connected(false);
+    lock(&bench.port).connected(true);
+    bench.driver.serve_source();
+    assert_eq!(lock(&bench.port).input_room(), 0);
+    for _ in 0..2 {
+        bench
+            .driver
+            .add(RECEIVE, &[Descriptor::writable(DATA, 100)]);
+    }
+    bench.driver.kick(RECEIVE);
+    assert_eq!(bench.driver.used(RECEIVE).len(), 1);
+    assert!(lock(&bench.port).input_room() > 0);
+    lock(&bench.port).input(b"second");
+    bench.driver.serve_source();
+    assert_eq!(bench.driver.used(RECEIVE).len(), 1);
+    // One that leaves when all is taken is forgotten at once.
+    lock(&bench.port).connected(false);
+    lock(&bench.port).connected(true);
+    bench.driver.serve_source();
+    assert!(lock(&bench.port).input_room() > 0);
+}

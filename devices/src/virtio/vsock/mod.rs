@@ -141,8 +141,9 @@ impl Vsock {
         }
         loop {
             let stalled = self.transmit(queues)?;
-            self.muxer.accept();
             let progress = self.receive(queues)?;
+            // Either may have made room for clients that wait.
+            self.muxer.accept();
             // Without progress the guest has no buffers: it will say when it has.
             if !(stalled && progress) {
                 break;

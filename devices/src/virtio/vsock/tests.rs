@@ -1043,3 +1043,36 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_client_that_waits_is_let_in_when_a_reset_made_room() {
+    let limits = Limits {
+        connections: 1,
+        resets: 8,
+        greeting: Duration::from_secs(60),
+        request: Duration::from_secs(60),
+        linger: Duration::from_secs(60),
+    };
+    let mut guest = Guest::without_buffers(limits);
+    guest.offer_all(PAGE as u32);
+    let _peer = guest.connect();
+    let mut client = UnixStream::connect(guest.path("v")).unwrap();
+    client.write_all(b"CONNECT 1\n").unwrap();
+    guest.quiet();
+    guest.send_shutdown(Shutdown::all());
+    let packets = guest.take();
+    assert_eq!(packets.len(), 1, "{packets:?}");
+    assert_eq!(packets[0].0.op, Op::Reset as u16);
+    let (_, fd) = guest.driver.transport.sources()[0];
+    let mut entry = libc::pollfd {
+        fd,
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: one live entry.
+    assert_eq!(unsafe { libc::poll(&mut entry, 1, 1000) }, 1);
+    guest.driver.transport.source_ready(0);
+    let packets = guest.take();
+    assert_eq!(packets.len(), 1, "{packets:?}");
+    assert_eq!(packets[0].0.op, Op::Request as u16);
+}

@@ -2,19 +2,24 @@
 //!
 //! Nothing that the image names is opened: its header is checked here first,
 //! and the backing file is the one that is given, or none.
+//!
+//! `imago` keeps counts of references back that tables on disk need already. So
+//! an image is marked before it is first written to, until it was closed in
+//! order: what a killed process left is not written to before it is repaired.
 
 use std::cell::RefCell;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::ptr;
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Mutex, PoisonError, RwLock};
 
 use imago::file::File as Storage;
 use imago::{DenyImplicitOpenGate, FormatDriverBuilder, Mapping, Storage as _, StorageExt as _};
 
 use super::threads::Worker;
 use super::{Image, Kind};
+use crate::bus::lock;
 
 type Access = imago::FormatAccess<Storage>;
 
@@ -28,10 +33,19 @@ const L1_TABLE_MAX: u64 = 32 << 20;
 const REFCOUNT_TABLE_MAX: u64 = 8 << 20;
 /// A file's offsets are signed.
 const SIZE_MAX: u64 = i64::MAX as u64;
+/// Where the lowest byte of the incompatible features is; the lowest bit says
+/// that the image was not closed.
+const MARK: u64 = 79;
 /// Incompatible features, by bit, and what to do about them.
 const FEATURES: [(&str, &str); 5] = [
-    ("was not closed cleanly", "repair it: qemu-img check -r all"),
-    ("is marked as corrupt", "repair it: qemu-img check -r all"),
+    (
+        "was not closed cleanly: who used it was killed",
+        "repair it: qemu-img check -r all IMAGE",
+    ),
+    (
+        "is marked as corrupt",
+        "repair it: qemu-img check -r all IMAGE",
+    ),
     (
         "keeps its data in another file",
         "make it one file: qemu-img convert -O qcow2",
@@ -63,6 +77,12 @@ pub enum ImageError {
     /// It is of another version.
     #[error("is of version {0} of qcow2; versions 2 and 3 are known")]
     Version(u32),
+    /// It is of the version that cannot be marked.
+    #[error(
+        "is of version 2 of qcow2, which cannot tell that its VM was killed; \
+         make it version 3 (qemu-img amend -f qcow2 -o compat=v3 IMAGE), or take it with ,ro"
+    )]
+    Unmarkable,
     /// A feature that is not supported.
     #[error("{0}; {1}")]
     Feature(&'static str, &'static str),
@@ -114,6 +134,7 @@ impl Header {
         }
         let version = word(4);
         let (incompatible, autoclear) = match version {
+            2 if writable => return Err(ImageError::Unmarkable),
             2 => (0, 0),
             3 => (long(72), long(88)),
             other => return Err(ImageError::Version(other)),
@@ -168,10 +189,13 @@ fn lies_inside(offset: u64, size: u64, cluster: u64, len: u64) -> bool {
 #[derive(Debug)]
 pub struct Qcow2 {
     /// Written to by whom must be alone: a discard gives room back that others
-    /// may be about to use.
+    /// may be about to use, zeroes may be a whole cluster that takes the place of
+    /// one being written to, and a flush must not see tables without their counts.
     access: RwLock<Access>,
     /// The same file.
     file: File,
+    /// The file says that it was not closed.
+    marked: Mutex<bool>,
     size: u64,
 }
 
@@ -207,8 +231,46 @@ impl Qcow2 {
         Ok(Qcow2 {
             access: RwLock::new(Access::new(image)),
             file,
+            marked: Mutex::new(false),
             size: header.size,
         })
+    }
+
+    /// Marks the image, before it is first written to.
+    fn mark(&self) -> io::Result<()> {
+        let mut marked = lock(&self.marked);
+        if !*marked {
+            // The other bits are not set: such images are refused.
+            self.file.write_all_at(&[1], MARK)?;
+            self.file.sync_data()?;
+            *marked = true;
+        }
+        Ok(())
+    }
+
+    /// Takes the mark off, if all else is in the file.
+    fn unmark(&self) -> io::Result<()> {
+        let mut marked = lock(&self.marked);
+        if *marked {
+            self.flush()?;
+            self.file.write_all_at(&[0], MARK)?;
+            self.file.sync_data()?;
+            *marked = false;
+        }
+        Ok(())
+    }
+
+    fn shared(&self, work: impl FnOnce(&Access) -> io::Result<()>) -> io::Result<()> {
+        work(&self.access.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn exclusive(&self, work: impl FnOnce(&mut Access) -> io::Result<()>) -> io::Result<()> {
+        work(&mut self.access.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.exclusive(|access| access.flush())?;
+        self.shared(|access| access.sync())
     }
 
     /// The disk's size in bytes.
@@ -436,27 +498,78 @@ impl Worker for Qcow2 {
     ) -> io::Result<usize> {
         // SAFETY: the caller's promise.
         let pieces = unsafe { Pieces::new(iovecs, count) };
-        let exclusive = |work: &dyn Fn(&mut Access) -> io::Result<()>| {
-            let mut access = self.access.write().unwrap_or_else(PoisonError::into_inner);
-            work(&mut access)
-        };
-        let shared = |work: &dyn Fn(&Access) -> io::Result<()>| {
-            work(&self.access.read().unwrap_or_else(PoisonError::into_inner))
-        };
-        let flush = |access: &Access| access.flush().and_then(|()| access.sync());
         match kind {
-            Kind::Read => shared(&|access| self.read(access, offset, pieces)),
-            Kind::Write { durable } => shared(&|access| {
-                self.write(access, offset, pieces)?;
-                if durable { flush(access) } else { Ok(()) }
-            }),
-            Kind::Flush => shared(&flush),
-            Kind::Discard { len } => exclusive(&|access| access.discard_to_any(offset, len)),
-            Kind::Zero { len, unmap: true } => {
-                exclusive(&|access| access.discard_to_zero(offset, len))
+            Kind::Read => self.shared(|access| self.read(access, offset, pieces))?,
+            Kind::Flush => self.flush()?,
+            Kind::Write { durable } => {
+                self.mark()?;
+                self.shared(|access| self.write(access, offset, pieces))?;
+                if durable {
+                    self.flush()?;
+                }
             }
-            Kind::Zero { len, unmap: false } => shared(&|access| access.write_zeroes(offset, len)),
-        }?;
+            Kind::Discard { len } => {
+                self.mark()?;
+                self.exclusive(|access| access.discard_to_any(offset, len))?;
+            }
+            Kind::Zero { len, unmap } => {
+                self.mark()?;
+                self.exclusive(|access| match unmap {
+                    true => access.discard_to_zero(offset, len),
+                    false => access.write_zeroes(offset, len),
+                })?;
+            }
+        }
         Ok(pieces.len())
+    }
+
+    fn close(&self) {
+        if let Err(error) = self.unmark() {
+            log::error!("a qcow2 image was not closed, and must be repaired: {error}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+    use std::time::Duration;
+
+    use imago::FormatCreateBuilder;
+
+    use super::*;
+
+    #[test]
+    fn what_moves_tables_waits_for_writes_and_those_for_nobody() {
+        let file = tempfile::tempfile().unwrap();
+        let storage = Storage::try_from(file.try_clone().unwrap()).unwrap();
+        let builder = imago::qcow2::Qcow2::<Storage>::create_builder(storage);
+        builder.size(1 << 20).create().unwrap();
+        let image = Qcow2::open(file, true, None).unwrap();
+        let len = 512;
+        for (kind, waits) in [
+            (Kind::Read, false),
+            (Kind::Write { durable: false }, false),
+            (Kind::Write { durable: true }, true),
+            (Kind::Flush, true),
+            (Kind::Discard { len }, true),
+            (Kind::Zero { len, unmap: true }, true),
+            (Kind::Zero { len, unmap: false }, true),
+        ] {
+            thread::scope(|scope| {
+                let another = image.access.read().unwrap();
+                // SAFETY: there are no buffers.
+                let work = scope.spawn(|| unsafe { image.run(kind, 0, ptr::null(), 0) }.unwrap());
+                let patience = if waits { 20 } else { 1000 };
+                for _ in 0..patience {
+                    if work.is_finished() {
+                        break;
+                    }
+                    thread::sleep(Duration::from_millis(1));
+                }
+                assert_eq!(work.is_finished(), !waits, "{kind:?}");
+                drop(another);
+            });
+        }
     }
 }

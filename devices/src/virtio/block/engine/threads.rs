@@ -28,6 +28,9 @@ pub trait Worker: Send + Sync + 'static {
         iovecs: *const libc::iovec,
         count: usize,
     ) -> io::Result<usize>;
+
+    /// There is nothing more to do.
+    fn close(&self) {}
 }
 
 /// The threads, and what they are told and tell.
@@ -36,6 +39,7 @@ pub struct Threads {
     done: Receiver<Completion>,
     event: EventFd,
     threads: Vec<JoinHandle<()>>,
+    worker: Arc<dyn Worker>,
 }
 
 struct Job {
@@ -115,6 +119,7 @@ impl Threads {
             done,
             event: EventFd::new(EFD_NONBLOCK)?,
             threads: Vec::new(),
+            worker: worker.clone(),
         };
         for _ in 0..THREADS {
             let (jobs, finished, worker) = (jobs.clone(), finished.clone(), worker.clone());
@@ -179,6 +184,7 @@ impl Drop for Threads {
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
+        self.worker.close();
     }
 }
 
