@@ -290,7 +290,8 @@ impl MutEventSubscriber for VirtioWorker {
     fn init(&mut self, ops: &mut EventOps) {
         let transport = lock(&self.transport);
         for (queue, kick) in (0..).zip(transport.kicks()) {
-            let events = Events::with_data(kick, QUEUE_EVENT | queue, EventSet::IN);
+            let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            let events = Events::with_data(kick, QUEUE_EVENT | queue, events);
             add(ops, events, &self.learnt);
         }
         for (token, fd) in transport.sources() {

@@ -195,12 +195,9 @@ impl VirtioMmio {
         state
     }
 
-    /// The driver notified a queue.
+    /// The driver notified a queue. The event is not read: it is watched on edges,
+    /// and each notification is one.
     pub fn kicked(&mut self, queue: usize) {
-        let Some(kick) = self.kicks.get(queue) else {
-            return;
-        };
-        let _ = kick.read();
         self.counters.kicks += 1;
         self.turn(Some(queue), |device, queues| device.serve(queue, queues));
     }
