@@ -1,0 +1,564 @@
+//! The images of a user, on disk.
+//!
+//! Everything comes into place whole, by a rename, after it was made and synced
+//! in `tmp`. An image's layers come before its record, and go after it; whoever
+//! uses either holds a lock on it. So nothing is ever half there, whenever a
+//! process or the host ends.
+
+mod folder;
+mod lock;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::env;
+use std::fmt::Display;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use super::compression::Section;
+use super::config::{ImageConfig, JSON_MAX, LAYERS_MAX};
+use super::digest::Digest;
+use super::layers::{self, IMAGE_FILE, LayerError, Record};
+use super::progress::Progress;
+use super::reference::Reference;
+use crate::failure::{Failure, OrFail};
+
+pub use folder::Work;
+use folder::{Folder, IMAGES, LAYERS, PARTIAL};
+pub use lock::take_file;
+
+const NAMES: &str = "names.json";
+const RECORD_FILE: &str = "layer.json";
+
+/// An image that is complete on disk, and stays there as long as this does.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// The digest of its configuration.
+    pub id: Digest,
+    /// What it is called, in full, with the digests of the manifests.
+    pub names: BTreeMap<Reference, Option<Digest>>,
+    /// How it is run.
+    pub config: ImageConfig,
+    /// Its layers' file systems (squashfs, the files below
+    /// [`LAYER_ROOT`](layers::LAYER_ROOT)), lowest first.
+    pub layers: Vec<PathBuf>,
+    /// How many bytes its files have.
+    pub size: u64,
+    /// When it came into the store.
+    pub stored: SystemTime,
+    _held: Arc<Vec<File>>,
+}
+
+/// `images/ID.json`
+#[derive(Serialize, Deserialize)]
+struct ImageRecord {
+    /// As its digest was made of it.
+    config: String,
+    /// Names of folders, lowest first.
+    layers: Vec<String>,
+}
+
+/// `names.json`
+type Names = BTreeMap<String, Named>;
+
+#[derive(Clone, Serialize, Deserialize)]
+struct Named {
+    id: Digest,
+    /// Of the manifest, if there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    manifest: Option<Digest>,
+}
+
+/// A layer that is in place, and stays there as long as this does.
+#[derive(Debug)]
+pub struct Layer {
+    name: String,
+    /// What layers above need to know of it.
+    pub record: Record,
+    held: File,
+}
+
+/// What [`Store::prune`] removed.
+#[derive(Debug, Default)]
+pub struct Pruned {
+    /// Images, by their IDs.
+    pub images: Vec<Digest>,
+    /// How many bytes of disk there are again.
+    pub bytes: u64,
+}
+
+/// The images of a user.
+#[derive(Debug)]
+pub struct Store {
+    folder: Folder,
+    root: PathBuf,
+}
+
+impl Store {
+    /// Opens the user's: `mayfly` in `XDG_DATA_HOME`, or in `~/.local/share`.
+    pub fn open_default() -> Result<Self, Failure> {
+        let variable = |name| {
+            env::var_os(name)
+                .map(PathBuf::from)
+                .filter(|path| path.is_absolute())
+        };
+        let data = variable("XDG_DATA_HOME")
+            .or_else(|| variable("HOME").map(|home| home.join(".local/share")))
+            .ok_or_else(|| Failure::host("image store: set HOME or XDG_DATA_HOME"))?;
+        Store::open(&data.join("mayfly"))
+    }
+
+    /// Opens one in a folder, which is made if it is missing.
+    pub fn open(root: &Path) -> Result<Self, Failure> {
+        let what = || format!("image store {}", root.display());
+        let folder = Folder::open(root).or_host(what())?;
+        folder.clean().or_host(what())?;
+        let root = root.to_owned();
+        Ok(Store { folder, root })
+    }
+
+    /// Says that something in the store failed.
+    pub(super) fn failed(&self) -> impl Display {
+        format!("image store {}", self.root.display())
+    }
+
+    pub(super) fn work(&self) -> Result<Work, Failure> {
+        self.folder.work().or_host(self.failed())
+    }
+
+    /// Where a blob lies until all of it is there.
+    pub(super) fn partial(&self, digest: &Digest) -> PathBuf {
+        self.folder.path(PARTIAL).join(digest.hex())
+    }
+
+    fn names(&self) -> Result<Names, Failure> {
+        match fs::read(self.folder.path(NAMES)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Names::new()),
+            read => {
+                let data = read.or_host(self.failed())?;
+                serde_json::from_slice(&data).or_host(format_args!("{}: {NAMES}", self.failed()))
+            }
+        }
+    }
+
+    fn write_names(&self, names: &Names) -> Result<(), Failure> {
+        let data = serde_json::to_vec(names).or_internal(NAMES)?;
+        self.folder.write(NAMES, &data).or_host(self.failed())
+    }
+
+    fn layer_path(&self, name: &str) -> PathBuf {
+        self.folder.path(LAYERS).join(name)
+    }
+
+    fn image_path(&self, id: &Digest) -> PathBuf {
+        self.folder.path(IMAGES).join(format!("{}.json", id.hex()))
+    }
+
+    fn ids(&self) -> Result<Vec<Digest>, Failure> {
+        let mut ids = Vec::new();
+        for entry in fs::read_dir(self.folder.path(IMAGES)).or_host(self.failed())? {
+            let name = entry.or_host(self.failed())?.file_name();
+            let hex = name.to_str().and_then(|name| name.strip_suffix(".json"));
+            ids.extend(hex.and_then(Digest::from_hex));
+        }
+        ids.sort();
+        Ok(ids)
+    }
+
+    /// The image of a name, an ID or the unique start of one.
+    pub fn find(&self, name: &str) -> Result<Option<Image>, Failure> {
+        let Some(id) = self.id_of(name)? else {
+            return Ok(None);
+        };
+        self.image(&id)
+    }
+
+    fn id_of(&self, name: &str) -> Result<Option<Digest>, Failure> {
+        let names = self.names()?;
+        if let Ok(reference) = name.parse::<Reference>() {
+            let exact = names.get(&reference.to_string());
+            let by_digest = || {
+                let digest = reference.digest.as_ref()?;
+                names.iter().find_map(|(text, named)| {
+                    let other: Reference = text.parse().ok()?;
+                    let same = other.repository == reference.repository
+                        && other.registry == reference.registry
+                        && named.manifest.as_ref() == Some(digest);
+                    same.then_some(named)
+                })
+            };
+            if let Some(named) = exact.or_else(by_digest) {
+                return Ok(Some(named.id));
+            }
+        }
+        let start = name.strip_prefix("sha256:").unwrap_or(name);
+        let digits = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+        if start.is_empty() || !start.bytes().all(digits) {
+            return Ok(None);
+        }
+        let mut found: Vec<Digest> = self.ids()?;
+        found.retain(|id| id.hex().starts_with(start));
+        match found.as_slice() {
+            [] => Ok(None),
+            [id] => Ok(Some(*id)),
+            _ => Err(Failure::config(format!(
+                "{name}: several images have an ID that starts so; write more of it"
+            ))),
+        }
+    }
+
+    /// Opens an image, and holds it.
+    fn image(&self, id: &Digest) -> Result<Option<Image>, Failure> {
+        let path = self.image_path(id);
+        let Some(mut file) = lock::hold(&path).or_host(self.failed())? else {
+            return Ok(None);
+        };
+        let broken = |what: &str| {
+            Failure::host(format!(
+                "{}: image {id} is broken ({what}); remove it (mayfly image rm) and get it again",
+                self.failed()
+            ))
+        };
+        let mut text = Vec::new();
+        file.read_to_end(&mut text).or_host(self.failed())?;
+        let record: ImageRecord =
+            serde_json::from_slice(&text).map_err(|error| broken(&error.to_string()))?;
+        if Digest::of(record.config.as_bytes()) != *id {
+            return Err(broken("its configuration is another"));
+        }
+        let config =
+            serde_json::from_str(&record.config).map_err(|error| broken(&error.to_string()))?;
+        let stored = file
+            .metadata()
+            .and_then(|it| it.modified())
+            .or_host(self.failed())?;
+        let mut held = vec![file];
+        let mut layers = Vec::new();
+        let mut size = 0_u64;
+        for name in &record.layers {
+            let layer = self
+                .open_layer(name)?
+                .ok_or_else(|| broken("a layer is missing"))?;
+            size = size.saturating_add(layer.record.size);
+            if layer.record.opaque {
+                layers.clear();
+            }
+            if !layer.record.empty {
+                layers.push(self.layer_path(name).join(IMAGE_FILE));
+            }
+            held.push(layer.held);
+        }
+        let names = self
+            .names()?
+            .into_iter()
+            .filter(|(_, named)| named.id == *id);
+        let names = names.filter_map(|(name, named)| Some((name.parse().ok()?, named.manifest)));
+        Ok(Some(Image {
+            id: *id,
+            names: names.collect(),
+            config,
+            layers,
+            size,
+            stored,
+            _held: Arc::new(held),
+        }))
+    }
+
+    /// All images.
+    pub fn list(&self) -> Result<Vec<Image>, Failure> {
+        let mut images = Vec::new();
+        for id in self.ids()? {
+            images.extend(self.image(&id)?);
+        }
+        Ok(images)
+    }
+
+    /// The exact text of an image's configuration.
+    pub fn raw_config(&self, image: &Image) -> Result<Box<RawValue>, Failure> {
+        let text = fs::read(self.image_path(&image.id)).or_host(self.failed())?;
+        let record: ImageRecord = serde_json::from_slice(&text).or_host(self.failed())?;
+        RawValue::from_string(record.config).or_host(self.failed())
+    }
+
+    fn open_layer(&self, name: &str) -> Result<Option<Layer>, Failure> {
+        let path = self.layer_path(name);
+        let Some(held) = lock::hold(&path).or_host(self.failed())? else {
+            return Ok(None);
+        };
+        let data = fs::read(path.join(RECORD_FILE)).or_host(self.failed())?;
+        let record = serde_json::from_slice(&data)
+            .or_host(format_args!("{}: layer {name}", self.failed()))?;
+        let name = name.to_owned();
+        Ok(Some(Layer { name, record, held }))
+    }
+
+    /// The layer of an archive above others, if it is there.
+    pub(super) fn layer(
+        &self,
+        diff_id: &Digest,
+        below: &[Layer],
+    ) -> Result<Option<Layer>, Failure> {
+        let hex = diff_id.hex();
+        for entry in fs::read_dir(self.folder.path(LAYERS)).or_host(self.failed())? {
+            let name = entry.or_host(self.failed())?.file_name();
+            let Some(name) = name.to_str().filter(|name| name.starts_with(&hex)) else {
+                continue;
+            };
+            // Any of them tells what it takes from those below.
+            let Some(layer) = self.open_layer(name)? else {
+                continue;
+            };
+            let wanted = inherited(&layer.record, below).name(diff_id);
+            return match wanted == name {
+                true => Ok(Some(layer)),
+                false => self.open_layer(&wanted),
+            };
+        }
+        Ok(None)
+    }
+
+    /// Makes a layer of an archive, unless it is there. `what` names the archive.
+    pub(super) fn add_layer(
+        &self,
+        source: &Section,
+        expected: Option<Digest>,
+        below: &[Layer],
+        what: &str,
+        progress: &dyn Progress,
+    ) -> Result<Layer, Failure> {
+        if let Some(expected) = &expected
+            && let Some(layer) = self.layer(expected, below)?
+        {
+            return Ok(layer);
+        }
+        let mut checked =
+            layers::check(source, expected, progress).map_err(|error| refused(error, what))?;
+        let record = checked.record.clone();
+        let inheritance = inherited(&record, below);
+        let name = inheritance.name(&record.diff_id);
+        let target = self.layer_path(&name);
+        loop {
+            if let Some(layer) = self.open_layer(&name)? {
+                return Ok(layer);
+            }
+            let work = self.work()?;
+            // Not the folder that is locked: its new name must not be.
+            let made = work.path().join("layer");
+            fs::create_dir(&made).or_host(self.failed())?;
+            checked
+                .build(&inheritance, &made, progress)
+                .map_err(|error| refused(error, what))?;
+            let data = serde_json::to_vec(&record).or_internal(RECORD_FILE)?;
+            self.place(&made, &data, &target).or_host(self.failed())?;
+        }
+    }
+
+    /// Gives a layer its name; if another process was faster, its layer stays.
+    fn place(&self, made: &Path, record: &[u8], target: &Path) -> io::Result<()> {
+        let path = made.join(RECORD_FILE);
+        fs::write(&path, record)?;
+        File::open(&path)?.sync_all()?;
+        File::open(made)?.sync_all()?;
+        match fs::rename(made, target) {
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            other => {
+                other?;
+                folder::sync_parent(target)
+            }
+        }
+    }
+
+    /// Makes an image of a configuration and its layers, and gives it names.
+    pub(super) fn add_image(
+        &self,
+        config: &[u8],
+        layers: &[Layer],
+        names: &[Reference],
+        manifest: Option<Digest>,
+    ) -> Result<Image, Failure> {
+        let id = Digest::of(config);
+        let config = str::from_utf8(config).or_config("the image's configuration")?;
+        let record = ImageRecord {
+            config: config.to_owned(),
+            layers: layers.iter().map(|layer| layer.name.clone()).collect(),
+        };
+        let data = serde_json::to_vec(&record).or_internal("image")?;
+        {
+            let _lock = self.folder.lock().or_host(self.failed())?;
+            let name = format!("{IMAGES}/{}.json", id.hex());
+            let old = fs::read(self.image_path(&id)).ok();
+            // Who holds it must not lose it.
+            if old.as_ref() != Some(&data) {
+                self.folder.write(&name, &data).or_host(self.failed())?;
+            }
+            if !names.is_empty() {
+                let mut all = self.names()?;
+                for name in names {
+                    all.insert(name.to_string(), Named { id, manifest });
+                }
+                self.write_names(&all)?;
+            }
+        }
+        self.image(&id)?
+            .ok_or_else(|| Failure::host(format!("image {id} was removed while it was added")))
+    }
+
+    /// Removes a name; with its last name, or by its ID, an image goes too, unless
+    /// it is in use. Tells what is gone.
+    pub fn remove(&self, name: &str) -> Result<Vec<String>, Failure> {
+        let id = self.id_of(name)?;
+        let id = id.ok_or_else(|| Failure::config(format!("{name}: no such image")))?;
+        let _lock = self.folder.lock().or_host(self.failed())?;
+        let mut names = self.names()?;
+        let its: Vec<String> = names
+            .iter()
+            .filter(|(_, named)| named.id == id)
+            .map(|(name, _)| name.clone())
+            .collect();
+        let exact = name
+            .parse::<Reference>()
+            .map(|reference| reference.to_string());
+        let removed: Vec<String> = match exact {
+            Ok(exact) if its.contains(&exact) => vec![exact],
+            _ => its.clone(),
+        };
+        let mut told = Vec::new();
+        let last = removed.len() == its.len();
+        let path = self.image_path(&id);
+        let taken = match last {
+            false => None,
+            true => Some(lock::take(&path).or_host(self.failed())?.ok_or_else(|| {
+                Failure::host(format!("{name}: a VM or another command uses the image"))
+            })?),
+        };
+        for name in &removed {
+            names.remove(name);
+            let familiar = name.parse::<Reference>().map(|name| name.familiar());
+            told.push(format!(
+                "untagged {}",
+                familiar.unwrap_or_else(|_| name.clone())
+            ));
+        }
+        self.write_names(&names)?;
+        if taken.is_some() {
+            fs::remove_file(&path).or_host(self.failed())?;
+            told.push(format!("removed {id}"));
+            self.sweep(&mut Pruned::default())?;
+        }
+        Ok(told)
+    }
+
+    /// Removes images that have no name and are not in use, layers of no image,
+    /// and what came of blobs whose pull was given up.
+    pub fn prune(&self) -> Result<Pruned, Failure> {
+        let _lock = self.folder.lock().or_host(self.failed())?;
+        let mut pruned = Pruned::default();
+        let named: BTreeSet<Digest> = self.names()?.into_values().map(|named| named.id).collect();
+        for id in self.ids()? {
+            let path = self.image_path(&id);
+            if named.contains(&id) {
+                continue;
+            }
+            if let Some(_held) = lock::take(&path).or_host(self.failed())? {
+                fs::remove_file(&path).or_host(self.failed())?;
+                pruned.images.push(id);
+            }
+        }
+        for entry in fs::read_dir(self.folder.path(PARTIAL)).or_host(self.failed())? {
+            let path = entry.or_host(self.failed())?.path();
+            if let Some(file) = lock::take(&path).or_host(self.failed())? {
+                let len = file.metadata().or_host(self.failed())?.len();
+                pruned.bytes = pruned.bytes.saturating_add(len);
+                fs::remove_file(&path).or_host(self.failed())?;
+            }
+        }
+        self.sweep(&mut pruned)?;
+        Ok(pruned)
+    }
+
+    /// Removes layers that no image has and nobody holds. The caller has the lock.
+    fn sweep(&self, pruned: &mut Pruned) -> Result<(), Failure> {
+        let mut used = BTreeSet::new();
+        for id in self.ids()? {
+            let text = fs::read(self.image_path(&id)).or_host(self.failed())?;
+            // Of a broken image nobody knows the layers: none is removed.
+            let record: ImageRecord = serde_json::from_slice(&text)
+                .or_host(format_args!("{}: image {id}", self.failed()))?;
+            used.extend(record.layers);
+        }
+        for entry in fs::read_dir(self.folder.path(LAYERS)).or_host(self.failed())? {
+            let entry = entry.or_host(self.failed())?;
+            let path = entry.path();
+            if entry
+                .file_name()
+                .to_str()
+                .is_some_and(|name| used.contains(name))
+            {
+                continue;
+            }
+            let Some(_held) = lock::take(&path).or_host(self.failed())? else {
+                continue;
+            };
+            let image = fs::metadata(path.join(IMAGE_FILE));
+            let len = image.map_or(0, |image| image.len());
+            // Half a layer must not have a layer's name.
+            self.folder.discard(&path).or_host(self.failed())?;
+            pruned.bytes = pruned.bytes.saturating_add(len);
+        }
+        Ok(())
+    }
+}
+
+fn inherited(record: &Record, below: &[Layer]) -> layers::Inheritance {
+    let below: Vec<&Record> = below.iter().map(|layer| &layer.record).collect();
+    record.inherited(&below)
+}
+
+/// Whose fault it is that there is no layer.
+fn refused(error: LayerError, what: &str) -> Failure {
+    match &error {
+        LayerError::Archive(super::tarball::ArchiveError::Io(cause))
+            if cause.raw_os_error().is_some() =>
+        {
+            Err::<(), _>(error).or_host(what)
+        }
+        LayerError::Archive(_) | LayerError::Digest { .. } => Err::<(), _>(error).or_config(what),
+        _ => Err::<(), _>(error).or_host(what),
+    }
+    .err()
+    .unwrap_or_else(|| Failure::host(what))
+}
+
+/// Reads a JSON text of a size that is allowed.
+pub(super) fn read_json(source: &Section, what: &str) -> Result<Vec<u8>, Failure> {
+    if source.len() > JSON_MAX {
+        return Err(Failure::config(format!("{what}: more than 8 MiB of JSON")));
+    }
+    let mut data = Vec::new();
+    source.reader().read_to_end(&mut data).or_host(what)?;
+    Ok(data)
+}
+
+/// Refuses an image that cannot run here, or has too many layers.
+pub(super) fn check_config(data: &[u8], what: &str) -> Result<ImageConfig, Failure> {
+    let config: ImageConfig =
+        serde_json::from_slice(data).or_config(format_args!("{what}: its configuration"))?;
+    let (os, architecture) = (config.os.as_str(), config.architecture.as_str());
+    if !matches!((os, architecture), ("linux" | "", "amd64" | "")) {
+        return Err(Failure::config(format!(
+            "{what}: is for {os}/{architecture}; mayfly runs linux/amd64"
+        )));
+    }
+    if config.rootfs.diff_ids.len() > LAYERS_MAX {
+        return Err(Failure::config(format!(
+            "{what}: more than {LAYERS_MAX} layers"
+        )));
+    }
+    Ok(config)
+}
