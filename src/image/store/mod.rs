@@ -59,8 +59,18 @@ pub struct Image {
 struct ImageRecord {
     /// As its digest was made of it.
     config: String,
-    /// Names of folders, lowest first.
-    layers: Vec<String>,
+    /// Lowest first.
+    layers: Vec<LayerRecord>,
+}
+
+/// What is needed of a layer to run an image.
+#[derive(Serialize, Deserialize)]
+struct LayerRecord {
+    /// Its folder's name.
+    name: String,
+    size: u64,
+    empty: bool,
+    opaque: bool,
 }
 
 /// `names.json`
@@ -80,7 +90,7 @@ pub struct Layer {
     name: String,
     /// What layers above need to know of it.
     pub record: Record,
-    held: File,
+    _held: File,
 }
 
 /// What [`Store::prune`] removed.
@@ -240,18 +250,17 @@ impl Store {
         let mut held = vec![file];
         let mut layers = Vec::new();
         let mut size = 0_u64;
-        for name in &record.layers {
-            let layer = self
-                .open_layer(name)?
-                .ok_or_else(|| broken("a layer is missing"))?;
-            size = size.saturating_add(layer.record.size);
-            if layer.record.opaque {
+        for layer in &record.layers {
+            let path = self.layer_path(&layer.name);
+            let hold = lock::hold(&path).or_host(self.failed())?;
+            held.push(hold.ok_or_else(|| broken("a layer is missing"))?);
+            size = size.saturating_add(layer.size);
+            if layer.opaque {
                 layers.clear();
             }
-            if !layer.record.empty {
-                layers.push(self.layer_path(name).join(IMAGE_FILE));
+            if !layer.empty {
+                layers.push(path.join(IMAGE_FILE));
             }
-            held.push(layer.held);
         }
         let names = self
             .names()?
@@ -294,7 +303,11 @@ impl Store {
         let record = serde_json::from_slice(&data)
             .or_host(format_args!("{}: layer {name}", self.failed()))?;
         let name = name.to_owned();
-        Ok(Some(Layer { name, record, held }))
+        Ok(Some(Layer {
+            name,
+            record,
+            _held: held,
+        }))
     }
 
     /// The layer of an archive above others, if it is there.
@@ -386,7 +399,15 @@ impl Store {
         let config = str::from_utf8(config).or_config("the image's configuration")?;
         let record = ImageRecord {
             config: config.to_owned(),
-            layers: layers.iter().map(|layer| layer.name.clone()).collect(),
+            layers: layers
+                .iter()
+                .map(|layer| LayerRecord {
+                    name: layer.name.clone(),
+                    size: layer.record.size,
+                    empty: layer.record.empty,
+                    opaque: layer.record.opaque,
+                })
+                .collect(),
         };
         let data = serde_json::to_vec(&record).or_internal("image")?;
         {
@@ -490,7 +511,7 @@ impl Store {
             // Of a broken image nobody knows the layers: none is removed.
             let record: ImageRecord = serde_json::from_slice(&text)
                 .or_host(format_args!("{}: image {id}", self.failed()))?;
-            used.extend(record.layers);
+            used.extend(record.layers.into_iter().map(|layer| layer.name));
         }
         for entry in fs::read_dir(self.folder.path(LAYERS)).or_host(self.failed())? {
             let entry = entry.or_host(self.failed())?;
