@@ -28,6 +28,14 @@ pub struct Args {
 enum Verb {
     /// Make an image of a root file system: a tar archive or a folder
     Import(Box<Import>),
+    /// Add the images in an archive of `docker save` or `podman save`, or in an OCI layout
+    Load {
+        /// The archive (plain, gzip or zstd), or the layout's folder
+        source: PathBuf,
+        /// What the image is called, if it is the only one there
+        #[arg(long, value_name = "NAME")]
+        name: Option<String>,
+    },
     /// List images
     #[command(alias = "list")]
     Ls {
@@ -94,6 +102,13 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let store = Store::open_default()?;
     match args.verb {
         Verb::Import(args) => import(&store, *args)?,
+        Verb::Load { source, name } => {
+            let name: Option<Reference> = name
+                .map(|name| name.parse().or_config("--name"))
+                .transpose()?;
+            let images = store.load(&source, name.as_ref(), &Bars::new())?;
+            images.iter().try_for_each(added)?;
+        }
         Verb::Ls { json, quiet } => list(&store, json, quiet)?,
         Verb::Inspect { images } => inspect(&store, &images)?,
         Verb::Rm { images } => {
@@ -164,7 +179,9 @@ fn import(store: &Store, args: Import) -> Result<(), Failure> {
 
 /// Tells of an image that came.
 fn added(image: &Image) -> Result<(), Failure> {
-    super::print(&image.id.to_string())
+    super::print(&image.id.to_string())?;
+    let mut names = image.names.keys();
+    names.try_for_each(|name| super::print(&format!("named {}", name.familiar())))
 }
 
 fn list(store: &Store, json: bool, quiet: bool) -> Result<(), Failure> {

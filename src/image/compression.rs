@@ -111,6 +111,13 @@ pub struct SectionReader {
     position: u64,
 }
 
+impl SectionReader {
+    /// How many bytes were read.
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+}
+
 impl Read for SectionReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let left = self.section.len.saturating_sub(self.position);

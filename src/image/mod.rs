@@ -1,5 +1,6 @@
 //! Container images: names, the store on disk, and how they get there.
 
+mod archive;
 mod compression;
 mod config;
 mod digest;

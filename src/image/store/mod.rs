@@ -30,7 +30,7 @@ use crate::failure::{Failure, OrFail};
 
 pub use folder::Work;
 use folder::{Folder, IMAGES, LAYERS, PARTIAL};
-pub use lock::take_file;
+pub(super) use lock::take_file;
 
 const NAMES: &str = "names.json";
 const RECORD_FILE: &str = "layer.json";

@@ -42,6 +42,16 @@ impl<R: Read> Entries<R> {
         self.input
     }
 
+    /// What it reads from.
+    pub fn get_ref(&self) -> &R {
+        &self.input
+    }
+
+    /// True if the current entry's data are not stored as they are read.
+    pub fn has_holes(&self) -> bool {
+        self.map.is_some()
+    }
+
     /// The next entry. What was not read of the one before is skipped.
     pub fn next(&mut self) -> Result<Option<Entry>, ArchiveError> {
         let mut extensions = Extensions::default();
