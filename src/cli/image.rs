@@ -8,10 +8,12 @@ use clap::Subcommand;
 use serde_json::json;
 
 use crate::failure::{Failure, OrFail};
-use crate::image::{Bars, Image, Reference, RunConfig, Store};
+use crate::image::{Bars, Image, PullOptions, Reference, RunConfig, Store};
 
 const EXAMPLES: &str = "\
 Examples:
+  mayfly image pull alpine
+  mayfly image load saved.tar
   mayfly image import rootfs.tar demo --cmd /bin/sh
   mayfly image ls
   mayfly image rm demo";
@@ -26,6 +28,15 @@ pub struct Args {
 
 #[derive(Subcommand)]
 enum Verb {
+    /// Bring an image from a registry
+    Pull {
+        /// [REGISTRY/]NAME[:TAG][@DIGEST]
+        #[arg(value_name = "IMAGE")]
+        name: String,
+        /// Ask the registry without encryption (one on this host may always be)
+        #[arg(long)]
+        plain_http: bool,
+    },
     /// Make an image of a root file system: a tar archive or a folder
     Import(Box<Import>),
     /// Add the images in an archive of `docker save` or `podman save`, or in an OCI layout
@@ -101,6 +112,11 @@ struct Import {
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let store = Store::open_default()?;
     match args.verb {
+        Verb::Pull { name, plain_http } => {
+            let reference = name.parse().or_config("image pull")?;
+            let image = store.pull(&reference, &PullOptions { plain_http }, &Bars::new())?;
+            super::print(&image.id.to_string())?;
+        }
         Verb::Import(args) => import(&store, *args)?,
         Verb::Load { source, name } => {
             let name: Option<Reference> = name

@@ -310,20 +310,40 @@ impl Store {
         }))
     }
 
+    /// Forgets a blob that became a layer. Another pull that waits for it goes on.
+    pub(super) fn drop_partial(&self, digest: &Digest) -> Result<(), Failure> {
+        let path = self.partial(digest);
+        if let Some(_held) = lock::take(&path).or_host(self.failed())? {
+            fs::remove_file(&path).or_host(self.failed())?;
+        }
+        Ok(())
+    }
+
+    /// True if there is a layer of an archive, whatever it lies above.
+    pub(super) fn has_layer(&self, diff_id: &Digest) -> Result<bool, Failure> {
+        Ok(!self.variants(diff_id)?.is_empty())
+    }
+
+    fn variants(&self, diff_id: &Digest) -> Result<Vec<String>, Failure> {
+        let hex = diff_id.hex();
+        let mut found = Vec::new();
+        for entry in fs::read_dir(self.folder.path(LAYERS)).or_host(self.failed())? {
+            let name = entry.or_host(self.failed())?.file_name();
+            let name = name.to_str().filter(|name| name.starts_with(&hex));
+            found.extend(name.map(str::to_owned));
+        }
+        Ok(found)
+    }
+
     /// The layer of an archive above others, if it is there.
     pub(super) fn layer(
         &self,
         diff_id: &Digest,
         below: &[Layer],
     ) -> Result<Option<Layer>, Failure> {
-        let hex = diff_id.hex();
-        for entry in fs::read_dir(self.folder.path(LAYERS)).or_host(self.failed())? {
-            let name = entry.or_host(self.failed())?.file_name();
-            let Some(name) = name.to_str().filter(|name| name.starts_with(&hex)) else {
-                continue;
-            };
+        for name in self.variants(diff_id)? {
             // Any of them tells what it takes from those below.
-            let Some(layer) = self.open_layer(name)? else {
+            let Some(layer) = self.open_layer(&name)? else {
                 continue;
             };
             let wanted = inherited(&layer.record, below).name(diff_id);
