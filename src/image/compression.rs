@@ -69,10 +69,6 @@ impl Section {
     /// Reads what is in it, uncompressed. More than an honest archive of this
     /// size could hold is refused.
     pub fn unpacked(&self) -> Result<Box<dyn Read + Send>, ArchiveError> {
-        let limit = self
-            .len
-            .saturating_mul(RATIO_MAX)
-            .clamp(TOTAL_MIN, TOTAL_MAX);
         let mut input = BufReader::with_capacity(128 << 10, self.reader());
         let start = input.fill_buf()?;
         let inner: Box<dyn Read + Send> = match start {
@@ -84,7 +80,10 @@ impl Section {
             [0xfd, b'7', b'z', b'X', b'Z', ..] => return Err(unread("xz")),
             _ => Box::new(input),
         };
-        Ok(Box::new(Bounded { inner, left: limit }))
+        Ok(Box::new(Bounded {
+            inner,
+            left: limit(self.len),
+        }))
     }
 
     /// True if reading it unpacked is reading it as it is.
@@ -96,6 +95,11 @@ impl Section {
             [0x1f, 0x8b, ..] | [0x28, 0xb5, 0x2f, 0xfd] | [0x50..=0x5f, 0x2a, 0x4d, 0x18]
         ))
     }
+}
+
+/// What an archive of a length may unpack to.
+fn limit(len: u64) -> u64 {
+    len.saturating_mul(RATIO_MAX).clamp(TOTAL_MIN, TOTAL_MAX)
 }
 
 fn unread(name: &str) -> ArchiveError {
@@ -290,9 +294,14 @@ mod tests {
 
     #[test]
     fn a_bomb_is_refused() {
-        let mut bomb = gzip(&vec![0; 64 << 20]);
-        bomb = bomb.repeat(20);
-        let mut reader = section(&bomb).unpacked().unwrap();
+        assert_eq!(limit(0), TOTAL_MIN);
+        assert_eq!(limit(100 << 20), 200 * (100 << 20));
+        assert_eq!(limit(u64::MAX), TOTAL_MAX);
+        let inner = io::repeat(0);
+        let mut reader = Bounded {
+            inner,
+            left: 1 << 20,
+        };
         let error = io::copy(&mut reader, &mut io::sink()).unwrap_err();
         assert!(error.to_string().contains("far more"), "{error}");
     }

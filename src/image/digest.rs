@@ -34,7 +34,7 @@ impl Digest {
     /// From hexadecimal digits alone; small letters, as digests are compared as text.
     pub fn from_hex(text: &str) -> Option<Self> {
         let small = |byte: &u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(byte);
-        if text.len() != 64 || !text.as_bytes().iter().all(|byte| small(byte)) {
+        if text.len() != 64 || !text.as_bytes().iter().all(small) {
             return None;
         }
         let mut bytes = [0; 32];

@@ -374,3 +374,7 @@ pub fn normalised(raw: &[u8]) -> Result<Vec<u8>, &'static str> {
     }
     Ok(path)
 }
+
+#[cfg(test)]
+#[path = "tree_tests.rs"]
+mod tests;

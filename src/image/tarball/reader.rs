@@ -129,17 +129,21 @@ impl<R: Read> Entries<R> {
                 Some(size) => size,
                 None => number(header.entry_size())?,
             };
-            if header.entry_type() == EntryType::GNUSparse {
-                self.map = Some(Map::old(header, &mut self.input)?);
-            }
+            // The blocks of an old map come before the data, a new one is part of them.
+            let old = match header.entry_type() {
+                EntryType::GNUSparse => Some(Map::old(header, &mut self.input)?),
+                _ => None,
+            };
             self.expect(stored);
-            if self.map.is_none() {
-                let mut data = (&mut self.input).take(stored);
-                if let Some((map, taken)) = extensions.sparse.map(&mut data)? {
-                    self.map = Some(map);
-                    self.stored = self.stored.saturating_sub(taken);
+            self.map = match old {
+                Some(map) => Some(map),
+                None => {
+                    let mut data = (&mut self.input).take(stored);
+                    let map = extensions.sparse.map(&mut data)?;
+                    self.stored = data.limit();
+                    map
                 }
-            }
+            };
             self.size = match &self.map {
                 Some(map) => {
                     map.check(self.stored)?;

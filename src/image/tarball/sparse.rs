@@ -55,14 +55,13 @@ impl Hints {
     }
 
     /// The map, if there are holes; the member's data start with it in format 1.
-    /// The second number is how many bytes of them it took.
-    pub fn map(&mut self, data: &mut impl Read) -> Result<Option<(Map, u64)>, ArchiveError> {
+    pub fn map(&mut self, data: &mut impl Read) -> Result<Option<Map>, ArchiveError> {
         let Some(size) = self.size else {
             return Ok(None);
         };
         if self.major == Some(1) {
-            let (pieces, taken) = pieces_in(data)?;
-            return Ok(Some((Map { size, pieces }, taken)));
+            let pieces = pieces_in(data)?;
+            return Ok(Some(Map { size, pieces }));
         }
         if !self.has_map {
             return Ok(None);
@@ -72,13 +71,12 @@ impl Hints {
             _ => Err(BAD),
         });
         let pieces = pieces.collect::<Result<_, _>>()?;
-        Ok(Some((Map { size, pieces }, 0)))
+        Ok(Some(Map { size, pieces }))
     }
 }
 
 /// Format 1: lines of numbers, up to the end of a block.
-fn pieces_in(data: &mut impl Read) -> Result<(Vec<(u64, u64)>, u64), ArchiveError> {
-    let mut taken = 0_u64;
+fn pieces_in(data: &mut impl Read) -> Result<Vec<(u64, u64)>, ArchiveError> {
     let mut block = Vec::new();
     let mut number = || -> Result<u64, ArchiveError> {
         let mut digits = Vec::new();
@@ -87,7 +85,6 @@ fn pieces_in(data: &mut impl Read) -> Result<(Vec<(u64, u64)>, u64), ArchiveErro
                 let mut next = [0; BLOCK];
                 data.read_exact(&mut next)
                     .map_err(|_| ArchiveError::Truncated)?;
-                taken = taken.saturating_add(BLOCK as u64);
                 block = next.to_vec();
                 block.reverse();
             }
@@ -106,7 +103,7 @@ fn pieces_in(data: &mut impl Read) -> Result<(Vec<(u64, u64)>, u64), ArchiveErro
     for _ in 0..count {
         pieces.push((number()?, number()?));
     }
-    Ok((pieces, taken))
+    Ok(pieces)
 }
 
 /// Where a file's data are: `(offset, length)`, in order.
