@@ -15,6 +15,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::thread::{self, JoinHandle};
 
 use serde::{Deserialize, Serialize};
 
@@ -160,21 +161,12 @@ impl Record {
         }
     }
 
-    /// What the implied folders have in the layers below, lowest first. Times
-    /// alone make no layer of its own.
+    /// What the implied folders have in the layers below, lowest first.
     pub fn inherited(&self, below: &[&Record]) -> Inheritance {
-        let usual = Meta {
-            mode: 0o755,
-            ..Meta::default()
-        };
         let found = self.implied.iter().filter_map(|path| {
             let path = unescaped(path);
             let meta = below.iter().rev().find_map(|layer| layer.says(&path))??;
-            let differs = Meta {
-                mtime: 0,
-                ..meta.clone()
-            } != usual;
-            differs.then_some((path, meta))
+            Some((path, meta))
         });
         Inheritance(found.collect())
     }
@@ -273,7 +265,7 @@ impl Checked<'_> {
             self.tree.inherit(path, meta.clone());
         }
         let image = folder.join(IMAGE_FILE);
-        let mut tool = Tool::start(&image, folder)?;
+        let mut tool = Tool::start(&image)?;
         let total = self.tree.data();
         let written = tool.input().and_then(|input| {
             let task = progress.begin("making a file system", Some(total));
@@ -411,7 +403,7 @@ fn clean(meta: &Meta, opaque: bool) -> Meta {
 /// `sqfstar` at work; ended with this.
 struct Tool {
     child: Child,
-    errors: File,
+    errors: Option<JoinHandle<String>>,
 }
 
 /// What its caches may hold together.
@@ -420,8 +412,7 @@ const TOOL_MEMORY: &str = "256M";
 const TOOL_TEXT_MAX: u64 = 2000;
 
 impl Tool {
-    fn start(image: &Path, folder: &Path) -> Result<Self, LayerError> {
-        let errors = tempfile::tempfile_in(folder)?;
+    fn start(image: &Path) -> Result<Self, LayerError> {
         let mut command = Command::new("sqfstar");
         // Inodes are not compressed, so that the root's time can be set.
         command
@@ -446,7 +437,7 @@ impl Tool {
             .env("LC_ALL", "C")
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
-            .stderr(errors.try_clone()?);
+            .stderr(Stdio::piped());
         // SAFETY: the closure calls nothing but prctl, which may be called there.
         unsafe {
             command.pre_exec(|| {
@@ -455,10 +446,12 @@ impl Tool {
                 Ok(())
             })
         };
-        let child = command.spawn().map_err(|error| match error.kind() {
+        let mut child = command.spawn().map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => LayerError::NoTool,
             _ => LayerError::Io(error),
         })?;
+        let errors = child.stderr.take();
+        let errors = errors.map(|errors| thread::spawn(move || words_of(errors)));
         Ok(Tool { child, errors })
     }
 
@@ -472,24 +465,20 @@ impl Tool {
         if status.success() {
             return Ok(());
         }
-        let mut text = Vec::new();
-        let end = self.errors.metadata()?.len();
-        let start = end.saturating_sub(TOOL_TEXT_MAX);
-        let part = Section::whole(self.errors.try_clone()?)?.part(start, end.saturating_sub(start));
-        if let Some(part) = part {
-            part.reader().read_to_end(&mut text)?;
-        }
-        let text = String::from_utf8_lossy(&text);
-        let lines: Vec<&str> = text
-            .lines()
-            .map(str::trim)
-            .filter(|line| !line.is_empty())
-            .collect();
-        Err(LayerError::Tool(match lines.is_empty() {
-            true => status.to_string(),
-            false => lines.join("; "),
-        }))
+        let text = self.errors.take().and_then(|errors| errors.join().ok());
+        let text = text.filter(|text| !text.is_empty());
+        Err(LayerError::Tool(text.unwrap_or_else(|| status.to_string())))
     }
+}
+
+/// What a program says, in a line: its start, and the rest is not kept.
+fn words_of(mut errors: impl Read) -> String {
+    let mut text = Vec::new();
+    let _ = (&mut errors).take(TOOL_TEXT_MAX).read_to_end(&mut text);
+    let _ = io::copy(&mut errors, &mut io::sink());
+    let text = String::from_utf8_lossy(&text);
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    lines.collect::<Vec<_>>().join("; ")
 }
 
 impl Drop for Tool {

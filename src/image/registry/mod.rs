@@ -432,9 +432,14 @@ impl Client {
     }
 
     fn explain(&self, error: &ureq::Error) -> String {
+        let refused = |error: &io::Error| {
+            use io::ErrorKind::{ConnectionReset, InvalidData, UnexpectedEof};
+            matches!(error.kind(), ConnectionReset | InvalidData | UnexpectedEof)
+        };
         match error {
-            ureq::Error::Rustls(_) | ureq::Error::Tls(_) => {
-                format!("{error}; if it speaks plain HTTP, say --plain-http")
+            ureq::Error::Io(error) if self.plain || !refused(error) => error.to_string(),
+            ureq::Error::Io(_) | ureq::Error::Rustls(_) | ureq::Error::Tls(_) => {
+                format!("{error}; if the registry speaks plain HTTP, say --plain-http")
             }
             ureq::Error::RequireHttpsOnly(_) => {
                 "leads to plain HTTP; say --plain-http to allow that".into()
