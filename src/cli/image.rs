@@ -189,7 +189,7 @@ fn import(store: &Store, args: Import) -> Result<(), Failure> {
         stop_signal: args.stop_signal.unwrap_or_default(),
         ..RunConfig::default()
     };
-    let image = store.import(&args.source, &name, config, &Bars::new())?;
+    let image = store.import(&args.source, Some(&name), config, &Bars::new())?;
     added(&image)
 }
 

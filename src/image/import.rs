@@ -16,11 +16,11 @@ use crate::failure::{Failure, OrFail};
 
 impl Store {
     /// Makes an image of a root file system: an archive (plain, gzip or zstd), or
-    /// a folder.
+    /// a folder. Without a name it goes with the next [`Store::prune`].
     pub fn import(
         &self,
         path: &Path,
-        name: &Reference,
+        name: Option<&Reference>,
         config: RunConfig,
         progress: &dyn Progress,
     ) -> Result<Image, Failure> {
@@ -61,7 +61,12 @@ impl Store {
             },
         };
         let config = serde_json::to_vec(&config).or_internal("configuration")?;
-        self.add_image(&config, &[layer], std::slice::from_ref(name), None)
+        self.add_image(
+            &config,
+            &[layer],
+            name.map_or(&[], std::slice::from_ref),
+            None,
+        )
     }
 }
 

@@ -6,6 +6,7 @@ mod config;
 mod digest;
 mod import;
 mod layers;
+mod obtain;
 mod progress;
 mod pull;
 mod reference;

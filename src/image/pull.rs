@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
 use super::archive::{choose, count_layers};
-use super::compression::Section;
+use super::compression::{Section, TOTAL_MAX};
 use super::config::{Descriptor, ImageConfig, Manifest};
 use super::digest::Digest;
 use super::progress::Progress;
@@ -47,6 +47,11 @@ impl Store {
         drop(asking);
         let checked = check_config(&data, &what)?;
         count_layers(&checked, layers.len())?;
+        if layers.iter().any(|layer| layer.size > TOTAL_MAX) {
+            return Err(Failure::config(format!(
+                "{what}: a layer of more than 64 GiB"
+            )));
+        }
         let pull = Pull {
             store: self,
             client: &client,
@@ -164,7 +169,7 @@ impl Pull<'_> {
             return Ok(None);
         };
         let path = self.store.partial(&blob.digest);
-        let waiting = || drop(self.progress.begin("waiting for another pull", None));
+        let waiting = || self.progress.begin("waiting for another pull", None);
         let file = take_file(&path, waiting).or_host(self.store.failed())?;
         if self.store.has_layer(diff_id)? {
             return Ok(None);

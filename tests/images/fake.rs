@@ -47,7 +47,7 @@ fn serve(answer: Answer) -> u16 {
     thread::spawn(move || {
         for stream in listener.incoming() {
             let answer = Arc::clone(&answer);
-            thread::spawn(move || converse(&stream.unwrap(), &*answer));
+            thread::spawn(move || converse(&stream.unwrap(), &answer));
         }
     });
     port

@@ -3,9 +3,9 @@
 use std::path::Path;
 use std::process::Command;
 
-use mayfly::image::Store;
+use mayfly::image::{PullOptions, Quiet, Store};
 
-use crate::common::{User, run, shell};
+use crate::common::{Made, User, assert_same, run, shell};
 
 fn import(user: &User, name: &str, text: &str) -> String {
     let source = tempfile::tempdir().unwrap();
@@ -123,4 +123,33 @@ fn a_full_disk_leaves_nothing_half_made() {
         .arg(binary)
         .arg(tar)
         .arg(small));
+}
+
+#[test]
+fn an_image_is_obtained_from_wherever_it_is() {
+    let user = User::root();
+    let store = Store::open(&user.store()).unwrap();
+    let obtain = |text: &str| store.obtain(text, &PullOptions::default(), &Quiet);
+    let id = import(&user, "here", "1");
+    assert_eq!(obtain("here").unwrap().id.to_string(), id);
+    let made = Made::image(1);
+    made.copy(
+        &[],
+        &format!("docker-archive:{}:a:1", made.path("a.tar").display()),
+    );
+    let layout = obtain(&made.path("oci").display().to_string()).unwrap();
+    let archive = obtain(&made.path("a.tar").display().to_string()).unwrap();
+    assert_eq!(layout.id, archive.id);
+    assert_same(
+        &user.fingerprint(&layout.id.to_string()),
+        &made.fingerprint(),
+    );
+    let folder = obtain(&made.path("bundle/rootfs").display().to_string()).unwrap();
+    assert_eq!(folder.layers.len(), 1);
+    assert_same(
+        &user.fingerprint(&folder.id.to_string()),
+        &made.fingerprint(),
+    );
+    let refused = obtain("/nowhere/at/all").unwrap_err().to_string();
+    assert!(refused.contains("No such file"), "{refused}");
 }

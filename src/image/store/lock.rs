@@ -53,9 +53,10 @@ pub fn take(path: &Path) -> io::Result<Option<File>> {
 }
 
 /// Opens a file for writing, makes it if it is missing, and waits until nobody
-/// else has it. `waits` is called before that.
-pub fn take_file(path: &Path, waits: impl FnOnce()) -> io::Result<File> {
+/// else has it. What `waits` makes lives as long as that takes.
+pub fn take_file<T>(path: &Path, waits: impl FnOnce() -> T) -> io::Result<File> {
     let mut waits = Some(waits);
+    let mut waiting = None;
     loop {
         let file = OpenOptions::new()
             .read(true)
@@ -69,13 +70,14 @@ pub fn take_file(path: &Path, waits: impl FnOnce()) -> io::Result<File> {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
                 if let Some(waits) = waits.take() {
-                    waits();
+                    waiting = Some(waits());
                 }
                 file.lock()?;
             }
             Err(TryLockError::Error(error)) => return Err(error),
         }
         if in_place(&file, path)? {
+            drop(waiting);
             return Ok(file);
         }
     }
