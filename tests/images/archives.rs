@@ -284,3 +284,71 @@ fn a_bomb_ends_early() {
     assert_eq!(code, 2);
     user.assert_empty();
 }
+
+/// Makes layers of the folders `1`, `2`, …, of what `1.list` names if it is there,
+/// and an archive of them as `docker save` does.
+const SAVE: &str = r#"
+    diff_ids= layers=
+    for layer in [0-9]; do
+        names=.
+        [ ! -e $layer.list ] || names=$(cat $layer.list)
+        tar -C $layer --format=posix --numeric-owner -cf $layer.tar $names
+        diff_ids="$diff_ids${diff_ids:+,}\"sha256:$(sha256sum <$layer.tar | cut -d ' ' -f 1)\""
+        layers="$layers${layers:+,}\"$layer.tar\""
+    done
+    printf '{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[%s]}}' "$diff_ids" >config.json
+    printf '[{"Config":"config.json","RepoTags":["made:1"],"Layers":[%s]}]' "$layers" >manifest.json
+    tar -cf saved.tar manifest.json config.json [0-9].tar
+"#;
+
+/// Layers, and what they are together.
+fn assert_made(script: &str, layers: usize) {
+    let work = tempfile::tempdir().unwrap();
+    let touch = "find . -exec touch -h -d @1700000000 {} +";
+    shell(
+        &format!("cd \"$1\"; mkdir 1 2 expected; {script}; {touch}; {SAVE}"),
+        &[work.path()],
+    );
+    let user = User::root();
+    user.ok(&["load", &work.path().join("saved.tar").display().to_string()]);
+    assert_eq!(user.layers("made:1").len(), layers);
+    assert_same(
+        &user.fingerprint("made:1"),
+        &fingerprint(&work.path().join("expected")),
+    );
+}
+
+#[test]
+fn layers_lie_upon_one_another_as_whiteouts_say() {
+    assert_made(
+        r#"
+        chmod 711 1 expected; chown 7:8 1 expected
+        mkdir -p 1/{a,b/deep,c,gone} 2/{a,b,c,gone} expected/{a,b,c,gone}
+        chmod 700 {1,expected}/c; chown 5:6 {1,expected}/c
+        echo x >1/a/x; echo y | tee 1/a/y >expected/a/y; echo z >1/b/deep/z
+        echo w | tee 1/c/w >expected/c/w; echo g >1/gone/g
+        touch 2/a/.wh.x 2/b/.wh..wh..opq
+        echo n | tee 2/b/n >expected/b/n; echo v | tee 2/c/v >expected/c/v
+        # Gone, and there again with something else.
+        touch 2/.wh.gone; echo h | tee 2/gone/h >expected/gone/h
+        # Not a word of the folder c, nor of the root.
+        printf '%s\n' a b .wh.gone gone c/v >2.list"#,
+        2,
+    );
+}
+
+#[test]
+fn a_root_that_hides_all_below_is_the_lowest_layer() {
+    assert_made(
+        "echo x >1/x; touch 2/.wh..wh..opq; echo y | tee 2/y >expected/y",
+        1,
+    );
+}
+
+#[test]
+fn a_layer_without_anything_is_left_out() {
+    assert_made(
+        "echo x | tee 1/x >expected/x; echo '-T /dev/null' >2.list",
+        1,
+    );
+}

@@ -268,16 +268,33 @@ impl Registry {
         Registry::start("auth: {htpasswd: {realm: r, path: FOLDER/users}}\n")
     }
 
+    /// One that speaks TLS only; its certificate is `cert.pem` in its folder.
+    pub fn secure() -> Self {
+        Registry::start("TLS")
+    }
+
     fn start(more: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().display().to_string();
         let port = free_port();
         run(Command::new("htpasswd").args(["-Bbc", &format!("{path}/users"), "me", "secret"]));
+        let tls = match more {
+            "TLS" => format!(", tls: {{certificate: {path}/cert.pem, key: {path}/key.pem}}"),
+            _ => String::new(),
+        };
+        if !tls.is_empty() {
+            shell(
+                "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 \\
+                     -subj /CN=test -addext basicConstraints=critical,CA:FALSE -addext subjectAltName=IP:127.0.0.1,DNS:localhost \\
+                     -keyout \"$1/key.pem\" -out \"$1/cert.pem\" 2>/dev/null",
+                &[folder.path()],
+            );
+        }
         let config = format!(
             "version: 0.1\nlog: {{accesslog: {{disabled: false}}, level: warn}}\n\
              storage: {{filesystem: {{rootdirectory: {path}/data}}}}\n\
-             http: {{addr: \"127.0.0.1:{port}\"}}\n{}",
-            more.replace("FOLDER", &path)
+             http: {{addr: \"127.0.0.1:{port}\"{tls}}}\n{}",
+            more.replace("FOLDER", &path).replace("TLS", "")
         );
         fs::write(folder.path().join("config.yml"), config).unwrap();
         let log = fs::File::create(folder.path().join("log")).unwrap();

@@ -242,3 +242,18 @@ fn a_pull_that_is_killed_anywhere_breaks_nothing_and_goes_on() {
     assert_same(&user.fingerprint(&name), &expected);
     user.assert_tidy();
 }
+
+#[test]
+fn certificates_are_checked() {
+    let made = Made::image(1);
+    let registry = Registry::secure();
+    registry.push(&made, "a:1", &[]);
+    let user = User::root();
+    let name = registry.name("a:1");
+    let (code, text) = user.fails(&["pull", &name]);
+    assert_eq!(code, 3);
+    assert!(text.contains("certificate"), "{text}");
+    let trusted = registry.folder.path().join("cert.pem");
+    crate::common::run(user.mayfly(&["pull", &name]).env("SSL_CERT_FILE", trusted));
+    assert_same(&user.fingerprint(&name), &made.fingerprint());
+}

@@ -456,14 +456,12 @@ enum Error {
     Asking(Failure),
 }
 
-/// A registry on this host is asked in both ways.
+/// A registry on this host is asked in both ways. One that wants TLS answers plain
+/// text with an error.
 fn speaks_plain(host: &str) -> bool {
-    let secure = agent(true, None).get(format!("https://{host}/v2/")).call();
-    secure.is_err()
-        && agent(false, None)
-            .get(format!("http://{host}/v2/"))
-            .call()
-            .is_ok()
+    let ask = |scheme, agent: Agent| agent.get(format!("{scheme}://{host}/v2/")).call();
+    let plain = |response: Response<Body>| response.status() != StatusCode::BAD_REQUEST;
+    ask("https", agent(true, None)).is_err() && ask("http", agent(false, None)).is_ok_and(plain)
 }
 
 fn pause(tries: u32) {

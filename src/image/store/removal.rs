@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 
-use super::folder::{LAYERS, PARTIAL};
+use super::folder::{LAYERS, PARTIAL, sync_parent};
 use super::{IMAGE_FILE, ImageRecord, Store, lock};
 use crate::failure::{Failure, OrFail};
 use crate::image::digest::Digest;
@@ -58,6 +58,8 @@ impl Store {
         self.write_names(&names)?;
         if taken.is_some() {
             fs::remove_file(&path).or_host(self.failed())?;
+            // Should the host end now: an image goes before its layers.
+            sync_parent(&path).or_host(self.failed())?;
             told.push(format!("removed {id}"));
             self.sweep(&mut Pruned::default())?;
         }
@@ -77,6 +79,7 @@ impl Store {
             }
             if let Some(_held) = lock::take(&path).or_host(self.failed())? {
                 fs::remove_file(&path).or_host(self.failed())?;
+                sync_parent(&path).or_host(self.failed())?;
                 pruned.images.push(id);
             }
         }
