@@ -302,16 +302,16 @@ mod tests {
 
         #[test]
         fn what_is_well_formed_is_read(
-            host in "([a-z]{1,5}\\.[a-z]{1,5}(:[1-9][0-9]{0,3})?/)?",
-            name in "[a-z0-9]{1,8}([._-][a-z0-9]{1,8}){0,2}(/[a-z0-9]{1,8}){0,3}",
-            tag in "(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,20})?",
+            host in "([a-z]{1,5}\\.[a-z]{1,5}(:[1-9][0-9]{0,3})?)?",
+            name in "[a-z0-9]{1,8}([_-][a-z0-9]{1,8}){0,2}(/[a-z0-9]{1,8}([._-][a-z0-9]{1,4})?){0,3}",
+            tag in "([A-Za-z0-9_][A-Za-z0-9_.-]{0,20})?",
         ) {
-            let text = format!("{host}{name}{tag}");
-            prop_assume!(Digest::from_hex(&text).is_none());
-            let first = name.split('/').next().unwrap();
-            prop_assume!(name.contains('/') <= !first.contains('.'));
-            let reference: Reference = text.parse().unwrap();
-            prop_assert!(reference.repository.ends_with(&name) || first == "localhost");
+            let (slash, colon) = (if host.is_empty() { "" } else { "/" }, if tag.is_empty() { "" } else { ":" });
+            let reference: Reference = format!("{host}{slash}{name}{colon}{tag}").parse().unwrap();
+            let registry = if host.is_empty() { DEFAULT_REGISTRY } else { &host };
+            prop_assert_eq!(&reference.registry, registry);
+            prop_assert_eq!(reference.repository.strip_prefix(DEFAULT_FOLDER).unwrap_or(&reference.repository), &name);
+            prop_assert_eq!(reference.tag.as_deref(), Some(if tag.is_empty() { DEFAULT_TAG } else { &tag }));
         }
     }
 }

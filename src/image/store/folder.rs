@@ -39,7 +39,7 @@ impl Folder {
                 .create(root.join(path))?;
         }
         // What is ours alone needs no check of its parts later.
-        let metadata = fs::symlink_metadata(root)?;
+        let metadata = fs::metadata(root)?;
         // SAFETY: has no preconditions.
         let user = unsafe { libc::geteuid() };
         if !metadata.is_dir() || metadata.uid() != user || metadata.mode() & 0o022 != 0 {

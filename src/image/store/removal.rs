@@ -1,7 +1,10 @@
 //! What leaves the store, and what must not.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 use super::folder::{LAYERS, PARTIAL, sync_parent};
 use super::{IMAGE_FILE, ImageRecord, Store, lock};
@@ -43,7 +46,7 @@ impl Store {
         let path = self.image_path(&id);
         let taken = match last {
             false => None,
-            true => Some(lock::take(&path).or_host(self.failed())?.ok_or_else(|| {
+            true => Some(self.take_patiently(&path)?.ok_or_else(|| {
                 Failure::host(format!("{name}: a VM or another command uses the image"))
             })?),
         };
@@ -64,6 +67,17 @@ impl Store {
             self.sweep(&mut Pruned::default())?;
         }
         Ok(told)
+    }
+
+    /// Who only looks at images is done in a moment.
+    fn take_patiently(&self, path: &Path) -> Result<Option<File>, Failure> {
+        for _ in 0..10 {
+            if let Some(taken) = lock::take(path).or_host(self.failed())? {
+                return Ok(Some(taken));
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        Ok(None)
     }
 
     /// Removes images that have no name and are not in use, layers of no image,
