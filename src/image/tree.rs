@@ -280,6 +280,14 @@ impl Tree {
     }
 
     fn make_parents(&mut self, entry: &Entry, parent: &[u8]) -> Result<(), ArchiveError> {
+        // What lies in a folder has folders all the way.
+        let found = self
+            .names
+            .get(parent)
+            .and_then(|inode| self.inodes.get(*inode));
+        if found.is_some_and(|inode| matches!(inode.kind, InodeKind::Folder { .. })) {
+            return Ok(());
+        }
         let slashes = parent.iter().enumerate().filter(|(_, byte)| **byte == b'/');
         let ends: Vec<usize> = slashes.map(|(at, _)| at).chain([parent.len()]).collect();
         for end in ends {

@@ -346,6 +346,14 @@ fn a_root_that_hides_all_below_is_the_lowest_layer() {
 }
 
 #[test]
+fn a_layer_that_comes_again_is_there_once() {
+    assert_made(
+        "mkdir 3; echo x | tee 1/x 3/x >expected/x; echo y >2/y; echo y >expected/y; touch 2/.wh.x",
+        2,
+    );
+}
+
+#[test]
 fn a_layer_without_anything_is_left_out() {
     assert_made(
         "echo x | tee 1/x >expected/x; echo '-T /dev/null' >2.list",

@@ -257,3 +257,34 @@ fn certificates_are_checked() {
     crate::common::run(user.mayfly(&["pull", &name]).env("SSL_CERT_FILE", trusted));
     assert_same(&user.fingerprint(&name), &made.fingerprint());
 }
+
+#[test]
+fn a_pull_onto_a_full_disk_is_gone_on_with() {
+    let made = Made::image(4);
+    let registry = Registry::open();
+    registry.push(&made, "a:1", &[]);
+    let user = User::root();
+    let command = user.mayfly(&["ls"]);
+    let script = r#"
+        mkdir -p "$1/.local/share"
+        mount -t tmpfs -o size=6m tmpfs "$1/.local/share"
+        export HOME=$1
+        ! "$2" image pull "$3" 2>"$1/why" || exit 10
+        grep -qi 'no space' "$1/why" || { cat "$1/why" >&2; exit 11; }
+        [ -z "$("$2" image ls -q)" ] || exit 12
+        [ -z "$(find "$1/.local/share/mayfly/tmp" -mindepth 1)" ] || exit 13
+        mount -o remount,size=64m "$1/.local/share"
+        "$2" image pull "$3" >/dev/null
+        cp -r "$1/.local/share/mayfly" "$1/copied"
+    "#;
+    let mut unshare = std::process::Command::new("unshare");
+    unshare
+        .args(["-m", "bash", "-euc", script, "-"])
+        .arg(user.home.path());
+    let name = registry.name("a:1");
+    crate::common::run(unshare.arg(command.get_program()).arg(&name));
+    fs::create_dir_all(user.store().parent().unwrap()).unwrap();
+    fs::rename(user.home.path().join("copied"), user.store()).unwrap();
+    assert_same(&user.fingerprint(&name), &made.fingerprint());
+    user.assert_tidy();
+}

@@ -438,7 +438,10 @@ impl Client {
         };
         match error {
             ureq::Error::Io(error) if self.plain || !refused(error) => error.to_string(),
-            ureq::Error::Io(_) | ureq::Error::Rustls(_) | ureq::Error::Tls(_) => {
+            ureq::Error::Io(error) => {
+                format!("{error}; if the registry speaks plain HTTP, say --plain-http")
+            }
+            ureq::Error::Rustls(_) | ureq::Error::Tls(_) => {
                 format!("{error}; if the registry speaks plain HTTP, say --plain-http")
             }
             ureq::Error::RequireHttpsOnly(_) => {

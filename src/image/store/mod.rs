@@ -252,7 +252,10 @@ impl Store {
                 layers.clear();
             }
             if !layer.empty {
-                layers.push(path.join(IMAGE_FILE));
+                // One that comes again hides what it was before.
+                let file = path.join(IMAGE_FILE);
+                layers.retain(|other| *other != file);
+                layers.push(file);
             }
         }
         let names = self
