@@ -37,7 +37,8 @@ pub use removal::Pruned;
 const NAMES: &str = "names.json";
 const RECORD_FILE: &str = "layer.json";
 
-/// An image that is complete on disk, and stays there as long as this does.
+/// An image that is complete on disk, and stays there as long as this does, unless
+/// it is one of a list.
 #[derive(Clone, Debug)]
 pub struct Image {
     /// The digest of its configuration.
@@ -53,7 +54,8 @@ pub struct Image {
     pub size: u64,
     /// When it came into the store.
     pub stored: SystemTime,
-    _held: Arc<Vec<File>>,
+    /// Its layers stay as long as its record does.
+    _held: Option<Arc<File>>,
 }
 
 /// `images/ID.json`
@@ -240,20 +242,19 @@ impl Store {
             .metadata()
             .and_then(|it| it.modified())
             .or_host(self.failed())?;
-        let mut held = vec![file];
         let mut layers = Vec::new();
         let mut size = 0_u64;
         for layer in &record.layers {
-            let path = self.layer_path(&layer.name);
-            let hold = lock::hold(&path).or_host(self.failed())?;
-            held.push(hold.ok_or_else(|| broken("a layer is missing"))?);
+            let file = self.layer_path(&layer.name).join(IMAGE_FILE);
+            if !file.exists() {
+                return Err(broken("a layer is missing"));
+            }
             size = size.saturating_add(layer.size);
             if layer.opaque {
                 layers.clear();
             }
             if !layer.empty {
                 // One that comes again hides what it was before.
-                let file = path.join(IMAGE_FILE);
                 layers.retain(|other| *other != file);
                 layers.push(file);
             }
@@ -270,15 +271,20 @@ impl Store {
             layers,
             size,
             stored,
-            _held: Arc::new(held),
+            _held: Some(Arc::new(file)),
         }))
     }
 
-    /// All images.
+    /// All images; what is done to them meanwhile is not held up.
     pub fn list(&self) -> Result<Vec<Image>, Failure> {
         let mut images = Vec::new();
         for id in self.ids()? {
-            images.extend(self.image(&id)?);
+            let image = self.image(&id)?;
+            // There may be more of them than descriptors.
+            images.extend(image.map(|image| Image {
+                _held: None,
+                ..image
+            }));
         }
         Ok(images)
     }
