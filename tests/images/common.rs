@@ -12,6 +12,11 @@ use tempfile::TempDir;
 /// An ordinary user, who owns nothing.
 pub const NOBODY: &str = "65534";
 
+fn binary() -> PathBuf {
+    let binary = std::env::var_os("MAYFLY_BIN").map(PathBuf::from);
+    binary.unwrap_or_else(|| env!("CARGO_BIN_EXE_mayfly").into())
+}
+
 /// Runs a command that must succeed; tells what it printed.
 pub fn run(command: &mut Command) -> String {
     let output = command
@@ -45,6 +50,8 @@ impl User {
 
     pub fn nobody() -> Self {
         let home = tempfile::tempdir().unwrap();
+        // Where the binary is may be closed to others.
+        fs::copy(binary(), home.path().join("mayfly")).unwrap();
         run(Command::new("chown").arg(NOBODY).arg(home.path()));
         User {
             home,
@@ -54,14 +61,13 @@ impl User {
 
     /// The binary under test, run by this user.
     pub fn mayfly(&self, args: &[&str]) -> Command {
-        let binary = std::env::var_os("MAYFLY_BIN").map(PathBuf::from);
-        let binary = binary.unwrap_or_else(|| env!("CARGO_BIN_EXE_mayfly").into());
         let mut command = match self.id {
-            None => Command::new(binary),
+            None => Command::new(binary()),
             Some(id) => {
                 let mut command = Command::new("setpriv");
                 let ids = [format!("--reuid={id}"), format!("--regid={id}")];
-                command.args(ids).arg("--clear-groups").arg(binary);
+                command.args(ids).arg("--clear-groups");
+                command.arg(self.home.path().join("mayfly"));
                 command
             }
         };
