@@ -402,3 +402,77 @@ pub fn count_layers(config: &ImageConfig, count: usize) -> Result<(), Failure> {
         ))),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::tarball::{Meta, Writer};
+
+    fn files(entries: &[(&str, Kind, &str)]) -> Files {
+        let mut out = Writer::new(Vec::new());
+        for (name, kind, data) in entries {
+            let len = data.len() as u64;
+            out.entry(
+                name.as_bytes(),
+                kind,
+                &Meta::default(),
+                len,
+                &mut data.as_bytes(),
+            )
+            .unwrap();
+        }
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&out.finish().unwrap()).unwrap();
+        Files::list(&Section::whole(file).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn links_in_an_archive_lead_nowhere_else() {
+        let symlink = |target: &str| Kind::Symlink(target.as_bytes().to_vec());
+        let files = files(&[
+            ("./a/layer.tar", Kind::File, "data"),
+            ("b/layer.tar", symlink("../a/layer.tar"), ""),
+            ("c", Kind::Link(b"b/layer.tar".to_vec()), ""),
+            ("d", symlink("/../../a/./layer.tar"), ""),
+            ("round", symlink("and-round"), ""),
+            ("and-round", symlink("round"), ""),
+            ("out", symlink("/etc/passwd"), ""),
+        ]);
+        for name in ["a/layer.tar", "b/layer.tar", "c", "d", "./a//layer.tar"] {
+            let mut text = String::new();
+            let found = files.open(name).unwrap().unwrap();
+            found.reader().read_to_string(&mut text).unwrap();
+            assert_eq!(text, "data", "{name}");
+        }
+        for name in ["round", "out", "missing", "a"] {
+            assert!(files.open(name).unwrap().is_none(), "{name}");
+        }
+        assert!(files.open("../a").is_err());
+    }
+
+    #[test]
+    fn the_one_that_runs_here_is_chosen() {
+        let one = |text: &str| -> Descriptor {
+            let digest = Digest::of(text.as_bytes());
+            let platform = match text.split_once('/') {
+                Some((os, architecture)) => {
+                    format!(r#","platform":{{"os":"{os}","architecture":"{architecture}"}}"#)
+                }
+                None => String::new(),
+            };
+            serde_json::from_str(&format!(r#"{{"digest":"{digest}","size":1{platform}}}"#)).unwrap()
+        };
+        let chosen = |all: &[&str]| {
+            let found = choose(all.iter().map(|text| one(text)).collect())?;
+            all.iter().position(|text| one(text).digest == found.digest)
+        };
+        assert_eq!(
+            chosen(&["linux/arm64", "unknown/unknown", "linux/amd64"]),
+            Some(2)
+        );
+        assert_eq!(chosen(&["linux/arm64", "windows/amd64", "unsaid"]), None);
+        assert_eq!(chosen(&["unsaid"]), Some(0));
+        assert_eq!(chosen(&["linux/arm64"]), None);
+        assert_eq!(chosen(&[]), None);
+    }
+}
