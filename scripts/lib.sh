@@ -193,3 +193,35 @@ prepare_default_guest() {
     [ -s "$CACHE/kernels/cloud-6.12/vmlinux" ] || "$ROOT/scripts/kernel" cloud-6.12 >/dev/null || exit
     locked default build_default_guest
 }
+
+# The image "demo": Debian's busybox and what a root file system has. Made when
+# it is missing in this user's store, or older than the binary.
+build_demo_image() {
+    local work root name
+    ! newer "$CACHE/demo-image" "$MAYFLY" && "$MAYFLY" image inspect demo >/dev/null 2>&1 && return 0
+    need busybox-static squashfs-tools:sqfstar # the guest has no libraries for another busybox
+    work=$(scratch)
+    root=$work/root
+    mkdir -p "$root"/{bin,dev,etc,home,proc,root,run,sys,tmp,usr/bin,var/tmp}
+    chmod 755 "$root"/{,bin,dev,etc,home,proc,run,sys,usr,usr/bin,var}
+    chmod 700 "$root/root"
+    chmod 1777 "$root"/{,var/}tmp
+    install -m 755 "$(command -v busybox)" "$root/bin/busybox"
+    for name in $("$root/bin/busybox" --list); do
+        [ -e "$root/bin/$name" ] || ln -s busybox "$root/bin/$name"
+    done
+    printf '%s\n' root:x:0:0:root:/root:/bin/sh nobody:x:65534:65534:nobody:/nonexistent:/bin/false >"$root/etc/passwd"
+    printf '%s\n' root:x:0: nobody:x:65534: >"$root/etc/group"
+    chmod 644 "$root"/etc/*
+    tar --format=posix --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner \
+        --pax-option=delete=atime,delete=ctime -C "$root" -cf "$work/root.tar" .
+    "$MAYFLY" image import "$work/root.tar" demo --cmd '["sh"]' \
+        --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin >/dev/null ||
+        die "could not make the image demo"
+    rm -rf "$work"
+    touch "$CACHE/demo-image"
+}
+
+prepare_demo_image() {
+    locked demo-image build_demo_image
+}

@@ -10,6 +10,7 @@ pub mod console;
 pub mod control;
 pub mod doctor;
 pub mod failure;
+pub mod image;
 pub mod kvm;
 pub mod logging;
 pub mod machine;

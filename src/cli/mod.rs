@@ -4,6 +4,7 @@ pub mod boot;
 pub mod config;
 pub mod ctl;
 pub mod doctor;
+pub mod image;
 pub mod initramfs;
 pub mod kernel;
 pub mod list;
@@ -38,6 +39,8 @@ enum Verb {
     List(list::Args),
     /// Work with configuration files
     Config(config::Args),
+    /// Work with container images
+    Image(image::Args),
     /// Tell what this host can do, and what to do about what it can't
     Doctor(doctor::Args),
     /// Work with kernels
@@ -71,6 +74,7 @@ pub fn run() -> ExitCode {
         Some(Verb::Ctl(args)) => ctl::run(args),
         Some(Verb::List(args)) => list::run(args),
         Some(Verb::Config(args)) => config::run(args),
+        Some(Verb::Image(args)) => image::run(args),
         Some(Verb::Doctor(args)) => doctor::run(args),
         Some(Verb::Kernel(args)) => kernel::run(args),
         Some(Verb::Initramfs(args)) => initramfs::run(args),

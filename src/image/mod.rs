@@ -1,0 +1,24 @@
+//! Container images: names, the store on disk, and how they get there.
+
+mod archive;
+mod compression;
+mod config;
+mod digest;
+mod import;
+mod layers;
+mod obtain;
+mod progress;
+mod pull;
+mod reference;
+mod registry;
+mod store;
+mod tarball;
+mod tree;
+
+pub use config::{ImageConfig, RootFs, RunConfig};
+pub use digest::{Digest, NotADigest};
+pub use layers::LAYER_ROOT;
+pub use progress::{Bars, Progress, Quiet, Task};
+pub use pull::PullOptions;
+pub use reference::{BadReference, Reference};
+pub use store::{Image, Pruned, Store};

@@ -1,0 +1,46 @@
+//! An image from wherever it is.
+
+use std::path::Path;
+
+use super::config::RunConfig;
+use super::progress::Progress;
+use super::pull::PullOptions;
+use super::reference::Reference;
+use super::store::{Image, Store};
+use crate::failure::{Failure, OrFail};
+
+impl Store {
+    /// The image that a user means: one in the store; one in an archive, an OCI
+    /// layout or a root folder, if the text is a path (with `/` or `.` at its start);
+    /// or one that has to be pulled.
+    pub fn obtain(
+        &self,
+        text: &str,
+        options: &PullOptions,
+        progress: &dyn Progress,
+    ) -> Result<Image, Failure> {
+        if text.starts_with(['/', '.']) {
+            return self.obtain_path(Path::new(text), progress);
+        }
+        if let Some(image) = self.find(text)? {
+            return Ok(image);
+        }
+        let reference: Reference = text.parse().or_config("image")?;
+        self.pull(&reference, options, progress)
+    }
+
+    fn obtain_path(&self, path: &Path, progress: &dyn Progress) -> Result<Image, Failure> {
+        let folder = path.metadata().or_config(path.display())?.is_dir();
+        if folder && !path.join("index.json").exists() {
+            return self.import(path, None, RunConfig::default(), progress);
+        }
+        let mut images = self.load(path, None, progress)?;
+        match (images.pop(), images.is_empty()) {
+            (Some(image), true) => Ok(image),
+            _ => Err(Failure::config(format!(
+                "{}: holds several images; load them (mayfly image load), and name one",
+                path.display()
+            ))),
+        }
+    }
+}

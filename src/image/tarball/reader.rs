@@ -1,0 +1,290 @@
+//! Reads an archive from a foreign party: every length is checked, and nothing
+//! is kept that is larger than it may be.
+
+use std::io::{self, Read};
+
+use tar::{EntryType, Header};
+
+use super::pax::Extensions;
+use super::sparse::Map;
+use super::{ArchiveError, BLOCK, Entry, Kind, Meta, padding};
+
+/// The largest extended header, or long name.
+const EXTENSION_MAX: u64 = 1 << 20;
+
+/// The entries of an archive, one after the other.
+pub struct Entries<R> {
+    input: R,
+    /// Data of the current entry that are stored and not read yet.
+    stored: u64,
+    /// What follows them.
+    padding: u64,
+    map: Option<Map>,
+    size: u64,
+    position: u64,
+}
+
+impl<R: Read> Entries<R> {
+    /// Of an uncompressed archive.
+    pub fn new(input: R) -> Self {
+        Entries {
+            input,
+            stored: 0,
+            padding: 0,
+            map: None,
+            size: 0,
+            position: 0,
+        }
+    }
+
+    /// What it reads from, after the end.
+    pub fn into_inner(self) -> R {
+        self.input
+    }
+
+    /// What it reads from.
+    pub fn get_ref(&self) -> &R {
+        &self.input
+    }
+
+    /// True if the current entry's data are not stored as they are read.
+    pub fn has_holes(&self) -> bool {
+        self.map.is_some()
+    }
+
+    /// The next entry. What was not read of the one before is skipped.
+    pub fn next(&mut self) -> Result<Option<Entry>, ArchiveError> {
+        let mut extensions = Extensions::default();
+        let mut extended = false;
+        loop {
+            self.skip()?;
+            let Some(header) = self.header()? else {
+                return match extended {
+                    true => Err(ArchiveError::Truncated),
+                    false => Ok(None),
+                };
+            };
+            let kind = header.entry_type();
+            extended = true;
+            match kind {
+                EntryType::XGlobalHeader => {
+                    self.expect(number(header.entry_size())?);
+                    extended = false;
+                }
+                EntryType::XHeader => {
+                    let data = self.extension(&header)?;
+                    extensions.parse(&data)?;
+                }
+                EntryType::GNULongName => {
+                    let data = self.extension(&header)?;
+                    extensions.path.get_or_insert(until_nul(data));
+                }
+                EntryType::GNULongLink => {
+                    let data = self.extension(&header)?;
+                    extensions.link.get_or_insert(until_nul(data));
+                }
+                _ => return self.entry(&header, extensions).map(Some),
+            }
+        }
+    }
+
+    fn entry(
+        &mut self,
+        header: &Header,
+        mut extensions: Extensions,
+    ) -> Result<Entry, ArchiveError> {
+        let path = extensions.sparse.name.take().or(extensions.path.take());
+        let path = path.unwrap_or_else(|| header.path_bytes().into_owned());
+        let link = extensions.link.take();
+        let link = || {
+            link.or_else(|| header.link_name_bytes().map(|link| link.into_owned()))
+                .unwrap_or_default()
+        };
+        let device = || -> Result<(u32, u32), ArchiveError> {
+            let major = number(header.device_major())?.unwrap_or(0);
+            Ok((major, number(header.device_minor())?.unwrap_or(0)))
+        };
+        let kind = match header.entry_type() {
+            EntryType::Regular | EntryType::Continuous if path.ends_with(b"/") => Kind::Folder,
+            EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => Kind::File,
+            EntryType::Directory => Kind::Folder,
+            EntryType::Symlink => Kind::Symlink(link()),
+            EntryType::Link => Kind::Link(link()),
+            EntryType::Char => device().map(|(major, minor)| Kind::Char(major, minor))?,
+            EntryType::Block => device().map(|(major, minor)| Kind::Block(major, minor))?,
+            EntryType::Fifo => Kind::Fifo,
+            other => {
+                let why = format!(
+                    "entries of type {:?} are not known",
+                    char::from(other.as_byte())
+                );
+                return Err(ArchiveError::entry(&path, why));
+            }
+        };
+        self.map = None;
+        self.position = 0;
+        self.size = 0;
+        if kind == Kind::File {
+            let stored = match extensions.size {
+                Some(size) => size,
+                None => number(header.entry_size())?,
+            };
+            // The blocks of an old map come before the data, a new one is part of them.
+            let old = match header.entry_type() {
+                EntryType::GNUSparse => Some(Map::old(header, &mut self.input)?),
+                _ => None,
+            };
+            self.expect(stored);
+            self.map = match old {
+                Some(map) => Some(map),
+                None => {
+                    let mut data = (&mut self.input).take(stored);
+                    let map = extensions.sparse.map(&mut data)?;
+                    self.stored = data.limit();
+                    map
+                }
+            };
+            self.size = match &self.map {
+                Some(map) => {
+                    map.check(self.stored)?;
+                    map.size()
+                }
+                None => self.stored,
+            };
+        }
+        let id = |extension: Option<u32>, field: io::Result<u64>| match extension {
+            Some(id) => Ok(id),
+            None => u32::try_from(number(field)?)
+                .map_err(|_| ArchiveError::entry(&path, "its owner's number is too large")),
+        };
+        let meta = Meta {
+            mode: number(header.mode())? & 0o7777,
+            uid: id(extensions.uid, header.uid())?,
+            gid: id(extensions.gid, header.gid())?,
+            mtime: match extensions.mtime {
+                Some(mtime) => mtime,
+                None => time(header)?,
+            },
+            xattrs: extensions.xattrs,
+        };
+        Ok(Entry {
+            path,
+            kind,
+            meta,
+            size: self.size,
+        })
+    }
+
+    /// The next header, or nothing at the end.
+    fn header(&mut self) -> Result<Option<Header>, ArchiveError> {
+        let mut header = Header::new_old();
+        let block = header.as_mut_bytes();
+        let mut filled = 0;
+        while let Some(rest) = block.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+            match self.input.read(rest) {
+                Ok(0) if filled == 0 => return Ok(None),
+                Ok(0) => return Err(ArchiveError::Truncated),
+                Ok(count) => filled = filled.saturating_add(count),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        if block.iter().all(|byte| *byte == 0) {
+            return Ok(None);
+        }
+        let sums = |byte: fn(u8) -> i64| -> i64 {
+            let bytes = header.as_bytes().iter().enumerate();
+            let sum = |(at, value): (usize, &u8)| match (148..156).contains(&at) {
+                true => i64::from(b' '),
+                false => byte(*value),
+            };
+            bytes.map(sum).sum()
+        };
+        let expected = i64::from(number(header.cksum())?);
+        if sums(i64::from) != expected && sums(|byte| i64::from(byte.cast_signed())) != expected {
+            return Err(ArchiveError::Malformed("a header's checksum is wrong"));
+        }
+        Ok(Some(header))
+    }
+
+    fn extension(&mut self, header: &Header) -> Result<Vec<u8>, ArchiveError> {
+        let size = number(header.entry_size())?;
+        if size > EXTENSION_MAX {
+            return Err(ArchiveError::TooMuch(
+                "an extended header of more than 1 MiB",
+            ));
+        }
+        self.expect(size);
+        let mut data = Vec::new();
+        self.read_to_end(&mut data)?;
+        Ok(data)
+    }
+
+    fn expect(&mut self, size: u64) {
+        self.map = None;
+        self.position = 0;
+        self.size = size;
+        self.stored = size;
+        self.padding = padding(size);
+    }
+
+    fn skip(&mut self) -> Result<(), ArchiveError> {
+        let left = self.stored.saturating_add(self.padding);
+        let skipped = io::copy(&mut (&mut self.input).take(left), &mut io::sink())?;
+        // The last entry's padding is missing from some archives.
+        if skipped < self.stored {
+            return Err(ArchiveError::Truncated);
+        }
+        self.expect(0);
+        Ok(())
+    }
+}
+
+impl<R: Read> Read for Entries<R> {
+    /// Reads the current entry's data.
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = self.size.saturating_sub(self.position);
+        let most = buffer
+            .len()
+            .min(usize::try_from(left).unwrap_or(usize::MAX));
+        let buffer = buffer.get_mut(..most).unwrap_or_default();
+        if buffer.is_empty() {
+            return Ok(0);
+        }
+        let mut stored = (&mut self.input).take(self.stored);
+        let count = match &self.map {
+            Some(map) => map.read(self.position, &mut stored, buffer)?,
+            None => stored.read(buffer)?,
+        };
+        self.stored = stored.limit();
+        if count == 0 {
+            return Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                ArchiveError::Truncated,
+            ));
+        }
+        self.position = self.position.saturating_add(count as u64);
+        Ok(count)
+    }
+}
+
+fn number<T>(field: io::Result<T>) -> Result<T, ArchiveError> {
+    field.map_err(|_| ArchiveError::Malformed("a number in a header"))
+}
+
+fn time(header: &Header) -> Result<u32, ArchiveError> {
+    // A negative number of GNU's.
+    if header.as_old().mtime.first() == Some(&0xff) {
+        return Ok(0);
+    }
+    Ok(u32::try_from(number(header.mtime())?).unwrap_or(u32::MAX))
+}
+
+fn until_nul(mut data: Vec<u8>) -> Vec<u8> {
+    if let Some(end) = data.iter().position(|byte| *byte == 0) {
+        data.truncate(end);
+    }
+    data
+}
+
+const _: () = assert!(BLOCK == 512, "the size of tar's header");

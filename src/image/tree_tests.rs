@@ -1,0 +1,225 @@
+use std::collections::BTreeMap;
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+use super::*;
+use crate::image::tarball::Writer;
+
+/// A path, a kind and a mode.
+type Simple<'a> = (&'a [u8], Kind, u32);
+
+fn archive(entries: &[Simple]) -> Vec<u8> {
+    let mut out = Writer::new(Vec::new());
+    for (path, kind, mode) in entries {
+        let meta = Meta {
+            mode: *mode,
+            mtime: 9,
+            ..Meta::default()
+        };
+        let data: &[u8] = if *kind == Kind::File { b"data" } else { b"" };
+        out.entry(path, kind, &meta, data.len() as u64, &mut &*data)
+            .unwrap();
+    }
+    out.finish().unwrap()
+}
+
+fn tree(entries: &[Simple]) -> Result<Tree, ArchiveError> {
+    Tree::read(&mut Entries::new(archive(entries).as_slice()))
+}
+
+/// Names, and what they are: a letter, and the mode.
+fn told(tree: &Tree) -> Vec<String> {
+    let letter = |inode: &Inode| match &inode.kind {
+        InodeKind::Folder { opaque: true, .. } => 'o',
+        InodeKind::Folder { implied: true, .. } => 'i',
+        InodeKind::Folder { .. } => 'd',
+        InodeKind::File { .. } => 'f',
+        InodeKind::Other(Kind::Symlink(_)) => 'l',
+        InodeKind::Other(_) => 'x',
+    };
+    let names = tree.names().filter(|(path, ..)| !path.is_empty());
+    let names = names.map(|(path, _, inode)| {
+        format!(
+            "{} {} {:o}",
+            String::from_utf8_lossy(path),
+            letter(inode),
+            inode.meta.mode
+        )
+    });
+    names
+        .chain(
+            tree.whiteouts()
+                .map(|path| format!("{} w", String::from_utf8_lossy(path))),
+        )
+        .collect()
+}
+
+#[test]
+fn the_last_of_what_comes_twice_is_there() {
+    let tree = tree(&[
+        (b"./", Kind::Folder, 0o711),
+        (b"a", Kind::File, 0o600),
+        (b"./a", Kind::File, 0o644),
+        (b"d/", Kind::Folder, 0o700),
+        (b"d/x", Kind::File, 0o644),
+        (b"/d", Kind::Folder, 0o755),
+        (b"e/y/z", Kind::File, 0o644),
+        (b"e", Kind::File, 0o600),
+        (b"s", Kind::Symlink(b"/etc".to_vec()), 0o777),
+        (b"s", Kind::Folder, 0o750),
+        (b"s/t", Kind::File, 0o640),
+    ])
+    .unwrap();
+    assert_eq!(
+        told(&tree),
+        [
+            "a f 644",
+            "d d 755",
+            "d/x f 644",
+            "e f 600",
+            "s d 750",
+            "s/t f 640"
+        ]
+    );
+}
+
+#[test]
+fn whiteouts_hide_what_is_below_only() {
+    let tree = tree(&[
+        (b"d/.wh.gone", Kind::File, 0),
+        (b"d/.wh.new", Kind::File, 0),
+        (b"d/new", Kind::File, 0o644),
+        (b".wh.fresh", Kind::File, 0),
+        (b"fresh/x", Kind::File, 0o644),
+        (b"o/.wh..wh..opq", Kind::File, 0),
+        (b".wh..wh.plnk", Kind::Folder, 0o700),
+        (b".wh..wh.plnk/12.34", Kind::File, 0o600),
+        (b"r/.wh.x", Kind::File, 0),
+        (b"r", Kind::File, 0o644),
+    ])
+    .unwrap();
+    assert_eq!(
+        told(&tree),
+        [
+            "d i 755",
+            "d/new f 644",
+            "fresh o 755",
+            "fresh/x f 644",
+            "o o 755",
+            "r f 644",
+            "d/gone w"
+        ]
+    );
+}
+
+#[test]
+fn hard_links_are_names_of_what_was_there() {
+    let tree = tree(&[
+        (b"a", Kind::File, 0o644),
+        (b"b", Kind::Link(b"./a".to_vec()), 0),
+        (b"a", Kind::File, 0o600),
+        (b"c", Kind::Link(b"/b".to_vec()), 0),
+        (b"c", Kind::Link(b"c".to_vec()), 0),
+    ])
+    .unwrap();
+    let inodes: BTreeMap<&[u8], usize> =
+        tree.names().map(|(path, inode, _)| (path, inode)).collect();
+    assert_eq!(inodes[&b"b"[..]], inodes[&b"c"[..]]);
+    assert_ne!(inodes[&b"a"[..]], inodes[&b"b"[..]]);
+    assert_eq!(told(&tree), ["a f 600", "b f 644", "c f 644"]);
+}
+
+#[test]
+fn tricks_are_refused() {
+    let link = |target: &str| Kind::Link(target.as_bytes().to_vec());
+    let symlink = |target: &str| Kind::Symlink(target.as_bytes().to_vec());
+    let deep = b"d/".repeat(257);
+    let long = b"x".repeat(256);
+    let cases: [(&[Simple], &str); 18] = [
+        (&[(b"../x", Kind::File, 0)], "leads out"),
+        (&[(b"a/../../x", Kind::File, 0)], "leads out"),
+        (&[(b"a/..", Kind::Folder, 0)], "leads out"),
+        (
+            &[(b"s", symlink("/etc"), 0), (b"s/passwd", Kind::File, 0)],
+            "below s, a symbolic link",
+        ),
+        (
+            &[(b"f", Kind::File, 0), (b"f/x", Kind::File, 0)],
+            "below f, no folder",
+        ),
+        (&[(b"s", symlink(""), 0)], "symbolic link to nothing"),
+        (&[(b"l", link("missing"), 0)], "no entry before"),
+        (
+            &[(b"l", link("m"), 0), (b"m", link("l"), 0)],
+            "no entry before",
+        ),
+        (&[(b"l", link("l"), 0)], "no entry before"),
+        (&[(b"d", Kind::Folder, 0), (b"l", link("d"), 0)], "a folder"),
+        (&[(b"l", link("../../etc/passwd"), 0)], "leads out"),
+        (&[(b".", Kind::File, 0)], "the root is no folder"),
+        (&[(b".wh.", Kind::File, 0)], "no name"),
+        (&[(b"d/.wh...", Kind::File, 0)], "no name"),
+        (&[(b".wh.d/x", Kind::File, 0)], "below a whiteout"),
+        (&[(&deep, Kind::Folder, 0)], "deep"),
+        (&[(&long, Kind::File, 0)], "255"),
+        (&[(b"c", Kind::Char(0x1000, 0), 0)], "too large"),
+    ];
+    for (entries, why) in cases {
+        let error = tree(entries).err().unwrap().to_string();
+        assert!(error.contains(why), "{error}: {why}");
+    }
+    assert!(normalised(b"a\0b").is_err());
+    assert!(normalised(&b"abc/".repeat(1100)).is_err());
+}
+
+#[test]
+fn a_layer_that_changes_nothing_is_known() {
+    assert!(tree(&[]).unwrap().is_empty());
+    assert!(!tree(&[(b"./", Kind::Folder, 0o755)]).unwrap().is_empty());
+    assert!(!tree(&[(b".wh.x", Kind::File, 0)]).unwrap().is_empty());
+    assert!(
+        !tree(&[(b".wh..wh..opq", Kind::File, 0)])
+            .unwrap()
+            .is_empty()
+    );
+}
+
+proptest! {
+    #[test]
+    fn whatever_comes_every_name_lies_in_folders(
+        entries in vec(
+            (
+                "(\\.wh\\.|/|\\./|\\.\\./)?[ab](/(\\.wh\\.)?[ab.]{1,2}){0,3}/?",
+                prop_oneof![
+                    4 => Just(Kind::File),
+                    4 => Just(Kind::Folder),
+                    1 => Just(Kind::Fifo),
+                    1 => Just(Kind::Symlink(b"a".to_vec())),
+                    2 => "[ab](/[ab]){0,2}".prop_map(|target| Kind::Link(target.into_bytes())),
+                ],
+            ),
+            0..30,
+        ),
+    ) {
+        let mut out = Writer::new(Vec::new());
+        for (path, kind) in &entries {
+            out.entry(path.as_bytes(), kind, &Meta::default(), 0, &mut std::io::empty()).unwrap();
+        }
+        let archive = out.finish().unwrap();
+        if let Ok(tree) = Tree::read(&mut Entries::new(archive.as_slice())) {
+            let folders: BTreeSet<&[u8]> = tree
+                .names()
+                .filter(|(_, _, inode)| matches!(inode.kind, InodeKind::Folder { .. }))
+                .map(|(path, ..)| path)
+                .collect();
+            for path in tree.names().map(|(path, ..)| path).chain(tree.whiteouts()) {
+                prop_assert!(folders.contains(split(path).0), "{path:?}");
+                prop_assert_eq!(normalised(path).unwrap(), path);
+            }
+            for path in tree.whiteouts() {
+                prop_assert!(!tree.names().any(|(name, ..)| name == path));
+            }
+        }
+    }
+}
