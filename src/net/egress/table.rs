@@ -4,6 +4,9 @@ use std::collections::HashMap;
 use std::hash::Hash;
 use std::time::{Duration, Instant};
 
+/// Of a full table, this part is emptied at least.
+const SHARE: usize = 16;
+
 /// Entries, and when they end.
 pub struct Table<K> {
     entries: HashMap<K, Instant>,
@@ -25,7 +28,8 @@ impl<K: Copy + Eq + Hash> Table<K> {
     }
 
     /// Adds an entry, or lets one that is there last longer. In a full table
-    /// the one that ends next makes room.
+    /// those that end next make room: several at once, as a guest can fill it
+    /// again and again.
     pub fn keep(&mut self, key: K, now: Instant, time: Duration) {
         let end = now + time;
         if let Some(known) = self.entries.get_mut(&key) {
@@ -33,13 +37,10 @@ impl<K: Copy + Eq + Hash> Table<K> {
             return;
         }
         if self.entries.len() >= self.max {
-            self.entries.retain(|_, end| now < *end);
-        }
-        if self.entries.len() >= self.max {
-            let next = self.entries.iter().min_by_key(|(_, end)| **end);
-            if let Some(next) = next.map(|(&key, _)| key) {
-                self.entries.remove(&next);
-            }
+            let mut ends: Vec<Instant> = self.entries.values().copied().collect();
+            let (_, last, _) = ends.select_nth_unstable(self.max / SHARE);
+            let last = now.max(*last);
+            self.entries.retain(|_, end| *end > last);
         }
         self.entries.insert(key, end);
     }
