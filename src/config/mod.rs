@@ -348,6 +348,28 @@ mod tests {
     }
 
     #[test]
+    fn a_network_of_sockets_gives_its_addresses() {
+        let config = |nets: &[&str], cmdline: &str, no_default_cmdline| {
+            let config = RawConfig {
+                kernel: Some("k".into()),
+                net: nets.iter().map(|&net| net.to_owned()).collect(),
+                cmdline: Some(cmdline.into()),
+                no_default_cmdline,
+                ..Default::default()
+            };
+            config.validate().map(|config| config.cmdline)
+        };
+        let own = "ip=10.0.2.15::10.0.2.2:255.255.255.0::eth1:off:9.9.9.9";
+        let nets = ["tap=a", "user,dns=9.9.9.9"];
+        let given = config(&nets, "-- ip=x", false).unwrap();
+        assert!(given.ends_with(&format!("{own} -- ip=x")), "{given}");
+        assert!(!config(&nets, "ip=off", false).unwrap().contains(own));
+        assert_eq!(config(&nets, "quiet", true).unwrap(), "quiet");
+        assert!(!config(&nets[..1], "", false).unwrap().contains("ip="));
+        assert!(refusal(config(&["user", "user"], "", false)).contains("same addresses"));
+    }
+
+    #[test]
     fn channels_are_few_and_have_names_of_their_own() {
         let config = |names: &[String]| {
             RawConfig {

@@ -103,10 +103,9 @@ impl FromStr for NetConfig {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let mut keys = Keys::parse(text, SYNTAX);
-        let network = match keys.word().as_deref() {
-            Some("user") => Network::User(take_user(&mut keys)?),
-            Some(word) => return Err(format!("{word:?} is not understood; write {SYNTAX}")),
-            None => take_tap(&mut keys)?,
+        let network = match keys.flag("user")? {
+            true => Network::User(take_user(&mut keys)?),
+            false => take_tap(&mut keys)?,
         };
         let net = NetConfig {
             network,

@@ -261,7 +261,7 @@ mod tests {
             memory = { size = "2G", shared = true, prefault = false }
             boot-protocol = "pvh"
             console = "none"
-            net = ["tap=t0"]
+            net = ["tap=t0", { user = true, allow = ["10.0.0.0/8:443", "a.example"] }]
             [[disk]]
             path = "a,b.img"
             ro = true
@@ -275,7 +275,10 @@ mod tests {
         let disk: DiskConfig = file.disk[0].parse().unwrap();
         assert_eq!(disk.path, Path::new("a,b.img"));
         assert!(disk.read_only && disk.id.as_deref() == Some("root"));
-        assert_eq!(file.net, ["tap=t0"]);
+        assert_eq!(
+            file.net,
+            ["tap=t0", "user,allow=10.0.0.0/8:443,allow=a.example"]
+        );
 
         let flags = RawConfig {
             cpus: Some("4".into()),

@@ -1,0 +1,438 @@
+//! Networks of the user's own sockets, by passt, in a network namespace that has
+//! nothing but loopback.
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::process::Command;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use crate::common::{Ended, Guest, Running, kill, tool};
+use crate::nets::Namespace;
+
+/// Addresses of the host, beside loopback's own.
+const HOSTS: [&str; 3] = ["10.77.0.1", "10.77.0.2", "10.77.0.3"];
+const WEB: u16 = 8000;
+const ECHO: u16 = 5005;
+
+/// Does something in the namespace: sockets stay there.
+fn within<T: Send>(namespace: &Namespace, act: impl FnOnce() -> T + Send) -> T {
+    let path = format!("/run/netns/{}", namespace.name());
+    let file = std::fs::File::open(path).unwrap();
+    std::thread::scope(|scope| {
+        let entered = scope.spawn(move || {
+            // SAFETY: an open descriptor, and a flag; only of this thread.
+            let status = unsafe { libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) };
+            assert_eq!(status, 0, "{}", std::io::Error::last_os_error());
+            act()
+        });
+        entered.join().unwrap()
+    })
+}
+
+/// A namespace with loopback, more addresses on it, and ping for all.
+fn loopback(name: &str) -> Namespace {
+    let namespace = Namespace::bare(name);
+    for address in HOSTS {
+        let address = format!("{address}/32");
+        tool(
+            "ip",
+            &["-n", namespace.name(), "addr", "add", &address, "dev", "lo"],
+        );
+    }
+    let range = "echo 0 2147483647 > /proc/sys/net/ipv4/ping_group_range";
+    tool(
+        "ip",
+        &["netns", "exec", namespace.name(), "sh", "-c", range],
+    );
+    namespace
+}
+
+/// The host's servers: for the web, of echoes, and a resolver on loopback. They
+/// end with the process.
+struct Servers {
+    asked: Arc<Mutex<Vec<String>>>,
+}
+
+impl Servers {
+    fn start(namespace: &Namespace) -> Self {
+        let (web, echo, dns) = within(namespace, || {
+            let web = TcpListener::bind(("::", WEB)).unwrap();
+            let echo = UdpSocket::bind(("0.0.0.0", ECHO)).unwrap();
+            let dns = UdpSocket::bind(("127.0.0.1", 53)).unwrap();
+            (web, echo, dns)
+        });
+        std::thread::spawn(move || {
+            for client in web.incoming() {
+                serve_page(client.unwrap());
+            }
+        });
+        std::thread::spawn(move || {
+            let mut data = [0; 2000];
+            while let Ok((len, from)) = echo.recv_from(&mut data) {
+                let _ = echo.send_to(&data[..len].to_ascii_uppercase(), from);
+            }
+        });
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let told = asked.clone();
+        std::thread::spawn(move || {
+            let mut data = [0; 2000];
+            while let Ok((len, from)) = dns.recv_from(&mut data) {
+                let (name, answer) = resolve(&data[..len]);
+                told.lock().unwrap().push(name);
+                let _ = dns.send_to(&answer, from);
+            }
+        });
+        Servers { asked }
+    }
+}
+
+/// A page that says whom it came from, and which address it was asked at.
+fn serve_page(mut client: TcpStream) {
+    let mut request = [0; 4096];
+    let _ = client.read(&mut request);
+    let address = client.local_addr().unwrap().ip().to_canonical();
+    let body = format!("page of {address}\n{}", "x".repeat(3 << 20));
+    let head = format!("HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());
+    let _ = client.write_all(head.as_bytes());
+    let _ = client.write_all(body.as_bytes());
+}
+
+/// `web.example` is the second address, `other.example` the third.
+fn resolve(query: &[u8]) -> (String, Vec<u8>) {
+    let mut labels = Vec::new();
+    let mut at = 12;
+    while query[at] != 0 {
+        let end = at + 1 + usize::from(query[at]);
+        labels.push(String::from_utf8_lossy(&query[at + 1..end]).into_owned());
+        at = end;
+    }
+    let (name, is_a) = (labels.join("."), query[at + 1..at + 3] == [0, 1]);
+    let address: Option<Ipv4Addr> = match name.as_str() {
+        "web.example" => Some(HOSTS[1].parse().unwrap()),
+        "other.example" => Some(HOSTS[2].parse().unwrap()),
+        _ => None,
+    };
+    let mut answer = query[..at + 5].to_vec();
+    answer[2..4].copy_from_slice(&[0x81, 0x80]);
+    answer[6..12].fill(0);
+    match address {
+        Some(address) if is_a => {
+            answer[7] = 1;
+            answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 30, 0, 4]);
+            answer.extend(address.octets());
+        }
+        Some(_) => {}
+        None => answer[3] |= 3,
+    }
+    (name, answer)
+}
+
+/// What a guest of these tests can do.
+const TOOLS: &str = "
+    page() { wget -q -O - -T 60 http://$1/ 2>/tmp/error | head -n 1; }
+    ask() { nslookup -type=a $1 2>&1 | tr '\\n' ' '; echo; }
+    seconds() { cut -d. -f1 /proc/uptime; }
+    while :; do nc -l -p 8080 -e cat; done &
+    while :; do nc -u -l -p 8081 -w 600 -e cat; done &
+";
+
+/// Starts a guest whose network has these keys.
+fn start(namespace: &Namespace, keys: &str, script: &str) -> Running {
+    let guest = Guest::new(&format!("{TOOLS}\n{script}"));
+    let guest = namespace.enter(guest);
+    guest
+        .args(["--net", &format!("user,dns=127.0.0.1{keys}")])
+        .args(["--log", "info"])
+        .start()
+}
+
+/// Sends a line to a port of the host's loopback, and returns what comes back.
+fn published(namespace: &Namespace, port: u16, udp: bool) -> String {
+    let to = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port);
+    let patience = Some(Duration::from_secs(120));
+    let mut back = String::new();
+    within(namespace, || match udp {
+        false => {
+            let mut client = TcpStream::connect(to).unwrap();
+            client.set_read_timeout(patience).unwrap();
+            client.write_all(b"knock knock").unwrap();
+            client.shutdown(Shutdown::Write).unwrap();
+            client.read_to_string(&mut back).unwrap();
+        }
+        true => {
+            let client = UdpSocket::bind(("127.0.0.1", 0)).unwrap();
+            client.set_read_timeout(patience).unwrap();
+            client.send_to(b"knock knock", to).unwrap();
+            let mut data = [0; 100];
+            let (len, from) = client.recv_from(&mut data).unwrap();
+            assert_eq!(from, to);
+            back.push_str(std::str::from_utf8(&data[..len]).unwrap());
+        }
+    });
+    back
+}
+
+/// The processes in the namespace.
+fn processes(namespace: &Namespace) -> Vec<String> {
+    let pids = tool("ip", &["netns", "pids", namespace.name()]);
+    pids.lines()
+        .filter_map(|pid| std::fs::read_to_string(format!("/proc/{}/comm", pid.trim())).ok())
+        .map(|name| name.trim().to_owned())
+        .collect()
+}
+
+fn passt(namespace: &Namespace) -> Option<u32> {
+    let pids = tool("ip", &["netns", "pids", namespace.name()]);
+    pids.lines()
+        .filter_map(|pid| pid.trim().parse().ok())
+        .find(|pid: &u32| {
+            let name = std::fs::read_to_string(format!("/proc/{pid}/comm"));
+            name.is_ok_and(|name| name.starts_with("passt"))
+        })
+}
+
+/// Nothing is left there soon.
+fn expect_empty(namespace: &Namespace) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !processes(namespace).is_empty() {
+        assert!(Instant::now() < deadline, "{:?}", processes(namespace));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn expect_lines(ended: &Ended, lines: &[&str]) {
+    assert_eq!(ended.code(), Some(0), "{ended:?}");
+    for line in lines {
+        assert!(ended.stdout.contains(line), "no {line:?}: {ended:?}");
+    }
+}
+
+const EVERYTHING: &str = "
+    echo address: $(ip -4 addr show dev eth0 | grep -o 'inet [0-9./]*') $(cat /sys/class/net/eth0/mtu)
+    echo resolver: $(cat /etc/resolv.conf)
+    echo tcp: $(page 10.77.0.1:8000)
+    echo name: $(page web.example:8000)
+    echo udp: $(echo hello | nc -u -w 30 10.77.0.1 5005 | head -n 1)
+    ping -c 1 -W 30 10.77.0.1 >/dev/null && echo ping: ok
+    echo loopback: $(timeout 10 wget -q -O - http://10.0.2.2:8000/ 2>/dev/null)
+    echo 1 >/proc/sys/net/ipv4/conf/all/route_localnet
+    ip route del table local local 127.0.0.0/8 dev lo
+    ip route del table local local 127.0.0.1 dev lo
+    ip route add 127.0.0.0/8 via 10.0.2.2
+    echo disguised: $(page 127.0.0.1:8000)
+    echo ready: now
+    sleep 100000
+";
+
+/// TCP, UDP, ping, names, and ports that are published, each with real peers.
+#[test]
+fn a_guest_reaches_the_host_and_is_reached_by_it() {
+    let namespace = loopback("user");
+    let servers = Servers::start(&namespace);
+    let keys = ",publish=18080:8080,publish=18081:8081/udp";
+    let mut running = start(&namespace, keys, EVERYTHING);
+    running.expect("ready: now");
+    assert_eq!(published(&namespace, 18080, false), "knock knock");
+    assert_eq!(published(&namespace, 18081, true), "knock knock");
+    let console = running.console();
+    for line in [
+        "address: inet 10.0.2.15/24 65520\n",
+        "resolver: nameserver 10.0.2.2\n",
+        "tcp: page of 10.77.0.1\n",
+        "name: page of 10.77.0.2\n",
+        "udp: HELLO\n",
+        "ping: ok\n",
+        // It is none of the guest's business.
+        "loopback: \n",
+        "disguised: \n",
+    ] {
+        assert!(console.contains(line), "no {line:?}: {console}");
+    }
+    assert!(
+        servers
+            .asked
+            .lock()
+            .unwrap()
+            .iter()
+            .any(|name| name == "web.example")
+    );
+    // Only on loopback, and by no other protocol.
+    let elsewhere = within(&namespace, || {
+        let open = |address: &str, port| TcpStream::connect((address, port)).is_ok();
+        [open("10.77.0.1", 18080), open("127.0.0.1", 18081)]
+    });
+    assert_eq!(elsewhere, [false, false]);
+    running.signal(libc::SIGTERM);
+    let ended = running.wait();
+    let denied = "network: TCP to 127.0.0.1 port 8000 is not allowed";
+    assert!(ended.stderr.contains(denied), "{ended:?}");
+    assert_eq!(processes(&namespace), Vec::<String>::new());
+}
+
+/// With rules, what they do not name is refused, and at once.
+#[test]
+fn a_guest_reaches_only_what_is_allowed() {
+    let namespace = loopback("allow");
+    let servers = Servers::start(&namespace);
+    let keys = ",allow=10.77.0.1:8000,allow=web.example,publish=18080:8080";
+    let mut running = start(
+        &namespace,
+        keys,
+        "echo allowed: $(page 10.77.0.1:8000)
+         start=$(seconds)
+         echo denied: $(page 10.77.0.3:8000) $(cat /tmp/error)
+         echo port: $(page 10.77.0.1:8001) $(cat /tmp/error)
+         echo early: $(page 10.77.0.2:8000) $(cat /tmp/error)
+         echo loopback: $(page 127.0.0.1:8000) $(page 10.0.2.2:8000) $(cat /tmp/error)
+         echo udp: $(echo hello | nc -u -w 5 10.77.0.1 5005 2>&1 | head -n 1)
+         echo other: $(ask other.example)
+         [ $(($(seconds) - start)) -lt 60 ] && echo quick: yes
+         echo name: $(ask web.example)
+         echo opened: $(page 10.77.0.2:8000)
+         ping -c 1 -W 30 10.77.0.2 >/dev/null && echo ping: ok
+         echo still: $(page 10.77.0.3:8000) $(cat /tmp/error)
+         echo ready: now
+         sleep 100000",
+    );
+    running.expect("ready: now");
+    assert_eq!(published(&namespace, 18080, false), "knock knock");
+    let console = running.console();
+    for (line, words) in [
+        ("allowed: ", "page of 10.77.0.1\n"),
+        ("denied: ", "Connection refused"),
+        ("port: ", "Connection refused"),
+        ("early: ", "Connection refused"),
+        ("loopback: ", "Connection refused"),
+        ("udp: ", ""),
+        ("other: ", "REFUSED"),
+        ("quick: ", "yes"),
+        ("name: ", "10.77.0.2"),
+        ("opened: ", "page of 10.77.0.2\n"),
+        ("ping: ", "ok"),
+        ("still: ", "Connection refused"),
+    ] {
+        let at = console
+            .find(line)
+            .unwrap_or_else(|| panic!("no {line:?}: {console}"));
+        let told = console[at..].lines().next().unwrap().to_owned() + "\n";
+        assert!(
+            told.contains(words) && !told.contains("HELLO"),
+            "{told:?}: {console}"
+        );
+    }
+    let asked = servers.asked.lock().unwrap();
+    assert!(asked.iter().all(|name| name == "web.example"), "{asked:?}");
+}
+
+/// passt ends with its VM, also where that is killed; without it, the link is
+/// down, and the VM goes on.
+#[test]
+fn passt_and_its_vm() {
+    let namespace = loopback("end");
+    let ended = start(
+        &namespace,
+        "",
+        "echo up: $(cat /sys/class/net/eth0/carrier)",
+    )
+    .wait();
+    expect_lines(&ended, &["up: 1"]);
+    assert_eq!(processes(&namespace), Vec::<String>::new());
+
+    let mut running = start(&namespace, "", "echo up: now; sleep 100000");
+    running.expect("up: now");
+    assert!(passt(&namespace).is_some());
+    running.signal(libc::SIGKILL);
+    running.child.wait().unwrap();
+    expect_empty(&namespace);
+
+    let script = "echo up: $(cat /sys/class/net/eth0/carrier)
+        while [ $(cat /sys/class/net/eth0/carrier) = 1 ]; do sleep 1; done
+        ping -c 1 -W 1 10.77.0.1
+        echo down: $(cat /sys/class/net/eth0/carrier)";
+    let mut running = start(&namespace, "", script);
+    running.expect("up: 1");
+    kill(passt(&namespace).unwrap(), libc::SIGKILL);
+    let ended = running.wait();
+    expect_lines(&ended, &["down: 0"]);
+    assert_eq!(
+        ended.stderr.matches("the link is down").count(),
+        1,
+        "{ended:?}"
+    );
+
+    // A port that is taken, and no passt at all.
+    let _taken = within(&namespace, || {
+        TcpListener::bind(("127.0.0.1", 18080)).unwrap()
+    });
+    let ended = start(&namespace, ",publish=18080:8080", "").wait();
+    assert_eq!(ended.code(), Some(3), "{ended:?}");
+    assert!(ended.stderr.contains("18080"), "{ended:?}");
+    let mut guest = Guest::new("");
+    guest.command.env("PATH", "/nonexistent");
+    let ended = guest.args(["--net", "user"]).start().wait();
+    assert_eq!(ended.code(), Some(3), "{ended:?}");
+    assert!(ended.stderr.contains("apt install passt"), "{ended:?}");
+}
+
+/// The same as an ordinary user, and with IPv6 where the host has that.
+#[test]
+fn an_ordinary_user_and_ipv6() {
+    let namespace = Namespace::new("user6");
+    for words in [
+        "-6 addr add fe80::77/64 dev tap0 nodad",
+        "-6 addr add fd88::1/64 dev tap0 nodad",
+        "-6 route add default via fd88::2 dev tap0",
+        "addr add 10.77.0.1/32 dev lo",
+        "addr add 10.77.0.2/32 dev lo",
+    ] {
+        let words: Vec<&str> = words.split(' ').collect();
+        tool("ip", &[&["-n", namespace.name()], &words[..]].concat());
+    }
+    let _servers = Servers::start(&namespace);
+    let guest = Guest::new(&format!(
+        "{TOOLS}
+         echo tcp: $(page 10.77.0.1:8000) $(page web.example:8000)
+         until ip -6 addr show dev eth0 | grep -q 'inet6 fd6d.*global' &&
+             ip -6 route | grep -q default && ! ip -6 addr | grep -q tentative; do sleep 1; done
+         echo tcp6: $(page '[fd88::1]:8000')
+         echo ready: now
+         sleep 100000"
+    ));
+    let (node, path) = (guest.path("kvm"), guest.path(""));
+    tool("chmod", &["-R", "a+rX", path.to_str().unwrap()]);
+    let runtime = guest.path("runtime");
+    std::fs::create_dir(&runtime).unwrap();
+    tool("chown", &["65534:65534", runtime.to_str().unwrap()]);
+    let node = node.display();
+    let prepare = format!(
+        "set -e; mknod -m 666 {node} c 10 232; mount --bind {node} /dev/kvm
+         exec setpriv --reuid 65534 --regid 65534 --clear-groups \"$@\""
+    );
+    let mut guest = guest.args(["--net", "user,dns=127.0.0.1,publish=18080:8080"]);
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", &prepare, "sh"]);
+    command
+        .arg(guest.command.get_program())
+        .args(guest.command.get_args());
+    command.env("MAYFLY_RUNTIME_DIR", &runtime);
+    guest.command = command;
+    let mut running = namespace.enter(guest).start();
+    running.expect("ready: now");
+    let console = running.console();
+    for line in [
+        "tcp: page of 10.77.0.1 page of 10.77.0.2\n",
+        "tcp6: page of fd88::1\n",
+    ] {
+        assert!(console.contains(line), "no {line:?}: {console}");
+    }
+    let owner = tool(
+        "stat",
+        &["-c", "%u", &format!("/proc/{}", passt(&namespace).unwrap())],
+    );
+    assert_eq!(owner.trim(), "65534");
+    assert_eq!(published(&namespace, 18080, false), "knock knock");
+    drop(running);
+    expect_empty(&namespace);
+}
