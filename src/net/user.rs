@@ -52,6 +52,18 @@ pub struct UserNet6 {
     pub(super) device: String,
 }
 
+impl UserNet6 {
+    /// By a device of the host's.
+    pub(super) fn new(device: String) -> Self {
+        UserNet6 {
+            guest_ip: GUEST_IP6,
+            prefix: PREFIX6,
+            gateway: GATEWAY6,
+            device,
+        }
+    }
+}
+
 impl UserNet {
     /// What a guest gets on this host, as it is now.
     pub fn of(config: &UserConfig) -> Self {
@@ -65,12 +77,7 @@ impl UserNet {
     }
 
     fn new(mut resolvers: Vec<IpAddr>, device: Option<String>) -> Self {
-        let ip6 = device.map(|device| UserNet6 {
-            guest_ip: GUEST_IP6,
-            prefix: PREFIX6,
-            gateway: GATEWAY6,
-            device,
-        });
+        let ip6 = device.map(UserNet6::new);
         resolvers.retain(|resolver| resolver.is_ipv4() || ip6.is_some());
         resolvers.sort_by_key(|resolver| !resolver.is_loopback());
         resolvers.truncate(RESOLVERS_MAX);

@@ -2,19 +2,19 @@
 //! nothing but loopback.
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use crate::common::{Ended, Guest, Running, kill, tool};
+use crate::common::{Ended, Guest, Running, kernel, kill, tool};
 use crate::nets::Namespace;
 
 /// Addresses of the host, beside loopback's own.
 const HOSTS: [&str; 3] = ["10.77.0.1", "10.77.0.2", "10.77.0.3"];
 const WEB: u16 = 8000;
-const ECHO: u16 = 5005;
+const UDP: u16 = 5005;
 
 /// Does something in the namespace: sockets stay there.
 fn within<T: Send>(namespace: &Namespace, act: impl FnOnce() -> T + Send) -> T {
@@ -49,54 +49,51 @@ fn loopback(name: &str) -> Namespace {
     namespace
 }
 
-/// The host's servers: for the web, of echoes, and a resolver on loopback. They
-/// end with the process.
+/// The host's servers: of pages, and resolvers on loopback and elsewhere. They end
+/// with the process.
 struct Servers {
     asked: Arc<Mutex<Vec<String>>>,
 }
 
 impl Servers {
     fn start(namespace: &Namespace) -> Self {
-        let (web, echo, dns) = within(namespace, || {
+        let (web, udp, dns) = within(namespace, || {
             let web = TcpListener::bind(("::", WEB)).unwrap();
-            let echo = UdpSocket::bind(("0.0.0.0", ECHO)).unwrap();
+            let udp = UdpSocket::bind(("0.0.0.0", UDP)).unwrap();
             let dns = UdpSocket::bind(("127.0.0.1", 53)).unwrap();
-            (web, echo, dns)
+            (web, udp, dns)
         });
         std::thread::spawn(move || {
             for client in web.incoming() {
-                serve_page(client.unwrap());
-            }
-        });
-        std::thread::spawn(move || {
-            let mut data = [0; 2000];
-            while let Ok((len, from)) = echo.recv_from(&mut data) {
-                let _ = echo.send_to(&data[..len].to_ascii_uppercase(), from);
+                let client = client.unwrap();
+                std::thread::spawn(|| serve_page(client));
             }
         });
         let asked = Arc::new(Mutex::new(Vec::new()));
-        let told = asked.clone();
-        std::thread::spawn(move || {
-            let mut data = [0; 2000];
-            while let Ok((len, from)) = dns.recv_from(&mut data) {
-                let (name, answer) = resolve(&data[..len]);
-                told.lock().unwrap().push(name);
-                let _ = dns.send_to(&answer, from);
-            }
-        });
+        for socket in [dns, udp] {
+            let told = asked.clone();
+            std::thread::spawn(move || {
+                let mut data = [0; 2000];
+                while let Ok((len, from)) = socket.recv_from(&mut data) {
+                    let (name, answer) = resolve(&data[..len]);
+                    told.lock().unwrap().push(name);
+                    let _ = socket.send_to(&answer, from);
+                }
+            });
+        }
         Servers { asked }
     }
 }
 
-/// A page that says whom it came from, and which address it was asked at.
+/// Says at which address it was asked, and more.
+fn page(address: IpAddr) -> String {
+    let rest: String = (0..300_000).map(|number| format!("{number}\n")).collect();
+    format!("page of {address}\n{rest}")
+}
+
 fn serve_page(mut client: TcpStream) {
-    let mut request = [0; 4096];
-    let _ = client.read(&mut request);
     let address = client.local_addr().unwrap().ip().to_canonical();
-    let body = format!("page of {address}\n{}", "x".repeat(3 << 20));
-    let head = format!("HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());
-    let _ = client.write_all(head.as_bytes());
-    let _ = client.write_all(body.as_bytes());
+    let _ = client.write_all(page(address).as_bytes());
 }
 
 /// `web.example` is the second address, `other.example` the third.
@@ -110,6 +107,7 @@ fn resolve(query: &[u8]) -> (String, Vec<u8>) {
     }
     let (name, is_a) = (labels.join("."), query[at + 1..at + 3] == [0, 1]);
     let address: Option<Ipv4Addr> = match name.as_str() {
+        "udp.example" => Some(HOSTS[0].parse().unwrap()),
         "web.example" => Some(HOSTS[1].parse().unwrap()),
         "other.example" => Some(HOSTS[2].parse().unwrap()),
         _ => None,
@@ -131,17 +129,22 @@ fn resolve(query: &[u8]) -> (String, Vec<u8>) {
 
 /// What a guest of these tests can do.
 const TOOLS: &str = "
-    page() { wget -q -O - -T 60 http://$1/ 2>/tmp/error | head -n 1; }
-    ask() { nslookup -type=a $1 2>&1 | tr '\\n' ' '; echo; }
+    page() { nc -w 30 $1 $2 </dev/null 2>/tmp/error | head -n 1; }
+    ask() { nslookup -type=a $1 $2 2>&1 | tr '\\n' ' '; }
     seconds() { cut -d. -f1 /proc/uptime; }
     while :; do nc -l -p 8080 -e cat; done &
-    while :; do nc -u -l -p 8081 -w 600 -e cat; done &
+    udp-echo 8081 &
 ";
+
+/// A guest with them.
+fn guest(script: &str) -> Guest {
+    let script = format!("{TOOLS}\n{script}");
+    Guest::with_archives("cloud-6.12", "vmlinux", &script, &["udp-echo.cpio"])
+}
 
 /// Starts a guest whose network has these keys.
 fn start(namespace: &Namespace, keys: &str, script: &str) -> Running {
-    let guest = Guest::new(&format!("{TOOLS}\n{script}"));
-    let guest = namespace.enter(guest);
+    let guest = namespace.enter(guest(script));
     guest
         .args(["--net", &format!("user,dns=127.0.0.1{keys}")])
         .args(["--log", "info"])
@@ -202,6 +205,13 @@ fn expect_empty(namespace: &Namespace) {
     }
 }
 
+/// What the console shows behind a word.
+fn told<'a>(console: &'a str, word: &str) -> &'a str {
+    let line = console.lines().find_map(|line| line.strip_prefix(word));
+    line.unwrap_or_else(|| panic!("no {word:?}: {console}"))
+        .trim()
+}
+
 fn expect_lines(ended: &Ended, lines: &[&str]) {
     assert_eq!(ended.code(), Some(0), "{ended:?}");
     for line in lines {
@@ -212,16 +222,16 @@ fn expect_lines(ended: &Ended, lines: &[&str]) {
 const EVERYTHING: &str = "
     echo address: $(ip -4 addr show dev eth0 | grep -o 'inet [0-9./]*') $(cat /sys/class/net/eth0/mtu)
     echo resolver: $(cat /etc/resolv.conf)
-    echo tcp: $(page 10.77.0.1:8000)
-    echo name: $(page web.example:8000)
-    echo udp: $(echo hello | nc -u -w 30 10.77.0.1 5005 | head -n 1)
+    echo tcp: $(page 10.77.0.1 8000)
+    echo name: $(ask web.example)
+    echo udp: $(ask udp.example 10.77.0.1:5005)
     ping -c 1 -W 30 10.77.0.1 >/dev/null && echo ping: ok
-    echo loopback: $(timeout 10 wget -q -O - http://10.0.2.2:8000/ 2>/dev/null)
+    echo loopback: $(timeout 10 nc -w 10 10.0.2.2 8000 </dev/null | head -n 1)
     echo 1 >/proc/sys/net/ipv4/conf/all/route_localnet
     ip route del table local local 127.0.0.0/8 dev lo
     ip route del table local local 127.0.0.1 dev lo
     ip route add 127.0.0.0/8 via 10.0.2.2
-    echo disguised: $(page 127.0.0.1:8000)
+    echo disguised: $(page 127.0.0.1 8000)
     echo ready: now
     sleep 100000
 ";
@@ -237,18 +247,25 @@ fn a_guest_reaches_the_host_and_is_reached_by_it() {
     assert_eq!(published(&namespace, 18080, false), "knock knock");
     assert_eq!(published(&namespace, 18081, true), "knock knock");
     let console = running.console();
+    let file = running.folder.path().join("page");
+    std::fs::write(&file, page(HOSTS[0].parse().unwrap())).unwrap();
+    let sum = tool("md5sum", &[file.to_str().unwrap()]);
+    let sum = format!("sum: {}", sum.split(' ').next().unwrap());
     for line in [
         "address: inet 10.0.2.15/24 65520\n",
         "resolver: nameserver 10.0.2.2\n",
         "tcp: page of 10.77.0.1\n",
-        "name: page of 10.77.0.2\n",
-        "udp: HELLO\n",
+        &sum,
         "ping: ok\n",
         // It is none of the guest's business.
         "loopback: \n",
         "disguised: \n",
     ] {
         assert!(console.contains(line), "no {line:?}: {console}");
+    }
+    for (line, address) in [("name: ", HOSTS[1]), ("udp: ", HOSTS[0])] {
+        let told = told(&console, line);
+        assert!(told.ends_with(address), "{told:?}: {console}");
     }
     assert!(
         servers
@@ -280,19 +297,19 @@ fn a_guest_reaches_only_what_is_allowed() {
     let mut running = start(
         &namespace,
         keys,
-        "echo allowed: $(page 10.77.0.1:8000)
+        "echo allowed: $(page 10.77.0.1 8000)
          start=$(seconds)
-         echo denied: $(page 10.77.0.3:8000) $(cat /tmp/error)
-         echo port: $(page 10.77.0.1:8001) $(cat /tmp/error)
-         echo early: $(page 10.77.0.2:8000) $(cat /tmp/error)
-         echo loopback: $(page 127.0.0.1:8000) $(page 10.0.2.2:8000) $(cat /tmp/error)
-         echo udp: $(echo hello | nc -u -w 5 10.77.0.1 5005 2>&1 | head -n 1)
+         echo denied: $(page 10.77.0.3 8000) $(cat /tmp/error)
+         echo port: $(page 10.77.0.1 8001) $(cat /tmp/error)
+         echo early: $(page 10.77.0.2 8000) $(cat /tmp/error)
+         echo loopback: $(page 127.0.0.1 8000) $(page 10.0.2.2 8000) $(cat /tmp/error)
+         echo udp: $(ask udp.example 10.77.0.1:5005)
          echo other: $(ask other.example)
          [ $(($(seconds) - start)) -lt 60 ] && echo quick: yes
          echo name: $(ask web.example)
-         echo opened: $(page 10.77.0.2:8000)
+         echo opened: $(page 10.77.0.2 8000)
          ping -c 1 -W 30 10.77.0.2 >/dev/null && echo ping: ok
-         echo still: $(page 10.77.0.3:8000) $(cat /tmp/error)
+         echo still: $(page 10.77.0.3 8000) $(cat /tmp/error)
          echo ready: now
          sleep 100000",
     );
@@ -300,28 +317,22 @@ fn a_guest_reaches_only_what_is_allowed() {
     assert_eq!(published(&namespace, 18080, false), "knock knock");
     let console = running.console();
     for (line, words) in [
-        ("allowed: ", "page of 10.77.0.1\n"),
+        ("allowed: ", "page of 10.77.0.1"),
         ("denied: ", "Connection refused"),
         ("port: ", "Connection refused"),
         ("early: ", "Connection refused"),
         ("loopback: ", "Connection refused"),
-        ("udp: ", ""),
         ("other: ", "REFUSED"),
         ("quick: ", "yes"),
         ("name: ", "10.77.0.2"),
-        ("opened: ", "page of 10.77.0.2\n"),
+        ("opened: ", "page of 10.77.0.2"),
         ("ping: ", "ok"),
         ("still: ", "Connection refused"),
     ] {
-        let at = console
-            .find(line)
-            .unwrap_or_else(|| panic!("no {line:?}: {console}"));
-        let told = console[at..].lines().next().unwrap().to_owned() + "\n";
-        assert!(
-            told.contains(words) && !told.contains("HELLO"),
-            "{told:?}: {console}"
-        );
+        let told = told(&console, line);
+        assert!(told.contains(words), "{told:?}: {console}");
     }
+    assert!(!told(&console, "udp: ").contains(HOSTS[0]), "{console}");
     let asked = servers.asked.lock().unwrap();
     assert!(asked.iter().all(|name| name == "web.example"), "{asked:?}");
 }
@@ -331,13 +342,15 @@ fn a_guest_reaches_only_what_is_allowed() {
 #[test]
 fn passt_and_its_vm() {
     let namespace = loopback("end");
+    let _servers = Servers::start(&namespace);
     let ended = start(
         &namespace,
-        "",
-        "echo up: $(cat /sys/class/net/eth0/carrier)",
+        ",host-loopback",
+        "echo up: $(cat /sys/class/net/eth0/carrier)
+         echo host: $(page 10.0.2.2 8000)",
     )
     .wait();
-    expect_lines(&ended, &["up: 1"]);
+    expect_lines(&ended, &["up: 1", "host: page of 127.0.0.1"]);
     assert_eq!(processes(&namespace), Vec::<String>::new());
 
     let mut running = start(&namespace, "", "echo up: now; sleep 100000");
@@ -391,15 +404,15 @@ fn an_ordinary_user_and_ipv6() {
         tool("ip", &[&["-n", namespace.name()], &words[..]].concat());
     }
     let _servers = Servers::start(&namespace);
-    let guest = Guest::new(&format!(
-        "{TOOLS}
-         echo tcp: $(page 10.77.0.1:8000) $(page web.example:8000)
+    let guest = guest(
+        "echo tcp: $(page 10.77.0.1 8000)
+         echo name: $(ask web.example)
          until ip -6 addr show dev eth0 | grep -q 'inet6 fd6d.*global' &&
              ip -6 route | grep -q default && ! ip -6 addr | grep -q tentative; do sleep 1; done
-         echo tcp6: $(page '[fd88::1]:8000')
+         echo tcp6: $(page fd88::1 8000)
          echo ready: now
-         sleep 100000"
-    ));
+         sleep 100000",
+    );
     let (node, path) = (guest.path("kvm"), guest.path(""));
     tool("chmod", &["-R", "a+rX", path.to_str().unwrap()]);
     let runtime = guest.path("runtime");
@@ -413,18 +426,21 @@ fn an_ordinary_user_and_ipv6() {
     let mut guest = guest.args(["--net", "user,dns=127.0.0.1,publish=18080:8080"]);
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-c", &prepare, "sh"]);
-    command
-        .arg(guest.command.get_program())
-        .args(guest.command.get_args());
+    // The caches may not be for all.
+    let (cached, own) = (kernel("cloud-6.12", "vmlinux"), guest.path("vmlinux"));
+    std::fs::copy(&cached, &own).unwrap();
+    tool("chmod", &["644", own.to_str().unwrap()]);
+    command.arg(guest.command.get_program());
+    command.args(guest.command.get_args().map(|word| match word {
+        word if word == cached => own.as_os_str(),
+        word => word,
+    }));
     command.env("MAYFLY_RUNTIME_DIR", &runtime);
     guest.command = command;
     let mut running = namespace.enter(guest).start();
     running.expect("ready: now");
     let console = running.console();
-    for line in [
-        "tcp: page of 10.77.0.1 page of 10.77.0.2\n",
-        "tcp6: page of fd88::1\n",
-    ] {
+    for line in ["tcp: page of 10.77.0.1\n", "tcp6: page of fd88::1\n"] {
         assert!(console.contains(line), "no {line:?}: {console}");
     }
     let owner = tool(

@@ -9,7 +9,7 @@
 //! - the addresses that these gave in answer to such a query, for as long as
 //!   they said, and connections that were begun then, longer;
 //! - answers of published ports;
-//! - ARP, neighbour discovery and DHCP, which end in passt.
+//! - ARP, neighbour discovery and DHCP (not DHCPv6), which end in passt.
 //!
 //! Packets must be plain: no fragments, VLANs, IP options or extension headers.
 
@@ -122,7 +122,7 @@ impl Egress {
     }
 
     fn judge(&mut self, packet: &Packet, now: Instant) -> Result<(), Denied> {
-        if is_configuration(packet) {
+        if is_configuration(packet) || self.rules.is_empty() && is_dhcp_6(packet) {
             return Ok(());
         }
         if is_many(packet.destination) {
@@ -368,41 +368,35 @@ fn incoming_flow(packet: &Packet) -> Option<Flow> {
 
 /// It asks for an address, a route or a neighbour: passt itself answers that.
 fn is_configuration(packet: &Packet) -> bool {
-    let link = |address: IpAddr| match address {
-        IpAddr::V4(address) => address.is_broadcast(),
-        IpAddr::V6(address) => {
-            let [first, second, ..] = address.octets();
-            (first, second) == (0xff, 0x02)
-        }
-    };
-    let asks = match (&packet.upper, packet.destination) {
+    match (&packet.upper, packet.destination) {
         (
             Upper::Udp {
                 source,
                 destination,
                 ..
             },
-            IpAddr::V4(_),
-        ) => (*source, *destination) == DHCP,
+            IpAddr::V4(to),
+        ) => (*source, *destination) == DHCP && to.is_broadcast(),
+        (Upper::Icmp(icmp::ROUTER_SOLICITATION), IpAddr::V6(to)) => is_link_multicast(to),
         (
-            Upper::Udp {
-                source,
-                destination,
-                ..
-            },
-            IpAddr::V6(_),
-        ) => (*source, *destination) == DHCP_6,
-        (Upper::Icmp(kind), IpAddr::V6(to)) => {
-            let neighbour = matches!(
-                *kind,
-                icmp::NEIGHBOR_SOLICITATION | icmp::NEIGHBOR_ADVERTISEMENT
-            );
-            return *kind == icmp::ROUTER_SOLICITATION && link(to.into())
-                || neighbour && (link(to.into()) || is_private(to));
-        }
+            Upper::Icmp(icmp::NEIGHBOR_SOLICITATION | icmp::NEIGHBOR_ADVERTISEMENT),
+            IpAddr::V6(to),
+        ) => is_link_multicast(to) || is_private(to),
         _ => false,
-    };
-    asks && link(packet.destination)
+    }
+}
+
+/// The same for DHCPv6. What is none of it passt would pass on, so this is not
+/// for guests that may not talk to whom they like.
+fn is_dhcp_6(packet: &Packet) -> bool {
+    let ports = ports(packet).map(|(_, from, to)| (from, to));
+    let link = |to| matches!(to, IpAddr::V6(to) if is_link_multicast(to));
+    ports == Some(DHCP_6) && link(packet.destination)
+}
+
+/// ff02::/16
+fn is_link_multicast(address: Ipv6Addr) -> bool {
+    address.segments()[0] == 0xff02
 }
 
 /// Of a private network (RFC 4193), as the guest's own is.

@@ -1,12 +1,12 @@
 use std::net::Ipv4Addr;
 
-use etherparse::{PacketBuilder, TcpHeader};
+use etherparse::{IpHeaders, PacketBuilder, PacketBuilderStep, TcpHeader};
 use proptest::prelude::*;
 
 use super::frame::Segment;
 use super::*;
 use crate::config::UserConfig;
-use crate::net::user::{GATEWAY, GUEST_IP};
+use crate::net::user::{GATEWAY, GUEST_IP, UserNet6};
 
 const GUEST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const HOST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
@@ -37,7 +37,7 @@ enum Way {
     In,
 }
 
-fn ends(way: Way, peer: [u8; 4]) -> etherparse::PacketBuilderStep<etherparse::IpHeaders> {
+fn ends(way: Way, peer: [u8; 4]) -> PacketBuilderStep<IpHeaders> {
     match way {
         Way::Out => PacketBuilder::ethernet2(GUEST_MAC, HOST_MAC).ipv4(guest(), peer, 64),
         Way::In => PacketBuilder::ethernet2(HOST_MAC, GUEST_MAC).ipv4(peer, guest(), 64),
@@ -561,6 +561,73 @@ fn what_is_not_plain_does_not_pass() {
         .write_to_vec(&mut frame, &[0; 300])
         .unwrap();
     assert!(egress.passes(&frame, now));
+}
+
+#[test]
+fn ipv6_has_the_same_rules() {
+    let now = Instant::now();
+    let config = UserConfig {
+        dns: vec!["2001:db8::53".parse().unwrap()],
+        ..Default::default()
+    };
+    let mut net = UserNet::of(&config);
+    net.ip6 = Some(UserNet6::new("eth0".into()));
+    net.dns = config.dns;
+    let own: Ipv6Addr = "fd6d:6179:666c::15".parse().unwrap();
+    let frame =
+        |from: Ipv6Addr, to: &str, upper: &dyn Fn(PacketBuilderStep<IpHeaders>) -> Vec<u8>| {
+            let to: Ipv6Addr = to.parse().unwrap();
+            let ethernet = PacketBuilder::ethernet2(GUEST_MAC, HOST_MAC);
+            upper(ethernet.ipv6(from.octets(), to.octets(), 255))
+        };
+    let udp = |ports: (u16, u16)| {
+        move |ip: PacketBuilderStep<IpHeaders>| {
+            let mut frame = Vec::new();
+            ip.udp(ports.0, ports.1)
+                .write_to_vec(&mut frame, b"x")
+                .unwrap();
+            frame
+        }
+    };
+    let icmp = |kind: u8| {
+        move |ip: PacketBuilderStep<IpHeaders>| {
+            let mut frame = Vec::new();
+            let message = ip.icmpv6_raw(kind, 0, [0; 4]);
+            message.write_to_vec(&mut frame, &[0; 16]).unwrap();
+            frame
+        }
+    };
+    let rules: Vec<Rule> = vec!["[2001:db8::/64]:9".parse().unwrap()];
+    let mut strict = Egress::new(net.clone(), rules, &[]);
+    let mut open = Egress::new(net, Vec::new(), &[]);
+    let link: Ipv6Addr = "fe80::1".parse().unwrap();
+    for (frame, by_strict, by_open) in [
+        (frame(own, "2001:db8::1", &udp((1, 9))), true, true),
+        (frame(own, "2001:db8::1", &udp((1, 8))), false, true),
+        (frame(own, "2001:db8:0:1::1", &udp((1, 9))), false, true),
+        (frame(link, "2001:db8::1", &udp((1, 9))), false, true),
+        (frame(own, "2001:db8::1", &icmp(128)), false, true),
+        (frame(link, "ff02::1:ff00:2", &icmp(135)), true, true),
+        (frame(link, "fd6d:6179:666c::2", &icmp(136)), true, true),
+        (frame(link, "2001:db8::1", &icmp(135)), false, true),
+        (frame(link, "ff02::2", &icmp(133)), true, true),
+        (frame(link, "ff02::1:2", &udp((546, 547))), false, true),
+        (frame(link, "ff02::fb", &udp((5353, 5353))), false, false),
+    ] {
+        assert_eq!(strict.passes(&frame, now), by_strict, "{frame:x?}");
+        assert_eq!(open.passes(&frame, now), by_open, "{frame:x?}");
+    }
+    // An extension header, even with what is allowed behind it.
+    let mut hidden = frame(own, "2001:db8::1", &udp((1, 9)));
+    hidden[20] = 0;
+    hidden.splice(54..54, [17, 0, 1, 4, 0, 0, 0, 0]);
+    hidden[19] += 8;
+    assert_eq!(strict.outgoing(&hidden, now), Verdict::Drop);
+    let verdict = strict.outgoing(&frame(own, "2001:db8::1", &udp((1, 8))), now);
+    let Verdict::Answer(error) = verdict else {
+        panic!("{verdict:?}")
+    };
+    assert_eq!(error[54..56], [1, 1]);
 }
 
 #[test]
