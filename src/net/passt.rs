@@ -81,7 +81,7 @@ pub fn start(config: &UserConfig) -> Result<Starting, Failure> {
     })?;
     Ok(Starting {
         flag,
-        filter: Egress::new(net, config.allow.clone(), &config.publish),
+        filter: Egress::new(net, config),
         socket,
         stderr: child.stderr.take(),
         child,
@@ -98,7 +98,9 @@ fn inherit(fd: RawFd) -> io::Result<()> {
 }
 
 /// All that it would else take from the host is given, so that it starts
-/// without a route or a resolver, too, and is the same everywhere.
+/// without a route or a resolver, too, and is the same everywhere. The gateway
+/// stays mapped to the host's loopback, as bookworm's passt sends what answers a
+/// client from there by that; who may use it the filter says.
 fn arguments(net: &UserNet, config: &UserConfig, fd: RawFd) -> Vec<String> {
     let mac = MAC.map(|byte| format!("{byte:02x}")).join(":");
     let mut all = vec![
@@ -117,9 +119,6 @@ fn arguments(net: &UserNet, config: &UserConfig, fd: RawFd) -> Vec<String> {
             format!("--gateway={}", ip6.gateway),
         ]),
         None => all.extend(["--ipv4-only".to_owned(), "--interface=lo".to_owned()]),
-    }
-    if !config.host_loopback {
-        all.push("--no-map-gw".to_owned());
     }
     for resolver in &net.resolvers {
         all.push(format!("--dns={resolver}"));

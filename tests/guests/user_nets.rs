@@ -418,6 +418,7 @@ fn an_ordinary_user_and_ipv6() {
     let runtime = guest.path("runtime");
     std::fs::create_dir(&runtime).unwrap();
     tool("chown", &["65534:65534", runtime.to_str().unwrap()]);
+    tool("chmod", &["700", runtime.to_str().unwrap()]);
     let node = node.display();
     let prepare = format!(
         "set -e; mknod -m 666 {node} c 10 232; mount --bind {node} /dev/kvm

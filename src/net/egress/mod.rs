@@ -2,8 +2,8 @@
 //! anything of the host does, and is out of the guest's reach.
 //!
 //! passt opens sockets on behalf of the guest wherever its packets are for, the
-//! host's loopback included. So there is a filter always. With `--allow`, it
-//! denies all but:
+//! host's loopback included, which is also behind the gateway's address. So there
+//! is a filter always. With `--allow`, it denies all but:
 //! - what a rule names by address;
 //! - queries to the resolvers for names that a rule names, by UDP;
 //! - the addresses that these gave in answer to such a query, for as long as
@@ -31,8 +31,9 @@ use self::dns::Question;
 use self::frame::{Frame, Packet, Upper, icmp};
 use self::rule::Rule;
 use self::table::Table;
-use super::publish::{Protocol, Publish};
+use super::publish::Protocol;
 use super::user::UserNet;
+use crate::config::UserConfig;
 
 const DNS: u16 = 53;
 const DHCP: (u16, u16) = (68, 67);
@@ -91,6 +92,8 @@ pub struct Egress {
     /// Without any, all but the host's own addresses is allowed.
     rules: Vec<Rule>,
     published: Vec<(Protocol, u16)>,
+    /// The gateway's address is the host's loopback.
+    host_loopback: bool,
     flows: Table<Flow>,
     /// Addresses of names, with the port that their rule has.
     opened: Table<(IpAddr, Option<u16>)>,
@@ -103,15 +106,14 @@ pub struct Egress {
 
 impl Egress {
     /// A filter for a guest of a network.
-    pub fn new(net: UserNet, rules: Vec<Rule>, published: &[Publish]) -> Self {
-        let published = published
-            .iter()
-            .map(|publish| (publish.protocol, publish.guest))
-            .collect();
+    pub fn new(net: UserNet, config: &UserConfig) -> Self {
+        let published = config.publish.iter();
+        let published = published.map(|publish| (publish.protocol, publish.guest));
         Egress {
             net,
-            rules,
-            published,
+            rules: config.allow.clone(),
+            published: published.collect(),
+            host_loopback: config.host_loopback,
             flows: Table::new(FLOWS_MAX),
             opened: Table::new(OPENED_MAX),
             asked: VecDeque::new(),
@@ -131,11 +133,12 @@ impl Egress {
         if !is_foreign(packet.destination) {
             return Err(Denied::Refused);
         }
-        if self.rules.is_empty() {
-            return Ok(());
-        }
-        if !self.net.is_guest(packet.source) {
+        if !self.rules.is_empty() && !self.net.is_guest(packet.source) {
             return Err(Denied::Silently);
+        }
+        let loopback = self.net.is_gateway(packet.destination) && !self.host_loopback;
+        if self.rules.is_empty() && !loopback {
+            return Ok(());
         }
         let port = match &packet.upper {
             Upper::Tcp(segment) => Some(segment.destination),
@@ -144,9 +147,23 @@ impl Egress {
             Upper::Icmp(_) => return Err(Denied::Silently),
         };
         if port == Some(DNS) && self.net.dns.contains(&packet.destination) {
-            return self.judge_query(packet, now);
+            return self.judge_query(packet, loopback, now);
+        }
+        if loopback {
+            return self.go_on(packet, now).ok_or(Denied::Refused);
         }
         self.judge_address(packet, port, now)
+    }
+
+    /// A conversation that was begun before goes on.
+    fn go_on(&mut self, packet: &Packet, now: Instant) -> Option<()> {
+        let begins = matches!(packet.upper, Upper::Tcp(segment) if segment.opens());
+        let flow = outgoing_flow(packet)?;
+        if begins || !self.flows.has(&flow, now) {
+            return None;
+        }
+        self.flows.keep(flow, now, flow.protocol.idle());
+        Some(())
     }
 
     fn judge_address(
@@ -159,29 +176,31 @@ impl Egress {
         if self.rules.iter().any(|rule| rule.permits(peer, port)) {
             return Ok(());
         }
-        let flow = outgoing_flow(packet);
-        let begins = matches!(packet.upper, Upper::Tcp(segment) if segment.opens());
-        let known = flow.filter(|flow| !begins && self.flows.has(flow, now));
         let opened = self.opened.has(&(peer, None), now)
             || port.is_some() && self.opened.has(&(peer, port), now);
-        if known.is_none() && !opened {
-            return Err(Denied::Refused);
+        if !opened {
+            return self.go_on(packet, now).ok_or(Denied::Refused);
         }
-        if let Some(flow) = flow {
+        if let Some(flow) = outgoing_flow(packet) {
             self.flows.keep(flow, now, flow.protocol.idle());
         }
         Ok(())
     }
 
     /// A packet to a resolver's port: a query by UDP for a name that a rule
-    /// names, or to where a rule says so with the port.
-    fn judge_query(&mut self, packet: &Packet, now: Instant) -> Result<(), Denied> {
+    /// names, or to where a rule says so with the port. Those for the host's
+    /// loopback are for its resolver, which only takes UDP from here.
+    fn judge_query(&mut self, packet: &Packet, loopback: bool, now: Instant) -> Result<(), Denied> {
         let resolver = packet.destination;
         let explicit = |rule: &Rule| rule.port == Some(DNS) && rule.permits(resolver, Some(DNS));
         let explicit = self.rules.iter().any(explicit);
         let Upper::Udp { source, data, .. } = packet.upper else {
-            return explicit.then_some(()).ok_or(Denied::Refused);
+            let passes = explicit && !loopback;
+            return passes.then_some(()).ok_or(Denied::Refused);
         };
+        if self.rules.is_empty() {
+            return Ok(());
+        }
         let Some((question, end)) = dns::query(data) else {
             return explicit.then_some(()).ok_or(Denied::Silently);
         };
@@ -281,7 +300,7 @@ impl FrameFilter for Egress {
     }
 
     fn incoming(&mut self, frame: &[u8], now: Instant) -> bool {
-        if self.rules.is_empty() {
+        if self.rules.is_empty() && self.published.is_empty() {
             return true;
         }
         let Some(Frame::Ip(packet)) = Frame::parse(frame) else {
@@ -292,6 +311,7 @@ impl FrameFilter for Egress {
             destination,
             data,
         } = packet.upper
+            && !self.rules.is_empty()
             && self.net.dns.contains(&packet.source)
         {
             // What a resolver that is allowed by itself says opens nothing.

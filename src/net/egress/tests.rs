@@ -15,15 +15,18 @@ const WEB: [u8; 4] = [93, 184, 216, 34];
 
 /// A filter with rules and published ports.
 fn filter(rules: &[&str]) -> Egress {
-    let config = UserConfig {
-        dns: vec![RESOLVER.into()],
-        ..Default::default()
-    };
-    let published: Vec<Publish> = ["8080:80", "5353:53/udp"]
+    filter_of(rules, UserConfig::default())
+}
+
+fn filter_of(rules: &[&str], mut config: UserConfig) -> Egress {
+    if config.dns.is_empty() {
+        config.dns.push(RESOLVER.into());
+    }
+    config.publish = ["8080:80", "5353:53/udp"]
         .map(|text| text.parse().unwrap())
         .into();
-    let rules = rules.iter().map(|rule| rule.parse().unwrap()).collect();
-    Egress::new(UserNet::of(&config), rules, &published)
+    config.allow = rules.iter().map(|rule| rule.parse().unwrap()).collect();
+    Egress::new(UserNet::of(&config), &config)
 }
 
 fn guest() -> [u8; 4] {
@@ -178,6 +181,44 @@ fn without_rules_all_but_the_hosts_own_addresses_passes() {
             ("malformed_packets", 0)
         ]
     );
+}
+
+/// Behind the gateway is the host's loopback: its resolver, and clients of
+/// published ports.
+#[test]
+fn the_gateway_is_for_answers_and_queries() {
+    let now = Instant::now();
+    let gateway = |port| (GATEWAY.octets(), port);
+    let config = UserConfig {
+        dns: vec!["127.0.0.53".parse().unwrap()],
+        ..Default::default()
+    };
+    let rules: [&[&str]; 2] = [&[], &["0.0.0.0/0", "10.0.2.2:53", "any.name"]];
+    for rules in rules {
+        let mut egress = filter_of(rules, config.clone());
+        for frame in [
+            tcp(Way::Out, 80, gateway(8000), "S"),
+            tcp(Way::Out, 80, gateway(8000), "A"),
+            tcp(Way::Out, 1, gateway(53), "S"),
+            udp(Way::Out, 53, gateway(5000), b"x"),
+            ping(GATEWAY.octets()),
+        ] {
+            assert!(!egress.passes(&frame, now), "{rules:?} {frame:x?}");
+        }
+        assert!(egress.passes(&udp(Way::Out, 1, gateway(53), &query(1, "any.name")), now));
+        let answer = answer(1, "any.name", &[("", 1, &WEB)]);
+        assert!(egress.incoming(&udp(Way::In, 1, gateway(53), &answer), now));
+        egress.incoming(&tcp(Way::In, 80, gateway(8000), "S"), now);
+        egress.incoming(&udp(Way::In, 53, gateway(5000), b"x"), now);
+        assert!(egress.passes(&tcp(Way::Out, 80, gateway(8000), "SA"), now));
+        assert!(egress.passes(&udp(Way::Out, 53, gateway(5000), b"x"), now));
+        assert!(!egress.passes(&tcp(Way::Out, 80, gateway(8000), "S"), now));
+        assert!(!egress.passes(&udp(Way::Out, 53, gateway(5001), b"x"), now));
+        let mut config = config.clone();
+        config.host_loopback = true;
+        let mut egress = filter_of(rules, config);
+        assert!(egress.passes(&tcp(Way::Out, 1, gateway(8000), "S"), now));
+    }
 }
 
 #[test]
@@ -566,13 +607,13 @@ fn what_is_not_plain_does_not_pass() {
 #[test]
 fn ipv6_has_the_same_rules() {
     let now = Instant::now();
-    let config = UserConfig {
+    let mut config = UserConfig {
         dns: vec!["2001:db8::53".parse().unwrap()],
         ..Default::default()
     };
     let mut net = UserNet::of(&config);
     net.ip6 = Some(UserNet6::new("eth0".into()));
-    net.dns = config.dns;
+    net.dns = config.dns.clone();
     let own: Ipv6Addr = "fd6d:6179:666c::15".parse().unwrap();
     let frame =
         |from: Ipv6Addr, to: &str, upper: &dyn Fn(PacketBuilderStep<IpHeaders>) -> Vec<u8>| {
@@ -597,9 +638,9 @@ fn ipv6_has_the_same_rules() {
             frame
         }
     };
-    let rules: Vec<Rule> = vec!["[2001:db8::/64]:9".parse().unwrap()];
-    let mut strict = Egress::new(net.clone(), rules, &[]);
-    let mut open = Egress::new(net, Vec::new(), &[]);
+    let mut open = Egress::new(net.clone(), &config);
+    config.allow = vec!["[2001:db8::/64]:9".parse().unwrap()];
+    let mut strict = Egress::new(net, &config);
     let link: Ipv6Addr = "fe80::1".parse().unwrap();
     for (frame, by_strict, by_open) in [
         (frame(own, "2001:db8::1", &udp((1, 9))), true, true),
