@@ -223,6 +223,7 @@ const EVERYTHING: &str = "
     echo address: $(ip -4 addr show dev eth0 | grep -o 'inet [0-9./]*') $(cat /sys/class/net/eth0/mtu)
     echo resolver: $(cat /etc/resolv.conf)
     echo tcp: $(page 10.77.0.1 8000)
+    echo sum: $(nc 10.77.0.1 8000 </dev/null | md5sum)
     echo name: $(ask web.example)
     echo udp: $(ask udp.example 10.77.0.1:5005)
     ping -c 1 -W 30 10.77.0.1 >/dev/null && echo ping: ok
