@@ -46,8 +46,26 @@ pub struct Starting {
     flag: String,
     filter: Egress,
     socket: UnixStream,
-    child: Child,
+    child: Unwatched,
     stderr: Option<ChildStderr>,
+}
+
+/// A child that nobody waits for: it ends with this.
+struct Unwatched(Option<Child>);
+
+impl Unwatched {
+    fn end(&mut self) {
+        if let Some(mut child) = self.0.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Drop for Unwatched {
+    fn drop(&mut self) {
+        self.end();
+    }
 }
 
 /// A passt that runs, and ends with this.
@@ -84,7 +102,7 @@ pub fn start(config: &UserConfig) -> Result<Starting, Failure> {
         filter: Egress::new(net, config),
         socket,
         stderr: child.stderr.take(),
-        child,
+        child: Unwatched(Some(child)),
     })
 }
 
@@ -163,15 +181,16 @@ impl Starting {
         let socket = self.socket.try_clone().or_host(&what)?;
         let (end, ended) = mpsc::channel::<()>();
         let stderr = self.stderr.take();
-        let watch = move |mut child: Child| {
+        let watch = move |mut child: Unwatched| {
             let _end = end;
             if let Some(stderr) = stderr {
                 listen(stderr);
             }
             // Its socket tells the guest.
-            match child.wait() {
-                Ok(status) => log::info!("{PROGRAM}: ended: {status}"),
-                Err(error) => log::warn!("{PROGRAM}: {error}"),
+            match child.0.take().map(|mut child| child.wait()) {
+                Some(Ok(status)) => log::info!("{PROGRAM}: ended: {status}"),
+                Some(Err(error)) => log::warn!("{PROGRAM}: {error}"),
+                None => {}
             }
         };
         let Starting {
@@ -214,7 +233,7 @@ impl Starting {
 
     /// Why it did not start.
     fn complaint(&mut self) -> String {
-        let _ = self.child.kill();
+        self.child.end();
         let mut text = String::new();
         if let Some(stderr) = self.stderr.take() {
             let _ = stderr.take(COMPLAINT_MAX).read_to_string(&mut text);
@@ -283,4 +302,41 @@ fn arp_request() -> Vec<u8> {
             .write_to_vec(&mut frame);
     }
     frame
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_left_to_the_host() {
+        let arguments = |dns: &str, publish: &[&str]| {
+            let config = UserConfig {
+                dns: vec![dns.parse().unwrap()],
+                publish: publish.iter().map(|text| text.parse().unwrap()).collect(),
+                ..Default::default()
+            };
+            let mut net = UserNet::of(&config);
+            net.ip6 = None;
+            arguments(&net, &config, 7).join(" ")
+        };
+        assert_eq!(
+            arguments("9.9.9.9", &[]),
+            "--foreground --quiet --fd=7 --mac-addr=02:6d:61:79:66:6c --address=10.0.2.15 \
+             --netmask=24 --gateway=10.0.2.2 --ipv4-only --interface=lo --dns=9.9.9.9 \
+             --tcp-ports=none --udp-ports=none"
+        );
+        let given = arguments("127.0.0.53", &["80:8080", "0.0.0.0:81:81", "53:5353/udp"]);
+        let end = "--dns=127.0.0.53 --dns-forward=10.0.2.2 --tcp-ports=127.0.0.1/80:8080 \
+                   --tcp-ports=0.0.0.0/81:81 --udp-ports=127.0.0.1/53:5353";
+        assert!(given.ends_with(end), "{given}");
+    }
+
+    #[test]
+    fn it_is_greeted_in_the_guest_s_name() {
+        let request = arp_request();
+        assert_eq!(request.len(), 42);
+        assert_eq!(request[28..32], [10, 0, 2, 15]);
+        assert_eq!(request[38..42], [10, 0, 2, 2]);
+    }
 }
