@@ -250,7 +250,7 @@ fn words<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::E
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::DiskConfig;
+    use crate::config::{DiskConfig, NetConfig};
 
     #[test]
     fn toml_says_what_flags_say() {
@@ -273,11 +273,12 @@ mod tests {
         assert_eq!(file.memory.as_deref(), Some("2G,shared"));
         assert_eq!(file.boot_protocol, Some(BootProtocol::Pvh));
         let disk: DiskConfig = file.disk[0].parse().unwrap();
+        assert!(file.net[1].parse::<NetConfig>().is_ok());
         assert_eq!(disk.path, Path::new("a,b.img"));
         assert!(disk.read_only && disk.id.as_deref() == Some("root"));
         assert_eq!(
             file.net,
-            ["tap=t0", "user,allow=10.0.0.0/8:443,allow=a.example"]
+            ["tap=t0", "allow=10.0.0.0/8:443,allow=a.example,user"]
         );
 
         let flags = RawConfig {
