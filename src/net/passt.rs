@@ -24,6 +24,7 @@ use crate::failure::{Failure, OrFail};
 const PROGRAM: &str = "passt";
 /// Who passt is to the guest.
 const MAC: [u8; 6] = [0x02, 0x6d, 0x61, 0x79, 0x66, 0x6c];
+const MTU: u16 = 1500;
 /// It starts in this time, or not at all.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// When it is told to end, this is plenty.
@@ -125,6 +126,8 @@ fn arguments(net: &UserNet, config: &UserConfig, fd: RawFd) -> Vec<String> {
         "--foreground".to_owned(),
         "--quiet".to_owned(),
         format!("--fd={fd}"),
+        // With larger packets, bookworm's often waits for seconds.
+        format!("--mtu={MTU}"),
         format!("--mac-addr={mac}"),
         format!("--address={}", net.guest_ip),
         format!("--netmask={}", net.prefix),
@@ -322,7 +325,7 @@ mod tests {
         };
         assert_eq!(
             arguments("9.9.9.9", &[]),
-            "--foreground --quiet --fd=7 --mac-addr=02:6d:61:79:66:6c --address=10.0.2.15 \
+            "--foreground --quiet --fd=7 --mtu=1500 --mac-addr=02:6d:61:79:66:6c --address=10.0.2.15 \
              --netmask=24 --gateway=10.0.2.2 --ipv4-only --interface=lo --dns=9.9.9.9 \
              --tcp-ports=none --udp-ports=none"
         );

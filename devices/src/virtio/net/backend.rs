@@ -42,8 +42,6 @@ const TAP_FEATURES: [u32; 8] = [
     spec::VIRTIO_NET_F_GUEST_TSO6,
     spec::VIRTIO_NET_F_GUEST_ECN,
 ];
-/// Whoever cannot segment for the guest had better take large packets.
-const STREAM_FEATURES: [u32; 1] = [spec::VIRTIO_NET_F_MTU];
 
 impl Backend {
     /// A descriptor of a TAP that does not block, and has packet headers of
@@ -63,7 +61,7 @@ impl Backend {
     pub(super) fn features(&self) -> &'static [u32] {
         match &self.0 {
             Kind::Tap(_) => &TAP_FEATURES,
-            Kind::Stream(_) => &STREAM_FEATURES,
+            Kind::Stream(_) => &[],
         }
     }
 

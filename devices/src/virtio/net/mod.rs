@@ -43,9 +43,6 @@ const PACKET_MAX: usize = HEADER + 14 + 65_535;
 const STATUS_LINK_UP: u16 = 1;
 /// Where the status is in the configuration space.
 const STATUS: std::ops::Range<usize> = 6..8;
-/// The largest packet, without its Ethernet header, of a network without
-/// offloads: as large as IPv4 packets get, in whole words.
-pub const MTU: u16 = 65_520;
 
 // Sources; those below are of the pairs' packets.
 const RECEIVE_BUDGET: Token = 1 << 16;
@@ -129,10 +126,9 @@ impl Net {
         config.extend(STATUS_LINK_UP.to_le_bytes());
         let mut queue_sizes = vec![QUEUE_SIZE; 2 * count];
         if count > 1 {
+            config.extend((count as u16).to_le_bytes()); // max_virtqueue_pairs
             queue_sizes.push(CONTROL_SIZE);
         }
-        config.extend((count as u16).to_le_bytes()); // max_virtqueue_pairs
-        config.extend(MTU.to_le_bytes());
         Ok(Net {
             pairs: ends.into_iter().map(Pair::new).collect(),
             used_pairs: 1,
