@@ -260,8 +260,8 @@ fn a_guest_reaches_the_host_and_is_reached_by_it() {
         &sum,
         "ping: ok\n",
         // It is none of the guest's business.
-        "loopback: \n",
-        "disguised: \n",
+        "loopback:\n",
+        "disguised:\n",
     ] {
         assert!(console.contains(line), "no {line:?}: {console}");
     }
