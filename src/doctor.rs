@@ -91,6 +91,7 @@ pub fn examine() -> Vec<Check> {
     checks.extend([
         io_uring(),
         tap(),
+        user_network(),
         user_namespaces(),
         cgroups(),
         memory(),
@@ -165,6 +166,21 @@ fn tap() -> Check {
             Verdict::Missing,
             format!("{path}: {error}"),
             "networks need it: modprobe tun, and chmod 666 /dev/net/tun (as most systems have it)",
+        ),
+    }
+}
+
+fn user_network() -> Check {
+    const NAME: &str = "user network";
+    let paths = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&paths).map(|folder| folder.join("passt"));
+    match found.into_iter().find(|path| path.is_file()) {
+        Some(path) => ok(NAME, format!("{}", path.display())),
+        None => bad(
+            NAME,
+            Verdict::Missing,
+            "passt is not installed",
+            "--net user needs it: apt install passt",
         ),
     }
 }

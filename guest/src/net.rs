@@ -5,7 +5,7 @@ use std::process::Command;
 
 use crate::system;
 
-/// `ip=ADDRESS::GATEWAY:NETMASK:HOSTNAME:DEVICE:off`
+/// `ip=ADDRESS::GATEWAY:NETMASK:HOSTNAME:DEVICE:off:RESOLVER:RESOLVER`
 #[derive(Debug, PartialEq, Eq)]
 pub struct Config {
     address: String,
@@ -13,6 +13,7 @@ pub struct Config {
     prefix: u32,
     hostname: Option<String>,
     device: String,
+    resolvers: Vec<String>,
 }
 
 /// Finds the configuration on a kernel command line.
@@ -54,6 +55,7 @@ pub fn from_cmdline(cmdline: &str) -> Result<Option<Config>, String> {
         prefix,
         hostname: field(4),
         device: field(5).unwrap_or_else(|| "eth0".to_owned()),
+        resolvers: [field(7), field(8)].into_iter().flatten().collect(),
     }))
 }
 
@@ -73,6 +75,15 @@ pub fn configure(config: &Config) -> Result<(), String> {
     if let Some(name) = &config.hostname {
         let path = "/proc/sys/kernel/hostname";
         std::fs::write(path, name).map_err(|error| format!("{path}: {error}"))?;
+    }
+    if !config.resolvers.is_empty() {
+        let path = "/etc/resolv.conf";
+        let lines = config.resolvers.iter();
+        let lines: String = lines
+            .map(|address| format!("nameserver {address}\n"))
+            .collect();
+        let written = std::fs::create_dir_all("/etc").and_then(|()| std::fs::write(path, lines));
+        written.map_err(|error| format!("{path}: {error}"))?;
     }
     Ok(())
 }
@@ -110,8 +121,14 @@ mod tests {
                 prefix: 24,
                 hostname: None,
                 device: "eth1".into(),
+                resolvers: Vec::new(),
             }
         );
+        let config =
+            from_cmdline("ip=10.0.2.15::10.0.2.2:255.255.255.0::eth0:off:1.1.1.1:8.8.8.8:x")
+                .unwrap()
+                .unwrap();
+        assert_eq!(config.resolvers, ["1.1.1.1", "8.8.8.8"]);
         assert_eq!(from_cmdline("quiet -- ip=1.2.3.4"), Ok(None));
         assert_eq!(from_cmdline("ip=off"), Ok(None));
         assert!(from_cmdline("ip=dhcp").unwrap_err().contains("ip=dhcp"));

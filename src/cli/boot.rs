@@ -15,6 +15,7 @@ Examples:
   mayfly boot
   mayfly boot --cpus 2 --memory 2G --disk path=root.img --cmdline root=/dev/vda
   mayfly boot --net tap=tap0 --console unix=/tmp/console --name web
+  mayfly boot --net user,publish=8080:80,allow=*.debian.org
   mayfly boot --config vm.toml --memory 4G";
 
 /// Flags of the machine, and of this run.

@@ -42,6 +42,21 @@ impl Keys {
         }
     }
 
+    /// Takes each `key=value`, of which there may be several.
+    pub fn values(&mut self, key: &str) -> Result<Vec<String>, String> {
+        let (own, others) = std::mem::take(&mut self.entries)
+            .into_iter()
+            .partition(|(name, _)| name == key);
+        self.entries = others;
+        let own: Vec<(String, Option<String>)> = own;
+        own.into_iter()
+            .map(|(_, value)| match value {
+                Some(value) if !value.is_empty() => Ok(value),
+                _ => Err(format!("{key} has no value; write {}", self.syntax)),
+            })
+            .collect()
+    }
+
     /// Takes `key=value`, which must be there.
     pub fn required(&mut self, key: &str) -> Result<String, String> {
         self.value(key)?

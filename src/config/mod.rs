@@ -28,7 +28,7 @@ pub use self::guest::{cache_folder, default_guest};
 pub use self::keys::Keys;
 pub use self::limits::take_limits;
 pub use self::memory::{HugePages, MEMORY_MIN, MemoryConfig};
-pub use self::net::NetConfig;
+pub use self::net::{NetConfig, Network, UserConfig};
 pub use self::queues::Queues;
 pub use self::raw::{BootProtocol, RawConfig};
 pub use self::size::parse_size;
@@ -39,6 +39,7 @@ use self::guest::GuestFiles;
 use crate::control::{NAME_MAX, valid_name};
 use crate::failure::{Failure, OrFail};
 use crate::logging::LogConfig;
+use crate::net::user::UserNet;
 
 /// The most vCPUs of a VM.
 pub const CPUS_MAX: u8 = 32;
@@ -134,7 +135,7 @@ impl RawConfig {
             check_queues(disk.queues, cpus, "--disk", text)?;
         }
         for (text, net) in self.net.iter().zip(&nets) {
-            check_queues(net.queues, cpus, "--net", text)?;
+            check_queues(net.queues(), cpus, "--net", text)?;
         }
         let vsock: Option<VsockConfig> = parse_one(self.vsock.as_deref(), "--vsock")?;
         let console: ConsoleConfig =
@@ -154,11 +155,13 @@ impl RawConfig {
             )));
         }
         for (index, net) in nets.iter().enumerate() {
-            if nets[..index].iter().any(|other| other.tap == net.tap) {
-                return Err(Failure::config(format!(
-                    "--net tap={}: given twice; a TAP device serves one guest device",
-                    net.tap
-                )));
+            if nets[..index].iter().any(|other| other.flag() == net.flag()) {
+                let reason = match net.user() {
+                    None => "a TAP device serves one guest device",
+                    Some(_) => "both would have the same addresses",
+                };
+                let flag = net.flag();
+                return Err(Failure::config(format!("{flag}: given twice; {reason}")));
             }
         }
         for (index, disk) in disks.iter().enumerate() {
@@ -180,6 +183,12 @@ impl RawConfig {
                 _ => parts.push(CMDLINE_SERIAL),
             }
         }
+        let own = self.cmdline.as_deref().unwrap_or_default();
+        let addresses = match self.no_default_cmdline {
+            true => None,
+            false => addresses(&nets, own),
+        };
+        parts.extend(addresses.as_deref());
         parts.extend(self.cmdline.as_deref());
         let cmdline = parts.join(" ");
         cmdline::validate(&cmdline).or_config("--cmdline")?;
@@ -246,6 +255,20 @@ fn channels(texts: &[String]) -> Result<Vec<ChannelConfig>, Failure> {
     Ok(channels)
 }
 
+/// What the guest's network of sockets needs of the kernel's command line, if
+/// that says nothing of addresses.
+fn addresses(nets: &[NetConfig], cmdline: &str) -> Option<String> {
+    let mut words = cmdline.split_whitespace().take_while(|&word| word != "--");
+    if words.any(|word| word.starts_with("ip=")) {
+        return None;
+    }
+    let (index, user) = nets
+        .iter()
+        .enumerate()
+        .find_map(|(index, net)| Some((index, net.user()?)))?;
+    Some(UserNet::of(user).cmdline(&format!("eth{index}")))
+}
+
 fn check_queues(queues: Queues, cpus: u8, flag: &str, text: &str) -> Result<(), Failure> {
     let checked = queues.check(cpus);
     checked.map_err(|error| Failure::config(format!("{flag} {text}: {error}")))
@@ -310,7 +333,7 @@ mod tests {
         assert!(refusal(config("3").validate()).contains("queues=3 are more than"));
         for queues in ["2", "cpus"] {
             let config = config(queues).validate().unwrap();
-            assert_eq!(config.nets[0].queues.number(config.cpus), 2);
+            assert_eq!(config.nets[0].queues().number(config.cpus), 2);
         }
     }
 
@@ -322,6 +345,28 @@ mod tests {
             ..Default::default()
         };
         assert!(refusal(config.validate()).contains("twice"));
+    }
+
+    #[test]
+    fn a_network_of_sockets_gives_its_addresses() {
+        let config = |nets: &[&str], cmdline: &str, no_default_cmdline| {
+            let config = RawConfig {
+                kernel: Some("k".into()),
+                net: nets.iter().map(|&net| net.to_owned()).collect(),
+                cmdline: Some(cmdline.into()),
+                no_default_cmdline,
+                ..Default::default()
+            };
+            config.validate().map(|config| config.cmdline)
+        };
+        let own = "ip=10.0.2.15::10.0.2.2:255.255.255.0::eth1:off:9.9.9.9";
+        let nets = ["tap=a", "user,dns=9.9.9.9"];
+        let given = config(&nets, "-- ip=x", false).unwrap();
+        assert!(given.ends_with(&format!("{own} -- ip=x")), "{given}");
+        assert!(!config(&nets, "ip=off", false).unwrap().contains(own));
+        assert_eq!(config(&nets, "quiet", true).unwrap(), "quiet");
+        assert!(!config(&nets[..1], "", false).unwrap().contains("ip="));
+        assert!(refusal(config(&["user", "user"], "", false)).contains("same addresses"));
     }
 
     #[test]

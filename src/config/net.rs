@@ -1,5 +1,7 @@
 //! `--net`
 
+use std::fmt;
+use std::net::IpAddr;
 use std::str::FromStr;
 
 use mayfly_devices::rate_limiter::Limits;
@@ -7,23 +9,93 @@ use mayfly_devices::rate_limiter::Limits;
 use super::keys::Keys;
 use super::limits::take_limits;
 use super::queues::Queues;
+use crate::net::egress::rule::Rule;
+use crate::net::publish::Publish;
 
 /// A network device's name is shorter than this (Linux' `IFNAMSIZ`).
 const TAP_NAME_MAX: usize = 16;
-const SYNTAX: &str = "tap=NAME[,mac=XX:XX:XX:XX:XX:XX]\
-                      [,bw=10M][,bw-burst=50M][,pps=5000][,pps-burst=1000][,queues=N|cpus]";
+const SYNTAX: &str = "tap=NAME[,queues=N|cpus] or \
+                      user[,publish=[IP:]HOST:GUEST[/udp]]…[,allow=CIDR|DOMAIN[:PORT]]…[,dns=IP]…[,host-loopback], \
+                      and [,mac=XX:XX:XX:XX:XX:XX][,bw=10M][,bw-burst=50M][,pps=5000][,pps-burst=1000]";
 
 /// A network device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetConfig {
-    /// The TAP device.
-    pub tap: String,
-    /// The guest's MAC address; else derived from the TAP's name.
+    /// What it leads to.
+    pub network: Network,
+    /// The guest's MAC address; else derived from the network's name.
     pub mac: Option<[u8; 6]>,
     /// How much the guest may send, and as much again receive.
     pub limits: Limits,
-    /// How many pairs of queues it has.
-    pub queues: Queues,
+}
+
+/// What a network device leads to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Network {
+    /// A TAP device of the host.
+    Tap {
+        /// Its name.
+        name: String,
+        /// How many pairs of queues the guest has.
+        queues: Queues,
+    },
+    /// Sockets of the user's, by passt.
+    User(UserConfig),
+}
+
+/// A network of sockets.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct UserConfig {
+    /// The guest's ports that the host has.
+    pub publish: Vec<Publish>,
+    /// What alone the guest may reach, if there is any.
+    pub allow: Vec<Rule>,
+    /// The guest's resolvers; else the host's.
+    pub dns: Vec<IpAddr>,
+    /// The gateway's address is the host's loopback.
+    pub host_loopback: bool,
+}
+
+impl From<UserConfig> for NetConfig {
+    fn from(user: UserConfig) -> Self {
+        NetConfig {
+            network: Network::User(user),
+            mac: None,
+            limits: Limits::default(),
+        }
+    }
+}
+
+impl NetConfig {
+    /// How many pairs of queues the guest has.
+    pub fn queues(&self) -> Queues {
+        match &self.network {
+            Network::Tap { queues, .. } => *queues,
+            Network::User(_) => Queues::default(),
+        }
+    }
+
+    /// Its network, if that is made of sockets.
+    pub fn user(&self) -> Option<&UserConfig> {
+        match &self.network {
+            Network::Tap { .. } => None,
+            Network::User(user) => Some(user),
+        }
+    }
+
+    /// The flag, for messages.
+    pub fn flag(&self) -> String {
+        format!("--net {}", self.network)
+    }
+}
+
+impl fmt::Display for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Network::Tap { name, .. } => write!(f, "tap={name}"),
+            Network::User(_) => f.write_str("user"),
+        }
+    }
 }
 
 impl FromStr for NetConfig {
@@ -31,18 +103,52 @@ impl FromStr for NetConfig {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let mut keys = Keys::parse(text, SYNTAX);
+        let network = match keys.flag("user")? {
+            true => Network::User(take_user(&mut keys)?),
+            false => take_tap(&mut keys)?,
+        };
         let net = NetConfig {
-            tap: keys.required("tap")?,
+            network,
             mac: keys.value("mac")?.as_deref().map(parse_mac).transpose()?,
             limits: take_limits(&mut keys, "pps")?,
-            queues: Queues::take(&mut keys)?,
         };
         keys.finish()?;
-        if net.tap.len() >= TAP_NAME_MAX || net.tap.contains(['/', '%', ' ', '\0']) {
-            return Err("tap must be a device's name, of 1 to 15 characters".into());
-        }
         Ok(net)
     }
+}
+
+fn take_tap(keys: &mut Keys) -> Result<Network, String> {
+    let name = keys.required("tap")?;
+    if name.len() >= TAP_NAME_MAX || name.contains(['/', '%', ' ', '\0']) {
+        return Err("tap must be a device's name, of 1 to 15 characters".into());
+    }
+    let queues = Queues::take(keys)?;
+    Ok(Network::Tap { name, queues })
+}
+
+fn take_user(keys: &mut Keys) -> Result<UserConfig, String> {
+    let address = |text: &String| {
+        let address = text.parse();
+        address.map_err(|_| format!("dns={text}: is not an address"))
+    };
+    let publish = keys.values("publish")?;
+    let allow = keys.values("allow")?;
+    Ok(UserConfig {
+        publish: publish
+            .iter()
+            .map(|text| text.parse())
+            .collect::<Result<_, _>>()?,
+        allow: allow
+            .iter()
+            .map(|text| text.parse())
+            .collect::<Result<_, _>>()?,
+        dns: keys
+            .values("dns")?
+            .iter()
+            .map(address)
+            .collect::<Result<_, _>>()?,
+        host_loopback: keys.flag("host-loopback")?,
+    })
 }
 
 fn parse_mac(text: &str) -> Result<[u8; 6], String> {
@@ -69,11 +175,10 @@ mod tests {
 
     #[test]
     fn networks() {
-        let net: NetConfig = "tap=t0,mac=02:00:00:00:00:0a".parse().unwrap();
-        assert_eq!(
-            (net.tap.as_str(), net.mac),
-            ("t0", Some([2, 0, 0, 0, 0, 10]))
-        );
+        let net: NetConfig = "tap=t0,mac=02:00:00:00:00:0a,queues=cpus".parse().unwrap();
+        assert_eq!(net.mac, Some([2, 0, 0, 0, 0, 10]));
+        assert_eq!(net.flag(), "--net tap=t0");
+        assert_eq!((net.queues(), net.user()), (Queues::Cpus, None));
         for bad in [
             "",
             "tap=",
@@ -90,8 +195,35 @@ mod tests {
             "tap=a,iops=1",
             "tap=a,pps=0",
             "tap=a,queues=0",
+            "tap=a,allow=1.2.3.4",
+            "tap=a,user",
+            "bridge",
+            "user,tap=a",
+            "user,queues=2",
+            "user,publish=80",
+            "user,allow=",
+            "user,allow=1.2.3.4:x",
+            "user,dns=localhost",
+            "user,host-loopback=1",
         ] {
             assert!(bad.parse::<NetConfig>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn networks_of_sockets() {
+        let plain: NetConfig = "user".parse().unwrap();
+        assert_eq!(plain, UserConfig::default().into());
+        let net: NetConfig = "user,publish=8080:80,allow=10.0.0.0/8:443,publish=0.0.0.0:53:53/udp,\
+                              allow=*.debian.org,dns=1.1.1.1,dns=::1,host-loopback,bw=1M"
+            .parse()
+            .unwrap();
+        let user = net.user().unwrap();
+        assert_eq!(
+            (user.publish.len(), user.allow.len(), user.dns.len()),
+            (2, 2, 2)
+        );
+        assert!(user.host_loopback && net.limits.bandwidth.is_some());
+        assert_eq!(net.flag(), "--net user");
     }
 }

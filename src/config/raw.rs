@@ -53,8 +53,11 @@ pub struct RawConfig {
     )]
     #[serde(deserialize_with = "words")]
     pub disk: Vec<String>,
-    /// A network device on a TAP device (repeatable); limits are a second's, each way
-    #[arg(long, value_name = "tap=NAME[,mac=…][,bw=10M][,pps=5000][,queues=N]")]
+    /// A network device on a TAP device, or on sockets by passt (repeatable); limits are a second's, each way
+    #[arg(
+        long,
+        value_name = "tap=NAME[,queues=N]|user[,publish=[IP:]HOST:GUEST[/udp]]…[,allow=CIDR|DOMAIN[:PORT]]…[,dns=IP]…[,host-loopback][,mac=…][,bw=10M][,pps=5000]"
+    )]
     #[serde(deserialize_with = "words")]
     pub net: Vec<String>,
     /// Sockets between guest and host (vsock), as Unix sockets of the host
@@ -189,6 +192,11 @@ impl<'de> Deserialize<'de> for Word {
                 let mut parts = Vec::new();
                 while let Some((key, value)) = map.next_entry::<String, Value>()? {
                     match value {
+                        // What may be given several times.
+                        Value::List(list) => {
+                            let each = list.iter().map(|text| format!("{key}={}", escape(text)));
+                            parts.extend(each);
+                        }
                         // The word that stands alone: `memory = { size = "2G" }`.
                         Value::Text(text) if key == "size" || key == "level" => {
                             parts.insert(0, escape(&text))
@@ -212,6 +220,7 @@ enum Value {
     Flag(bool),
     Number(i64),
     Text(String),
+    List(Vec<String>),
 }
 
 fn word<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
@@ -241,7 +250,7 @@ fn words<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::E
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::DiskConfig;
+    use crate::config::{DiskConfig, NetConfig};
 
     #[test]
     fn toml_says_what_flags_say() {
@@ -252,7 +261,7 @@ mod tests {
             memory = { size = "2G", shared = true, prefault = false }
             boot-protocol = "pvh"
             console = "none"
-            net = ["tap=t0"]
+            net = ["tap=t0", { user = true, allow = ["10.0.0.0/8:443", "a.example"] }]
             [[disk]]
             path = "a,b.img"
             ro = true
@@ -264,9 +273,13 @@ mod tests {
         assert_eq!(file.memory.as_deref(), Some("2G,shared"));
         assert_eq!(file.boot_protocol, Some(BootProtocol::Pvh));
         let disk: DiskConfig = file.disk[0].parse().unwrap();
+        assert!(file.net[1].parse::<NetConfig>().is_ok());
         assert_eq!(disk.path, Path::new("a,b.img"));
         assert!(disk.read_only && disk.id.as_deref() == Some("root"));
-        assert_eq!(file.net, ["tap=t0"]);
+        assert_eq!(
+            file.net,
+            ["tap=t0", "allow=10.0.0.0/8:443,allow=a.example,user"]
+        );
 
         let flags = RawConfig {
             cpus: Some("4".into()),

@@ -11,20 +11,21 @@ use mayfly_devices::virtio::block::Block;
 use mayfly_devices::virtio::console::{Channels, Console};
 use mayfly_devices::virtio::device::{DeviceId, VirtioDevice};
 use mayfly_devices::virtio::mmio::{NOTIFY_OFFSET, VirtioMmio};
-use mayfly_devices::virtio::net::Net;
+use mayfly_devices::virtio::net::{Backend, Net};
 use mayfly_devices::virtio::rng::Rng;
 use mayfly_devices::virtio::vsock::{Vsock, VsockState};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::build::{duplicate, event};
-use super::resources::Resources;
-use crate::config::{HostEnd, MachineConfig, NetConfig};
+use super::resources::{HostNet, Resources};
+use crate::config::{HostEnd, MachineConfig, NetConfig, Network};
 use crate::console::Connection;
 use crate::failure::{Failure, OrFail};
 use crate::kvm::memory::GuestMemory;
 use crate::kvm::reclaim::{MappedFiles, Reclaimer};
 use crate::kvm::vcpu::Buses;
 use crate::kvm::vm::Vm;
+use crate::net::passt::Passt;
 use crate::vsock;
 
 /// A virtio device in its place.
@@ -89,6 +90,8 @@ pub struct Attached {
     pub connections: Vec<Connection>,
     /// Commands the balloon.
     pub balloon: Option<BalloonHandle>,
+    /// They end with these.
+    pub passts: Vec<Passt>,
 }
 
 /// Makes all devices, in the order of their names in the guest.
@@ -107,9 +110,18 @@ pub fn attach(
         let limits = Some(block.limit_handle());
         devices.add_limited(format!("disk{index}"), flag, block, limits);
     }
-    for (index, (taps, from)) in resources.taps.drain(..).zip(&config.nets).enumerate() {
-        let flag = format!("--net tap={}", from.tap);
-        let net = Net::new(taps, mac_address(from), from.limits).or_host(&flag)?;
+    let mut passts = Vec::new();
+    for (index, (host, from)) in resources.nets.drain(..).zip(&config.nets).enumerate() {
+        let flag = from.flag();
+        let ends = match host {
+            HostNet::Tap(files) => files.into_iter().map(Backend::tap).collect(),
+            HostNet::Passt(starting) => {
+                let (socket, filter, passt) = starting.ready()?;
+                passts.push(passt);
+                vec![Backend::stream(socket, Some(Box::new(filter))).or_host(&flag)?]
+            }
+        };
+        let net = Net::new(ends, mac_address(from), from.limits).or_host(&flag)?;
         let limits = Some(net.limit_handle());
         devices.add_limited(format!("net{index}"), flag, net, limits);
     }
@@ -143,6 +155,7 @@ pub fn attach(
         slots,
         connections,
         balloon,
+        passts,
     })
 }
 
@@ -240,13 +253,18 @@ fn place(
 }
 
 /// The address that was given, or one that is the same whenever the same host
-/// gives the guest the same TAP, and hardly ever another's.
+/// gives the guest the same TAP, and hardly ever another's. Networks of sockets
+/// are apart, so there it may be the same for all guests.
 fn mac_address(config: &NetConfig) -> [u8; 6] {
     /// Locally administered, of one device (IEEE 802).
     const LOCAL: u8 = 0x02;
     config.mac.unwrap_or_else(|| {
         let host = std::fs::read("/etc/machine-id").unwrap_or_default();
-        let [a, b, c, d, e, ..] = fnv_1a(&[&host, config.tap.as_bytes()].concat()).to_le_bytes();
+        let name = match &config.network {
+            Network::Tap { name, .. } => name,
+            Network::User(_) => "user",
+        };
+        let [a, b, c, d, e, ..] = fnv_1a(&[&host, name.as_bytes()].concat()).to_le_bytes();
         [LOCAL, a, b, c, d, e]
     })
 }
@@ -265,10 +283,12 @@ mod tests {
     #[test]
     fn addresses_are_stable_and_local() {
         let config = |tap: &str, mac| NetConfig {
-            tap: tap.into(),
+            network: Network::Tap {
+                name: tap.into(),
+                queues: Default::default(),
+            },
             mac,
             limits: Default::default(),
-            queues: Default::default(),
         };
         let derived = mac_address(&config("tap0", None));
         assert_eq!(derived, mac_address(&config("tap0", None)));

@@ -25,6 +25,7 @@ use crate::kvm::probe::{self, Backend};
 use crate::kvm::reclaim::MappedFiles;
 use crate::kvm::vcpu::{Buses, Vcpu, VcpuEnd};
 use crate::kvm::vm::{self, Vm};
+use crate::net::passt::Passt;
 use crate::timing::Timeline;
 
 /// What the vCPUs' threads tell the event loop.
@@ -77,6 +78,8 @@ pub struct Machine {
     pub connections: Vec<Connection>,
     /// Commands the balloon.
     pub balloon: Option<BalloonHandle>,
+    /// They end with these.
+    pub passts: Vec<Passt>,
     /// Power button, watchdog, …
     pub platform: PlatformHandle,
     /// Where events are sent …
@@ -128,6 +131,7 @@ pub fn build(
         slots,
         connections,
         balloon,
+        passts,
     } = attached;
     let virtio: Vec<MmioDevice> = slots.iter().map(|slot| slot.place).collect();
 
@@ -155,6 +159,7 @@ pub fn build(
         slots: slots.into(),
         connections,
         balloon,
+        passts,
         platform,
         notifier,
         events,

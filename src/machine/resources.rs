@@ -9,12 +9,20 @@ use std::path::Path;
 
 use mayfly_devices::virtio::block::{Disk, ID_LEN, Image, Qcow2, SECTOR};
 
-use crate::config::{DiskConfig, Format, MachineConfig};
+use crate::config::{DiskConfig, Format, MachineConfig, Network};
 use crate::failure::{Class, Failure, OrFail};
-use crate::net::tap;
+use crate::net::{passt, tap};
 use crate::vsock;
 
 const RANDOM: &str = "/dev/urandom";
+
+/// The host's side of a network.
+pub enum HostNet {
+    /// A TAP device, attached once for each pair of queues.
+    Tap(Vec<File>),
+    /// A passt that starts meanwhile.
+    Passt(Box<passt::Starting>),
+}
 
 /// What was opened.
 pub struct Resources {
@@ -24,8 +32,8 @@ pub struct Resources {
     pub initrd: Option<File>,
     /// The disks, locked.
     pub disks: Vec<Disk>,
-    /// The TAP devices, attached once for each pair of queues.
-    pub taps: Vec<Vec<File>>,
+    /// The networks.
+    pub nets: Vec<HostNet>,
     /// Where clients of the guest's sockets will come, without a name yet.
     pub vsock: Option<UnixListener>,
     /// Random bytes for the guest.
@@ -59,11 +67,6 @@ impl Resources {
             .iter()
             .map(|disk| open_disk(disk, config.cpus))
             .collect::<Result<_, _>>()?;
-        let taps = config
-            .nets
-            .iter()
-            .map(|net| tap::open(&net.tap, net.queues.number(config.cpus)))
-            .collect::<Result<_, _>>()?;
         let vsock = match &config.vsock {
             Some(vsock) => {
                 check_creatable(&vsock.path, &vsock.flag())?;
@@ -72,11 +75,24 @@ impl Resources {
             None => None,
         };
         let random = File::open(RANDOM).or_host(RANDOM)?;
+        // Last, as one of them is a process.
+        let nets = config
+            .nets
+            .iter()
+            .map(|net| match &net.network {
+                Network::Tap { name, queues } => {
+                    tap::open(name, queues.number(config.cpus)).map(HostNet::Tap)
+                }
+                Network::User(user) => {
+                    passt::start(user).map(|starting| HostNet::Passt(Box::new(starting)))
+                }
+            })
+            .collect::<Result<_, _>>()?;
         Ok(Resources {
             kernel,
             initrd,
             disks,
-            taps,
+            nets,
             vsock,
             random,
         })

@@ -170,6 +170,7 @@ pub fn run(config: &MachineConfig, mut timeline: Timeline) -> Result<Ending, Fai
         .borrow_mut()
         .tell("ended", Some(outcome.name().to_owned()));
     drop((commander, machine.vm));
+    drop(machine.passts);
     server.farewell();
 
     let mut learnt = learnt.borrow_mut();

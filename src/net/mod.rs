@@ -1,3 +1,8 @@
 //! The host's side of networks.
 
+pub mod cidr;
+pub mod egress;
+pub mod passt;
+pub mod publish;
 pub mod tap;
+pub mod user;

@@ -16,4 +16,5 @@ mod memory;
 mod nets;
 mod platform;
 mod refusals;
+mod user_nets;
 mod vsock;

@@ -21,14 +21,10 @@ impl Namespace {
 
     /// With a TAP of a mode, and more keys of `--net`.
     pub fn with(name: &str, mode: &str, keys: &str) -> Self {
-        let namespace = Namespace {
-            name: format!("mayfly-{name}-{}", std::process::id()),
-            keys: keys.into(),
-        };
-        tool("ip", &["netns", "add", &namespace.name]);
+        let mut namespace = Self::bare(name);
+        namespace.keys = keys.into();
         for command in [
-            "link set lo up",
-            &format!("tuntap add dev tap0 mode {mode}"),
+            &*format!("tuntap add dev tap0 mode {mode}"),
             "addr add 10.9.0.1/24 dev tap0",
             "link set tap0 up",
         ] {
@@ -36,6 +32,21 @@ impl Namespace {
             tool("ip", &[&["-n", &namespace.name], &words[..]].concat());
         }
         namespace
+    }
+
+    /// With nothing but loopback.
+    pub fn bare(name: &str) -> Self {
+        let namespace = Namespace {
+            name: format!("mayfly-{name}-{}", std::process::id()),
+            keys: String::new(),
+        };
+        tool("ip", &["netns", "add", &namespace.name]);
+        tool("ip", &["-n", &namespace.name, "link", "set", "lo", "up"]);
+        namespace
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {

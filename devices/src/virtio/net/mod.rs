@@ -1,23 +1,31 @@
-//! The network device (virtio 1.2, 5.1), on a TAP device of the host.
+//! The network device (virtio 1.2, 5.1), on a TAP device of the host or on a
+//! socket.
 //!
-//! The TAP speaks the same packet header as the guest, so checksums and
+//! A TAP speaks the same packet header as the guest, so checksums and
 //! segmentation are passed through untouched. What the guest sends goes to the
-//! TAP straight from its memory; what it receives is copied once, as only the
+//! host straight from its memory; what it receives is copied once, as only the
 //! packet itself tells how many buffers it needs. Each pair of queues has a
 //! descriptor of the TAP of its own.
 
+mod backend;
 mod control;
+mod filter;
 mod pair;
+mod stream;
+#[cfg(test)]
+mod stream_tests;
+mod tap;
 #[cfg(test)]
 mod tests;
 
-use std::fs::File;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_net as spec;
 
+pub use self::backend::Backend;
+pub use self::filter::{FrameFilter, Verdict};
 use self::pair::{Pair, Received};
 use super::device::{Broken, DeviceId, Token, VirtioDevice};
 use super::queues::Queues;
@@ -33,25 +41,21 @@ const NUM_BUFFERS: usize = 10;
 /// The largest packet, with its header: 64 KiB and an Ethernet header.
 const PACKET_MAX: usize = HEADER + 14 + 65_535;
 const STATUS_LINK_UP: u16 = 1;
+/// Where the status is in the configuration space.
+const STATUS: std::ops::Range<usize> = 6..8;
 
-// Sources; those below are the pairs' TAP descriptors.
+// Sources; those below are of the pairs' packets.
 const RECEIVE_BUDGET: Token = 1 << 16;
 const TRANSMIT_BUDGET: Token = RECEIVE_BUDGET + 1;
 const NEW_LIMITS: Token = RECEIVE_BUDGET + 2;
+/// From here on, of the pairs' room for packets.
+const ROOM: Token = 1 << 17;
 
-/// What the guest may leave to the host, and the host to the guest.
-const FEATURES: [u32; 11] = [
+/// What each offers; the host's end adds some.
+const FEATURES: [u32; 3] = [
     spec::VIRTIO_NET_F_MAC,
     spec::VIRTIO_NET_F_STATUS,
     spec::VIRTIO_NET_F_MRG_RXBUF,
-    spec::VIRTIO_NET_F_CSUM,
-    spec::VIRTIO_NET_F_HOST_TSO4,
-    spec::VIRTIO_NET_F_HOST_TSO6,
-    spec::VIRTIO_NET_F_HOST_ECN,
-    spec::VIRTIO_NET_F_GUEST_CSUM,
-    spec::VIRTIO_NET_F_GUEST_TSO4,
-    spec::VIRTIO_NET_F_GUEST_TSO6,
-    spec::VIRTIO_NET_F_GUEST_ECN,
 ];
 /// What it needs to use several pairs of queues.
 const SEVERAL: [u32; 2] = [spec::VIRTIO_NET_F_CTRL_VQ, spec::VIRTIO_NET_F_MQ];
@@ -114,11 +118,10 @@ pub struct Net {
 }
 
 impl Net {
-    /// A device with a MAC address, on descriptors of a TAP, one for each pair
-    /// of queues, that do not block and have packet headers of [`HEADER`]
-    /// bytes. Each direction is limited by itself.
-    pub fn new(taps: Vec<File>, mac: [u8; 6], limits: Limits) -> io::Result<Self> {
-        let count = taps.len();
+    /// A device with a MAC address, on an end of the host's for each pair of
+    /// queues. Each direction is limited by itself.
+    pub fn new(ends: Vec<Backend>, mac: [u8; 6], limits: Limits) -> io::Result<Self> {
+        let count = ends.len();
         let mut config = mac.to_vec();
         config.extend(STATUS_LINK_UP.to_le_bytes());
         let mut queue_sizes = vec![QUEUE_SIZE; 2 * count];
@@ -127,7 +130,7 @@ impl Net {
             queue_sizes.push(CONTROL_SIZE);
         }
         Ok(Net {
-            pairs: taps.into_iter().map(Pair::new).collect(),
+            pairs: ends.into_iter().map(Pair::new).collect(),
             used_pairs: 1,
             queue_sizes,
             config,
@@ -159,7 +162,7 @@ impl Net {
             .pairs
             .iter_mut()
             .enumerate()
-            .try_for_each(|(index, pair)| pair.attach(index < count));
+            .try_for_each(|(index, pair)| pair.end.attach(index < count));
         if let Err(error) = &attached {
             log::warn!("network: attaching queues: {error}");
         }
@@ -215,11 +218,15 @@ impl Net {
 
     fn transmit(&mut self, queues: &mut Queues) -> Result<(), Broken> {
         while let Some(index) = self.transmit.turns.next() {
-            let Some(pair) = self.pairs.get(index).filter(|_| index < self.used_pairs) else {
+            let Some(pair) = self
+                .pairs
+                .get_mut(index)
+                .filter(|_| index < self.used_pairs)
+            else {
                 self.transmit.turns.remove(index);
                 continue;
             };
-            if !self.transmit.limiter.admits() {
+            if !self.transmit.limiter.admits() || !pair.end.has_room() {
                 break;
             }
             let queue = 2 * index + 1;
@@ -234,11 +241,30 @@ impl Net {
             }
             let bytes = (chain.readable.len() - HEADER) as u64;
             self.transmit.limiter.charge(bytes);
-            match chain.readable.len() <= PACKET_MAX && pair.send(&chain) {
+            match chain.readable.len() <= PACKET_MAX && pair.end.send(&chain) {
                 true => self.transmit.counters.passed(bytes),
                 false => self.transmit.counters.drops += 1,
             }
+            if pair.end.has_answers() {
+                self.receive.turns.add(index);
+            }
             queues.complete(queue, chain.head, 0)?;
+        }
+        Ok(())
+    }
+
+    /// What the guest sends may be answered here, so it comes first.
+    fn work(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+        self.transmit(queues)?;
+        self.receive(queues)?;
+        for pair in &mut self.pairs {
+            if let Some(reason) = pair.end.take_loss() {
+                log::warn!("network: the link is down: {reason}");
+                if let Some(status) = self.config.get_mut(STATUS) {
+                    status.fill(0);
+                }
+                queues.config_changed();
+            }
         }
         Ok(())
     }
@@ -254,7 +280,11 @@ impl VirtioDevice for Net {
             0 | 1 => &[][..],
             _ => &SEVERAL,
         };
-        let all = FEATURES.iter().chain(several);
+        let ends = self.pairs.first().map(|pair| pair.end.features());
+        let all = FEATURES
+            .iter()
+            .chain(several)
+            .chain(ends.unwrap_or_default());
         all.fold(0, |all, &bit| all | feature(bit))
     }
 
@@ -276,7 +306,7 @@ impl VirtioDevice for Net {
         };
         self.control = has(spec::VIRTIO_NET_F_CTRL_VQ).then_some(behind);
         if let Some(pair) = self.pairs.first() {
-            pair.set_offloads(acked);
+            pair.end.set_offloads(acked);
         }
         // Sources are not heard before.
         self.take_limits();
@@ -285,30 +315,26 @@ impl VirtioDevice for Net {
 
     fn serve(&mut self, queue: usize, queues: &mut Queues) -> Result<(), Broken> {
         match self.role(queue) {
-            Role::Receive(index) => {
-                self.receive.turns.add(index);
-                self.receive(queues)
-            }
-            Role::Transmit(index) => {
-                self.transmit.turns.add(index);
-                self.transmit(queues)
-            }
-            Role::Control => {
-                self.control(queue, queues)?;
-                self.receive(queues)?;
-                self.transmit(queues)
-            }
+            Role::Receive(index) => self.receive.turns.add(index),
+            Role::Transmit(index) => self.transmit.turns.add(index),
+            Role::Control => self.control(queue, queues)?,
         }
+        self.work(queues)
     }
 
     fn sources(&self) -> Vec<(Token, RawFd)> {
-        let taps = (0..).zip(self.pairs.iter().map(Pair::source));
-        taps.chain([
-            (RECEIVE_BUDGET, self.receive.limiter.timer()),
-            (TRANSMIT_BUDGET, self.transmit.limiter.timer()),
-            (NEW_LIMITS, self.new_limits.changed()),
-        ])
-        .collect()
+        let ends = || self.pairs.iter().map(|pair| &pair.end);
+        let packets = (0..).zip(ends().map(Backend::source));
+        let room = (ROOM..).zip(ends());
+        let room = room.filter_map(|(token, end)| Some((token, end.room_source()?)));
+        packets
+            .chain(room)
+            .chain([
+                (RECEIVE_BUDGET, self.receive.limiter.timer()),
+                (TRANSMIT_BUDGET, self.transmit.limiter.timer()),
+                (NEW_LIMITS, self.new_limits.changed()),
+            ])
+            .collect()
     }
 
     fn ready(&mut self, token: Token, queues: &mut Queues) -> Result<(), Broken> {
@@ -316,10 +342,11 @@ impl VirtioDevice for Net {
             RECEIVE_BUDGET => self.receive.limiter.acknowledge(),
             TRANSMIT_BUDGET => self.transmit.limiter.acknowledge(),
             NEW_LIMITS => self.take_limits(),
-            tap => self.receive.turns.add(tap as usize),
+            // Its pair has its turn still.
+            ROOM.. => {}
+            end => self.receive.turns.add(end as usize),
         }
-        self.receive(queues)?;
-        self.transmit(queues)
+        self.work(queues)
     }
 
     fn reset(&mut self) {
@@ -335,7 +362,7 @@ impl VirtioDevice for Net {
     fn counters(&self) -> Vec<(&'static str, u64)> {
         let (rx, tx) = (self.receive.counters, self.transmit.counters);
         let throttled = self.receive.limiter.throttled() + self.transmit.limiter.throttled();
-        vec![
+        let mut all = vec![
             ("rx_packets", rx.packets),
             ("rx_bytes", rx.bytes),
             ("rx_drops", rx.drops),
@@ -343,6 +370,8 @@ impl VirtioDevice for Net {
             ("tx_bytes", tx.bytes),
             ("tx_drops", tx.drops),
             ("throttled", throttled),
-        ]
+        ];
+        all.extend(self.pairs.iter().flat_map(|pair| pair.end.counters()));
+        all
     }
 }

@@ -2,6 +2,7 @@ use super::*;
 use crate::virtio::mmio::Status;
 use crate::virtio::testing::{Descriptor, Driver, MEMORY, SIZE};
 use proptest::prelude::*;
+use std::fs::File;
 use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
@@ -19,7 +20,7 @@ fn driver(mergeable: bool) -> (Driver, UnixDatagram) {
     let (ours, theirs) = UnixDatagram::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
     theirs.set_nonblocking(true).unwrap();
-    let taps = vec![File::from(OwnedFd::from(theirs))];
+    let taps = vec![Backend::tap(File::from(OwnedFd::from(theirs)))];
     let net = Net::new(taps, MAC, Limits::default()).unwrap();
     let mut driver = Driver::new(Box::new(net));
     driver.start(match mergeable {
@@ -211,7 +212,7 @@ fn several(pairs: usize, limits: Limits) -> (Driver, Vec<UnixDatagram>) {
             let (ours, theirs) = UnixDatagram::pair().unwrap();
             ours.set_nonblocking(true).unwrap();
             theirs.set_nonblocking(true).unwrap();
-            (ours, File::from(OwnedFd::from(theirs)))
+            (ours, Backend::tap(File::from(OwnedFd::from(theirs))))
         })
         .unzip();
     let net = Net::new(theirs, MAC, limits).unwrap();
@@ -359,7 +360,8 @@ fn new_limits_count_at_once() {
     let (ours, theirs) = UnixDatagram::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
     theirs.set_nonblocking(true).unwrap();
-    let net = Net::new(vec![File::from(OwnedFd::from(theirs))], MAC, limits).unwrap();
+    let taps = vec![Backend::tap(File::from(OwnedFd::from(theirs)))];
+    let net = Net::new(taps, MAC, limits).unwrap();
     let handle = net.limit_handle();
     let mut driver = Driver::new(Box::new(net));
     driver.start(0);

@@ -1,0 +1,27 @@
+//! What may stand between a guest and its network.
+
+use std::time::Instant;
+
+/// What becomes of a frame.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It goes on.
+    Pass,
+    /// It is lost.
+    Drop,
+    /// It is lost, and who sent it gets this frame.
+    Answer(Vec<u8>),
+}
+
+/// Judges Ethernet frames. Those that it sees are copies: the guest cannot
+/// change them any more.
+pub trait FrameFilter: Send {
+    /// The guest sends a frame.
+    fn outgoing(&mut self, frame: &[u8], now: Instant) -> Verdict;
+
+    /// The network sends one to the guest; false if it is lost.
+    fn incoming(&mut self, frame: &[u8], now: Instant) -> bool;
+
+    /// What it has counted, by name.
+    fn counters(&self) -> Vec<(&'static str, u64)>;
+}

@@ -1,0 +1,402 @@
+//! A socket that carries Ethernet frames, each behind its length in four bytes,
+//! big end first: QEMU's and passt's framing. There are no packet headers, and
+//! so no offloads.
+//!
+//! What the guest sends goes to the socket straight from its memory; what the
+//! socket does not take of a frame is copied, and the next frame waits until it
+//! is gone. With a filter, each frame is copied before it is judged.
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::backend::Incoming;
+use super::filter::{FrameFilter, Verdict};
+use super::{HEADER, PACKET_MAX};
+use crate::virtio::chain::Chain;
+
+/// The length in front of a frame.
+const PREFIX: usize = 4;
+/// The largest frame.
+const FRAME_MAX: usize = PACKET_MAX - HEADER;
+/// The smallest: an Ethernet header.
+const FRAME_MIN: usize = 14;
+/// A frame's packet header is written over its length, and what was before it.
+const SLACK: usize = HEADER - PREFIX;
+/// Frames of several sizes are read at once.
+const INBOX: usize = SLACK + 2 * (PREFIX + FRAME_MAX);
+/// Answers of a filter that may wait for the guest.
+const ANSWERS_MAX: usize = 64;
+/// A frame of more parts is copied.
+const PARTS: usize = 32;
+
+/// What came of a look into the inbox.
+enum Look {
+    /// A frame of so many bytes is whole.
+    Frame(usize),
+    Nothing,
+    Lost(String),
+}
+
+/// What was read of the socket, and is not used up.
+#[derive(Default)]
+struct Inbox {
+    /// [`INBOX`] bytes, from the first on.
+    bytes: Vec<u8>,
+    start: usize,
+    end: usize,
+}
+
+impl Inbox {
+    fn look(&mut self, mut socket: &UnixStream) -> Look {
+        if self.bytes.is_empty() {
+            self.bytes.resize(INBOX, 0);
+            (self.start, self.end) = (SLACK, SLACK);
+        }
+        loop {
+            let ahead = self.bytes.get(self.start..self.end).unwrap_or_default();
+            if let Some(prefix) = ahead.first_chunk::<PREFIX>() {
+                let len = u32::from_be_bytes(*prefix) as usize;
+                if !(1..=FRAME_MAX).contains(&len) {
+                    return Look::Lost(format!("its peer sends a frame of {len} bytes"));
+                }
+                if ahead.len() - PREFIX >= len {
+                    return Look::Frame(len);
+                }
+            }
+            if self.start == self.end {
+                (self.start, self.end) = (SLACK, SLACK);
+            } else if self.bytes.len() - self.start < PREFIX + FRAME_MAX {
+                self.bytes.copy_within(self.start..self.end, SLACK);
+                (self.start, self.end) = (SLACK, SLACK + self.end - self.start);
+            }
+            // There is room: what is there is less than a frame.
+            match socket.read(self.bytes.get_mut(self.end..).unwrap_or_default()) {
+                Ok(0) => return Look::Lost("its peer has ended".into()),
+                Ok(len) => self.end += len,
+                Err(error) => match error.kind() {
+                    io::ErrorKind::Interrupted => {}
+                    io::ErrorKind::WouldBlock => return Look::Nothing,
+                    _ => return Look::Lost(format!("receiving: {error}")),
+                },
+            }
+        }
+    }
+
+    /// The frame that was looked at.
+    fn frame(&self, len: usize) -> &[u8] {
+        let from = self.start + PREFIX;
+        self.bytes.get(from..from + len).unwrap_or_default()
+    }
+
+    /// The same, behind room for its packet header.
+    fn packet(&mut self, len: usize) -> &mut [u8] {
+        let from = self.start + PREFIX;
+        let packet = self.bytes.get_mut(from - HEADER..from + len);
+        packet.unwrap_or_default()
+    }
+
+    fn used(&mut self, len: usize) {
+        self.start += PREFIX + len;
+    }
+}
+
+/// A frame, with its length in front, of which a part may be sent.
+#[derive(Default)]
+struct Outbox {
+    /// Room for a frame, from the first that needs it on.
+    bytes: Vec<u8>,
+    start: usize,
+    end: usize,
+}
+
+impl Outbox {
+    fn is_empty(&self) -> bool {
+        self.start == self.end
+    }
+
+    /// Copies a frame, all but what was `sent` of it.
+    fn fill(&mut self, chain: &Chain, len: usize, sent: usize) {
+        self.bytes.resize(PREFIX + FRAME_MAX, 0);
+        if let Some((prefix, frame)) = self.bytes.split_first_chunk_mut::<PREFIX>() {
+            *prefix = (len as u32).to_be_bytes();
+            // What the guest takes away meanwhile is sent as it was before.
+            let from = sent.saturating_sub(PREFIX);
+            let rest = frame.get_mut(from..len).unwrap_or_default();
+            chain.readable.read_at(HEADER + from, rest);
+        }
+        (self.start, self.end) = (sent, PREFIX + len);
+    }
+
+    /// The frame, when nothing of it was sent.
+    fn frame(&self) -> &[u8] {
+        self.bytes.get(PREFIX..self.end).unwrap_or_default()
+    }
+
+    fn clear(&mut self) {
+        (self.start, self.end) = (0, 0);
+    }
+
+    /// Sends as much as the socket takes.
+    fn flush(&mut self, mut socket: &UnixStream) -> io::Result<()> {
+        while !self.is_empty() {
+            let rest = self.bytes.get(self.start..self.end).unwrap_or_default();
+            match socket.write(rest) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(len) => self.start += len,
+                Err(error) => match error.kind() {
+                    io::ErrorKind::Interrupted => {}
+                    io::ErrorKind::WouldBlock => return Ok(()),
+                    _ => return Err(error),
+                },
+            }
+        }
+        self.clear();
+        Ok(())
+    }
+}
+
+/// What waits for the guest.
+enum Waiting {
+    /// A frame of so many bytes, in the inbox.
+    Frame(usize),
+    /// A packet of the filter's.
+    Answer(Vec<u8>),
+}
+
+/// The link, which is lost for good when the peer ends or sends nonsense.
+enum Link {
+    Up,
+    Lost(Option<String>),
+}
+
+pub struct Stream {
+    socket: UnixStream,
+    /// Readable when it was asked to tell of room, and there is some.
+    room: Epoll,
+    link: Link,
+    inbox: Inbox,
+    outbox: Outbox,
+    waiting: Option<Waiting>,
+    filter: Option<Box<dyn FrameFilter>>,
+    answers: VecDeque<Vec<u8>>,
+}
+
+impl Stream {
+    pub fn new(socket: UnixStream, filter: Option<Box<dyn FrameFilter>>) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        let room = Epoll::new()?;
+        let never = EpollEvent::new(EventSet::ONE_SHOT, 0);
+        room.ctl(ControlOperation::Add, socket.as_raw_fd(), never)?;
+        Ok(Stream {
+            socket,
+            room,
+            link: Link::Up,
+            inbox: Inbox::default(),
+            outbox: Outbox::default(),
+            waiting: None,
+            filter,
+            answers: VecDeque::new(),
+        })
+    }
+
+    pub fn source(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+
+    pub fn room_source(&self) -> RawFd {
+        self.room.as_raw_fd()
+    }
+
+    /// What is half sent or half read stays: the peer counts on it.
+    pub fn reset(&mut self) {
+        self.forget();
+        self.answers.clear();
+    }
+
+    pub fn poll(&mut self) -> Incoming {
+        if self.waiting.is_some() {
+            return Incoming::Packet;
+        }
+        if let Some(answer) = self.answers.pop_front() {
+            self.waiting = Some(Waiting::Answer(answer));
+            return Incoming::Packet;
+        }
+        if !self.is_up() {
+            return Incoming::Nothing;
+        }
+        match self.inbox.look(&self.socket) {
+            Look::Frame(len) => {
+                let frame = self.inbox.frame(len);
+                let admitted =
+                    |filter: &mut Box<dyn FrameFilter>| filter.incoming(frame, Instant::now());
+                if len < FRAME_MIN || !self.filter.as_mut().is_none_or(admitted) {
+                    self.inbox.used(len);
+                    return Incoming::Lost;
+                }
+                self.waiting = Some(Waiting::Frame(len));
+                Incoming::Packet
+            }
+            Look::Nothing => Incoming::Nothing,
+            Look::Lost(reason) => {
+                self.lose(reason);
+                Incoming::Nothing
+            }
+        }
+    }
+
+    pub fn packet(&mut self) -> &mut [u8] {
+        match &mut self.waiting {
+            Some(Waiting::Frame(len)) => {
+                let packet = self.inbox.packet(*len);
+                if let Some(header) = packet.first_chunk_mut::<HEADER>() {
+                    *header = [0; HEADER];
+                }
+                packet
+            }
+            Some(Waiting::Answer(packet)) => packet,
+            None => &mut [],
+        }
+    }
+
+    pub fn forget(&mut self) {
+        if let Some(Waiting::Frame(len)) = self.waiting.take() {
+            self.inbox.used(len);
+        }
+    }
+
+    pub fn has_answers(&self) -> bool {
+        !self.answers.is_empty()
+    }
+
+    /// Sends what is left of the last frame. If that takes longer, the source
+    /// of room tells when to come again.
+    pub fn has_room(&mut self) -> bool {
+        if self.is_up() && !self.outbox.is_empty() {
+            self.flush();
+        }
+        !self.is_up() || self.outbox.is_empty()
+    }
+
+    pub fn send(&mut self, chain: &Chain) -> bool {
+        let len = chain.readable.len().saturating_sub(HEADER);
+        if !self.is_up() || !(FRAME_MIN..=FRAME_MAX).contains(&len) {
+            return false;
+        }
+        match self.filter.take() {
+            Some(mut filter) => {
+                self.outbox.fill(chain, len, 0);
+                let verdict = filter.outgoing(self.outbox.frame(), Instant::now());
+                self.filter = Some(filter);
+                if verdict != Verdict::Pass {
+                    self.outbox.clear();
+                    self.answer(verdict);
+                    return false;
+                }
+            }
+            None => match send_in_place(&self.socket, chain, len) {
+                Ok(sent) if sent == PREFIX + len => return true,
+                Ok(sent) => self.outbox.fill(chain, len, sent),
+                Err(error) => {
+                    self.lose(format!("sending: {error}"));
+                    return false;
+                }
+            },
+        }
+        self.flush();
+        self.is_up()
+    }
+
+    fn answer(&mut self, verdict: Verdict) {
+        if let Verdict::Answer(frame) = verdict
+            && self.answers.len() < ANSWERS_MAX
+            && (FRAME_MIN..=FRAME_MAX).contains(&frame.len())
+        {
+            let mut packet = vec![0; HEADER];
+            packet.extend(frame);
+            self.answers.push_back(packet);
+        }
+    }
+
+    fn flush(&mut self) {
+        if let Err(error) = self.outbox.flush(&self.socket) {
+            return self.lose(format!("sending: {error}"));
+        }
+        if !self.outbox.is_empty() {
+            // The last one may still be unread.
+            let mut told = [EpollEvent::default()];
+            let _ = self.room.wait(0, &mut told);
+            let once = EpollEvent::new(EventSet::OUT | EventSet::ONE_SHOT, 0);
+            let armed = self
+                .room
+                .ctl(ControlOperation::Modify, self.socket.as_raw_fd(), once);
+            if let Err(error) = armed {
+                self.lose(format!("waiting: {error}"));
+            }
+        }
+    }
+
+    fn is_up(&self) -> bool {
+        matches!(self.link, Link::Up)
+    }
+
+    fn lose(&mut self, reason: String) {
+        if self.is_up() {
+            self.link = Link::Lost(Some(reason));
+            self.outbox.clear();
+        }
+    }
+
+    pub fn take_loss(&mut self) -> Option<String> {
+        match &mut self.link {
+            Link::Up => None,
+            Link::Lost(reason) => reason.take(),
+        }
+    }
+
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.filter
+            .as_ref()
+            .map(|filter| filter.counters())
+            .unwrap_or_default()
+    }
+}
+
+/// Sends a frame from guest memory, and its length; returns how many bytes the
+/// socket took.
+fn send_in_place(socket: &UnixStream, chain: &Chain, len: usize) -> io::Result<usize> {
+    let mut prefix = (len as u32).to_be_bytes();
+    let mut vectors = [libc::iovec {
+        iov_base: prefix.as_mut_ptr().cast(),
+        iov_len: PREFIX,
+    }; PARTS + 1];
+    let (_, room) = vectors.split_at_mut(1);
+    let parts = chain.readable.vectors(HEADER, len, room);
+    if parts.iter().map(|part| part.iov_len).sum::<usize>() != len {
+        return Ok(0);
+    }
+    let count = parts.len() + 1;
+    // SAFETY: plain bytes, for which zeroes are a value.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = vectors.as_mut_ptr();
+    message.msg_iovlen = count as _;
+    let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
+    loop {
+        // SAFETY: the vectors point to a live array, and to guest memory that
+        // `chain` holds; the kernel only reads it.
+        let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &message, flags) };
+        if let Ok(sent) = usize::try_from(sent) {
+            return Ok(sent);
+        }
+        let error = io::Error::last_os_error();
+        match error.kind() {
+            io::ErrorKind::Interrupted => {}
+            io::ErrorKind::WouldBlock => return Ok(0),
+            _ => return Err(error),
+        }
+    }
+}

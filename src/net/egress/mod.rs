@@ -1,0 +1,462 @@
+//! What a guest's user network lets pass. It sees what the guest sends before
+//! anything of the host does, and is out of the guest's reach.
+//!
+//! passt opens sockets on behalf of the guest wherever its packets are for, the
+//! host's loopback included, which is also behind the gateway's address. So there
+//! is a filter always. With `--allow`, it denies all but:
+//! - what a rule names by address;
+//! - queries to the resolvers for names that a rule names, by UDP;
+//! - the addresses that these gave in answer to such a query, for as long as
+//!   they said, and connections that were begun then, longer;
+//! - answers of published ports;
+//! - ARP, neighbour discovery and DHCP (not DHCPv6), which end in passt.
+//!
+//! Packets must be plain: no fragments, VLANs, IP options or extension headers.
+
+mod answer;
+mod dns;
+mod frame;
+pub mod rule;
+mod table;
+#[cfg(test)]
+mod tests;
+
+use std::collections::VecDeque;
+use std::net::{IpAddr, Ipv6Addr};
+use std::time::{Duration, Instant};
+
+use mayfly_devices::virtio::net::{FrameFilter, Verdict};
+
+use self::dns::Question;
+use self::frame::{Frame, Packet, Upper, icmp};
+use self::rule::Rule;
+use self::table::Table;
+use super::publish::Protocol;
+use super::user::UserNet;
+use crate::config::UserConfig;
+
+const DNS: u16 = 53;
+const DHCP: (u16, u16) = (68, 67);
+const DHCP_6: (u16, u16) = (546, 547);
+/// Connections and addresses that are known at once.
+const FLOWS_MAX: usize = 4096;
+const OPENED_MAX: usize = 4096;
+/// Queries that wait for their answers, and for how long.
+const ASKED_MAX: usize = 256;
+const ANSWER_TIME: Duration = Duration::from_secs(30);
+/// For how long an address is open, whatever the answer says.
+const TTL: std::ops::RangeInclusive<u32> = 60..=86_400;
+/// After so long without a packet, passt forgets a connection, too.
+const TCP_IDLE: Duration = Duration::from_secs(7200);
+const UDP_IDLE: Duration = Duration::from_secs(180);
+/// Denials are told of so often.
+const TELL_EVERY: Duration = Duration::from_secs(1);
+
+/// Both ends of a conversation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Flow {
+    protocol: Protocol,
+    guest_port: u16,
+    peer: IpAddr,
+    peer_port: u16,
+}
+
+/// A query that a resolver was sent.
+struct Asked {
+    resolver: IpAddr,
+    guest_port: u16,
+    question: Question,
+    end: Instant,
+}
+
+/// Why a packet does not pass.
+enum Denied {
+    /// The guest is told, and perhaps the log.
+    Refused,
+    /// The guest gets this datagram from the resolver.
+    Name(String, Vec<u8>),
+    /// It is malformed, or nothing that a user would miss.
+    Silently,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Counters {
+    packets: u64,
+    names: u64,
+    malformed: u64,
+}
+
+/// The filter of one guest.
+pub struct Egress {
+    net: UserNet,
+    /// Without any, all but the host's own addresses is allowed.
+    rules: Vec<Rule>,
+    published: Vec<(Protocol, u16)>,
+    /// The gateway's address is the host's loopback.
+    host_loopback: bool,
+    flows: Table<Flow>,
+    /// Addresses of names, with the port that their rule has.
+    opened: Table<(IpAddr, Option<u16>)>,
+    asked: VecDeque<Asked>,
+    counters: Counters,
+    /// When the log was told last, and of how many it was not.
+    told: Option<Instant>,
+    untold: u64,
+}
+
+impl Egress {
+    /// A filter for a guest of a network.
+    pub fn new(net: UserNet, config: &UserConfig) -> Self {
+        let published = config.publish.iter();
+        let published = published.map(|publish| (publish.protocol, publish.guest));
+        Egress {
+            net,
+            rules: config.allow.clone(),
+            published: published.collect(),
+            host_loopback: config.host_loopback,
+            flows: Table::new(FLOWS_MAX),
+            opened: Table::new(OPENED_MAX),
+            asked: VecDeque::new(),
+            counters: Counters::default(),
+            told: None,
+            untold: 0,
+        }
+    }
+
+    fn judge(&mut self, packet: &Packet, now: Instant) -> Result<(), Denied> {
+        if is_configuration(packet) || self.rules.is_empty() && is_dhcp_6(packet) {
+            return Ok(());
+        }
+        if is_many(packet.destination) {
+            return Err(Denied::Silently);
+        }
+        if !is_foreign(packet.destination) {
+            return Err(Denied::Refused);
+        }
+        if !self.rules.is_empty() && !self.net.is_guest(packet.source) {
+            return Err(Denied::Silently);
+        }
+        let loopback = self.net.is_gateway(packet.destination) && !self.host_loopback;
+        if self.rules.is_empty() && !loopback {
+            return Ok(());
+        }
+        let port = match &packet.upper {
+            Upper::Tcp(segment) => Some(segment.destination),
+            Upper::Udp { destination, .. } => Some(*destination),
+            Upper::Icmp(icmp::ECHO_REQUEST | icmp::ECHO_REQUEST_6) => None,
+            Upper::Icmp(_) => return Err(Denied::Silently),
+        };
+        if port == Some(DNS) && self.net.dns.contains(&packet.destination) {
+            return self.judge_query(packet, loopback, now);
+        }
+        if loopback {
+            return self.go_on(packet, now).ok_or(Denied::Refused);
+        }
+        self.judge_address(packet, port, now)
+    }
+
+    /// A conversation that was begun before goes on.
+    fn go_on(&mut self, packet: &Packet, now: Instant) -> Option<()> {
+        let begins = matches!(packet.upper, Upper::Tcp(segment) if segment.opens());
+        let flow = outgoing_flow(packet)?;
+        if begins || !self.flows.has(&flow, now) {
+            return None;
+        }
+        self.flows.keep(flow, now, flow.protocol.idle());
+        Some(())
+    }
+
+    fn judge_address(
+        &mut self,
+        packet: &Packet,
+        port: Option<u16>,
+        now: Instant,
+    ) -> Result<(), Denied> {
+        let peer = packet.destination;
+        if self.rules.iter().any(|rule| rule.permits(peer, port)) {
+            return Ok(());
+        }
+        let opened = self.opened.has(&(peer, None), now)
+            || port.is_some() && self.opened.has(&(peer, port), now);
+        if !opened {
+            return self.go_on(packet, now).ok_or(Denied::Refused);
+        }
+        if let Some(flow) = outgoing_flow(packet) {
+            self.flows.keep(flow, now, flow.protocol.idle());
+        }
+        Ok(())
+    }
+
+    /// A packet to a resolver's port: a query by UDP for a name that a rule
+    /// names, or to where a rule says so with the port. Those for the host's
+    /// loopback are for its resolver, which only takes UDP from here.
+    fn judge_query(&mut self, packet: &Packet, loopback: bool, now: Instant) -> Result<(), Denied> {
+        let resolver = packet.destination;
+        let explicit = |rule: &Rule| rule.port == Some(DNS) && rule.permits(resolver, Some(DNS));
+        let explicit = self.rules.iter().any(explicit);
+        let Upper::Udp { source, data, .. } = packet.upper else {
+            let passes = explicit && !loopback;
+            return passes.then_some(()).ok_or(Denied::Refused);
+        };
+        if self.rules.is_empty() {
+            return Ok(());
+        }
+        let Some((question, end)) = dns::query(data) else {
+            return explicit.then_some(()).ok_or(Denied::Silently);
+        };
+        let named = self.rules.iter().any(|rule| rule.names(&question.name));
+        if !named && !explicit {
+            let refusal = dns::refuse(data, end).ok_or(Denied::Silently)?;
+            return Err(Denied::Name(question.name, refusal));
+        }
+        if named {
+            if self.asked.len() >= ASKED_MAX {
+                self.asked.pop_front();
+            }
+            self.asked.push_back(Asked {
+                resolver,
+                guest_port: source,
+                question,
+                end: now + ANSWER_TIME,
+            });
+        }
+        Ok(())
+    }
+
+    /// A resolver answers: once for each query.
+    fn learn(&mut self, resolver: IpAddr, guest_port: u16, data: &[u8], now: Instant) -> bool {
+        self.asked.retain(|asked| now < asked.end);
+        let answered = self.asked.iter().enumerate().find_map(|(index, asked)| {
+            let from = asked.resolver == resolver && asked.guest_port == guest_port;
+            let addresses = from.then(|| dns::addresses(data, &asked.question))?;
+            Some((index, addresses?))
+        });
+        let Some((index, addresses)) = answered else {
+            return false;
+        };
+        let Some(asked) = self.asked.remove(index) else {
+            return false;
+        };
+        let naming = |rule: &&Rule| rule.names(&asked.question.name);
+        for rule in self.rules.iter().filter(naming) {
+            for &(address, ttl) in &addresses {
+                // A name may not open what is nobody's name.
+                if is_foreign(address) && !is_local(address) && !self.net.is_gateway(address) {
+                    let time = Duration::from_secs(ttl.clamp(*TTL.start(), *TTL.end()).into());
+                    self.opened.keep((address, rule.port), now, time);
+                }
+            }
+        }
+        true
+    }
+
+    fn tell(&mut self, what: std::fmt::Arguments, now: Instant) {
+        if self.told.is_some_and(|told| now < told + TELL_EVERY) {
+            self.untold += 1;
+            return;
+        }
+        self.told = Some(now);
+        match std::mem::take(&mut self.untold) {
+            0 => log::info!("network: {what} is not allowed"),
+            more => log::info!("network: {what} is not allowed ({more} more before)"),
+        }
+    }
+}
+
+impl FrameFilter for Egress {
+    fn outgoing(&mut self, frame: &[u8], now: Instant) -> Verdict {
+        let packet = match Frame::parse(frame) {
+            Some(Frame::Arp(sender)) => {
+                let own = sender.is_unspecified() || self.net.is_guest(sender.into());
+                return match own || self.rules.is_empty() {
+                    true => Verdict::Pass,
+                    false => Verdict::Drop,
+                };
+            }
+            Some(Frame::Ip(packet)) => packet,
+            None => {
+                self.counters.malformed += 1;
+                return Verdict::Drop;
+            }
+        };
+        let answer = match self.judge(&packet, now) {
+            Ok(()) => return Verdict::Pass,
+            Err(Denied::Silently) => {
+                self.counters.packets += 1;
+                None
+            }
+            Err(Denied::Name(name, refusal)) => {
+                self.counters.names += 1;
+                self.tell(format_args!("a query for {name}"), now);
+                answer::datagram(&packet, &refusal)
+            }
+            Err(Denied::Refused) => {
+                self.counters.packets += 1;
+                self.tell(format_args!("{packet}"), now);
+                answer::refusal(&packet)
+            }
+        };
+        answer.map_or(Verdict::Drop, Verdict::Answer)
+    }
+
+    fn incoming(&mut self, frame: &[u8], now: Instant) -> bool {
+        if self.rules.is_empty() && self.published.is_empty() {
+            return true;
+        }
+        let Some(Frame::Ip(packet)) = Frame::parse(frame) else {
+            return true;
+        };
+        if let Upper::Udp {
+            source: DNS,
+            destination,
+            data,
+        } = packet.upper
+            && !self.rules.is_empty()
+            && self.net.dns.contains(&packet.source)
+        {
+            // What a resolver that is allowed by itself says opens nothing.
+            let explicit = |rule: &Rule| rule.permits(packet.source, Some(DNS));
+            return self.learn(packet.source, destination, data, now)
+                || self.rules.iter().any(explicit);
+        }
+        let begins = match &packet.upper {
+            Upper::Tcp(segment) => segment.opens(),
+            Upper::Udp { .. } => true,
+            Upper::Icmp(_) => false,
+        };
+        if let Some(flow) = incoming_flow(&packet)
+            && begins
+            && self.published.contains(&(flow.protocol, flow.guest_port))
+        {
+            self.flows.keep(flow, now, flow.protocol.idle());
+        }
+        true
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let Counters {
+            packets,
+            names,
+            malformed,
+        } = self.counters;
+        vec![
+            ("denied_packets", packets),
+            ("denied_names", names),
+            ("malformed_packets", malformed),
+        ]
+    }
+}
+
+impl Protocol {
+    fn idle(self) -> Duration {
+        match self {
+            Protocol::Tcp => TCP_IDLE,
+            Protocol::Udp => UDP_IDLE,
+        }
+    }
+}
+
+fn ports(packet: &Packet) -> Option<(Protocol, u16, u16)> {
+    match &packet.upper {
+        Upper::Tcp(segment) => Some((Protocol::Tcp, segment.source, segment.destination)),
+        Upper::Udp {
+            source,
+            destination,
+            ..
+        } => Some((Protocol::Udp, *source, *destination)),
+        Upper::Icmp(_) => None,
+    }
+}
+
+fn outgoing_flow(packet: &Packet) -> Option<Flow> {
+    ports(packet).map(|(protocol, guest_port, peer_port)| Flow {
+        protocol,
+        guest_port,
+        peer: packet.destination,
+        peer_port,
+    })
+}
+
+fn incoming_flow(packet: &Packet) -> Option<Flow> {
+    ports(packet).map(|(protocol, peer_port, guest_port)| Flow {
+        protocol,
+        guest_port,
+        peer: packet.source,
+        peer_port,
+    })
+}
+
+/// It asks for an address, a route or a neighbour: passt itself answers that.
+fn is_configuration(packet: &Packet) -> bool {
+    match (&packet.upper, packet.destination) {
+        (
+            Upper::Udp {
+                source,
+                destination,
+                ..
+            },
+            IpAddr::V4(to),
+        ) => (*source, *destination) == DHCP && to.is_broadcast(),
+        (Upper::Icmp(icmp::ROUTER_SOLICITATION), IpAddr::V6(to)) => is_link_multicast(to),
+        (
+            Upper::Icmp(icmp::NEIGHBOR_SOLICITATION | icmp::NEIGHBOR_ADVERTISEMENT),
+            IpAddr::V6(to),
+        ) => is_link_multicast(to) || is_private(to),
+        _ => false,
+    }
+}
+
+/// The same for DHCPv6. What is none of it passt would pass on, so this is not
+/// for guests that may not talk to whom they like.
+fn is_dhcp_6(packet: &Packet) -> bool {
+    let ports = ports(packet).map(|(_, from, to)| (from, to));
+    let link = |to| matches!(to, IpAddr::V6(to) if is_link_multicast(to));
+    ports == Some(DHCP_6) && link(packet.destination)
+}
+
+/// ff02::/16
+fn is_link_multicast(address: Ipv6Addr) -> bool {
+    address.segments()[0] == 0xff02
+}
+
+/// Of a private network (RFC 4193), as the guest's own is.
+fn is_private(address: Ipv6Addr) -> bool {
+    address.is_unique_local() || address.is_unicast_link_local()
+}
+
+/// It is for several machines.
+fn is_many(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => address.is_multicast() || address.is_broadcast(),
+        IpAddr::V6(address) => address.is_multicast(),
+    }
+}
+
+/// It is not the host's own loopback, in whatever way it may be written.
+fn is_foreign(address: IpAddr) -> bool {
+    match address {
+        // "This network" reaches the host, too.
+        IpAddr::V4(address) => !address.is_loopback() && address.octets()[0] != 0,
+        // An IPv4 address in an IPv6 one would pass by rules for the other.
+        IpAddr::V6(address) => address.to_ipv4().is_none(),
+    }
+}
+
+/// It only means something on its own link.
+fn is_local(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => address.is_link_local(),
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    }
+}
+
+impl std::fmt::Display for Packet<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let to = self.destination;
+        match &self.upper {
+            Upper::Tcp(segment) => write!(f, "TCP to {to} port {}", segment.destination),
+            Upper::Udp { destination, .. } => write!(f, "UDP to {to} port {destination}"),
+            Upper::Icmp(_) => write!(f, "ICMP to {to}"),
+        }
+    }
+}

@@ -1,0 +1,345 @@
+//! passt: a process beside the VM that turns the guest's packets into sockets
+//! of an ordinary user, and back.
+//!
+//! It has one end of a pair of sockets, and ends when nobody has the other: so
+//! it never outlives the VM, however that ends.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, ChildStderr, Command, Stdio};
+use std::sync::mpsc::{self, Receiver};
+use std::thread;
+use std::time::Duration;
+
+use etherparse::{ArpHardwareId, ArpOperation, ArpPacket, EtherType, PacketBuilder};
+
+use super::egress::Egress;
+use super::publish::Protocol;
+use super::user::UserNet;
+use crate::config::UserConfig;
+use crate::failure::{Failure, OrFail};
+
+const PROGRAM: &str = "passt";
+/// Who passt is to the guest.
+const MAC: [u8; 6] = [0x02, 0x6d, 0x61, 0x79, 0x66, 0x6c];
+const MTU: u16 = 1500;
+/// It starts in this time, or not at all.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// When it is told to end, this is plenty.
+const FAREWELL: Duration = Duration::from_secs(2);
+const STACK: usize = 64 << 10;
+const FRAME_MAX: usize = 64 << 10;
+/// Of what it says, so much is taken at once, and told when it fails.
+const LINE_MAX: u64 = 1000;
+const COMPLAINT_MAX: u64 = 8 << 10;
+/// What it says when all is well.
+const CHATTER: [&str; 4] = [
+    "Failed to send",
+    "Don't run as root",
+    "Couldn't get any nameserver",
+    "No routable interface for IPv6",
+];
+
+/// A passt that starts.
+pub struct Starting {
+    flag: String,
+    filter: Egress,
+    socket: UnixStream,
+    child: Unwatched,
+    stderr: Option<ChildStderr>,
+}
+
+/// A child that nobody waits for: it ends with this.
+struct Unwatched(Option<Child>);
+
+impl Unwatched {
+    fn end(&mut self) {
+        if let Some(mut child) = self.0.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Drop for Unwatched {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// A passt that runs, and ends with this.
+pub struct Passt {
+    socket: UnixStream,
+    /// Disconnected when it has ended.
+    ended: Receiver<()>,
+}
+
+/// Starts it; [`Starting::ready`] waits for it.
+pub fn start(config: &UserConfig) -> Result<Starting, Failure> {
+    let flag = "--net user".to_owned();
+    let net = UserNet::of(config);
+    let (socket, theirs) = UnixStream::pair().or_host(&flag)?;
+    let fd = theirs.as_raw_fd();
+    let mut command = Command::new(PROGRAM);
+    command
+        .args(arguments(&net, config, fd))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        // Ctrl-C is for the VM, which ends it.
+        .process_group(0);
+    // SAFETY: what runs between fork and exec is one system call.
+    unsafe { command.pre_exec(move || inherit(fd)) };
+    let mut child = command.spawn().map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => Failure::host(format!(
+            "{flag}: needs {PROGRAM}, which is not installed: apt install passt"
+        )),
+        _ => Failure::host(format!("{flag}: starting {PROGRAM}: {error}")),
+    })?;
+    Ok(Starting {
+        flag,
+        filter: Egress::new(net, config),
+        socket,
+        stderr: child.stderr.take(),
+        child: Unwatched(Some(child)),
+    })
+}
+
+/// Leaves a descriptor open for the program that follows.
+fn inherit(fd: RawFd) -> io::Result<()> {
+    // SAFETY: an open descriptor, and numbers.
+    match unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// All that it would else take from the host is given, so that it starts
+/// without a route or a resolver, too, and is the same everywhere. The gateway
+/// stays mapped to the host's loopback, as bookworm's passt sends what answers a
+/// client from there by that; who may use it the filter says.
+fn arguments(net: &UserNet, config: &UserConfig, fd: RawFd) -> Vec<String> {
+    let mac = MAC.map(|byte| format!("{byte:02x}")).join(":");
+    let mut all = vec![
+        "--foreground".to_owned(),
+        "--quiet".to_owned(),
+        format!("--fd={fd}"),
+        // With larger packets, bookworm's often waits for seconds.
+        format!("--mtu={MTU}"),
+        format!("--mac-addr={mac}"),
+        format!("--address={}", net.guest_ip),
+        format!("--netmask={}", net.prefix),
+        format!("--gateway={}", net.gateway),
+    ];
+    match &net.ip6 {
+        Some(ip6) => all.extend([
+            format!("--interface={}", ip6.device),
+            format!("--address={}", ip6.guest_ip),
+            format!("--gateway={}", ip6.gateway),
+        ]),
+        None => all.extend(["--ipv4-only".to_owned(), "--interface=lo".to_owned()]),
+    }
+    for resolver in &net.resolvers {
+        all.push(format!("--dns={resolver}"));
+    }
+    for resolver in net.dns.iter().filter(|dns| net.is_gateway(**dns)) {
+        all.push(format!("--dns-forward={resolver}"));
+    }
+    for (protocol, option) in [
+        (Protocol::Tcp, "--tcp-ports"),
+        (Protocol::Udp, "--udp-ports"),
+    ] {
+        let ports: Vec<_> = config
+            .publish
+            .iter()
+            .filter(|publish| publish.protocol == protocol)
+            .map(|publish| {
+                let host = publish.host;
+                format!("{option}={}/{}:{}", host.ip(), host.port(), publish.guest)
+            })
+            .collect();
+        // Else those of TCP would be ports of UDP, too.
+        match ports.is_empty() {
+            true => all.push(format!("{option}=none")),
+            false => all.extend(ports),
+        }
+    }
+    all
+}
+
+impl Starting {
+    /// Waits until it answers. Returns the socket for the guest's frames, and
+    /// what these are to pass, too.
+    pub fn ready(mut self) -> Result<(UnixStream, Egress, Passt), Failure> {
+        let what = format!("{}: {PROGRAM}", self.flag);
+        match self.greet() {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                return Err(Failure::host(format!("{what}: does not answer")));
+            }
+            Err(_) => return Err(Failure::host(format!("{what}: {}", self.complaint()))),
+        }
+        let socket = self.socket.try_clone().or_host(&what)?;
+        let (end, ended) = mpsc::channel::<()>();
+        let stderr = self.stderr.take();
+        let watch = move |mut child: Unwatched| {
+            let _end = end;
+            if let Some(stderr) = stderr {
+                listen(stderr);
+            }
+            // Its socket tells the guest.
+            match child.0.take().map(|mut child| child.wait()) {
+                Some(Ok(status)) => log::info!("{PROGRAM}: ended: {status}"),
+                Some(Err(error)) => log::warn!("{PROGRAM}: {error}"),
+                None => {}
+            }
+        };
+        let Starting {
+            socket: own,
+            child,
+            filter,
+            ..
+        } = self;
+        thread::Builder::new()
+            .name(PROGRAM.to_owned())
+            .stack_size(STACK)
+            .spawn(move || watch(child))
+            .or_host(&what)?;
+        Ok((socket, filter, Passt { socket: own, ended }))
+    }
+
+    /// Asks for the gateway's address, which it answers once it has started.
+    fn greet(&mut self) -> io::Result<()> {
+        let request = arp_request();
+        let mut frame = (request.len() as u32).to_be_bytes().to_vec();
+        frame.extend(&request);
+        self.socket.set_read_timeout(Some(PATIENCE))?;
+        self.socket.write_all(&frame)?;
+        // Clients of published ports may come first.
+        for _ in 0..100 {
+            let mut len = [0; 4];
+            self.socket.read_exact(&mut len)?;
+            let len = u32::from_be_bytes(len) as usize;
+            if len > FRAME_MAX {
+                break;
+            }
+            let mut frame = vec![0; len];
+            self.socket.read_exact(&mut frame)?;
+            if frame.get(12..14) == Some(&EtherType::ARP.0.to_be_bytes()) {
+                return self.socket.set_read_timeout(None);
+            }
+        }
+        Err(io::ErrorKind::InvalidData.into())
+    }
+
+    /// Why it did not start.
+    fn complaint(&mut self) -> String {
+        self.child.end();
+        let mut text = String::new();
+        if let Some(stderr) = self.stderr.take() {
+            let _ = stderr.take(COMPLAINT_MAX).read_to_string(&mut text);
+        }
+        let said: Vec<_> = text
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty() && !is_chatter(line))
+            .collect();
+        match said.is_empty() {
+            true => "ended without a word".to_owned(),
+            false => said.join("; "),
+        }
+    }
+}
+
+impl Drop for Passt {
+    fn drop(&mut self) {
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+        // Its ports are free for the next one then.
+        let _ = self.ended.recv_timeout(FAREWELL);
+    }
+}
+
+fn is_chatter(line: &str) -> bool {
+    CHATTER.iter().any(|known| line.starts_with(known))
+}
+
+/// Passes on what it says, to its end.
+fn listen(stderr: ChildStderr) {
+    let mut stderr = BufReader::new(stderr);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        match (&mut stderr).take(LINE_MAX).read_until(b'\n', &mut line) {
+            Ok(0) | Err(_) => return,
+            Ok(_) => {}
+        }
+        let line = String::from_utf8_lossy(&line);
+        let line = line.trim();
+        if !line.is_empty() && !is_chatter(line) {
+            log::warn!("{PROGRAM}: {line}");
+        }
+    }
+}
+
+/// "Who has the gateway's address?", from the guest's.
+fn arp_request() -> Vec<u8> {
+    const BROADCAST: [u8; 6] = [0xff; 6];
+    const ASKER: [u8; 6] = [0x02, 0, 0, 0, 0, 1];
+    let (guest, gateway) = (super::user::GUEST_IP, super::user::GATEWAY);
+    let arp = ArpPacket::new(
+        ArpHardwareId::ETHERNET,
+        EtherType::IPV4,
+        ArpOperation::REQUEST,
+        &ASKER,
+        &guest.octets(),
+        &[0; 6],
+        &gateway.octets(),
+    );
+    let mut frame = Vec::new();
+    if let Ok(arp) = arp {
+        // A vector takes all.
+        let _ = PacketBuilder::ethernet2(ASKER, BROADCAST)
+            .arp(arp)
+            .write_to_vec(&mut frame);
+    }
+    frame
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_left_to_the_host() {
+        let arguments = |dns: &str, publish: &[&str]| {
+            let config = UserConfig {
+                dns: vec![dns.parse().unwrap()],
+                publish: publish.iter().map(|text| text.parse().unwrap()).collect(),
+                ..Default::default()
+            };
+            let mut net = UserNet::of(&config);
+            net.ip6 = None;
+            arguments(&net, &config, 7).join(" ")
+        };
+        assert_eq!(
+            arguments("9.9.9.9", &[]),
+            "--foreground --quiet --fd=7 --mtu=1500 --mac-addr=02:6d:61:79:66:6c --address=10.0.2.15 \
+             --netmask=24 --gateway=10.0.2.2 --ipv4-only --interface=lo --dns=9.9.9.9 \
+             --tcp-ports=none --udp-ports=none"
+        );
+        let given = arguments("127.0.0.53", &["80:8080", "0.0.0.0:81:81", "53:5353/udp"]);
+        let end = "--dns=127.0.0.53 --dns-forward=10.0.2.2 --tcp-ports=127.0.0.1/80:8080 \
+                   --tcp-ports=0.0.0.0/81:81 --udp-ports=127.0.0.1/53:5353";
+        assert!(given.ends_with(end), "{given}");
+    }
+
+    #[test]
+    fn it_is_greeted_in_the_guest_s_name() {
+        let request = arp_request();
+        assert_eq!(request.len(), 42);
+        assert_eq!(request[28..32], [10, 0, 2, 15]);
+        assert_eq!(request[38..42], [10, 0, 2, 2]);
+    }
+}

@@ -1,0 +1,457 @@
+//! Networks of the user's own sockets, by passt, in a network namespace that has
+//! nothing but loopback.
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::process::Command;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use crate::common::{Ended, Guest, Running, kernel, kill, tool};
+use crate::nets::Namespace;
+
+/// Addresses of the host, beside loopback's own.
+const HOSTS: [&str; 3] = ["10.77.0.1", "10.77.0.2", "10.77.0.3"];
+const WEB: u16 = 8000;
+const UDP: u16 = 5005;
+
+/// Does something in the namespace: sockets stay there.
+fn within<T: Send>(namespace: &Namespace, act: impl FnOnce() -> T + Send) -> T {
+    let path = format!("/run/netns/{}", namespace.name());
+    let file = std::fs::File::open(path).unwrap();
+    std::thread::scope(|scope| {
+        let entered = scope.spawn(move || {
+            // SAFETY: an open descriptor, and a flag; only of this thread.
+            let status = unsafe { libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) };
+            assert_eq!(status, 0, "{}", std::io::Error::last_os_error());
+            act()
+        });
+        entered.join().unwrap()
+    })
+}
+
+/// A namespace with loopback, more addresses on it, and ping for all.
+fn loopback(name: &str) -> Namespace {
+    let namespace = Namespace::bare(name);
+    for address in HOSTS {
+        let address = format!("{address}/32");
+        tool(
+            "ip",
+            &["-n", namespace.name(), "addr", "add", &address, "dev", "lo"],
+        );
+    }
+    let range = "echo 0 2147483647 > /proc/sys/net/ipv4/ping_group_range";
+    tool(
+        "ip",
+        &["netns", "exec", namespace.name(), "sh", "-c", range],
+    );
+    namespace
+}
+
+/// The host's servers: of pages, and resolvers on loopback and elsewhere. They end
+/// with the process.
+struct Servers {
+    asked: Arc<Mutex<Vec<String>>>,
+}
+
+impl Servers {
+    fn start(namespace: &Namespace) -> Self {
+        let (web, udp, dns) = within(namespace, || {
+            let web = TcpListener::bind(("::", WEB)).unwrap();
+            let udp = UdpSocket::bind(("0.0.0.0", UDP)).unwrap();
+            let dns = UdpSocket::bind(("127.0.0.1", 53)).unwrap();
+            (web, udp, dns)
+        });
+        std::thread::spawn(move || {
+            for client in web.incoming() {
+                let client = client.unwrap();
+                std::thread::spawn(|| serve_page(client));
+            }
+        });
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        for socket in [dns, udp] {
+            let told = asked.clone();
+            std::thread::spawn(move || {
+                let mut data = [0; 2000];
+                while let Ok((len, from)) = socket.recv_from(&mut data) {
+                    let (name, answer) = resolve(&data[..len]);
+                    told.lock().unwrap().push(name);
+                    let _ = socket.send_to(&answer, from);
+                }
+            });
+        }
+        Servers { asked }
+    }
+}
+
+/// Says at which address it was asked, and more.
+fn page(address: IpAddr) -> String {
+    let rest: String = (0..300_000).map(|number| format!("{number}\n")).collect();
+    format!("page of {address}\n{rest}")
+}
+
+fn serve_page(mut client: TcpStream) {
+    let address = client.local_addr().unwrap().ip().to_canonical();
+    let _ = client.write_all(page(address).as_bytes());
+}
+
+/// `web.example` is the second address, `other.example` the third.
+fn resolve(query: &[u8]) -> (String, Vec<u8>) {
+    let mut labels = Vec::new();
+    let mut at = 12;
+    while query[at] != 0 {
+        let end = at + 1 + usize::from(query[at]);
+        labels.push(String::from_utf8_lossy(&query[at + 1..end]).into_owned());
+        at = end;
+    }
+    let (name, is_a) = (labels.join("."), query[at + 1..at + 3] == [0, 1]);
+    let address: Option<Ipv4Addr> = match name.as_str() {
+        "udp.example" => Some(HOSTS[0].parse().unwrap()),
+        "web.example" => Some(HOSTS[1].parse().unwrap()),
+        "other.example" => Some(HOSTS[2].parse().unwrap()),
+        _ => None,
+    };
+    let mut answer = query[..at + 5].to_vec();
+    answer[2..4].copy_from_slice(&[0x81, 0x80]);
+    answer[6..12].fill(0);
+    match address {
+        Some(address) if is_a => {
+            answer[7] = 1;
+            answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 30, 0, 4]);
+            answer.extend(address.octets());
+        }
+        Some(_) => {}
+        None => answer[3] |= 3,
+    }
+    (name, answer)
+}
+
+/// What a guest of these tests can do.
+const TOOLS: &str = "
+    page() { nc -w 30 $1 $2 </dev/null 2>/tmp/error | head -n 1; }
+    ask() { nslookup -type=a $1 $2 2>&1 | tr '\\n' ' '; }
+    seconds() { cut -d. -f1 /proc/uptime; }
+    while :; do nc -l -p 8080 -e cat; done &
+    udp-echo 8081 &
+";
+
+/// A guest with them.
+fn guest(script: &str) -> Guest {
+    let script = format!("{TOOLS}\n{script}");
+    Guest::with_archives("cloud-6.12", "vmlinux", &script, &["udp-echo.cpio"])
+}
+
+/// Starts a guest whose network has these keys.
+fn start(namespace: &Namespace, keys: &str, script: &str) -> Running {
+    let guest = namespace.enter(guest(script));
+    guest
+        .args(["--net", &format!("user,dns=127.0.0.1{keys}")])
+        .args(["--log", "info"])
+        .start()
+}
+
+/// Sends a line to a port of the host's loopback, and returns what comes back.
+fn published(namespace: &Namespace, port: u16, udp: bool) -> String {
+    let to = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port);
+    let patience = Some(Duration::from_secs(120));
+    let mut back = String::new();
+    within(namespace, || match udp {
+        false => {
+            let mut client = TcpStream::connect(to).unwrap();
+            client.set_read_timeout(patience).unwrap();
+            client.write_all(b"knock knock").unwrap();
+            client.shutdown(Shutdown::Write).unwrap();
+            client.read_to_string(&mut back).unwrap();
+        }
+        true => {
+            let client = UdpSocket::bind(("127.0.0.1", 0)).unwrap();
+            client.set_read_timeout(patience).unwrap();
+            client.send_to(b"knock knock", to).unwrap();
+            let mut data = [0; 100];
+            let (len, from) = client.recv_from(&mut data).unwrap();
+            assert_eq!(from, to);
+            back.push_str(std::str::from_utf8(&data[..len]).unwrap());
+        }
+    });
+    back
+}
+
+/// The processes in the namespace.
+fn processes(namespace: &Namespace) -> Vec<String> {
+    let pids = tool("ip", &["netns", "pids", namespace.name()]);
+    pids.lines()
+        .filter_map(|pid| std::fs::read_to_string(format!("/proc/{}/comm", pid.trim())).ok())
+        .map(|name| name.trim().to_owned())
+        .collect()
+}
+
+fn passt(namespace: &Namespace) -> Option<u32> {
+    let pids = tool("ip", &["netns", "pids", namespace.name()]);
+    pids.lines()
+        .filter_map(|pid| pid.trim().parse().ok())
+        .find(|pid: &u32| {
+            let name = std::fs::read_to_string(format!("/proc/{pid}/comm"));
+            name.is_ok_and(|name| name.starts_with("passt"))
+        })
+}
+
+/// Nothing is left there soon.
+fn expect_empty(namespace: &Namespace) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !processes(namespace).is_empty() {
+        assert!(Instant::now() < deadline, "{:?}", processes(namespace));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// What the console shows behind a word.
+fn told<'a>(console: &'a str, word: &str) -> &'a str {
+    let line = console.lines().find_map(|line| line.strip_prefix(word));
+    line.unwrap_or_else(|| panic!("no {word:?}: {console}"))
+        .trim()
+}
+
+fn expect_lines(ended: &Ended, lines: &[&str]) {
+    assert_eq!(ended.code(), Some(0), "{ended:?}");
+    for line in lines {
+        assert!(ended.stdout.contains(line), "no {line:?}: {ended:?}");
+    }
+}
+
+const EVERYTHING: &str = "
+    echo address: $(ip -4 addr show dev eth0 | grep -o 'inet [0-9./]*') $(cat /sys/class/net/eth0/mtu)
+    echo resolver: $(cat /etc/resolv.conf)
+    echo tcp: $(page 10.77.0.1 8000)
+    nc 10.77.0.1 8000 -e dd of=/tmp/page bs=64k 2>/dev/null
+    echo sum: $(md5sum </tmp/page)
+    echo name: $(ask web.example)
+    echo udp: $(ask udp.example 10.77.0.1:5005)
+    ping -c 1 -W 30 10.77.0.1 >/dev/null && echo ping: ok
+    echo loopback: $(timeout 10 nc -w 10 10.0.2.2 8000 </dev/null | head -n 1)
+    echo 1 >/proc/sys/net/ipv4/conf/all/route_localnet
+    ip route del table local local 127.0.0.0/8 dev lo
+    ip route del table local local 127.0.0.1 dev lo
+    ip route add 127.0.0.0/8 via 10.0.2.2
+    echo disguised: $(page 127.0.0.1 8000)
+    echo ready: now
+    sleep 100000
+";
+
+/// TCP, UDP, ping, names, and ports that are published, each with real peers.
+#[test]
+fn a_guest_reaches_the_host_and_is_reached_by_it() {
+    let namespace = loopback("user");
+    let servers = Servers::start(&namespace);
+    let keys = ",publish=18080:8080,publish=18081:8081/udp";
+    let mut running = start(&namespace, keys, EVERYTHING);
+    running.expect("ready: now");
+    assert_eq!(published(&namespace, 18080, false), "knock knock");
+    assert_eq!(published(&namespace, 18081, true), "knock knock");
+    let console = running.console();
+    let file = running.folder.path().join("page");
+    std::fs::write(&file, page(HOSTS[0].parse().unwrap())).unwrap();
+    let sum = tool("md5sum", &[file.to_str().unwrap()]);
+    let sum = format!("sum: {}", sum.split(' ').next().unwrap());
+    for line in [
+        "address: inet 10.0.2.15/24 1500\n",
+        "resolver: nameserver 10.0.2.2\n",
+        "tcp: page of 10.77.0.1\n",
+        &sum,
+        "ping: ok\n",
+        // It is none of the guest's business.
+        "loopback:\n",
+        "disguised:\n",
+    ] {
+        assert!(console.contains(line), "no {line:?}: {console}");
+    }
+    for (line, address) in [("name: ", HOSTS[1]), ("udp: ", HOSTS[0])] {
+        let told = told(&console, line);
+        assert!(told.ends_with(address), "{told:?}: {console}");
+    }
+    assert!(
+        servers
+            .asked
+            .lock()
+            .unwrap()
+            .iter()
+            .any(|name| name == "web.example")
+    );
+    // Only on loopback, and by no other protocol.
+    let elsewhere = within(&namespace, || {
+        let open = |address: &str, port| TcpStream::connect((address, port)).is_ok();
+        [open("10.77.0.1", 18080), open("127.0.0.1", 18081)]
+    });
+    assert_eq!(elsewhere, [false, false]);
+    running.signal(libc::SIGTERM);
+    let ended = running.wait();
+    let denied = "network: TCP to 127.0.0.1 port 8000 is not allowed";
+    assert!(ended.stderr.contains(denied), "{ended:?}");
+    assert_eq!(processes(&namespace), Vec::<String>::new());
+}
+
+/// With rules, what they do not name is refused, and at once.
+#[test]
+fn a_guest_reaches_only_what_is_allowed() {
+    let namespace = loopback("allow");
+    let servers = Servers::start(&namespace);
+    let keys = ",allow=10.77.0.1:8000,allow=web.example,publish=18080:8080";
+    let mut running = start(
+        &namespace,
+        keys,
+        "echo allowed: $(page 10.77.0.1 8000)
+         start=$(seconds)
+         echo denied: $(page 10.77.0.3 8000) $(cat /tmp/error)
+         echo port: $(page 10.77.0.1 8001) $(cat /tmp/error)
+         echo early: $(page 10.77.0.2 8000) $(cat /tmp/error)
+         echo loopback: $(page 127.0.0.1 8000) $(page 10.0.2.2 8000) $(cat /tmp/error)
+         echo udp: $(ask udp.example 10.77.0.1:5005)
+         echo other: $(ask other.example)
+         [ $(($(seconds) - start)) -lt 60 ] && echo quick: yes
+         echo name: $(ask web.example)
+         echo opened: $(page 10.77.0.2 8000)
+         ping -c 1 -W 30 10.77.0.2 >/dev/null && echo ping: ok
+         echo still: $(page 10.77.0.3 8000) $(cat /tmp/error)
+         echo ready: now
+         sleep 100000",
+    );
+    running.expect("ready: now");
+    assert_eq!(published(&namespace, 18080, false), "knock knock");
+    let console = running.console();
+    for (line, words) in [
+        ("allowed: ", "page of 10.77.0.1"),
+        ("denied: ", "Connection refused"),
+        ("port: ", "Connection refused"),
+        ("early: ", "Connection refused"),
+        ("loopback: ", "Connection refused"),
+        ("other: ", "REFUSED"),
+        ("quick: ", "yes"),
+        ("name: ", "10.77.0.2"),
+        ("opened: ", "page of 10.77.0.2"),
+        ("ping: ", "ok"),
+        ("still: ", "Connection refused"),
+    ] {
+        let told = told(&console, line);
+        assert!(told.contains(words), "{told:?}: {console}");
+    }
+    assert!(!told(&console, "udp: ").contains(HOSTS[0]), "{console}");
+    let asked = servers.asked.lock().unwrap();
+    assert!(asked.iter().all(|name| name == "web.example"), "{asked:?}");
+}
+
+/// passt ends with its VM, also where that is killed; without it, the link is
+/// down, and the VM goes on.
+#[test]
+fn passt_and_its_vm() {
+    let namespace = loopback("end");
+    let _servers = Servers::start(&namespace);
+    let ended = start(
+        &namespace,
+        ",host-loopback",
+        "echo up: $(cat /sys/class/net/eth0/carrier)
+         echo host: $(page 10.0.2.2 8000)",
+    )
+    .wait();
+    expect_lines(&ended, &["up: 1", "host: page of 127.0.0.1"]);
+    assert_eq!(processes(&namespace), Vec::<String>::new());
+
+    let mut running = start(&namespace, "", "echo up: now; sleep 100000");
+    running.expect("up: now");
+    assert!(passt(&namespace).is_some());
+    running.signal(libc::SIGKILL);
+    running.child.wait().unwrap();
+    expect_empty(&namespace);
+
+    let script = "echo up: $(cat /sys/class/net/eth0/carrier)
+        while [ $(cat /sys/class/net/eth0/carrier) = 1 ]; do sleep 1; done
+        ping -c 1 -W 1 10.77.0.1
+        echo down: $(cat /sys/class/net/eth0/carrier)";
+    let mut running = start(&namespace, "", script);
+    running.expect("up: 1");
+    kill(passt(&namespace).unwrap(), libc::SIGKILL);
+    let ended = running.wait();
+    expect_lines(&ended, &["down: 0"]);
+    assert_eq!(
+        ended.stderr.matches("the link is down").count(),
+        1,
+        "{ended:?}"
+    );
+
+    // A port that is taken, and no passt at all.
+    let _taken = within(&namespace, || {
+        TcpListener::bind(("127.0.0.1", 18080)).unwrap()
+    });
+    let ended = start(&namespace, ",publish=18080:8080", "").wait();
+    assert_eq!(ended.code(), Some(3), "{ended:?}");
+    assert!(ended.stderr.contains("18080"), "{ended:?}");
+    let mut guest = Guest::new("");
+    guest.command.env("PATH", "/nonexistent");
+    let ended = guest.args(["--net", "user"]).start().wait();
+    assert_eq!(ended.code(), Some(3), "{ended:?}");
+    assert!(ended.stderr.contains("apt install passt"), "{ended:?}");
+}
+
+/// The same as an ordinary user, and with IPv6 where the host has that.
+#[test]
+fn an_ordinary_user_and_ipv6() {
+    let namespace = Namespace::new("user6");
+    for words in [
+        "-6 addr add fe80::77/64 dev tap0 nodad",
+        "-6 addr add fd88::1/64 dev tap0 nodad",
+        "-6 route add default via fd88::2 dev tap0",
+        "addr add 10.77.0.1/32 dev lo",
+        "addr add 10.77.0.2/32 dev lo",
+    ] {
+        let words: Vec<&str> = words.split(' ').collect();
+        tool("ip", &[&["-n", namespace.name()], &words[..]].concat());
+    }
+    let _servers = Servers::start(&namespace);
+    let guest = guest(
+        "echo tcp: $(page 10.77.0.1 8000)
+         echo name: $(ask web.example)
+         until ip -6 addr show dev eth0 | grep -q 'inet6 fd6d.*global' &&
+             ip -6 route | grep -q default && ! ip -6 addr | grep -q tentative; do sleep 1; done
+         echo tcp6: $(page fd88::1 8000)
+         echo ready: now
+         sleep 100000",
+    );
+    let (node, path) = (guest.path("kvm"), guest.path(""));
+    tool("chmod", &["-R", "a+rX", path.to_str().unwrap()]);
+    let runtime = guest.path("runtime");
+    std::fs::create_dir(&runtime).unwrap();
+    tool("chown", &["65534:65534", runtime.to_str().unwrap()]);
+    tool("chmod", &["700", runtime.to_str().unwrap()]);
+    let node = node.display();
+    let prepare = format!(
+        "set -e; mknod -m 666 {node} c 10 232; mount --bind {node} /dev/kvm
+         exec setpriv --reuid 65534 --regid 65534 --clear-groups \"$@\""
+    );
+    let mut guest = guest.args(["--net", "user,dns=127.0.0.1,publish=18080:8080"]);
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", &prepare, "sh"]);
+    // The caches may not be for all.
+    let (cached, own) = (kernel("cloud-6.12", "vmlinux"), guest.path("vmlinux"));
+    std::fs::copy(&cached, &own).unwrap();
+    tool("chmod", &["644", own.to_str().unwrap()]);
+    command.arg(guest.command.get_program());
+    command.args(guest.command.get_args().map(|word| match word {
+        word if word == cached => own.as_os_str(),
+        word => word,
+    }));
+    command.env("MAYFLY_RUNTIME_DIR", &runtime);
+    guest.command = command;
+    let mut running = namespace.enter(guest).start();
+    running.expect("ready: now");
+    let console = running.console();
+    for line in ["tcp: page of 10.77.0.1\n", "tcp6: page of fd88::1\n"] {
+        assert!(console.contains(line), "no {line:?}: {console}");
+    }
+    let owner = tool(
+        "stat",
+        &["-c", "%u", &format!("/proc/{}", passt(&namespace).unwrap())],
+    );
+    assert_eq!(owner.trim(), "65534");
+    assert_eq!(published(&namespace, 18080, false), "knock knock");
+    drop(running);
+    expect_empty(&namespace);
+}
