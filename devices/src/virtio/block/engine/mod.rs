@@ -1,6 +1,7 @@
 //! Doing I/O without blocking: raw images by io_uring, or by threads where it
 //! is refused; other formats by threads.
 
+mod parts;
 mod qcow2;
 mod threads;
 mod uring;
@@ -13,6 +14,7 @@ use std::sync::Arc;
 use self::threads::Threads;
 use self::uring::Uring;
 
+pub use self::parts::Parts;
 pub use self::qcow2::{ImageError, Qcow2};
 #[cfg(test)]
 pub use self::threads::Worker;
@@ -27,6 +29,8 @@ pub enum Image {
     Raw(File),
     /// QEMU's format.
     Qcow2(Box<Qcow2>),
+    /// Files one after the other.
+    Parts(Parts),
 }
 
 /// What an operation does.
@@ -86,7 +90,7 @@ impl Engine {
     pub fn new(image: Image) -> io::Result<Self> {
         let file = match image {
             Image::Raw(file) => file,
-            Image::Qcow2(_) => return Engine::threads(image),
+            Image::Qcow2(_) | Image::Parts(_) => return Engine::threads(image),
         };
         match Uring::new(file.try_clone()?) {
             Ok(uring) => Ok(Engine::Uring(Box::new(uring))),
@@ -102,6 +106,7 @@ impl Engine {
         let threads = match image {
             Image::Raw(file) => Threads::new(Arc::new(file)),
             Image::Qcow2(qcow2) => Threads::new(Arc::new(*qcow2)),
+            Image::Parts(parts) => Threads::new(Arc::new(parts)),
         };
         threads.map(Engine::Threads)
     }
