@@ -7,7 +7,7 @@ use std::sync::Arc;
 use virtio_bindings::virtio_ids;
 
 use super::GuestMemory;
-use super::queues::Queues;
+use super::queues::{Queues, Ring};
 
 /// The kind of device (virtio 1.2, section 5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,12 +25,14 @@ pub enum DeviceId {
     Balloon = virtio_ids::VIRTIO_ID_BALLOON,
     /// Sockets between guest and host.
     Vsock = virtio_ids::VIRTIO_ID_VSOCK,
+    /// File system.
+    Fs = virtio_ids::VIRTIO_ID_FS,
 }
 
-/// The guest broke the rules in a way that the device cannot go on: it needs
-/// to be reset (virtio 1.2, 2.1.1, `DEVICE_NEEDS_RESET`).
+/// The guest broke the rules, or a backend failed, in a way that the device cannot
+/// go on: it needs to be reset (virtio 1.2, 2.1.1, `DEVICE_NEEDS_RESET`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the driver broke the rules: {0}")]
+#[error("needs a reset: {0}")]
 pub struct Broken(pub &'static str);
 
 /// Names one of a device's sources of events.
@@ -62,6 +64,18 @@ pub trait VirtioDevice: Send {
 
     /// The guest and the device agreed on features: chains may follow.
     fn activate(&mut self, acked: u64, memory: &Arc<GuestMemory>) -> Result<(), Broken>;
+
+    /// Another process runs the queues: the transport leaves them and their
+    /// notifications to that, and offers no features of its own.
+    fn is_remote(&self) -> bool {
+        false
+    }
+
+    /// Comes after the activation, if the device is remote: its queues, but for
+    /// those that the driver left out.
+    fn hand_over(&mut self, _: &[Option<Ring>]) -> Result<(), Broken> {
+        Ok(())
+    }
 
     /// There are chains in a queue.
     fn serve(&mut self, queue: usize, queues: &mut Queues) -> Result<(), Broken>;

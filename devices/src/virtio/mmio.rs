@@ -22,7 +22,7 @@ const VENDOR: u32 = u32::from_le_bytes(*b"MYFL");
 /// The offset of the register that the driver writes a queue's index to.
 pub const NOTIFY_OFFSET: u64 = reg::VIRTIO_MMIO_QUEUE_NOTIFY as u64;
 /// What the transport itself offers.
-const FEATURES: u64 = feature(bits::VIRTIO_F_VERSION_1)
+pub(super) const FEATURES: u64 = feature(bits::VIRTIO_F_VERSION_1)
     | feature(VIRTIO_RING_F_INDIRECT_DESC)
     | feature(VIRTIO_RING_F_EVENT_IDX);
 
@@ -153,6 +153,11 @@ impl VirtioMmio {
         &self.kicks
     }
 
+    /// Another process waits for notifications: they must not be taken from it.
+    pub fn is_remote(&self) -> bool {
+        self.device.is_remote()
+    }
+
     /// The device's sources of events.
     pub fn sources(&self) -> Vec<(Token, RawFd)> {
         self.device.sources()
@@ -198,6 +203,9 @@ impl VirtioMmio {
     /// The driver notified a queue. The event is not read: it is watched on edges,
     /// and each notification is one.
     pub fn kicked(&mut self, queue: usize) {
+        if self.is_remote() {
+            return;
+        }
         self.counters.kicks += 1;
         self.turn(Some(queue), |device, queues| device.serve(queue, queues));
     }
@@ -281,7 +289,10 @@ impl VirtioMmio {
     }
 
     fn features(&self) -> u64 {
-        FEATURES | self.device.features()
+        match self.is_remote() {
+            true => self.device.features(),
+            false => FEATURES | self.device.features(),
+        }
     }
 
     fn set_status(&mut self, value: u32) {
@@ -315,6 +326,9 @@ impl VirtioMmio {
         let states: Vec<_> = setups.map(|setup| setup.state(event_idx)).collect();
         let activated = Queues::new(&self.memory, &states).and_then(|queues| {
             self.device.activate(acked, &self.memory)?;
+            if self.device.is_remote() {
+                self.device.hand_over(&queues.rings(&self.kicks)?)?;
+            }
             Ok(queues)
         });
         match activated {

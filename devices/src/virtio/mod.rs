@@ -5,6 +5,7 @@ pub mod block;
 pub mod chain;
 pub mod console;
 pub mod device;
+pub mod fs;
 pub mod mmio;
 pub mod net;
 pub mod queues;

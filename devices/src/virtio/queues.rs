@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::GuestMemory;
 use super::chain::Chain;
@@ -16,11 +18,27 @@ struct Active {
     used: bool,
 }
 
+/// A queue for another process: its parts' addresses in this process, each in one
+/// piece of the guest's memory.
+pub struct Ring<'a> {
+    /// How many chains it holds.
+    pub size: u16,
+    /// The table of descriptors.
+    pub descriptors: u64,
+    /// The ring that the driver writes.
+    pub available: u64,
+    /// The ring that the device writes.
+    pub used: u64,
+    /// Signalled when there are chains.
+    pub kick: &'a EventFd,
+}
+
 /// The queues of a device. Those that the driver left out are always empty.
 pub struct Queues {
     memory: Arc<GuestMemory>,
     queues: Vec<Option<Active>>,
     exhausted: bool,
+    interrupt: bool,
     config_changed: bool,
     chains: u64,
 }
@@ -46,6 +64,7 @@ impl Queues {
             memory: memory.clone(),
             queues: states.iter().map(activate).collect::<Result<_, _>>()?,
             exhausted: false,
+            interrupt: false,
             config_changed: false,
             chains: 0,
         })
@@ -55,6 +74,34 @@ impl Queues {
         self.queues
             .iter()
             .map(|queue| queue.as_ref().map(|active| active.queue.state()))
+    }
+
+    /// The queues, to be run by another process.
+    pub(super) fn rings<'a>(&self, kicks: &'a [EventFd]) -> Result<Vec<Option<Ring<'a>>>, Broken> {
+        /// Lengths of the parts: of one entry, and of what else there is (virtio
+        /// 1.2, 2.7).
+        const DESCRIPTORS: (usize, usize) = (16, 0);
+        const AVAILABLE: (usize, usize) = (2, 6);
+        const USED: (usize, usize) = (8, 6);
+        let ring = |active: &Active, kick: &'a EventFd| {
+            let queue = &active.queue;
+            let address = |part: u64, (entry, rest): (usize, usize)| {
+                let len = entry * usize::from(queue.size()) + rest;
+                let slice = self.memory.get_slice(GuestAddress(part), len);
+                let slice = slice.map_err(|_| Broken("a queue is not in one piece of memory"))?;
+                Ok(slice.ptr_guard().as_ptr() as u64)
+            };
+            Ok(Ring {
+                size: queue.size(),
+                descriptors: address(queue.desc_table(), DESCRIPTORS)?,
+                available: address(queue.avail_ring(), AVAILABLE)?,
+                used: address(queue.used_ring(), USED)?,
+                kick,
+            })
+        };
+        let all = self.queues.iter().zip(kicks);
+        all.map(|(active, kick)| active.as_ref().map(|active| ring(active, kick)).transpose())
+            .collect()
     }
 
     /// Begins a turn of the device.
@@ -67,7 +114,7 @@ impl Queues {
 
     /// Ends a turn. True if the guest wants to be interrupted.
     pub(super) fn end(&mut self) -> Result<bool, Broken> {
-        let mut interrupt = false;
+        let mut interrupt = std::mem::take(&mut self.interrupt);
         for active in self.queues.iter_mut().flatten() {
             if std::mem::take(&mut active.used) {
                 interrupt |= active
@@ -77,6 +124,11 @@ impl Queues {
             }
         }
         Ok(interrupt)
+    }
+
+    /// Who runs the queues has used chains: the guest is told when this turn ends.
+    pub fn interrupt(&mut self) {
+        self.interrupt = true;
     }
 
     /// The device's configuration changed: the guest is told when this turn ends.

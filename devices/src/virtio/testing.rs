@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_config as bits;
 use virtio_bindings::virtio_mmio as reg;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, FileOffset, GuestAddress};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -72,7 +72,19 @@ pub struct Driver {
 
 impl Driver {
     pub fn new(device: Box<dyn VirtioDevice>) -> Self {
-        let memory = Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap());
+        Self::with_memory(device, None)
+    }
+
+    /// With memory that another process could map.
+    pub fn shared(device: Box<dyn VirtioDevice>) -> Self {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(MEMORY as u64).unwrap();
+        Self::with_memory(device, Some(FileOffset::new(file, 0)))
+    }
+
+    fn with_memory(device: Box<dyn VirtioDevice>, file: Option<FileOffset>) -> Self {
+        let ranges = [(GuestAddress(0), MEMORY, file)];
+        let memory = Arc::new(GuestMemory::from_ranges_with_files(ranges).unwrap());
         let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
         let queues = device.queue_sizes().len();
         let transport =

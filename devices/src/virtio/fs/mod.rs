@@ -1,0 +1,180 @@
+//! The file system device (virtio 1.2, 5.11): a folder of the host's. Another
+//! process, the backend, moves the bytes: it maps the guest's memory, and runs the
+//! queues by itself. The device introduces the two to each other.
+
+mod frontend;
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+pub use self::frontend::{BackendError, Frontend};
+
+use super::GuestMemory;
+use super::device::{Broken, DeviceId, Token, VirtioDevice};
+use super::mmio::FEATURES;
+use super::queues::{Queues, Ring};
+
+/// Urgent requests, which are those to forget, and all others.
+const QUEUE_SIZES: [u16; 2] = [128, 1024];
+const TAG_LEN: usize = 36;
+/// A tag, and the number of queues for requests.
+const CONFIG_LEN: usize = TAG_LEN + size_of::<u32>();
+const REQUEST_QUEUES: u32 = 1;
+/// The backend's socket was closed. Tokens below are of queues.
+const HUNG_UP: Token = QUEUE_SIZES.len() as Token;
+/// What the guest waits for at most when it starts or resets the device.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// Ends a backend, without its help.
+pub type End = Box<dyn FnMut() + Send>;
+
+/// The device.
+pub struct Fs {
+    /// None after it failed: it does not come back.
+    backend: Option<Frontend>,
+    end: End,
+    config: [u8; CONFIG_LEN],
+    features: u64,
+    /// For each queue, what the backend signals when it has used chains: the guest
+    /// must be told why it is interrupted, which the transport does.
+    calls: [EventFd; QUEUE_SIZES.len()],
+    hung_up: Epoll,
+    /// The queues that the backend has.
+    running: Vec<u32>,
+}
+
+impl Fs {
+    /// A device that the guest finds by its tag, which has at most 36 bytes. `end`
+    /// is called when the backend failed, and must see to it that it touches no
+    /// memory any more.
+    pub fn new(backend: Frontend, tag: &str, end: End) -> io::Result<Self> {
+        let mut config = [0; CONFIG_LEN];
+        let (name, queues) = config.split_at_mut(TAG_LEN);
+        name.get_mut(..tag.len())
+            .ok_or(io::ErrorKind::InvalidInput)?
+            .copy_from_slice(tag.as_bytes());
+        queues.copy_from_slice(&REQUEST_QUEUES.to_le_bytes());
+        // Its answers must not wake anybody up, only its end.
+        let hung_up = Epoll::new()?;
+        hung_up.ctl(
+            ControlOperation::Add,
+            backend.socket().as_raw_fd(),
+            EpollEvent::new(EventSet::READ_HANG_UP, 0),
+        )?;
+        Ok(Fs {
+            features: backend.features() & FEATURES,
+            backend: Some(backend),
+            end,
+            config,
+            calls: [EventFd::new(EFD_NONBLOCK)?, EventFd::new(EFD_NONBLOCK)?],
+            hung_up,
+            running: Vec::new(),
+        })
+    }
+
+    /// Lets the backend do something, and ends it if it fails.
+    fn with_backend(
+        &mut self,
+        work: impl FnOnce(&mut Frontend) -> Result<(), BackendError>,
+    ) -> Result<(), Broken> {
+        let Some(backend) = &mut self.backend else {
+            return Err(Broken("the backend has ended"));
+        };
+        backend.give_time(PATIENCE);
+        work(backend).map_err(|error| self.fail(error))
+    }
+
+    fn fail(&mut self, error: BackendError) -> Broken {
+        if let Some(backend) = self.backend.take() {
+            let _ = backend.socket().shutdown(Shutdown::Both);
+            (self.end)();
+        }
+        self.running.clear();
+        Broken(match error {
+            BackendError::Ended => "the backend has ended",
+            BackendError::Silent => "the backend does not answer",
+            BackendError::Nonsense => "the backend does not keep to vhost-user",
+            BackendError::Refused => "the backend refused what it was told",
+            BackendError::Unfit => "the backend is not fit for it",
+            BackendError::Private => "guest memory is not shared",
+        })
+    }
+}
+
+impl VirtioDevice for Fs {
+    fn id(&self) -> DeviceId {
+        DeviceId::Fs
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    fn is_remote(&self) -> bool {
+        true
+    }
+
+    fn activate(&mut self, acked: u64, memory: &Arc<GuestMemory>) -> Result<(), Broken> {
+        self.with_backend(|backend| backend.set_up(acked, memory))
+    }
+
+    fn hand_over(&mut self, rings: &[Option<Ring>]) -> Result<(), Broken> {
+        let calls = self.calls.each_ref().map(EventFd::as_raw_fd);
+        for ((index, ring), call) in (0..).zip(rings).zip(calls) {
+            if let Some(ring) = ring {
+                // It may have begun, whatever it says.
+                self.running.push(index);
+                self.with_backend(|backend| backend.start(index, ring, call))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn serve(&mut self, _: usize, _: &mut Queues) -> Result<(), Broken> {
+        Ok(())
+    }
+
+    fn sources(&self) -> Vec<(Token, RawFd)> {
+        let calls = (0..).zip(self.calls.iter().map(EventFd::as_raw_fd));
+        calls.chain([(HUNG_UP, self.hung_up.as_raw_fd())]).collect()
+    }
+
+    fn ready(&mut self, token: Token, queues: &mut Queues) -> Result<(), Broken> {
+        match self.calls.get(token as usize) {
+            Some(call) => {
+                let _ = call.read();
+                queues.interrupt();
+                Ok(())
+            }
+            None if self.backend.is_some() => Err(self.fail(BackendError::Ended)),
+            None => Ok(()),
+        }
+    }
+
+    fn reset(&mut self) {
+        for index in std::mem::take(&mut self.running) {
+            // One that does not stop is ended, which stops it, too.
+            if let Err(broken) = self.with_backend(|backend| backend.stop(index)) {
+                log::warn!("{:?} device: {broken}", self.id());
+                return;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
