@@ -9,6 +9,7 @@
 //! |-----------|----------------------------------------------------------|
 //! | (none)    | `/etc/mayfly/run` by sh if there is one, else a shell     |
 //! | `run CMD` | the command and its arguments                            |
+//! | `agent`   | what the host says over vsock: see `agent`                |
 //! | `demo`    | prints what the guest sees of its machine                |
 //! | `quit`    | nothing: powers off at once                              |
 //! | `reboot`  | restarts                                                 |
@@ -20,6 +21,7 @@
 //! The exit status (125 when init itself failed, 126 and 127 as a shell's,
 //! 128 and more for signals) is written to a port of the VMM.
 
+mod agent;
 mod demo;
 mod lines;
 mod net;
@@ -59,6 +61,9 @@ fn main() {
 fn run(words: &[String]) -> Result<i32, String> {
     system::mount_all()?;
     system::load_modules(Path::new(MODULE_LIST))?;
+    if words == ["agent"] {
+        return serve_host();
+    }
     lines::adopt_console();
     lines::link_channels();
     if Path::new(BUSYBOX).exists() {
@@ -104,9 +109,25 @@ fn run(words: &[String]) -> Result<i32, String> {
     }
 }
 
+/// Is a machine for the host's command. Its status goes over vsock.
+fn serve_host() -> Result<i32, String> {
+    // Their files go before they are loaded.
+    let later = system::OpenModules::open(Path::new(LATER_LIST));
+    let _ = std::thread::Builder::new().spawn(|| {
+        system::give_way();
+        complain(later.load());
+        power_button::watch();
+    });
+    agent::run().map(|()| 0)
+}
+
 /// Loads what nobody waits for, and nobody dies without.
 fn load_later() {
-    if let Err(error) = system::load_modules(Path::new(LATER_LIST)) {
+    complain(system::load_modules(Path::new(LATER_LIST)));
+}
+
+fn complain(result: Result<(), String>) {
+    if let Err(error) = result {
         eprintln!("mayfly-init: {error}");
     }
 }

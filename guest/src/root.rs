@@ -22,9 +22,7 @@ use crate::BUSYBOX;
 use crate::system::{self, mount};
 
 /// Where the root file system is mounted before it becomes `/`.
-const NEW_ROOT: &str = "/mnt";
-/// What the distribution takes over from us.
-const MOVED: [&str; 4] = ["/dev", "/proc", "/sys", "/run"];
+pub const NEW_ROOT: &str = "/mnt";
 const DEFAULT_INIT: &str = "/sbin/init";
 /// Drivers may still be looking at their devices.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(5);
@@ -80,15 +78,29 @@ const RAMFS_MAGIC: libc::__fsword_t = 0x8584_58f6;
 
 /// Goes over to the root file system; returns only if that fails.
 pub fn switch(root: &Root, words: &[String]) -> Result<i32, String> {
+    let failed = |why| format!("root={}: {why}", root.source);
     let device = device(&root.source)?;
-    mount_root(root, &device).map_err(|why| format!("root={}: {why}", root.source))?;
-    let failed = |what: &str, error| format!("root={}: {what}: {error}", root.source);
-    unmount("/tmp").map_err(|error| failed("unmounting /tmp", error))?;
-    for directory in MOVED {
-        let target = format!("{NEW_ROOT}{directory}");
-        if mount(directory, &target, "", libc::MS_MOVE, "").is_err() {
+    mount_root(root, &device).map_err(failed)?;
+    enter(&["/dev", "/proc", "/sys", "/run"]).map_err(failed)?;
+    let error = Command::new(&root.init).args(words).exec();
+    Err(failed(format!("starting {}: {error}", root.init)))
+}
+
+/// Makes [`NEW_ROOT`] the root. What is mounted at these folders goes with it.
+pub fn enter(moved: &[&str]) -> Result<(), String> {
+    for (_, target, ..) in system::MOUNTS {
+        if moved.iter().any(|folder| target.starts_with(folder)) {
+            continue;
+        }
+        unmount(target).map_err(|error| format!("unmounting {target}: {error}"))?;
+    }
+    for folder in moved {
+        let target = format!("{NEW_ROOT}{folder}");
+        // A layer may lack it; a root that can't be written to, too.
+        let _ = fs::create_dir_all(&target);
+        if mount(folder, &target, "", libc::MS_MOVE, "").is_err() {
             // A root without such a folder: its init does as it likes.
-            unmount(directory).map_err(|error| failed(directory, error))?;
+            unmount(folder).map_err(|error| format!("unmounting {folder}: {error}"))?;
         }
     }
     // The initramfs can't be unmounted: what is in it would use memory for ever.
@@ -99,9 +111,7 @@ pub fn switch(root: &Root, words: &[String]) -> Result<i32, String> {
         .and_then(|()| mount(".", "/", "", libc::MS_MOVE, ""))
         .and_then(|()| std::os::unix::fs::chroot("."))
         .and_then(|()| std::env::set_current_dir("/"))
-        .map_err(|error| failed("switching", error))?;
-    let error = Command::new(&root.init).args(words).exec();
-    Err(failed(&format!("starting {}", root.init), error))
+        .map_err(|error| format!("switching: {error}"))
 }
 
 /// Waits for the device, which its driver may not have found yet.

@@ -12,7 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 /// Source, target, type, data of each mount.
-const MOUNTS: [(&str, &str, &str, &str); 6] = [
+pub const MOUNTS: [(&str, &str, &str, &str); 6] = [
     ("proc", "/proc", "proc", ""),
     ("sysfs", "/sys", "sysfs", ""),
     ("devtmpfs", "/dev", "devtmpfs", "mode=755"),
@@ -95,19 +95,43 @@ pub fn mount(
 /// Loads the modules in a list of paths, in its order. Those that are for
 /// devices which are not there are left out: each costs time.
 pub fn load_modules(list: &Path) -> Result<(), String> {
-    let Ok(list) = fs::read_to_string(list) else {
-        return Ok(()); // a kernel with everything built in
-    };
+    let list = fs::read_to_string(list).unwrap_or_default(); // none: all is built in
     for line in list.lines() {
-        let mut words = line.split(' ');
-        let path = words.next().unwrap_or_default();
-        let devices: Vec<&str> = words.collect();
-        if !devices.is_empty() && !any_is_there(&devices) {
-            continue;
+        if let Some(path) = wanted(line) {
+            load_module(path, fs::File::open(path))?;
         }
-        load_module(path).map_err(|error| format!("loading {path}: {error}"))?;
     }
     Ok(())
+}
+
+/// Modules that can be loaded when their files are gone.
+pub struct OpenModules(Vec<(String, io::Result<fs::File>)>);
+
+impl OpenModules {
+    /// Opens those in a list.
+    pub fn open(list: &Path) -> Self {
+        let list = fs::read_to_string(list).unwrap_or_default();
+        let wanted = list.lines().filter_map(wanted);
+        OpenModules(
+            wanted
+                .map(|path| (path.to_owned(), fs::File::open(path)))
+                .collect(),
+        )
+    }
+
+    /// Loads them.
+    pub fn load(self) -> Result<(), String> {
+        let mut modules = self.0.into_iter();
+        modules.try_for_each(|(path, file)| load_module(&path, file))
+    }
+}
+
+/// The path in a line of a list, if it is to be loaded.
+fn wanted(line: &str) -> Option<&str> {
+    let mut words = line.split(' ');
+    let path = words.next()?;
+    let devices: Vec<&str> = words.collect();
+    (devices.is_empty() || any_is_there(&devices)).then_some(path)
 }
 
 /// The name of a device begins with one of these.
@@ -120,15 +144,17 @@ fn any_is_there(devices: &[&str]) -> bool {
     names.any(|name| devices.iter().any(|device| name.starts_with(device)))
 }
 
-fn load_module(path: &str) -> io::Result<()> {
-    let file = fs::File::open(path)?;
-    // SAFETY: a descriptor that is open and an empty string.
-    let result =
-        unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
-    check(result).or_else(|error| match error.raw_os_error() {
-        Some(libc::EEXIST) => Ok(()),
-        _ => Err(error),
-    })
+fn load_module(path: &str, file: io::Result<fs::File>) -> Result<(), String> {
+    let load = |file: fs::File| {
+        // SAFETY: a descriptor that is open and an empty string.
+        check(unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) })
+    };
+    match file.and_then(load) {
+        Err(error) if error.raw_os_error() != Some(libc::EEXIST) => {
+            Err(format!("loading {path}: {error}"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Lets the guest's work have the CPU before this thread.

@@ -1,0 +1,90 @@
+//! The agent: makes the guest what its image says, runs what the host asks for,
+//! and tells it how that ended.
+
+mod net;
+mod passwd;
+mod process;
+mod reaper;
+mod session;
+mod setup;
+mod vsock;
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::thread;
+
+use mayfly_guest::protocol::{Failed, Frames, GuestMessage, HostMessage, PORT, VERSION, send};
+
+use self::reaper::Reaper;
+use self::session::{Host, Machine, Session};
+
+/// Serves the host until the main process has ended and the host knows.
+pub fn run() -> Result<(), String> {
+    let host =
+        vsock::connect_to_host(PORT).map_err(|error| format!("reaching the host: {error}"))?;
+    serve_main(&host).map_err(|error| format!("talking to the host: {error}"))
+}
+
+fn serve_main(host: &File) -> io::Result<()> {
+    send(host, &GuestMessage::Hello { version: VERSION })?;
+    let mut frames = Frames::new(host);
+    let HostMessage::Setup(setup) = frames.message()? else {
+        return Err(io::Error::other("the machine's setup comes first"));
+    };
+    if let Err(reason) = setup::prepare(&setup) {
+        let failed = Failed {
+            status: 125,
+            reason,
+        };
+        return Host::new(host.try_clone()?).refuse(&mut frames, failed);
+    }
+    let reaper = Reaper::start()?;
+    // Before the host may connect.
+    let listener = vsock::listen(PORT)?;
+    send(host, &GuestMessage::Done)?;
+    let machine = Machine::new(reaper, setup::Disks::of(&setup));
+    let clients = machine.clone();
+    let accept = move || listen(&listener, &clients);
+    thread::Builder::new().spawn(accept)?;
+    let session = Session::new(host.try_clone()?, machine);
+    session.serve_main(&mut frames)
+}
+
+/// Serves each of the host's connections on a thread of its own.
+fn listen(listener: &vsock::Listener, machine: &Arc<Machine>) {
+    loop {
+        let connection = match listener.accept() {
+            Ok(connection) => connection,
+            Err(_) => {
+                thread::sleep(std::time::Duration::from_millis(100));
+                continue;
+            }
+        };
+        let Some(place) = machine.enter() else {
+            continue;
+        };
+        let machine = machine.clone();
+        // Without a thread, the host is hung up on.
+        let _ = thread::Builder::new().spawn(move || {
+            let _place = place;
+            let _ = serve(connection, machine);
+        });
+    }
+}
+
+fn serve(host: File, machine: Arc<Machine>) -> io::Result<()> {
+    send(&host, &GuestMessage::Hello { version: VERSION })?;
+    let mut frames = Frames::new(host.try_clone()?);
+    match frames.message()? {
+        HostMessage::Start(process) => {
+            Session::new(host, machine).serve_process(&mut frames, *process, false)
+        }
+        HostMessage::Attach(size) => Session::new(host, machine).serve_attached(&mut frames, size),
+        HostMessage::SignalMain(signal) => {
+            machine.reaper.signal_main(signal);
+            send(&host, &GuestMessage::Done)
+        }
+        _ => Err(io::Error::other("not a request")),
+    }
+}

@@ -1,0 +1,529 @@
+//! One process and the connection that asked for it.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use mayfly_guest::protocol::{
+    DATA_MAX, Failed, Frame, Frames, GuestMessage, HostMessage, Process, Size, Stream, send,
+    send_data,
+};
+
+use super::process::{self, Running};
+use super::reaper::Reaper;
+use super::setup::Disks;
+
+/// How many of the host's connections there may be at once.
+const SESSIONS_MAX: usize = 256;
+/// An attached host that takes nothing for so long is hung up on: the process
+/// waits for it.
+const ATTACHED_PATIENCE: Duration = Duration::from_secs(5);
+
+/// A connection, which several threads write to, a frame each.
+#[derive(Clone)]
+pub struct Host(Arc<Mutex<File>>);
+
+impl Host {
+    /// A connection to the host.
+    pub fn new(host: File) -> Self {
+        Host(Arc::new(Mutex::new(host)))
+    }
+
+    fn say(&self, message: &GuestMessage) -> io::Result<()> {
+        self.whole(|host| send(host, message))
+    }
+
+    fn write(&self, stream: Stream, data: &[u8]) -> io::Result<()> {
+        self.whole(|host| send_data(host, stream, data))
+    }
+
+    /// Sends a frame. Nothing can follow one that was cut short.
+    fn whole(&self, send: impl FnOnce(&File) -> io::Result<()>) -> io::Result<()> {
+        let host = lock(&self.0);
+        let sent = send(&host);
+        if sent.is_err() {
+            // SAFETY: an open descriptor.
+            unsafe { libc::shutdown(host.as_raw_fd(), libc::SHUT_RDWR) };
+        }
+        sent
+    }
+
+    /// Waits no longer than this for a host that does not read.
+    fn limit(&self, patience: Duration) -> io::Result<()> {
+        let time = libc::timeval {
+            tv_sec: patience.as_secs().cast_signed(),
+            tv_usec: patience.subsec_micros().into(),
+        };
+        let len = size_of::<libc::timeval>() as libc::socklen_t;
+        let host = lock(&self.0);
+        let (level, name) = (libc::SOL_SOCKET, libc::SO_SNDTIMEO);
+        // SAFETY: reads a live structure of that length.
+        let result = unsafe {
+            libc::setsockopt(host.as_raw_fd(), level, name, (&raw const time).cast(), len)
+        };
+        crate::system::check(result.into())
+    }
+
+    /// Tells why something was not done, and waits until that was heard.
+    pub fn refuse(&self, frames: &mut Frames<impl Read>, failed: Failed) -> io::Result<()> {
+        self.say(&GuestMessage::Failed(failed))?;
+        while !matches!(
+            frames.frame()?,
+            None | Some(Frame::Message(HostMessage::Bye))
+        ) {}
+        Ok(())
+    }
+
+    fn is(&self, other: &Host) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What a process is to those that talk to it.
+#[derive(Clone)]
+struct Handle {
+    pid: u32,
+    /// Data, and who is told that they were taken; none are the end.
+    input: Option<Sender<(Vec<u8>, Host)>>,
+    terminal: Option<Arc<File>>,
+    out: Output,
+    err: Option<Output>,
+    /// Those that get its output.
+    hosts: Arc<Mutex<Vec<Host>>>,
+}
+
+/// The processes of the machine, as far as the host asked for them.
+pub struct Machine {
+    /// Starts them, and hears of their ends.
+    pub reaper: Arc<Reaper>,
+    main: Mutex<Option<Handle>>,
+    /// What is to be whole at the end.
+    disks: Disks,
+    /// The host's connections beside the first.
+    others: Mutex<usize>,
+    fewer: Condvar,
+}
+
+/// One of the host's connections beside the first, while it lasts.
+pub struct Guest(Arc<Machine>);
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        *lock(&self.0.others) -= 1;
+        self.0.fewer.notify_all();
+    }
+}
+
+impl Machine {
+    /// One without processes.
+    pub fn new(reaper: Arc<Reaper>, disks: Disks) -> Arc<Self> {
+        Arc::new(Machine {
+            reaper,
+            main: Mutex::new(None),
+            disks,
+            others: Mutex::new(0),
+            fewer: Condvar::new(),
+        })
+    }
+
+    /// Counts a connection; none if there are too many.
+    pub fn enter(self: &Arc<Self>) -> Option<Guest> {
+        let mut others = lock(&self.others);
+        let room = *others < SESSIONS_MAX;
+        *others += usize::from(room);
+        room.then(|| Guest(self.clone()))
+    }
+
+    /// Gives the others a moment to hear how their processes ended.
+    fn farewell(&self) {
+        const PATIENCE: Duration = Duration::from_secs(1);
+        let some = |others: &mut usize| *others > 0;
+        drop(
+            self.fewer
+                .wait_timeout_while(lock(&self.others), PATIENCE, some),
+        );
+    }
+}
+
+/// One of the host's connections.
+pub struct Session {
+    host: Host,
+    machine: Arc<Machine>,
+}
+
+impl Session {
+    /// A session on a connection.
+    pub fn new(host: File, machine: Arc<Machine>) -> Self {
+        Session {
+            host: Host::new(host),
+            machine,
+        }
+    }
+
+    /// Runs the main process; with it, all others end.
+    pub fn serve_main(self, frames: &mut Frames<&File>) -> io::Result<()> {
+        match frames.message()? {
+            HostMessage::Start(process) => self.serve_process(frames, *process, true),
+            _ => Err(io::Error::other("not a process")),
+        }
+    }
+
+    /// Runs a process until the host knows how it ended.
+    pub fn serve_process(
+        self,
+        frames: &mut Frames<impl Read>,
+        process: Process,
+        main: bool,
+    ) -> io::Result<()> {
+        let reaper = &self.machine.reaper;
+        let running = match process::start(&process, reaper, main) {
+            Ok(running) => running,
+            Err(failed) => return self.host.refuse(frames, failed),
+        };
+        self.host.say(&GuestMessage::Done)?;
+        let Running {
+            started,
+            input,
+            output,
+            errors,
+            terminal,
+        } = running;
+        let handle = Handle {
+            pid: started.child.id(),
+            input: match input {
+                Some(input) => Some(feed(input, terminal.is_some())?),
+                None => None,
+            },
+            terminal: terminal.map(Arc::new),
+            out: Output::new(output)?,
+            err: errors.map(Output::new).transpose()?,
+            hosts: Arc::new(Mutex::new(vec![self.host.clone()])),
+        };
+        let ended = Arc::new(Event::new()?);
+        let mut pumps = vec![pump(&handle.out, Stream::Out, &handle.hosts, &ended)?];
+        if let Some(err) = &handle.err {
+            pumps.push(pump(err, Stream::Err, &handle.hosts, &ended)?);
+        }
+        if main {
+            *lock(&self.machine.main) = Some(handle.clone());
+        }
+        let (hosts, machine) = (handle.hosts.clone(), self.machine.clone());
+        let tell = move || {
+            let Ok(exit) = started.exit.recv() else {
+                return;
+            };
+            if main {
+                machine.reaper.end_all();
+                // However long it takes: afterwards the host has no patience.
+                machine.disks.leave();
+            }
+            ended.tell();
+            for pump in pumps {
+                let _ = pump.join();
+            }
+            say_to_all(&hosts, &GuestMessage::Exited(exit));
+        };
+        thread::Builder::new().spawn(tell)?;
+        let result = self.listen(frames, &handle, true);
+        if main {
+            // Whoever asked for it has gone.
+            self.machine.reaper.end_all();
+            self.machine.farewell();
+        }
+        result
+    }
+
+    /// Follows the main process, too.
+    pub fn serve_attached(
+        self,
+        frames: &mut Frames<impl Read>,
+        size: Option<Size>,
+    ) -> io::Result<()> {
+        let Some(handle) = lock(&self.machine.main).clone() else {
+            let reason = "the machine has no process yet".to_owned();
+            return self.host.refuse(
+                frames,
+                Failed {
+                    status: 125,
+                    reason,
+                },
+            );
+        };
+        self.host.limit(ATTACHED_PATIENCE)?;
+        self.host.say(&GuestMessage::Done)?;
+        if let (Some(terminal), Some(size)) = (&handle.terminal, size) {
+            process::resize(terminal, size);
+        }
+        lock(&handle.hosts).push(self.host.clone());
+        let result = self.listen(frames, &handle, false);
+        lock(&handle.hosts).retain(|host| !host.is(&self.host));
+        result
+    }
+
+    /// Does what the host says until it has nothing more to say. A process that
+    /// belongs to the host is told when its readers go.
+    fn listen(
+        &self,
+        frames: &mut Frames<impl Read>,
+        process: &Handle,
+        owner: bool,
+    ) -> io::Result<()> {
+        let mut input = process.input.clone();
+        loop {
+            match frames.frame()? {
+                None | Some(Frame::Message(HostMessage::Bye)) => return Ok(()),
+                // The process has others to read from.
+                Some(Frame::Data(Stream::In, [])) if !owner => input = None,
+                Some(Frame::Data(Stream::In, data)) => {
+                    if let Some(sender) = &input {
+                        // The window bounds what waits.
+                        let _ = sender.send((data.to_vec(), self.host.clone()));
+                    }
+                    if data.is_empty() {
+                        input = None;
+                    }
+                }
+                Some(Frame::Message(HostMessage::Resize(size))) => {
+                    if let Some(terminal) = &process.terminal {
+                        process::resize(terminal, size);
+                    }
+                }
+                Some(Frame::Message(HostMessage::Signal(signal))) => {
+                    self.machine.reaper.signal(process.pid, signal);
+                }
+                Some(Frame::Message(HostMessage::Closed(_))) if !owner => return Ok(()),
+                Some(Frame::Message(HostMessage::Closed(_))) if process.terminal.is_some() => {
+                    // As when a terminal's window is closed. What else it writes is
+                    // still taken, so that it does not wait for ever.
+                    self.machine.reaper.signal(process.pid, libc::SIGHUP);
+                }
+                Some(Frame::Message(HostMessage::Closed(stream))) => match (stream, &process.err) {
+                    (Stream::Err, Some(err)) => err.close(),
+                    _ => process.out.close(),
+                },
+                Some(_) => return Err(io::Error::other("no business of a process")),
+            }
+        }
+    }
+}
+
+/// Tells how a process ended. Whoever asked for it comes last: when it has heard of
+/// the main one's end, the machine is turned off.
+fn say_to_all(hosts: &Mutex<Vec<Host>>, message: &GuestMessage) {
+    let now = lock(hosts).clone();
+    for host in now.iter().rev() {
+        let _ = host.say(message);
+    }
+}
+
+/// Sends what a process writes, until nobody writes any more; after its end,
+/// until there is nothing more: what it left behind may go on.
+fn pump(
+    output: &Output,
+    stream: Stream,
+    hosts: &Arc<Mutex<Vec<Host>>>,
+    ended: &Arc<Event>,
+) -> io::Result<JoinHandle<()>> {
+    let (output, hosts, ended) = (output.clone(), hosts.clone(), ended.clone());
+    thread::Builder::new().spawn(move || {
+        let mut buffer = vec![0; DATA_MAX];
+        while let Some(len) = output.read(&mut buffer, ended.fd()) {
+            let data = buffer.get(..len).unwrap_or_default();
+            // Not under the lock: one that does not read holds up the others'
+            // output for a while, but nobody who comes or goes.
+            let now = lock(&hosts).clone();
+            let gone = |host: &Host| host.write(stream, data).is_err();
+            let gone: Vec<Host> = now.into_iter().filter(gone).collect();
+            let mut hosts = lock(&hosts);
+            hosts.retain(|host| !gone.iter().any(|it| it.is(host)));
+            if hosts.is_empty() {
+                output.close();
+                break;
+            }
+        }
+    })
+}
+
+/// Writes what comes from the host to a process; nothing is the end of it.
+fn feed(mut input: File, terminal: bool) -> io::Result<Sender<(Vec<u8>, Host)>> {
+    let (sender, receiver): (_, Receiver<(Vec<u8>, Host)>) = mpsc::channel();
+    thread::Builder::new().spawn(move || {
+        let mut alive = true;
+        for (data, host) in receiver {
+            if data.is_empty() {
+                if terminal {
+                    // What a user types there.
+                    let _ = input.write_all(&[END_OF_TRANSMISSION]);
+                    continue;
+                }
+                return;
+            }
+            // A process that reads no more needs no more.
+            alive = alive && input.write_all(&data).is_ok();
+            let taken = u32::try_from(data.len()).unwrap_or(u32::MAX);
+            // Who has gone types no more.
+            let _ = host.say(&GuestMessage::Taken(taken));
+        }
+    })?;
+    Ok(sender)
+}
+
+/// Ctrl-D.
+const END_OF_TRANSMISSION: u8 = 4;
+
+/// Our end of what a process writes, until it is closed.
+#[derive(Clone)]
+struct Output {
+    file: Arc<Mutex<Option<Arc<File>>>>,
+    closed: Arc<Event>,
+}
+
+impl Output {
+    fn new(file: File) -> io::Result<Self> {
+        Ok(Output {
+            file: Arc::new(Mutex::new(Some(Arc::new(file)))),
+            closed: Arc::new(Event::new()?),
+        })
+    }
+
+    fn close(&self) {
+        *lock(&self.file) = None;
+        self.closed.tell();
+    }
+
+    /// Waits for data, and returns how many there are; none at the end.
+    fn read(&self, buffer: &mut [u8], ended: RawFd) -> Option<usize> {
+        let mut over = false;
+        loop {
+            let file = lock(&self.file).clone()?;
+            let entry = |fd| libc::pollfd {
+                fd,
+                events: libc::POLLIN,
+                revents: 0,
+            };
+            // After the end, only what is there already.
+            let mut entries = [
+                entry(file.as_raw_fd()),
+                entry(self.closed.fd()),
+                entry(if over { -1 } else { ended }),
+            ];
+            let timeout = if over { 0 } else { -1 };
+            // SAFETY: three live entries.
+            let ready = unsafe { libc::poll(entries.as_mut_ptr(), 3, timeout) };
+            if ready < 0 && io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+                return None;
+            }
+            if entries[0].revents != 0 {
+                return match (&*file).read(buffer) {
+                    Ok(0) => None,
+                    Ok(len) => Some(len),
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                    // A terminal that nobody has open any more.
+                    Err(_) => None,
+                };
+            }
+            if over {
+                return None;
+            }
+            over = entries[2].revents != 0;
+        }
+    }
+}
+
+/// Something that happens once, which threads wait for by `poll`.
+struct Event {
+    reader: io::PipeReader,
+    writer: Mutex<Option<io::PipeWriter>>,
+}
+
+impl Event {
+    fn new() -> io::Result<Self> {
+        let (reader, writer) = io::pipe()?;
+        Ok(Event {
+            reader,
+            writer: Mutex::new(Some(writer)),
+        })
+    }
+
+    /// Readable, as it is at its end, from when it has happened.
+    fn fd(&self) -> RawFd {
+        self.reader.as_raw_fd()
+    }
+
+    fn tell(&self) {
+        *lock(&self.writer) = None;
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
+    use std::time::Instant;
+
+    use mayfly_guest::protocol::Exit;
+
+    const PATIENCE: Duration = Duration::from_millis(100);
+
+    fn host() -> (Host, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (Host::new(OwnedFd::from(ours).into()), theirs)
+    }
+
+    #[test]
+    fn who_does_not_read_is_hung_up_on() {
+        let (owner, reads) = host();
+        let (attached, stalls) = host();
+        attached.limit(PATIENCE).unwrap();
+        let hosts = Arc::new(Mutex::new(vec![owner, attached]));
+        let (reader, mut writer) = io::pipe().unwrap();
+        let output = Output::new(OwnedFd::from(reader).into()).unwrap();
+        let ended = Arc::new(Event::new().unwrap());
+        let pump = pump(&output, Stream::Out, &hosts, &ended).unwrap();
+        const LEN: usize = 4 << 20;
+        let process = thread::spawn(move || writer.write_all(&vec![7; LEN]));
+        let mut frames = Frames::new(reads);
+        let mut read = 0;
+        while read < LEN {
+            match frames.frame::<GuestMessage>().unwrap() {
+                Some(Frame::Data(Stream::Out, data)) => read += data.len(),
+                other => panic!("{other:?}"),
+            }
+        }
+        process.join().unwrap().unwrap();
+        pump.join().unwrap();
+        assert_eq!(lock(&hosts).len(), 1);
+        // It gets what was sent before, and then the end.
+        io::copy(&mut &stalls, &mut io::sink()).unwrap();
+    }
+
+    #[test]
+    fn who_asked_for_a_process_hears_of_its_end_last() {
+        let (owner, reads) = host();
+        let (attached, _stalls) = host();
+        attached.limit(PATIENCE).unwrap();
+        while attached.0.lock().unwrap().write(&[0; DATA_MAX]).is_ok() {}
+        let hosts = Arc::new(Mutex::new(vec![owner, attached]));
+        let message = GuestMessage::Exited(Exit {
+            status: 3,
+            out_of_memory: false,
+        });
+        let start = Instant::now();
+        let (theirs, said) = (hosts.clone(), message.clone());
+        let speaker = thread::spawn(move || say_to_all(&theirs, &said));
+        let heard: GuestMessage = Frames::new(reads).message().unwrap();
+        assert_eq!(heard, message);
+        assert!(start.elapsed() >= PATIENCE / 2);
+        speaker.join().unwrap();
+    }
+}

@@ -1,0 +1,273 @@
+//! Makes the guest what its image says: layers, network, name, mounts.
+
+use std::ffi::{CString, OsStr};
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, chown};
+use std::path::Path;
+
+use mayfly_guest::protocol::{Mount, Net, Setup, Source};
+
+use super::net;
+use crate::root;
+use crate::system::{check, mount};
+
+/// The disk with the layers.
+const LAYERS_DISK: &str = "/dev/vda";
+/// Where they are mounted, by their numbers: short, as all of them are named in
+/// one page of options.
+const LAYERS: &str = "/l";
+/// Where what is written goes.
+const WRITTEN: &str = "/w";
+/// What every machine has beside what the initramfs mounted.
+const MOUNTS: [(&str, &str, &str); 3] = [
+    ("tmpfs", "/dev/shm", "mode=1777"),
+    ("mqueue", "/dev/mqueue", ""),
+    ("cgroup2", "/sys/fs/cgroup", ""),
+];
+const MODE: u32 = 0o755;
+/// What Docker allows everyone in a container: low ports, and ping.
+const ALLOWED: [(&str, &str); 2] = [
+    ("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0"),
+    ("/proc/sys/net/ipv4/ping_group_range", "0 2147483647"),
+];
+/// How many files a process may have open, as in Docker: the kernel's own limit.
+const FILES_MAX: libc::rlim_t = 1 << 20;
+
+/// Does all of it, and leaves the initramfs.
+pub fn prepare(setup: &Setup) -> Result<(), String> {
+    mount_root(setup)?;
+    root::enter(&["/dev", "/proc", "/sys"])?;
+    for (kind, target, options) in MOUNTS {
+        let _ = make_folder(Path::new(target));
+        // A kernel may lack one, and few miss it.
+        let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
+        let _ = mount(kind, target, kind, flags, options);
+    }
+    allow();
+    name(setup)?;
+    // Without a loopback device nobody talks to itself.
+    net::turn_on("lo").map_err(|error| format!("the loopback device: {error}"))?;
+    if let Some(net) = &setup.net {
+        net::configure(net)?;
+        let text = resolver(net);
+        if !text.is_empty() {
+            write("/etc/resolv.conf", &text)?;
+        }
+    }
+    for mount in &setup.mounts {
+        let target = Path::new(OsStr::from_bytes(&mount.target));
+        let failed = |error| format!("mounting {}: {error}", target.display());
+        mount_one(mount, target).map_err(failed)?;
+    }
+    if !setup.folder.is_empty() {
+        // If that fails, so does the process's start, which tells why.
+        let _ = make_folder(Path::new(OsStr::from_bytes(&setup.folder)));
+    }
+    if setup.read_only {
+        let flags = libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY;
+        let remounted = mount("", "/", "", flags, "");
+        remounted.map_err(|error| format!("making the root read-only: {error}"))?;
+    }
+    Ok(())
+}
+
+/// Gives processes what they have in Docker, as far as this kernel can: few miss it.
+fn allow() {
+    for (path, value) in ALLOWED {
+        let _ = fs::write(path, value);
+    }
+    let limit = libc::rlimit {
+        rlim_cur: FILES_MAX,
+        rlim_max: FILES_MAX,
+    };
+    // Processes inherit it.
+    // SAFETY: reads a live structure.
+    unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) };
+}
+
+fn mount_root(setup: &Setup) -> Result<(), String> {
+    let failed = |what: &str, error: io::Error| format!("{what}: {error}");
+    if setup.layers.is_empty() {
+        return Err("the image has no layers".into());
+    }
+    let disk = File::open(LAYERS_DISK).map_err(|error| failed(LAYERS_DISK, error))?;
+    let mut start = 0;
+    // The topmost comes first.
+    let mut folders = String::new();
+    for (number, &len) in (1..).zip(&setup.layers) {
+        let folder = format!("{LAYERS}/{number}");
+        let part = format!("{LAYERS_DISK}{number}");
+        add_partition(&disk, number, start, len)
+            .and_then(|()| make_folder(Path::new(&folder)))
+            .and_then(|()| mount(&part, &folder, "squashfs", libc::MS_RDONLY, ""))
+            .map_err(|error| failed(&format!("layer {number}"), error))?;
+        start += len;
+        let rest = if folders.is_empty() { "" } else { ":" };
+        folders = format!("{folder}/{}{rest}{folders}", setup.layer_root);
+    }
+    let written = make_folder(Path::new(WRITTEN)).and_then(|()| match &setup.scratch {
+        Some(disk) => mount(disk, WRITTEN, "ext4", 0, ""),
+        None => mount("tmpfs", WRITTEN, "tmpfs", 0, "mode=755"),
+    });
+    let (upper, work) = (format!("{WRITTEN}/upper"), format!("{WRITTEN}/work"));
+    let options = format!("lowerdir={folders},upperdir={upper},workdir={work}");
+    // The root's mode and owner are those of the uppermost folder.
+    let topmost = folders.split(':').next().unwrap_or_default().to_owned();
+    written
+        .and_then(|()| make_folder(Path::new(&upper)))
+        .and_then(|()| take_after(&topmost, &upper))
+        .and_then(|()| make_folder(Path::new(&work)))
+        .map_err(|error| failed("what is written", error))?;
+    mount("overlay", root::NEW_ROOT, "overlay", 0, &options)
+        .map_err(|error| failed("putting the layers together", error))
+}
+
+/// Makes a part of a disk a device of its own, as its table of partitions would
+/// if it had one (Linux' `linux/blkpg.h`).
+fn add_partition(disk: &File, number: i32, start: u64, len: u64) -> io::Result<()> {
+    const BLKPG: libc::c_ulong = 0x1269;
+    const ADD: libc::c_int = 1;
+    #[repr(C)]
+    struct Partition {
+        start: i64,
+        len: i64,
+        number: libc::c_int,
+        names: [u8; 128],
+    }
+    #[repr(C)]
+    struct Argument {
+        operation: libc::c_int,
+        flags: libc::c_int,
+        len: libc::c_int,
+        data: *mut Partition,
+    }
+    let mut partition = Partition {
+        start: start.cast_signed(),
+        len: len.cast_signed(),
+        number,
+        names: [0; 128],
+    };
+    let argument = Argument {
+        operation: ADD,
+        flags: 0,
+        len: size_of::<Partition>() as libc::c_int,
+        data: &mut partition,
+    };
+    // SAFETY: reads two live structures.
+    check(unsafe { libc::ioctl(disk.as_raw_fd(), BLKPG, &argument) }.into())
+}
+
+/// Gives a folder another's owner and mode.
+fn take_after(model: &str, folder: &str) -> io::Result<()> {
+    let model = fs::metadata(model)?;
+    chown(folder, Some(model.uid()), Some(model.gid()))?;
+    fs::set_permissions(folder, model.permissions())
+}
+
+fn make_folder(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(MODE).create(path)
+}
+
+/// Tells the machine its name, and the image who is who.
+fn name(setup: &Setup) -> Result<(), String> {
+    let name = &setup.hostname;
+    let text = CString::new(name.as_str()).map_err(|error| error.to_string())?;
+    // SAFETY: a string that lives until the call returns, and its length.
+    let named = unsafe { libc::sethostname(text.as_ptr(), name.len()) };
+    check(named.into()).map_err(|error| format!("the name {name}: {error}"))?;
+    write("/etc/hostname", &format!("{name}\n"))?;
+    let own = setup.net.iter().flat_map(|net| &net.addresses);
+    let own: String = own
+        .take(1)
+        .map(|(address, _)| format!("{address}\t{name}\n"))
+        .collect();
+    let own = match own.as_str() {
+        "" => format!("127.0.1.1\t{name}\n"),
+        _ => own,
+    };
+    write(
+        "/etc/hosts",
+        &format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{own}"),
+    )
+}
+
+fn resolver(net: &Net) -> String {
+    let mut text = String::new();
+    for server in &net.dns {
+        text += &format!("nameserver {server}\n");
+    }
+    if !net.search.is_empty() {
+        text += &format!("search {}\n", net.search.join(" "));
+    }
+    text
+}
+
+/// Takes the place of what the image has there, be it a link to nowhere.
+fn write(path: &str, text: &str) -> Result<(), String> {
+    let _ = make_folder(Path::new("/etc"));
+    let _ = fs::remove_file(path);
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o644)
+        .open(path);
+    file.and_then(|mut file| file.write_all(text.as_bytes()))
+        .map_err(|error| format!("{path}: {error}"))
+}
+
+/// The disks that are mounted beside the layers.
+pub struct Disks(Vec<CString>);
+
+impl Disks {
+    /// Those of a machine.
+    pub fn of(setup: &Setup) -> Self {
+        let disks = setup.mounts.iter().filter(|mount| match mount.source {
+            Source::Disk(_) => !mount.read_only,
+            Source::Tmpfs { .. } | Source::Folder(_) => false,
+        });
+        // What was mounted has no NUL in its name.
+        let names = disks.filter_map(|mount| CString::new(mount.target.as_slice()).ok());
+        Disks(names.collect())
+    }
+
+    /// Writes all there is to the disks, and unmounts those that nobody uses.
+    pub fn leave(&self) {
+        // What is mounted on another came after it.
+        for target in self.0.iter().rev() {
+            // SAFETY: a string that lives until the call returns.
+            if unsafe { libc::umount2(target.as_ptr(), 0) } == 0 {
+                continue;
+            }
+            if let Ok(folder) = File::open(OsStr::from_bytes(target.as_bytes())) {
+                // SAFETY: an open descriptor.
+                unsafe { libc::syncfs(folder.as_raw_fd()) };
+            }
+        }
+    }
+}
+
+fn mount_one(what: &Mount, target: &Path) -> io::Result<()> {
+    make_folder(target)?;
+    let target = target
+        .to_str()
+        .ok_or_else(|| io::Error::other("the path is not UTF-8"))?;
+    let read_only = match what.read_only {
+        true => libc::MS_RDONLY,
+        false => 0,
+    };
+    match &what.source {
+        Source::Tmpfs { options, no_exec } => {
+            let flags = libc::MS_NOSUID | libc::MS_NODEV | read_only;
+            let no_exec = if *no_exec { libc::MS_NOEXEC } else { 0 };
+            mount("tmpfs", target, "tmpfs", flags | no_exec, options)
+        }
+        Source::Folder(tag) => {
+            let flags = libc::MS_NOSUID | libc::MS_NODEV | read_only;
+            mount(tag, target, "virtiofs", flags, "")
+        }
+        Source::Disk(device) => mount(device, target, "ext4", read_only, ""),
+    }
+}

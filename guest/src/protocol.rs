@@ -1,0 +1,400 @@
+//! What the host and the agent in the guest say to each other over a vsock
+//! stream.
+//!
+//! A frame is a kind (one byte), a length (four bytes, little-endian) and that
+//! many bytes: a message ([`HostMessage`], [`GuestMessage`]) as postcard writes
+//! it, or data of a [`Stream`], of which none is its end. A connection begins
+//! with the agent's [`GuestMessage::Hello`], whoever made it. The one that the
+//! agent makes at boot, to [`PORT`] of the host, has the machine's [`Setup`] and
+//! its main process; those that the host makes, to [`PORT`] of the guest, have a
+//! request each.
+//!
+//! Data to the guest wait for [`GuestMessage::Taken`]: at most [`WINDOW`] bytes
+//! are on their way, so that what else is said never queues behind them.
+
+use std::io::{self, Read, Write};
+use std::net::IpAddr;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+/// What both ends must agree on.
+pub const VERSION: u16 = 1;
+/// The vsock port, of the host and of the guest.
+pub const PORT: u32 = 1024;
+/// How many bytes of standard input the guest has not taken yet, at most.
+pub const WINDOW: usize = 256 << 10;
+/// The most data in a frame.
+pub const DATA_MAX: usize = 64 << 10;
+/// A message is smaller; a longer one ends the connection.
+const MESSAGE_MAX: usize = 4 << 20;
+
+/// A string of the host's or the guest's system: any bytes but NUL.
+pub type Bytes = Vec<u8>;
+
+/// A stream of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Stream {
+    /// Standard input.
+    In,
+    /// Standard output; all output, where there is a terminal.
+    Out,
+    /// Standard error.
+    Err,
+}
+
+/// What the host says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HostMessage {
+    /// Makes the machine what its image says.
+    Setup(Box<Setup>),
+    /// Starts a process on this connection.
+    Start(Box<Process>),
+    /// The terminal changed its size.
+    Resize(Size),
+    /// Follows the machine's main process on this connection, too. If it has a
+    /// terminal, that gets this size.
+    Attach(Option<Size>),
+    /// Signals this connection's process.
+    Signal(i32),
+    /// Signals the machine's main process.
+    SignalMain(i32),
+    /// Nobody reads this stream any more: writing to it is to fail.
+    Closed(Stream),
+    /// All was read; the machine may be turned off.
+    Bye,
+}
+
+/// What the agent says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum GuestMessage {
+    /// The first word.
+    Hello {
+        /// Its [`VERSION`].
+        version: u16,
+    },
+    /// Done: the machine is set up, the signal is sent, the process runs.
+    Done,
+    /// So many bytes of standard input were taken.
+    Taken(u32),
+    /// The process ended, and all of its output was sent.
+    Exited(Exit),
+    /// It could not be done.
+    Failed(Failed),
+}
+
+/// How a process ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    /// As a shell's: its own, or 128 and the signal's number.
+    pub status: u8,
+    /// It was killed, or says so of its own process, after the kernel killed some
+    /// for want of memory.
+    pub out_of_memory: bool,
+}
+
+/// Why something could not be done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failed {
+    /// 125, or 126 and 127 for a command as a shell's.
+    pub status: u8,
+    /// One line.
+    pub reason: String,
+}
+
+/// A terminal's size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Size {
+    /// Lines.
+    pub rows: u16,
+    /// Characters in a line.
+    pub columns: u16,
+}
+
+/// What a machine is to be before its main process starts.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Setup {
+    /// The lengths of the layers, lowest first, in bytes: they follow each other
+    /// on the first disk.
+    pub layers: Vec<u64>,
+    /// The folder of each layer that has its files; empty for the uppermost.
+    pub layer_root: String,
+    /// The disk that takes what is written; memory, if there is none.
+    pub scratch: Option<String>,
+    /// Nothing may be written.
+    pub read_only: bool,
+    /// The machine's name.
+    pub hostname: String,
+    /// Its network, if it has one.
+    pub net: Option<Net>,
+    /// What else is mounted, in order.
+    pub mounts: Vec<Mount>,
+    /// The main process's folder, made if it is missing.
+    pub folder: Bytes,
+}
+
+/// A network device, and what lies behind it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Net {
+    /// Addresses, with the lengths of their networks' prefixes.
+    pub addresses: Vec<(IpAddr, u8)>,
+    /// Where everything else is.
+    pub gateways: Vec<IpAddr>,
+    /// Name servers.
+    pub dns: Vec<IpAddr>,
+    /// Domains in which names are looked up.
+    pub search: Vec<String>,
+}
+
+/// Something that is mounted in the machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// Where: an absolute path.
+    pub target: Bytes,
+    /// What.
+    pub source: Source,
+    /// Nothing may be written there.
+    pub read_only: bool,
+}
+
+/// What is mounted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Source {
+    /// Memory.
+    Tmpfs {
+        /// Such as `size=64m`.
+        options: String,
+        /// Nothing there may be executed.
+        no_exec: bool,
+    },
+    /// A folder of the host, by its virtio-fs tag.
+    Folder(String),
+    /// A disk with an ext4 file system.
+    Disk(String),
+}
+
+/// A process to start.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    /// The program and its arguments.
+    pub arguments: Vec<Bytes>,
+    /// All of its environment, but for `HOME`, which the user has.
+    pub environment: Vec<(Bytes, Bytes)>,
+    /// Its folder, which is made if it is missing.
+    pub folder: Bytes,
+    /// `USER[:GROUP]`, by names or numbers; root if empty.
+    pub user: String,
+    /// It has a terminal of a size.
+    pub terminal: Option<Size>,
+    /// Its standard input comes from here.
+    pub input: bool,
+}
+
+/// What came over a connection.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Frame<'a, M> {
+    /// A message.
+    Message(M),
+    /// Data of a stream, or its end.
+    Data(Stream, &'a [u8]),
+}
+
+const MESSAGE: u8 = 0;
+const IN: u8 = 1;
+const OUT: u8 = 2;
+const ERR: u8 = 3;
+const HEADER: usize = 5;
+
+fn header(kind: u8, len: usize) -> io::Result<[u8; HEADER]> {
+    let len = u32::try_from(len).map_err(io::Error::other)?;
+    let [a, b, c, d] = len.to_le_bytes();
+    Ok([kind, a, b, c, d])
+}
+
+/// Sends a message.
+pub fn send(mut to: impl Write, message: &impl Serialize) -> io::Result<()> {
+    let mut frame = vec![0; HEADER];
+    frame = postcard::to_extend(message, frame).map_err(io::Error::other)?;
+    let len = frame.len().saturating_sub(HEADER);
+    if len > MESSAGE_MAX {
+        return Err(io::Error::other("the message is too long"));
+    }
+    for (target, source) in frame.iter_mut().zip(header(MESSAGE, len)?) {
+        *target = source;
+    }
+    to.write_all(&frame)
+}
+
+/// Sends data of a stream; none are its end.
+pub fn send_data(mut to: impl Write, stream: Stream, data: &[u8]) -> io::Result<()> {
+    let kind = match stream {
+        Stream::In => IN,
+        Stream::Out => OUT,
+        Stream::Err => ERR,
+    };
+    debug_assert!(data.len() <= DATA_MAX);
+    let mut frame = Vec::with_capacity(HEADER + data.len());
+    frame.extend_from_slice(&header(kind, data.len())?);
+    frame.extend_from_slice(data);
+    to.write_all(&frame)
+}
+
+/// Takes a connection apart into frames.
+pub struct Frames<R> {
+    from: R,
+    payload: Vec<u8>,
+}
+
+impl<R: Read> Frames<R> {
+    /// The frames of a connection.
+    pub fn new(from: R) -> Self {
+        Frames {
+            from,
+            payload: Vec::new(),
+        }
+    }
+
+    /// The next frame; none at the end. What breaks the rules is an error.
+    pub fn frame<M: DeserializeOwned>(&mut self) -> io::Result<Option<Frame<'_, M>>> {
+        let mut header = [0; HEADER];
+        let mut len = 0;
+        while let Some(rest) = header.get_mut(len..).filter(|rest| !rest.is_empty()) {
+            match self.from.read(rest) {
+                Ok(0) if len == 0 => return Ok(None),
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(more) => len += more,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let [kind, length @ ..] = header;
+        let len = u32::from_le_bytes(length) as usize;
+        let stream = match kind {
+            MESSAGE => None,
+            IN => Some(Stream::In),
+            OUT => Some(Stream::Out),
+            ERR => Some(Stream::Err),
+            _ => return Err(broken("a frame of no known kind")),
+        };
+        if len > stream.map_or(MESSAGE_MAX, |_| DATA_MAX) {
+            return Err(broken("a frame that is too long"));
+        }
+        // Grows by what really comes, not by what was announced.
+        self.payload.clear();
+        let read = (&mut self.from)
+            .take(len as u64)
+            .read_to_end(&mut self.payload)?;
+        if read != len {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        match stream {
+            Some(stream) => Ok(Some(Frame::Data(stream, &self.payload))),
+            None => {
+                let message = postcard::from_bytes(&self.payload);
+                let message = message.map_err(|_| broken("a message that is none"))?;
+                Ok(Some(Frame::Message(message)))
+            }
+        }
+    }
+
+    /// The next message, where there may be no data.
+    pub fn message<M: DeserializeOwned>(&mut self) -> io::Result<M> {
+        match self.frame()? {
+            Some(Frame::Message(message)) => Ok(message),
+            Some(Frame::Data(..)) => Err(broken("data where a message belongs")),
+            None => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+}
+
+fn broken(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn setup() -> HostMessage {
+        HostMessage::Setup(Box::new(Setup {
+            layers: vec![4096, 1 << 40],
+            hostname: "a".into(),
+            net: Some(Net {
+                addresses: vec![("10.0.2.15".parse().unwrap(), 24)],
+                ..Net::default()
+            }),
+            mounts: vec![Mount {
+                target: b"/\xff".to_vec(),
+                source: Source::Folder("v0".into()),
+                read_only: true,
+            }],
+            ..Setup::default()
+        }))
+    }
+
+    #[test]
+    fn what_is_sent_arrives() {
+        let mut wire = Vec::new();
+        send(&mut wire, &setup()).unwrap();
+        send_data(&mut wire, Stream::In, b"abc").unwrap();
+        send_data(&mut wire, Stream::Err, b"").unwrap();
+        send(&mut wire, &HostMessage::Signal(15)).unwrap();
+        let mut frames = Frames::new(&wire[..]);
+        assert_eq!(frames.message::<HostMessage>().unwrap(), setup());
+        let next = frames.frame::<HostMessage>().unwrap();
+        assert_eq!(next, Some(Frame::Data(Stream::In, b"abc")));
+        let next = frames.frame::<HostMessage>().unwrap();
+        assert_eq!(next, Some(Frame::Data(Stream::Err, b"")));
+        let next = frames.frame().unwrap();
+        assert_eq!(next, Some(Frame::Message(HostMessage::Signal(15))));
+        assert_eq!(frames.frame::<HostMessage>().unwrap(), None);
+    }
+
+    #[test]
+    fn what_breaks_the_rules_is_refused() {
+        let mut cut = Vec::new();
+        send(&mut cut, &setup()).unwrap();
+        for wire in [
+            &[9, 0, 0, 0, 0][..],
+            &[MESSAGE, 0xff, 0xff, 0xff, 0xff, 1],
+            &[OUT, 1, 0, 1, 0, 1],
+            &[MESSAGE, 1, 0, 0, 0, 99],
+            &[MESSAGE, 0],
+            &[OUT, 1, 0, 0, 0],
+            &cut[..cut.len() - 1],
+        ] {
+            assert!(
+                Frames::new(wire).frame::<HostMessage>().is_err(),
+                "{wire:?}"
+            );
+        }
+        assert!(
+            Frames::new(&[OUT, 0, 0, 0, 0][..])
+                .message::<HostMessage>()
+                .is_err()
+        );
+        assert!(Frames::new(&[][..]).message::<HostMessage>().is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn garbage_ends(wire in prop::collection::vec(any::<u8>(), 0..512)) {
+            let mut frames = Frames::new(&wire[..]);
+            while let Ok(Some(_)) = frames.frame::<HostMessage>() {}
+            let mut frames = Frames::new(&wire[..]);
+            while let Ok(Some(_)) = frames.frame::<GuestMessage>() {}
+        }
+
+        #[test]
+        fn garbled_messages_end(at in 0usize..80, bit in 0u8..8) {
+            let mut wire = Vec::new();
+            send(&mut wire, &setup()).unwrap();
+            let at = at % wire.len();
+            wire[at] ^= 1 << bit;
+            let mut frames = Frames::new(&wire[..]);
+            while let Ok(Some(_)) = frames.frame::<HostMessage>() {}
+        }
+    }
+}
