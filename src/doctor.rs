@@ -13,6 +13,8 @@ use crate::config;
 use crate::failure::OrFail;
 use crate::kvm::probe::{self, Backend};
 use crate::kvm::vm;
+use crate::net::passt;
+use crate::virtiofsd;
 
 /// How a check came out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -92,6 +94,7 @@ pub fn examine() -> Vec<Check> {
         io_uring(),
         tap(),
         user_network(),
+        folders(),
         user_namespaces(),
         cgroups(),
         memory(),
@@ -172,15 +175,26 @@ fn tap() -> Check {
 
 fn user_network() -> Check {
     const NAME: &str = "user network";
-    let paths = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&paths).map(|folder| folder.join("passt"));
-    match found.into_iter().find(|path| path.is_file()) {
+    match passt::program() {
         Some(path) => ok(NAME, format!("{}", path.display())),
         None => bad(
             NAME,
             Verdict::Missing,
             "passt is not installed",
             "--net user needs it: apt install passt",
+        ),
+    }
+}
+
+fn folders() -> Check {
+    const NAME: &str = "folders";
+    match virtiofsd::find() {
+        Some(path) => ok(NAME, format!("{}", path.display())),
+        None => bad(
+            NAME,
+            Verdict::Missing,
+            "virtiofsd is not installed",
+            "run --volume needs it: apt install virtiofsd (Debian 12: qemu-system-common)",
         ),
     }
 }

@@ -281,7 +281,7 @@ fn find(store: &Store, name: &str) -> Result<Image, Failure> {
 }
 
 /// Bytes for people.
-fn bytes(count: u64) -> String {
+pub fn bytes(count: u64) -> String {
     let mut value = count as f64;
     for unit in ["B", "kB", "MB", "GB"] {
         if value < 1000.0 {

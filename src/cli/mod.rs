@@ -8,6 +8,9 @@ pub mod image;
 pub mod initramfs;
 pub mod kernel;
 pub mod list;
+pub mod run;
+pub mod vms;
+pub mod volume;
 
 use std::fmt::Display;
 use std::fs::{self, Permissions};
@@ -19,7 +22,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use tempfile::NamedTempFile;
 
-use crate::failure::{Failure, OrFail};
+use crate::failure::{Class, Failure, OrFail};
 
 /// A VM that starts faster than a container.
 #[derive(Parser)]
@@ -31,6 +34,10 @@ pub struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
+    /// Run an image's command in a VM of its own
+    Run(Box<run::Args>),
+    #[command(flatten)]
+    Vms(vms::Verb),
     /// Boot a kernel (the default verb)
     Boot(Box<boot::Args>),
     /// Command a running VM
@@ -41,6 +48,8 @@ enum Verb {
     Config(config::Args),
     /// Work with container images
     Image(image::Args),
+    /// Work with named volumes
+    Volume(volume::Args),
     /// Tell what this host can do, and what to do about what it can't
     Doctor(doctor::Args),
     /// Work with kernels
@@ -67,7 +76,10 @@ Exit codes:
 /// Runs what the command line asks for.
 pub fn run() -> ExitCode {
     let timeline = crate::timing::Timeline::start();
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return refuse(&error),
+    };
     let result = match cli.verb {
         None => boot::run(boot::Args::bare(), timeline),
         Some(Verb::Boot(args)) => boot::run(*args, timeline),
@@ -75,6 +87,9 @@ pub fn run() -> ExitCode {
         Some(Verb::List(args)) => list::run(args),
         Some(Verb::Config(args)) => config::run(args),
         Some(Verb::Image(args)) => image::run(args),
+        Some(Verb::Volume(args)) => volume::run(args),
+        Some(Verb::Run(args)) => return run::run(*args, timeline),
+        Some(Verb::Vms(verb)) => vms::run(verb),
         Some(Verb::Doctor(args)) => doctor::run(args),
         Some(Verb::Kernel(args)) => kernel::run(args),
         Some(Verb::Initramfs(args)) => initramfs::run(args),
@@ -83,6 +98,20 @@ pub fn run() -> ExitCode {
         report(&failure);
         ExitCode::from(failure.class as u8)
     })
+}
+
+/// Prints help, or what is wrong with the words. Those whose status is that of a
+/// command in a VM need one of their own.
+fn refuse(error: &clap::Error) -> ExitCode {
+    let _ = error.print();
+    let verb = std::env::args_os().nth(1).unwrap_or_default();
+    match error.exit_code() {
+        0 => ExitCode::SUCCESS,
+        _ if ["run", "exec", "attach"].iter().any(|it| verb == *it) => {
+            ExitCode::from(crate::run::STATUS_FAILED)
+        }
+        code => ExitCode::from(u8::try_from(code).unwrap_or(Class::Config as u8)),
+    }
 }
 
 /// One line on standard error. Nobody may be there to read it.

@@ -4,6 +4,7 @@
 mod balloon;
 mod console;
 mod disk;
+mod folder;
 mod guest;
 mod keys;
 mod limits;
@@ -24,8 +25,9 @@ use mayfly_devices::virtio::console::CHANNELS_MAX;
 pub use self::balloon::{BalloonConfig, check_size as check_balloon_size};
 pub use self::console::{ChannelConfig, ConsoleConfig, HostEnd};
 pub use self::disk::{BackingConfig, DiskConfig, Format};
+pub use self::folder::FolderConfig;
 pub use self::guest::{cache_folder, default_guest};
-pub use self::keys::Keys;
+pub use self::keys::{Keys, escape};
 pub use self::limits::take_limits;
 pub use self::memory::{HugePages, MEMORY_MIN, MemoryConfig};
 pub use self::net::{NetConfig, Network, UserConfig};
@@ -76,6 +78,8 @@ pub struct MachineConfig {
     pub disks: Vec<DiskConfig>,
     /// Network devices, in the order of their names in the guest.
     pub nets: Vec<NetConfig>,
+    /// Folders of the host's; they need memory that is shared.
+    pub folders: Vec<FolderConfig>,
     /// Sockets between guest and host.
     pub vsock: Option<VsockConfig>,
     /// A memory balloon, if there is to be one.
@@ -90,6 +94,11 @@ pub struct MachineConfig {
     pub log: LogConfig,
     /// Where to write the process's id.
     pub pidfile: Option<PathBuf>,
+    /// The file systems of an image's layers, lowest first: one disk, before the
+    /// others.
+    pub layers: Vec<PathBuf>,
+    /// Signals do not end it.
+    pub ignores_signals: bool,
 }
 
 impl MachineConfig {
@@ -102,7 +111,6 @@ impl MachineConfig {
             .map(|disk| disk.path.as_path())
             .chain(self.console.end.path())
             .chain(channels.filter_map(|channel| channel.end.path()))
-            .chain(self.vsock.as_ref().map(|vsock| vsock.path.as_path()))
             .chain(self.vsock.as_ref().map(|vsock| vsock.path.as_path()))
             .chain(self.log.file.as_deref())
             .chain(self.pidfile.as_deref())
@@ -204,6 +212,7 @@ impl RawConfig {
             memory,
             disks,
             nets,
+            folders: Vec::new(),
             vsock,
             balloon,
             console,
@@ -211,6 +220,8 @@ impl RawConfig {
             watchdog: parse_one(self.watchdog.as_deref(), "--watchdog")?,
             log: parse_one(self.log.as_deref(), "--log")?.unwrap_or_default(),
             pidfile: self.pidfile,
+            layers: self.layers,
+            ignores_signals: self.ignores_signals,
         })
     }
 }

@@ -53,10 +53,12 @@ pub struct RawConfig {
     )]
     #[serde(deserialize_with = "words")]
     pub disk: Vec<String>,
-    /// A network device on a TAP device, or on sockets by passt (repeatable); limits are a second's, each way
+    /// A network device on a TAP device, or on sockets by passt (repeatable); limits
+    /// are a second's, each way. A user's network may have publish=[IP:]HOST:GUEST[/udp],
+    /// allow=CIDR|DOMAIN[:PORT], dns=IP (each repeatable), host-loopback
     #[arg(
         long,
-        value_name = "tap=NAME[,queues=N]|user[,publish=[IP:]HOST:GUEST[/udp]]…[,allow=CIDR|DOMAIN[:PORT]]…[,dns=IP]…[,host-loopback][,mac=…][,bw=10M][,pps=5000]"
+        value_name = "tap=NAME[,queues=N]|user[,KEY=…]…[,mac=…][,bw=10M][,pps=5000]"
     )]
     #[serde(deserialize_with = "words")]
     pub net: Vec<String>,
@@ -93,6 +95,14 @@ pub struct RawConfig {
     /// Write mayfly's process id to a file, removed at the end
     #[arg(long, value_name = "F")]
     pub pidfile: Option<PathBuf>,
+    /// The file systems of an image's layers, on one disk before the others
+    #[arg(skip)]
+    #[serde(skip)]
+    pub layers: Vec<PathBuf>,
+    /// Signals do not end the machine: whoever runs it takes them
+    #[arg(skip)]
+    #[serde(skip)]
+    pub ignores_signals: bool,
 }
 
 /// How to enter the kernel.
@@ -162,6 +172,8 @@ impl RawConfig {
             watchdog: self.watchdog.or(file.watchdog),
             log: self.log.or(file.log),
             pidfile: self.pidfile.or(file.pidfile),
+            layers: self.layers,
+            ignores_signals: self.ignores_signals,
         }
     }
 }

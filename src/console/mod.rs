@@ -2,7 +2,7 @@
 
 mod escape;
 mod tail;
-mod terminal;
+pub(crate) mod terminal;
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};

@@ -17,8 +17,18 @@ static HOOK: Once = Once::new();
 pub struct RawTerminal(File);
 
 impl RawTerminal {
-    /// Puts a terminal in raw mode; `None` if the file is not one.
+    /// Puts a terminal in raw mode; `None` if the file is not one. What is printed
+    /// by others still gets its carriage returns.
     pub fn new(file: &File) -> io::Result<Option<Self>> {
+        RawTerminal::with(file, libc::OPOST | libc::ONLCR)
+    }
+
+    /// The same for one that shows what another terminal prints, as it is.
+    pub fn transparent(file: &File) -> io::Result<Option<Self>> {
+        RawTerminal::with(file, 0)
+    }
+
+    fn with(file: &File, output: libc::tcflag_t) -> io::Result<Option<Self>> {
         let file = file.try_clone()?;
         let fd = file.as_raw_fd();
         let mut saved = MaybeUninit::uninit();
@@ -31,8 +41,7 @@ impl RawTerminal {
         let mut raw = saved;
         // SAFETY: changes a live structure.
         unsafe { libc::cfmakeraw(&mut raw) };
-        // What the monitor itself prints still needs its carriage returns.
-        raw.c_oflag |= libc::OPOST | libc::ONLCR;
+        raw.c_oflag |= output;
         HOOK.call_once(|| {
             let before = std::panic::take_hook();
             std::panic::set_hook(Box::new(move |panic| {
@@ -73,7 +82,8 @@ pub fn size(file: &File) -> Option<TerminalSize> {
     })
 }
 
-fn restore() {
+/// Gives the user's terminal back as it was; for those that end the process.
+pub fn restore() {
     let saved = SAVED.try_lock().ok().and_then(|mut saved| saved.take());
     if let Some((fd, saved)) = saved {
         // SAFETY: reads a live structure.

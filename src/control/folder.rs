@@ -5,7 +5,7 @@ use std::fs::{self, DirBuilder, Metadata};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::failure::{Failure, OrFail};
 use crate::unix_socket::{self, Name};
@@ -45,7 +45,7 @@ impl Folder {
     }
 
     #[cfg(test)]
-    pub(crate) fn at(path: &std::path::Path) -> Self {
+    pub(crate) fn at(path: &Path) -> Self {
         Folder(path.to_owned())
     }
 
@@ -55,6 +55,16 @@ impl Folder {
             true => PathBuf::from(name),
             false => self.0.join(format!("{name}{SUFFIX}")),
         }
+    }
+
+    /// The folder itself.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// The folder of a VM with a state of its own.
+    pub fn of(&self, name: &str) -> PathBuf {
+        self.0.join(name)
     }
 
     /// The names of all sockets, also of VMs that were killed.
@@ -70,8 +80,8 @@ impl Folder {
         names
     }
 
-    /// Makes the folder if it is missing, and listens on the socket of a VM.
-    pub fn listen(&self, name: &str) -> Result<(UnixListener, Name), Failure> {
+    /// Makes the folder if it is missing.
+    pub fn make(&self) -> Result<(), Failure> {
         let what = || format!("control folder {}", self.0.display());
         match DirBuilder::new().mode(PRIVATE).create(&self.0) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
@@ -90,6 +100,12 @@ impl Folder {
                 what()
             )));
         }
+        Ok(())
+    }
+
+    /// Makes the folder if it is missing, and listens on the socket of a VM.
+    pub fn listen(&self, name: &str) -> Result<(UnixListener, Name), Failure> {
+        self.make()?;
         let path = self.socket(name);
         if unix_socket::connect(&path).is_ok() {
             return Err(Failure::config(format!(

@@ -21,4 +21,4 @@ pub use layers::LAYER_ROOT;
 pub use progress::{Bars, Progress, Quiet, Task};
 pub use pull::PullOptions;
 pub use reference::{BadReference, Reference};
-pub use store::{Image, Pruned, Store};
+pub use store::{Image, Pruned, Store, data_folder};

@@ -89,15 +89,22 @@ fn memory_file(config: &MemoryConfig) -> io::Result<File> {
         Some(HugePages::Mib2) => libc::MFD_HUGETLB | libc::MFD_HUGE_2MB,
         Some(HugePages::Gib1) => libc::MFD_HUGETLB | libc::MFD_HUGE_1GB,
     };
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | huge;
     // SAFETY: a string that lives until the call returns.
-    let fd = unsafe { libc::memfd_create(c"guest memory".as_ptr(), libc::MFD_CLOEXEC | huge) };
+    let fd = unsafe { libc::memfd_create(c"guest memory".as_ptr(), flags) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: a new descriptor, that nothing else owns.
     let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
     file.set_len(config.size)?;
-    Ok(file)
+    // Whoever shares it must not take it from under us.
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: an open descriptor, and numbers.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } {
+        0 => Ok(file),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Makes all pages of a guest's memory be there.
@@ -198,6 +205,7 @@ mod tests {
         let mut byte = [0];
         std::os::unix::fs::FileExt::read_exact_at(file, &mut byte, 0x5000).unwrap();
         assert_eq!(byte, [7]);
+        assert!(file.set_len(0).is_err());
         let other = tempfile::tempfile().unwrap();
         let mapped = mapper(&memory, &MappedFiles::default()).map_file(&other, 0, 0x5000, 0x1000);
         assert!(!mapped.unwrap());

@@ -10,6 +10,7 @@ use mayfly_devices::virtio::balloon::{Balloon, BalloonHandle};
 use mayfly_devices::virtio::block::Block;
 use mayfly_devices::virtio::console::{Channels, Console};
 use mayfly_devices::virtio::device::{DeviceId, VirtioDevice};
+use mayfly_devices::virtio::fs::Fs;
 use mayfly_devices::virtio::mmio::{NOTIFY_OFFSET, VirtioMmio};
 use mayfly_devices::virtio::net::{Backend, Net};
 use mayfly_devices::virtio::rng::Rng;
@@ -21,11 +22,11 @@ use super::resources::{HostNet, Resources};
 use crate::config::{HostEnd, MachineConfig, NetConfig, Network};
 use crate::console::Connection;
 use crate::failure::{Failure, OrFail};
+use crate::helper::Running;
 use crate::kvm::memory::GuestMemory;
 use crate::kvm::reclaim::{MappedFiles, Reclaimer};
 use crate::kvm::vcpu::Buses;
 use crate::kvm::vm::Vm;
-use crate::net::passt::Passt;
 use crate::vsock;
 
 /// A virtio device in its place.
@@ -90,8 +91,8 @@ pub struct Attached {
     pub connections: Vec<Connection>,
     /// Commands the balloon.
     pub balloon: Option<BalloonHandle>,
-    /// They end with these.
-    pub passts: Vec<Passt>,
+    /// The processes beside the VM, which end with these.
+    pub helpers: Vec<Running>,
 }
 
 /// Makes all devices, in the order of their names in the guest.
@@ -104,26 +105,36 @@ pub fn attach(
     buses: &mut Buses,
 ) -> Result<Attached, Failure> {
     let mut devices = Devices::default();
+    if let Some(disk) = resources.layers.take() {
+        let device = Block::new(disk).or_host("the image's layers")?;
+        devices.add("layers", "the image's layers", device);
+    }
     for (index, (disk, from)) in resources.disks.drain(..).zip(&config.disks).enumerate() {
         let flag = format!("--disk path={}", from.path.display());
         let block = Block::new(disk).or_host(&flag)?;
         let limits = Some(block.limit_handle());
         devices.add_limited(format!("disk{index}"), flag, block, limits);
     }
-    let mut passts = Vec::new();
+    let mut helpers = Vec::new();
     for (index, (host, from)) in resources.nets.drain(..).zip(&config.nets).enumerate() {
         let flag = from.flag();
         let ends = match host {
             HostNet::Tap(files) => files.into_iter().map(Backend::tap).collect(),
             HostNet::Passt(starting) => {
                 let (socket, filter, passt) = starting.ready()?;
-                passts.push(passt);
+                helpers.push(passt);
                 vec![Backend::stream(socket, Some(Box::new(filter))).or_host(&flag)?]
             }
         };
         let net = Net::new(ends, mac_address(from), from.limits).or_host(&flag)?;
         let limits = Some(net.limit_handle());
         devices.add_limited(format!("net{index}"), flag, net, limits);
+    }
+    for (index, starting) in resources.folders.drain(..).enumerate() {
+        let (flag, tag, backend, virtiofsd) = starting.ready()?;
+        let fs = Fs::new(backend, &tag, Box::new(virtiofsd.end())).or_host(&flag)?;
+        devices.add(format!("fs{index}"), flag, fs);
+        helpers.push(virtiofsd);
     }
     if let (Some(listener), Some(from)) = (resources.vsock.take(), &config.vsock) {
         let flag = from.flag();
@@ -155,7 +166,7 @@ pub fn attach(
         slots,
         connections,
         balloon,
-        passts,
+        helpers,
     })
 }
 

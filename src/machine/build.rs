@@ -19,13 +19,13 @@ use crate::config::MachineConfig;
 use crate::console::Connection;
 use crate::control::Ask;
 use crate::failure::{Failure, OrFail};
+use crate::helper::Running;
 use crate::kvm::gate::Gate;
 use crate::kvm::memory::{FileMapper, guest_memory, prefault};
 use crate::kvm::probe::{self, Backend};
 use crate::kvm::reclaim::MappedFiles;
 use crate::kvm::vcpu::{Buses, Vcpu, VcpuEnd};
 use crate::kvm::vm::{self, Vm};
-use crate::net::passt::Passt;
 use crate::timing::Timeline;
 
 /// What the vCPUs' threads tell the event loop.
@@ -78,8 +78,8 @@ pub struct Machine {
     pub connections: Vec<Connection>,
     /// Commands the balloon.
     pub balloon: Option<BalloonHandle>,
-    /// They end with these.
-    pub passts: Vec<Passt>,
+    /// The processes beside the VM, which end with these.
+    pub helpers: Vec<Running>,
     /// Power button, watchdog, …
     pub platform: PlatformHandle,
     /// Where events are sent …
@@ -131,7 +131,7 @@ pub fn build(
         slots,
         connections,
         balloon,
-        passts,
+        helpers,
     } = attached;
     let virtio: Vec<MmioDevice> = slots.iter().map(|slot| slot.place).collect();
 
@@ -159,7 +159,7 @@ pub fn build(
         slots: slots.into(),
         connections,
         balloon,
-        passts,
+        helpers,
         platform,
         notifier,
         events,

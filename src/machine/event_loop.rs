@@ -289,7 +289,12 @@ impl VirtioWorker {
 impl MutEventSubscriber for VirtioWorker {
     fn init(&mut self, ops: &mut EventOps) {
         let transport = lock(&self.transport);
-        for (queue, kick) in (0..).zip(transport.kicks()) {
+        let ours = if transport.is_remote() {
+            &[]
+        } else {
+            transport.kicks()
+        };
+        for (queue, kick) in (0..).zip(ours) {
             let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
             let events = Events::with_data(kick, QUEUE_EVENT | queue, events);
             add(ops, events, &self.learnt);

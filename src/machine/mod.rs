@@ -14,3 +14,4 @@ pub(crate) use build::open_kvm;
 pub use platform::PlatformHandle;
 pub(crate) use resources::refusal;
 pub use run::{Ending, Outcome, run};
+pub(crate) use signals::{Signals, end_own_machine};

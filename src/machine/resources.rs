@@ -5,15 +5,17 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use mayfly_devices::virtio::block::{Disk, ID_LEN, Image, Qcow2, SECTOR};
+use mayfly_devices::virtio::block::{Disk, ID_LEN, Image, Parts, Qcow2, SECTOR};
 
 use crate::config::{DiskConfig, Format, MachineConfig, Network};
 use crate::failure::{Class, Failure, OrFail};
 use crate::net::{passt, tap};
-use crate::vsock;
+use crate::{virtiofsd, vsock};
 
+/// What the guest sees as the serial number of the layers' disk.
+const LAYERS_ID: &[u8] = b"layers";
 const RANDOM: &str = "/dev/urandom";
 
 /// The host's side of a network.
@@ -30,10 +32,14 @@ pub struct Resources {
     pub kernel: File,
     /// The initial RAM disk.
     pub initrd: Option<File>,
+    /// The disk of an image's layers.
+    pub layers: Option<Disk>,
     /// The disks, locked.
     pub disks: Vec<Disk>,
     /// The networks.
     pub nets: Vec<HostNet>,
+    /// The folders, each with a virtiofsd that starts meanwhile.
+    pub folders: Vec<virtiofsd::Starting>,
     /// Where clients of the guest's sockets will come, without a name yet.
     pub vsock: Option<UnixListener>,
     /// Random bytes for the guest.
@@ -62,6 +68,10 @@ impl Resources {
         if let Some(path) = &config.pidfile {
             check_creatable(path, &format!("--pidfile {}", path.display()))?;
         }
+        let layers = match config.layers.as_slice() {
+            [] => None,
+            files => Some(open_layers(files)?),
+        };
         let disks = config
             .disks
             .iter()
@@ -75,7 +85,9 @@ impl Resources {
             None => None,
         };
         let random = File::open(RANDOM).or_host(RANDOM)?;
-        // Last, as one of them is a process.
+        // Last, as these are processes.
+        let folders = config.folders.iter().map(virtiofsd::start);
+        let folders = folders.collect::<Result<_, _>>()?;
         let nets = config
             .nets
             .iter()
@@ -91,8 +103,10 @@ impl Resources {
         Ok(Resources {
             kernel,
             initrd,
+            layers,
             disks,
             nets,
+            folders,
             vsock,
             random,
         })
@@ -117,6 +131,26 @@ fn open_regular(path: &Path, flag: &str) -> Result<File, Failure> {
         return Err(Failure::config(format!("{flag}: is not a regular file")));
     }
     Ok(file)
+}
+
+/// Opens the layers of an image, whose files nobody writes to.
+fn open_layers(files: &[PathBuf]) -> Result<Disk, Failure> {
+    let mut parts = Parts::default();
+    for path in files {
+        let flag = format!("layer {}", path.display());
+        let (file, len) = open_image(path, true, &flag)?;
+        parts.push(file, len).or_config(flag)?;
+    }
+    let mut id = [0; ID_LEN];
+    id[..LAYERS_ID.len()].copy_from_slice(LAYERS_ID);
+    Ok(Disk {
+        sectors: parts.size() / SECTOR,
+        image: Image::Parts(parts),
+        read_only: true,
+        id,
+        queues: 1,
+        limits: Default::default(),
+    })
 }
 
 /// Opens a disk.

@@ -84,7 +84,7 @@ pub struct Ending {
 pub fn run(config: &MachineConfig, mut timeline: Timeline) -> Result<Ending, Failure> {
     // Blocked from here on, a signal waits for the event loop.
     let log = config.log.start();
-    let signals = Signals::new().or_internal("blocking signals")?;
+    let signals = Signals::new(config.ignores_signals).or_internal("blocking signals")?;
     vcpu::install_kick_handler().or_internal("installing a signal handler")?;
     let resources = Resources::open(config)?;
     let vsock = resources.vsock.as_ref().map(UnixListener::try_clone);
@@ -170,7 +170,7 @@ pub fn run(config: &MachineConfig, mut timeline: Timeline) -> Result<Ending, Fai
         .borrow_mut()
         .tell("ended", Some(outcome.name().to_owned()));
     drop((commander, machine.vm));
-    drop(machine.passts);
+    drop(machine.helpers);
     server.farewell();
 
     let mut learnt = learnt.borrow_mut();

@@ -18,24 +18,75 @@ const SIGNALS: [libc::c_int; 5] = [
     libc::SIGWINCH,
 ];
 
+/// Those that are for the guest's command, where there is one.
+const PASSED_ON: [libc::c_int; 7] = [
+    libc::SIGINT,
+    libc::SIGTERM,
+    libc::SIGHUP,
+    libc::SIGQUIT,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+    libc::SIGWINCH,
+];
+
+/// Ends a machine whose other signals are for its guest's command. It is this
+/// process's own.
+fn end_signal() -> libc::c_int {
+    kick_signal() + 1
+}
+
+/// Ends this process's machine, if it has one, now or when it gets there.
+pub fn end_own_machine() {
+    // SAFETY: touches no memory.
+    unsafe { libc::kill(libc::getpid(), end_signal()) };
+}
+
 /// Reads the signals that were sent.
 pub struct Signals(OwnedFd);
 
 impl Signals {
     /// Blocks the signals in this thread, and so in all that it starts. Those
-    /// that mayfly was started to ignore (by nohup, say) stay ignored.
-    pub fn new() -> io::Result<Self> {
-        let taken: Vec<_> = SIGNALS.into_iter().filter(|&it| !ignored(it)).collect();
+    /// that mayfly was started to ignore (by nohup, say) stay ignored. None are
+    /// taken here if others take them.
+    pub fn new(others_do: bool) -> io::Result<Self> {
+        let flags = libc::SFD_NONBLOCK;
+        match others_do {
+            true => Signals::take(&[end_signal()], flags),
+            false => Signals::take(&SIGNALS, flags),
+        }
+    }
+
+    /// The same, for those that are for the guest's command.
+    pub fn passed_on() -> io::Result<Self> {
+        // Whoever takes it may not be there yet.
+        let end = create_sigset(&[end_signal()]).map_err(io::Error::from)?;
+        mask(libc::SIG_BLOCK, &end)?;
+        Signals::take(&PASSED_ON, 0)
+    }
+
+    fn take(signals: &[libc::c_int], flags: libc::c_int) -> io::Result<Self> {
+        let taken = signals.iter().copied().filter(|&it| !ignored(it));
+        let taken: Vec<_> = taken.collect();
         let set = create_sigset(&taken).map_err(io::Error::from)?;
         mask(libc::SIG_BLOCK, &set)?;
         // Whoever started mayfly may have blocked what its own threads need.
         let kick = create_sigset(&[kick_signal()]).map_err(io::Error::from)?;
         mask(libc::SIG_UNBLOCK, &kick)?;
         // SAFETY: makes a new descriptor from a live set.
-        match unsafe { libc::signalfd(-1, &set, libc::SFD_NONBLOCK | libc::SFD_CLOEXEC) } {
+        match unsafe { libc::signalfd(-1, &set, flags | libc::SFD_CLOEXEC) } {
             -1 => Err(io::Error::last_os_error()),
             // SAFETY: it is new, and nothing else owns it.
             fd => Ok(Signals(unsafe { OwnedFd::from_raw_fd(fd) })),
+        }
+    }
+
+    /// The next signal that is sent, if they were taken to be passed on.
+    pub fn wait(&self) -> Option<i32> {
+        loop {
+            match self.next() {
+                None if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => {}
+                signal => return signal,
+            }
         }
     }
 

@@ -4,13 +4,12 @@
 //! It has one end of a pair of sockets, and ends when nobody has the other: so
 //! it never outlives the VM, however that ends.
 
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::process::{Child, ChildStderr, Command, Stdio};
-use std::sync::mpsc::{self, Receiver};
-use std::thread;
+use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 use etherparse::{ArpHardwareId, ArpOperation, ArpPacket, EtherType, PacketBuilder};
@@ -20,6 +19,7 @@ use super::publish::Protocol;
 use super::user::UserNet;
 use crate::config::UserConfig;
 use crate::failure::{Failure, OrFail};
+use crate::helper::{Chatter, Helper, Running, find_program, inherit};
 
 const PROGRAM: &str = "passt";
 /// Who passt is to the guest.
@@ -27,53 +27,26 @@ const MAC: [u8; 6] = [0x02, 0x6d, 0x61, 0x79, 0x66, 0x6c];
 const MTU: u16 = 1500;
 /// It starts in this time, or not at all.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// When it is told to end, this is plenty.
-const FAREWELL: Duration = Duration::from_secs(2);
-const STACK: usize = 64 << 10;
 const FRAME_MAX: usize = 64 << 10;
-/// Of what it says, so much is taken at once, and told when it fails.
-const LINE_MAX: u64 = 1000;
-const COMPLAINT_MAX: u64 = 8 << 10;
 /// What it says when all is well.
-const CHATTER: [&str; 4] = [
+const CHATTER: Chatter = &[
     "Failed to send",
     "Don't run as root",
     "Couldn't get any nameserver",
     "No routable interface for IPv6",
 ];
 
+/// Where the program is, if it is installed.
+pub fn program() -> Option<PathBuf> {
+    find_program(PROGRAM)
+}
+
 /// A passt that starts.
 pub struct Starting {
     flag: String,
     filter: Egress,
     socket: UnixStream,
-    child: Unwatched,
-    stderr: Option<ChildStderr>,
-}
-
-/// A child that nobody waits for: it ends with this.
-struct Unwatched(Option<Child>);
-
-impl Unwatched {
-    fn end(&mut self) {
-        if let Some(mut child) = self.0.take() {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
-impl Drop for Unwatched {
-    fn drop(&mut self) {
-        self.end();
-    }
-}
-
-/// A passt that runs, and ends with this.
-pub struct Passt {
-    socket: UnixStream,
-    /// Disconnected when it has ended.
-    ended: Receiver<()>,
+    helper: Helper,
 }
 
 /// Starts it; [`Starting::ready`] waits for it.
@@ -83,16 +56,10 @@ pub fn start(config: &UserConfig) -> Result<Starting, Failure> {
     let (socket, theirs) = UnixStream::pair().or_host(&flag)?;
     let fd = theirs.as_raw_fd();
     let mut command = Command::new(PROGRAM);
-    command
-        .args(arguments(&net, config, fd))
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        // Ctrl-C is for the VM, which ends it.
-        .process_group(0);
+    command.args(arguments(&net, config, fd));
     // SAFETY: what runs between fork and exec is one system call.
     unsafe { command.pre_exec(move || inherit(fd)) };
-    let mut child = command.spawn().map_err(|error| match error.kind() {
+    let helper = Helper::spawn(PROGRAM, CHATTER, command).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => Failure::host(format!(
             "{flag}: needs {PROGRAM}, which is not installed: apt install passt"
         )),
@@ -102,18 +69,8 @@ pub fn start(config: &UserConfig) -> Result<Starting, Failure> {
         flag,
         filter: Egress::new(net, config),
         socket,
-        stderr: child.stderr.take(),
-        child: Unwatched(Some(child)),
+        helper,
     })
-}
-
-/// Leaves a descriptor open for the program that follows.
-fn inherit(fd: RawFd) -> io::Result<()> {
-    // SAFETY: an open descriptor, and numbers.
-    match unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
 }
 
 /// All that it would else take from the host is given, so that it starts
@@ -172,42 +129,23 @@ fn arguments(net: &UserNet, config: &UserConfig, fd: RawFd) -> Vec<String> {
 impl Starting {
     /// Waits until it answers. Returns the socket for the guest's frames, and
     /// what these are to pass, too.
-    pub fn ready(mut self) -> Result<(UnixStream, Egress, Passt), Failure> {
+    pub fn ready(mut self) -> Result<(UnixStream, Egress, Running), Failure> {
         let what = format!("{}: {PROGRAM}", self.flag);
         match self.greet() {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 return Err(Failure::host(format!("{what}: does not answer")));
             }
-            Err(_) => return Err(Failure::host(format!("{what}: {}", self.complaint()))),
+            Err(_) => {
+                return Err(Failure::host(format!(
+                    "{what}: {}",
+                    self.helper.complaint()
+                )));
+            }
         }
         let socket = self.socket.try_clone().or_host(&what)?;
-        let (end, ended) = mpsc::channel::<()>();
-        let stderr = self.stderr.take();
-        let watch = move |mut child: Unwatched| {
-            let _end = end;
-            if let Some(stderr) = stderr {
-                listen(stderr);
-            }
-            // Its socket tells the guest.
-            match child.0.take().map(|mut child| child.wait()) {
-                Some(Ok(status)) => log::info!("{PROGRAM}: ended: {status}"),
-                Some(Err(error)) => log::warn!("{PROGRAM}: {error}"),
-                None => {}
-            }
-        };
-        let Starting {
-            socket: own,
-            child,
-            filter,
-            ..
-        } = self;
-        thread::Builder::new()
-            .name(PROGRAM.to_owned())
-            .stack_size(STACK)
-            .spawn(move || watch(child))
-            .or_host(&what)?;
-        Ok((socket, filter, Passt { socket: own, ended }))
+        let running = self.helper.watch(self.socket).or_host(&what)?;
+        Ok((socket, self.filter, running))
     }
 
     /// Asks for the gateway's address, which it answers once it has started.
@@ -232,54 +170,6 @@ impl Starting {
             }
         }
         Err(io::ErrorKind::InvalidData.into())
-    }
-
-    /// Why it did not start.
-    fn complaint(&mut self) -> String {
-        self.child.end();
-        let mut text = String::new();
-        if let Some(stderr) = self.stderr.take() {
-            let _ = stderr.take(COMPLAINT_MAX).read_to_string(&mut text);
-        }
-        let said: Vec<_> = text
-            .lines()
-            .map(str::trim)
-            .filter(|line| !line.is_empty() && !is_chatter(line))
-            .collect();
-        match said.is_empty() {
-            true => "ended without a word".to_owned(),
-            false => said.join("; "),
-        }
-    }
-}
-
-impl Drop for Passt {
-    fn drop(&mut self) {
-        let _ = self.socket.shutdown(std::net::Shutdown::Both);
-        // Its ports are free for the next one then.
-        let _ = self.ended.recv_timeout(FAREWELL);
-    }
-}
-
-fn is_chatter(line: &str) -> bool {
-    CHATTER.iter().any(|known| line.starts_with(known))
-}
-
-/// Passes on what it says, to its end.
-fn listen(stderr: ChildStderr) {
-    let mut stderr = BufReader::new(stderr);
-    let mut line = Vec::new();
-    loop {
-        line.clear();
-        match (&mut stderr).take(LINE_MAX).read_until(b'\n', &mut line) {
-            Ok(0) | Err(_) => return,
-            Ok(_) => {}
-        }
-        let line = String::from_utf8_lossy(&line);
-        let line = line.trim();
-        if !line.is_empty() && !is_chatter(line) {
-            log::warn!("{PROGRAM}: {line}");
-        }
     }
 }
 

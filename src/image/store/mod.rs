@@ -104,18 +104,23 @@ pub struct Store {
     root: PathBuf,
 }
 
+/// What the user keeps: `mayfly` in `XDG_DATA_HOME`, or in `~/.local/share`.
+pub fn data_folder() -> Result<PathBuf, Failure> {
+    let variable = |name| {
+        env::var_os(name)
+            .map(PathBuf::from)
+            .filter(|path| path.is_absolute())
+    };
+    let data = variable("XDG_DATA_HOME")
+        .or_else(|| variable("HOME").map(|home| home.join(".local/share")))
+        .ok_or_else(|| Failure::host("mayfly's data: set HOME or XDG_DATA_HOME"))?;
+    Ok(data.join("mayfly"))
+}
+
 impl Store {
     /// Opens the user's: `mayfly` in `XDG_DATA_HOME`, or in `~/.local/share`.
     pub fn open_default() -> Result<Self, Failure> {
-        let variable = |name| {
-            env::var_os(name)
-                .map(PathBuf::from)
-                .filter(|path| path.is_absolute())
-        };
-        let data = variable("XDG_DATA_HOME")
-            .or_else(|| variable("HOME").map(|home| home.join(".local/share")))
-            .ok_or_else(|| Failure::host("image store: set HOME or XDG_DATA_HOME"))?;
-        Store::open(&data.join("mayfly"))
+        Store::open(&data_folder()?)
     }
 
     /// Opens one in a folder, which is made if it is missing.

@@ -1,0 +1,404 @@
+//! `mayfly ps`, `logs`, `exec`, `attach`, `stop`, `kill`, `wait`, `rm`,
+//! `inspect`, `stats`: VMs of `mayfly run`.
+
+use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
+use std::thread;
+use std::time::Duration;
+
+use clap::Subcommand;
+use serde_json::{Value, json};
+
+use crate::control::{Client, Command, Folder};
+use crate::failure::{Failure, OrFail};
+use crate::run::log::Reader;
+use crate::run::record::{Place, Record, State, now_ms};
+use crate::run::{self, ExecOptions, Usage, end, signal};
+
+/// A machine that takes longer to tell of itself is left out.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// What is asked of them.
+#[derive(Subcommand)]
+pub enum Verb {
+    /// List the VMs of `mayfly run`
+    Ps {
+        /// Also those that have ended
+        #[arg(short, long)]
+        all: bool,
+        /// Print names only
+        #[arg(short, long, conflicts_with = "json")]
+        quiet: bool,
+        /// Print one JSON array
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print what a VM's command wrote
+    Logs {
+        /// Go on until it ends
+        #[arg(short, long)]
+        follow: bool,
+        /// The VM's name
+        vm: String,
+    },
+    /// Run another command in a VM
+    #[command(after_help = "Examples:\n  mayfly exec web ls /\n  mayfly exec -it web sh")]
+    Exec {
+        /// Pass standard input on
+        #[arg(short, long)]
+        interactive: bool,
+        /// Give the command a terminal
+        #[arg(short, long)]
+        tty: bool,
+        /// An environment variable, the host's own if there is no value (repeatable)
+        #[arg(short, long, value_name = "NAME[=VALUE]")]
+        env: Vec<String>,
+        /// The folder to run in [default: that of the VM's command]
+        #[arg(short, long, value_name = "DIR")]
+        workdir: Option<String>,
+        /// Who runs it [default: the user of the VM's command]
+        #[arg(short, long, value_name = "USER[:GROUP]")]
+        user: Option<String>,
+        /// The VM's name
+        vm: String,
+        /// What to run
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+    /// Connect to the command of a VM in the background
+    Attach {
+        /// Do not pass standard input on
+        #[arg(long)]
+        no_stdin: bool,
+        /// The VM's name
+        vm: String,
+    },
+    /// Ask VMs' commands to end; after a time, end them
+    Stop {
+        /// How many seconds they have
+        #[arg(short, long, value_name = "SECONDS", default_value_t = 10)]
+        time: u64,
+        /// Their names
+        #[arg(required = true)]
+        vm: Vec<String>,
+    },
+    /// Signal VMs' commands
+    Kill {
+        /// The signal
+        #[arg(short, long, default_value = "KILL")]
+        signal: String,
+        /// Their names
+        #[arg(required = true)]
+        vm: Vec<String>,
+    },
+    /// Wait until VMs have ended, and print their exit statuses
+    Wait {
+        /// Their names
+        #[arg(required = true)]
+        vm: Vec<String>,
+    },
+    /// Remove what ended VMs left
+    Rm {
+        /// End those that run
+        #[arg(short, long)]
+        force: bool,
+        /// Their names
+        #[arg(required = true)]
+        vm: Vec<String>,
+    },
+    /// Print all there is to know about VMs, as JSON
+    Inspect {
+        /// Their names
+        #[arg(required = true)]
+        vm: Vec<String>,
+    },
+    /// Print what VMs use of the host
+    Stats {
+        /// Only once
+        #[arg(long)]
+        no_stream: bool,
+        /// Print JSON, one line a VM
+        #[arg(long)]
+        json: bool,
+        /// Their names [default: all that run]
+        vm: Vec<String>,
+    },
+}
+
+/// Does it.
+pub fn run(verb: Verb) -> Result<ExitCode, Failure> {
+    match verb {
+        Verb::Ps { all, quiet, json } => ps(all, quiet, json)?,
+        Verb::Logs { follow, vm } => logs(&Place::find(&vm)?, follow)?,
+        Verb::Exec {
+            interactive,
+            tty,
+            env,
+            workdir,
+            user,
+            vm,
+            command,
+        } => {
+            return Ok(exit_code(run::exec(ExecOptions {
+                interactive,
+                terminal: tty,
+                environment: env,
+                folder: workdir,
+                user,
+                name: vm,
+                command,
+            })));
+        }
+        Verb::Attach { no_stdin, vm } => return Ok(exit_code(run::attach(&vm, !no_stdin))),
+        Verb::Stop { time, vm } => each(&vm, |place| {
+            end::stop(place, Duration::from_secs(time))?;
+            super::print(&place.name())
+        })?,
+        Verb::Kill { signal: text, vm } => {
+            let number = signal(&text)
+                .ok_or_else(|| Failure::config(format!("--signal {text}: is no signal")))?;
+            each(&vm, |place| {
+                end::kill(place, number)?;
+                super::print(&place.name())
+            })?;
+        }
+        Verb::Wait { vm } => each(&vm, |place| {
+            // Without one, its process was killed.
+            let status = place.wait()?.unwrap_or(end::STATUS_KILLED);
+            super::print(&status.to_string())
+        })?,
+        Verb::Rm { force, vm } => each(&vm, |place| {
+            if force && place.state() == State::Running {
+                end::kill(place, libc::SIGKILL)?;
+                place.wait()?;
+            }
+            // One with --rm has removed itself.
+            if !force || Place::find(&place.name()).is_ok() {
+                place.remove()?;
+            }
+            super::print(&place.name())
+        })?,
+        Verb::Inspect { vm } => {
+            let all: Vec<Value> = vm
+                .iter()
+                .map(|name| Place::find(name).and_then(|place| inspect(&place)))
+                .collect::<Result<_, _>>()?;
+            super::print(&serde_json::to_string_pretty(&all).or_internal("inspect")?)?;
+        }
+        Verb::Stats {
+            no_stream,
+            json,
+            vm,
+        } => stats(&vm, json, no_stream || !io::stdout().is_terminal())?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn exit_code(result: Result<u8, Failure>) -> ExitCode {
+    ExitCode::from(result.unwrap_or_else(|failure| {
+        super::report(&failure);
+        run::STATUS_FAILED
+    }))
+}
+
+/// Does something to each VM; one that is not there does not spare the others.
+fn each(names: &[String], act: impl Fn(&Place) -> Result<(), Failure>) -> Result<(), Failure> {
+    let mut result = Ok(());
+    for name in names {
+        let done = Place::find(name).and_then(|place| act(&place));
+        if done.is_err()
+            && let Err(earlier) = std::mem::replace(&mut result, done)
+        {
+            super::report(&earlier);
+        }
+    }
+    result
+}
+
+fn ps(all: bool, quiet: bool, as_json: bool) -> Result<(), Failure> {
+    let vms: Vec<(State, Record)> = Place::all()
+        .into_iter()
+        .filter_map(|place| Some((place.state(), place.record().ok()?)))
+        .filter(|(state, _)| all || *state == State::Running)
+        .collect();
+    if as_json {
+        let all: Vec<Value> = vms.iter().map(|(state, vm)| describe(*state, vm)).collect();
+        return super::print(&serde_json::to_string(&all).or_internal("--json")?);
+    }
+    if quiet {
+        return vms.iter().try_for_each(|(_, vm)| super::print(&vm.name));
+    }
+    super::print(&format!(
+        "{:<24} {:<20} {:<24} {:<12} {:<24} {}",
+        "NAME", "IMAGE", "COMMAND", "CREATED", "STATUS", "PORTS"
+    ))?;
+    for (state, vm) in vms {
+        let command = printable(&vm.command.join(" "));
+        super::print(&format!(
+            "{:<24} {:<20} {:<24} {:<12} {:<24} {}",
+            vm.name,
+            vm.image,
+            shorten(&command, 24),
+            format!("{} ago", age(vm.created_ms)),
+            status(state, &vm),
+            vm.ports.join(", ")
+        ))?;
+    }
+    Ok(())
+}
+
+fn status(state: State, vm: &Record) -> String {
+    match (state, &vm.ended) {
+        (State::Running, _) => format!("up {}", age(vm.created_ms)),
+        (State::Ended, Some(ended)) => {
+            format!("exited ({}) {} ago", ended.status, age(ended.at_ms))
+        }
+        (State::Ended, None) => "killed".to_owned(),
+    }
+}
+
+fn describe(state: State, vm: &Record) -> Value {
+    let mut value = json!(vm);
+    if let Value::Object(map) = &mut value {
+        let state = match (state, &vm.ended) {
+            (State::Running, _) => "running",
+            (State::Ended, Some(_)) => "exited",
+            (State::Ended, None) => "killed",
+        };
+        map.insert("state".into(), state.into());
+    }
+    value
+}
+
+fn inspect(place: &Place) -> Result<Value, Failure> {
+    let mut value = describe(place.state(), &place.record()?);
+    let socket = Folder::locate().socket(&place.name());
+    let client = Client::connect(&socket, PATIENCE);
+    let machine = client.and_then(|mut client| client.ask(&Command::Info {}));
+    if let (Value::Object(map), Ok(machine)) = (&mut value, machine) {
+        map.insert("machine".into(), machine);
+    }
+    Ok(value)
+}
+
+fn logs(place: &Place, follow: bool) -> Result<(), Failure> {
+    let path = place.log();
+    let what = || path.display();
+    let mut reader = Reader::open(&path).or_host(what())?;
+    loop {
+        // Asked before: what is written until it ends must not be missed.
+        let running = place.state() == State::Running;
+        loop {
+            let piece = match follow {
+                true => match reader.follow() {
+                    // It removed itself.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+                    piece => piece.or_host(what())?,
+                },
+                false => reader.piece().or_host(what())?,
+            };
+            let Some(piece) = piece else { break };
+            let written = match piece.stream {
+                2 => io::stderr().write_all(&piece.data),
+                _ => io::stdout().write_all(&piece.data),
+            };
+            if written.is_err() {
+                return Ok(()); // whoever read it has gone
+            }
+        }
+        let _ = io::stdout().flush();
+        if !follow || !running {
+            return Ok(());
+        }
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn stats(names: &[String], as_json: bool, once: bool) -> Result<(), Failure> {
+    const INTERVAL: Duration = Duration::from_secs(1);
+    let places = || -> Result<Vec<Place>, Failure> {
+        match names {
+            [] => Ok(Place::all()),
+            names => names.iter().map(|name| Place::find(name)).collect(),
+        }
+    };
+    loop {
+        let before: Vec<(Place, Usage)> = places()?
+            .into_iter()
+            .filter(|place| place.state() == State::Running)
+            .filter_map(|place| {
+                let usage = Usage::of(place.record().ok()?.pid)?;
+                Some((place, usage))
+            })
+            .collect();
+        thread::sleep(INTERVAL);
+        if !as_json {
+            if !once {
+                // The screen is this list's.
+                let _ = io::stdout().write_all(b"\x1b[2J\x1b[H");
+            }
+            super::print(&format!(
+                "{:<24} {:>7} {:>20}",
+                "NAME", "CPU %", "MEMORY / OF"
+            ))?;
+        }
+        for (place, before) in before {
+            let Ok(vm) = place.record() else { continue };
+            let Some(now) = Usage::of(vm.pid) else {
+                continue;
+            };
+            let percent = before.percent(&now, INTERVAL);
+            let memory = now.resident >> 20;
+            super::print(&match as_json {
+                true => json!({
+                    "name": vm.name, "cpu_percent": percent, "memory": now.resident, "of": vm.memory,
+                })
+                .to_string(),
+                false => {
+                    let of = format!("{memory} MiB / {}", vm.memory);
+                    format!("{:<24} {percent:>7.1} {of:>20}", vm.name)
+                }
+            })?;
+        }
+        if once {
+            return Ok(());
+        }
+    }
+}
+
+fn age(since_ms: u64) -> String {
+    let seconds = now_ms().saturating_sub(since_ms) / 1000;
+    match seconds {
+        0..120 => format!("{seconds} s"),
+        120..7200 => format!("{} min", seconds / 60),
+        7200..172_800 => format!("{} h", seconds / 3600),
+        _ => format!("{} days", seconds / 86_400),
+    }
+}
+
+/// What a command's words look like in a list, whatever they hold.
+fn printable(text: &str) -> String {
+    let plain = |it: char| if it.is_control() { '?' } else { it };
+    text.chars().map(plain).collect()
+}
+
+fn shorten(text: &str, len: usize) -> String {
+    match text.chars().count() > len {
+        true => text.chars().take(len - 1).chain(['…']).collect(),
+        false => text.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_are_harmless_and_short() {
+        assert_eq!(printable("a\x1b[2Jb"), "a?[2Jb");
+        assert_eq!(shorten("abcdef", 4), "abc…");
+        assert_eq!(shorten("äöü", 3), "äöü");
+        assert_eq!(age(now_ms() - 61_000), "61 s");
+        assert_eq!(age(now_ms() - 3_600_000), "60 min");
+    }
+}

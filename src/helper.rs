@@ -1,0 +1,301 @@
+//! A process beside the VM: it has one end of a socket, and ends when the other is
+//! closed, so that it never outlives the VM, however that ends.
+
+use std::io::{self, BufRead, BufReader, Read};
+use std::os::fd::RawFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, ChildStderr, Command, Stdio};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use mayfly_devices::bus::lock;
+
+/// When it is told to end, this is plenty.
+const FAREWELL: Duration = Duration::from_secs(2);
+const STACK: usize = 64 << 10;
+/// Of what it says, so much is taken at once, and told when it fails.
+const LINE_MAX: u64 = 1000;
+const COMPLAINT_MAX: u64 = 8 << 10;
+
+/// Lines that begin so are of no interest: it says them when all is well.
+pub type Chatter = &'static [&'static str];
+
+/// One that starts, and ends with this.
+pub struct Helper {
+    program: &'static str,
+    chatter: Chatter,
+    /// None once somebody else waits for it.
+    child: Option<Child>,
+    stderr: Option<ChildStderr>,
+}
+
+/// One that runs, and ends with this.
+pub struct Running {
+    socket: UnixStream,
+    life: Arc<Life>,
+}
+
+/// Where a program is, if it is installed.
+pub fn find_program(name: &str) -> Option<PathBuf> {
+    let paths = std::env::var_os("PATH").unwrap_or_default();
+    let mut all = std::env::split_paths(&paths).map(|folder| folder.join(name));
+    all.find(|path| path.is_file())
+}
+
+/// The VM's main thread takes signals by other means, which is not for others.
+fn unblock_signals() -> io::Result<()> {
+    // SAFETY: all zeroes are the empty set of signals.
+    let none: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: reads a live set, and keeps no old one.
+    match unsafe { libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Leaves a descriptor open for the program that follows; to be called between fork
+/// and exec.
+pub fn inherit(fd: RawFd) -> io::Result<()> {
+    // SAFETY: numbers; a descriptor that is none is refused.
+    match unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+impl Helper {
+    /// Starts it, in a process group of its own: Ctrl-C is for the VM, which ends it.
+    pub fn spawn(
+        program: &'static str,
+        chatter: Chatter,
+        mut command: Command,
+    ) -> io::Result<Self> {
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .process_group(0);
+        // SAFETY: what runs between fork and exec are system calls.
+        unsafe { command.pre_exec(unblock_signals) };
+        let mut child = command.spawn()?;
+        Ok(Helper {
+            program,
+            chatter,
+            stderr: child.stderr.take(),
+            child: Some(child),
+        })
+    }
+
+    /// Ends it, as it did not start: returns why.
+    pub fn complaint(&mut self) -> String {
+        self.kill();
+        let mut text = String::new();
+        if let Some(stderr) = self.stderr.take() {
+            let _ = stderr.take(COMPLAINT_MAX).read_to_string(&mut text);
+        }
+        let said: Vec<_> = text
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty() && !is_chatter(self.chatter, line))
+            .collect();
+        match said.is_empty() {
+            true => "ended without a word".to_owned(),
+            false => said.join("; "),
+        }
+    }
+
+    fn kill(&self) {
+        if let Some(child) = &self.child {
+            // SAFETY: numbers; the group is still its own, as it was not waited for.
+            unsafe { libc::kill(-child.id().cast_signed(), libc::SIGKILL) };
+        }
+    }
+
+    /// Waits for its end, and passes on what it says, each on a thread. It has the
+    /// other end of the socket.
+    pub fn watch(mut self, socket: UnixStream) -> io::Result<Running> {
+        let (program, chatter, stderr) = (self.program, self.chatter, self.stderr.take());
+        let mut child = self.child.take().ok_or(io::ErrorKind::NotFound)?;
+        let life = Arc::new(Life {
+            pid: child.id().cast_signed(),
+            over: Mutex::new(false),
+            ended: Condvar::new(),
+        });
+        let its = life.clone();
+        let thread = || {
+            let builder = thread::Builder::new().name(program.to_owned());
+            builder.stack_size(STACK)
+        };
+        // Its socket tells the guest.
+        thread().spawn(move || match its.follow(&mut child) {
+            Ok(status) => log::info!("{program}: ended: {status}"),
+            Err(error) => log::warn!("{program}: {error}"),
+        })?;
+        if let Some(stderr) = stderr {
+            // Its children may have it, too.
+            thread().spawn(move || listen(program, chatter, stderr))?;
+        }
+        Ok(Running { socket, life })
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        self.kill();
+        if let Some(mut child) = self.child.take() {
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Running {
+    /// Ends it at once, when called.
+    pub fn end(&self) -> impl FnMut() + Send + 'static {
+        let life = self.life.clone();
+        move || life.kill()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+        // What it holds is free for the next one then.
+        if !self.life.wait() {
+            self.life.kill();
+        }
+    }
+}
+
+/// Whether a process and its group live.
+struct Life {
+    /// Nobody else's until it is waited for, and so until it is over.
+    pid: libc::pid_t,
+    over: Mutex<bool>,
+    ended: Condvar,
+}
+
+impl Life {
+    /// Waits for its end, which is that of its own children, too.
+    fn follow(&self, child: &mut Child) -> io::Result<std::process::ExitStatus> {
+        // SAFETY: all zeroes are a value of it.
+        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+        let how = libc::WEXITED | libc::WNOWAIT;
+        // SAFETY: fills a live structure.
+        while unsafe { libc::waitid(libc::P_PID, child.id(), &mut info, how) } < 0
+            && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
+        {}
+        let mut over = lock(&self.over);
+        self.signal();
+        *over = true;
+        let status = child.wait();
+        self.ended.notify_all();
+        status
+    }
+
+    fn signal(&self) {
+        // SAFETY: numbers; the group is still its own, as it was not waited for.
+        unsafe { libc::kill(-self.pid, libc::SIGKILL) };
+    }
+
+    fn kill(&self) {
+        let over = lock(&self.over);
+        if !*over {
+            self.signal();
+            drop(over);
+            self.wait();
+        }
+    }
+
+    /// False if it did not end.
+    fn wait(&self) -> bool {
+        let over = lock(&self.over);
+        let waited = self
+            .ended
+            .wait_timeout_while(over, FAREWELL, |over| !*over)
+            .unwrap_or_else(PoisonError::into_inner);
+        *waited.0
+    }
+}
+
+fn is_chatter(chatter: Chatter, line: &str) -> bool {
+    chatter.iter().any(|known| line.starts_with(known))
+}
+
+/// Passes on what it says, to its end.
+fn listen(program: &str, chatter: Chatter, stderr: ChildStderr) {
+    let mut stderr = BufReader::new(stderr);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        match (&mut stderr).take(LINE_MAX).read_until(b'\n', &mut line) {
+            Ok(0) | Err(_) => return,
+            Ok(_) => {}
+        }
+        let line = String::from_utf8_lossy(&line);
+        let line = line.trim();
+        if !line.is_empty() && !is_chatter(chatter, line) {
+            log::warn!("{program}: {line}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    fn shell(script: &str) -> Helper {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        Helper::spawn("sh", &["fine"], command).unwrap()
+    }
+
+    fn alive(group: i32) -> bool {
+        // SAFETY: numbers.
+        unsafe { libc::kill(-group, 0) == 0 }
+    }
+
+    #[test]
+    fn one_that_does_not_start_says_why() {
+        let mut helper = shell("echo fine so far >&2; echo wrong >&2; echo very >&2; exit 1");
+        let stat = format!("/proc/{}/stat", helper.child.as_ref().unwrap().id());
+        while !std::fs::read_to_string(&stat).unwrap().contains(") Z") {
+            thread::sleep(Duration::from_millis(10));
+        }
+        assert_eq!(helper.complaint(), "wrong; very");
+        let mut helper = shell("exec sleep 1000");
+        assert_eq!(helper.complaint(), "ended without a word");
+    }
+
+    #[test]
+    fn one_that_ends_takes_its_children_along() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let helper = shell("sleep 1000 & exit 0");
+        let group = helper.child.as_ref().unwrap().id().cast_signed();
+        let running = helper.watch(ours).unwrap();
+        assert!(running.life.wait());
+        let begun = Instant::now();
+        // Whoever adopted it may take a while to notice.
+        while alive(group) && begun.elapsed() < FAREWELL {
+            thread::sleep(Duration::from_millis(10));
+        }
+        assert!(!alive(group));
+    }
+
+    #[test]
+    fn one_that_does_not_end_is_ended() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let running = shell("sleep 1000").watch(ours).unwrap();
+        let life = running.life.clone();
+        running.end()();
+        assert!(*lock(&life.over));
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let running = shell("exec sleep 1000").watch(ours).unwrap();
+        let life = running.life.clone();
+        drop(running);
+        assert!(*lock(&life.over));
+    }
+}

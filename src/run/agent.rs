@@ -1,0 +1,478 @@
+//! The host's end of a connection to the guest's agent. The guest may be
+//! hostile: what it sends is only ever data, a status, or a refusal.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use mayfly_guest::protocol::{
+    self, DATA_MAX, Exit, Failed, Frame, Frames, GuestMessage, HostMessage, PORT, Process, Stream,
+    VERSION, WINDOW,
+};
+
+/// Enough for what these threads call, with their buffers.
+const STACK: usize = 256 << 10;
+
+/// Why the agent did not do what it was to.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// It hung up, or the connection failed.
+    #[error("the connection to the guest: {0}")]
+    Connection(io::Error),
+    /// It speaks another version.
+    #[error(
+        "the guest's init speaks version {0} of the protocol, not {VERSION}; build the initramfs anew"
+    )]
+    Version(u16),
+    /// It answers what it was not asked.
+    #[error("the guest's answer makes no sense")]
+    Nonsense,
+    /// The command succeeded, but not all of its output was written.
+    #[error("its output could not be written: {0}")]
+    Lost(io::Error),
+    /// It could not do it.
+    #[error("{}", .0.reason)]
+    Failed(Failed),
+}
+
+impl From<io::Error> for AgentError {
+    fn from(error: io::Error) -> Self {
+        AgentError::Connection(error)
+    }
+}
+
+/// A guest's words for a terminal: one line of them, and nothing that moves it.
+fn harmless(failed: Failed) -> Failed {
+    const LEN: usize = 200;
+    let plain = |it: char| if it.is_control() { '?' } else { it };
+    let line = failed.reason.lines().next().unwrap_or_default();
+    Failed {
+        reason: line.chars().take(LEN).map(plain).collect(),
+        ..failed
+    }
+}
+
+/// A file that others may have made not to block: then it is waited for.
+pub struct Patient(pub File);
+
+impl Patient {
+    fn wait(&self, events: libc::c_short) {
+        let mut entry = libc::pollfd {
+            fd: self.0.as_raw_fd(),
+            events,
+            revents: 0,
+        };
+        // SAFETY: one live entry.
+        unsafe { libc::poll(&mut entry, 1, -1) };
+    }
+}
+
+impl Read for Patient {
+    fn read(&mut self, data: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.0.read(data) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.wait(libc::POLLIN),
+                result => return result,
+            }
+        }
+    }
+}
+
+impl Write for Patient {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        loop {
+            match self.0.write(data) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.wait(libc::POLLOUT),
+                result => return result,
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+/// Where a process's streams are on the host.
+pub struct Streams {
+    /// What it reads, if anything.
+    pub input: Option<Patient>,
+    /// Where its output goes.
+    pub output: Box<dyn Write + Send>,
+    /// Where its errors go.
+    pub errors: Box<dyn Write + Send>,
+}
+
+/// A connection to the agent.
+pub struct Agent {
+    frames: Frames<UnixStream>,
+    link: Link,
+}
+
+/// The part of a connection that others use at the same time.
+#[derive(Clone)]
+pub struct Link(Arc<Mutex<UnixStream>>);
+
+impl Link {
+    /// Sends a message.
+    pub fn send(&self, message: &HostMessage) -> io::Result<()> {
+        protocol::send(&*self.lock(), message)
+    }
+
+    fn send_data(&self, data: &[u8]) -> io::Result<()> {
+        protocol::send_data(&*self.lock(), Stream::In, data)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, UnixStream> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Agent {
+    /// Hears the agent's first word.
+    pub fn greet(stream: UnixStream) -> Result<Self, AgentError> {
+        let mut frames = Frames::new(stream.try_clone()?);
+        match frames.message()? {
+            GuestMessage::Hello { version: VERSION } => {}
+            GuestMessage::Hello { version } => return Err(AgentError::Version(version)),
+            _ => return Err(AgentError::Nonsense),
+        }
+        Ok(Agent {
+            frames,
+            link: Link(Arc::new(Mutex::new(stream))),
+        })
+    }
+
+    /// Connects to the agent of a machine that runs, by its vsock's socket.
+    pub fn connect(socket: &Path) -> Result<Self, AgentError> {
+        const PATIENCE: Duration = Duration::from_secs(10);
+        const ANSWER_MAX: usize = 64;
+        let stream = UnixStream::connect(socket)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        (&stream).write_all(format!("CONNECT {PORT}\n").as_bytes())?;
+        let mut answer = Vec::new();
+        // Byte by byte: what follows is the agent's.
+        while answer.len() < ANSWER_MAX && !answer.ends_with(b"\n") {
+            let mut byte = [0];
+            (&stream).read_exact(&mut byte)?;
+            answer.extend(byte);
+        }
+        if !answer.starts_with(b"OK ") || !answer.ends_with(b"\n") {
+            return Err(io::Error::from(io::ErrorKind::ConnectionRefused).into());
+        }
+        // It has the same time for what it is asked; not for a process.
+        Agent::greet(stream)
+    }
+
+    /// What others may use while this follows a process.
+    pub fn link(&self) -> Link {
+        self.link.clone()
+    }
+
+    /// Asks for something that is done at once, or not.
+    pub fn ask(&mut self, message: &HostMessage) -> Result<(), AgentError> {
+        self.link.send(message)?;
+        match self.frames.message()? {
+            GuestMessage::Done => Ok(()),
+            GuestMessage::Failed(failed) => Err(AgentError::Failed(harmless(failed))),
+            _ => Err(AgentError::Nonsense),
+        }
+    }
+
+    /// Starts a process.
+    pub fn start(&mut self, process: Process) -> Result<(), AgentError> {
+        self.ask(&HostMessage::Start(Box::new(process)))
+    }
+
+    /// Moves a process's bytes until it ends, and all of its output is out.
+    pub fn follow(&mut self, streams: Streams) -> Result<Exit, AgentError> {
+        self.link.lock().set_read_timeout(None)?;
+        let window = Arc::new(Window::default());
+        if let Some(input) = streams.input {
+            let (link, window) = (self.link.clone(), window.clone());
+            // It may wait for ever for what nobody types: it ends with the process.
+            thread::Builder::new()
+                .name("input".into())
+                .stack_size(STACK)
+                .spawn(move || feed(input, &link, &window))?;
+        }
+        let mut output = Some(streams.output);
+        let mut errors = Some(streams.errors);
+        let mut lost = None;
+        loop {
+            match self.frames.frame()? {
+                None => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+                Some(Frame::Data(stream, data)) => {
+                    let target = match stream {
+                        Stream::In => return Err(AgentError::Nonsense),
+                        Stream::Out => &mut output,
+                        Stream::Err => &mut errors,
+                    };
+                    let written = target.as_mut().map(|target| target.write_all(data));
+                    if let Some(Err(error)) = written {
+                        // As in a pipeline: whoever writes to it is told.
+                        *target = None;
+                        let _ = self.link.send(&HostMessage::Closed(stream));
+                        if error.kind() != io::ErrorKind::BrokenPipe {
+                            lost = Some(error);
+                        }
+                    }
+                }
+                Some(Frame::Message(GuestMessage::Taken(len))) => window.grow(len),
+                Some(Frame::Message(GuestMessage::Exited(exit))) => {
+                    for target in [output, errors].iter_mut().flatten() {
+                        let _ = target.flush();
+                    }
+                    return match lost {
+                        Some(error) if exit.status == 0 => Err(AgentError::Lost(error)),
+                        _ => Ok(exit),
+                    };
+                }
+                Some(Frame::Message(GuestMessage::Failed(failed))) => {
+                    return Err(AgentError::Failed(harmless(failed)));
+                }
+                Some(_) => return Err(AgentError::Nonsense),
+            }
+        }
+    }
+}
+
+/// Sends what the host's side types, as far as the guest takes it.
+fn feed(mut input: Patient, link: &Link, window: &Window) {
+    let mut buffer = vec![0; DATA_MAX];
+    loop {
+        let room = window.wait().min(buffer.len());
+        let Some(target) = buffer.get_mut(..room) else {
+            return;
+        };
+        let len = match input.read(target) {
+            Ok(len) => len,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(_) => 0,
+        };
+        window.shrink(len);
+        let data = buffer.get(..len).unwrap_or_default();
+        if link.send_data(data).is_err() || len == 0 {
+            return;
+        }
+    }
+}
+
+/// How many bytes the guest has not taken.
+#[derive(Default)]
+struct Window {
+    sent: Mutex<usize>,
+    taken: Condvar,
+}
+
+impl Window {
+    fn lock(&self) -> MutexGuard<'_, usize> {
+        self.sent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for room, and returns how much there is.
+    fn wait(&self) -> usize {
+        let full = |sent: &mut usize| *sent >= WINDOW;
+        let sent = self.taken.wait_while(self.lock(), full);
+        WINDOW - *sent.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn shrink(&self, len: usize) {
+        *self.lock() += len;
+    }
+
+    /// The guest took some: never more than it was sent.
+    fn grow(&self, len: u32) {
+        let mut sent = self.lock();
+        *sent = sent.saturating_sub(len as usize);
+        self.taken.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+
+    /// A guest that does as it is told here.
+    fn guest(
+        act: impl FnOnce(UnixStream) + Send + 'static,
+    ) -> (Result<Agent, AgentError>, thread::JoinHandle<()>) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let guest = thread::spawn(move || act(theirs));
+        (Agent::greet(ours), guest)
+    }
+
+    fn hello(stream: &UnixStream) {
+        protocol::send(stream, &GuestMessage::Hello { version: VERSION }).unwrap();
+    }
+
+    fn exited(stream: &UnixStream, status: u8) {
+        let exit = Exit {
+            status,
+            out_of_memory: false,
+        };
+        protocol::send(stream, &GuestMessage::Exited(exit)).unwrap();
+    }
+
+    #[derive(Clone, Default)]
+    struct Sink(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Sink {
+        fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(data);
+            Ok(data.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    struct Gone;
+
+    impl Write for Gone {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(io::ErrorKind::BrokenPipe.into())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn streams(
+        output: impl Write + Send + 'static,
+        errors: impl Write + Send + 'static,
+    ) -> Streams {
+        Streams {
+            input: None,
+            output: Box::new(output),
+            errors: Box::new(errors),
+        }
+    }
+
+    #[test]
+    fn output_and_errors_stay_apart() {
+        let (agent, guest) = guest(|stream| {
+            hello(&stream);
+            protocol::send_data(&stream, Stream::Out, b"out").unwrap();
+            protocol::send_data(&stream, Stream::Err, b"err").unwrap();
+            protocol::send_data(&stream, Stream::Out, b"put").unwrap();
+            exited(&stream, 7);
+        });
+        let (out, err) = (Sink::default(), Sink::default());
+        let exit = agent.unwrap().follow(streams(out.clone(), err.clone()));
+        assert_eq!(exit.unwrap().status, 7);
+        assert_eq!(*out.0.lock().unwrap(), b"output");
+        assert_eq!(*err.0.lock().unwrap(), b"err");
+        guest.join().unwrap();
+    }
+
+    #[test]
+    fn a_reader_that_has_gone_is_told_to_the_guest() {
+        let (agent, guest) = guest(|stream| {
+            hello(&stream);
+            protocol::send_data(&stream, Stream::Out, b"out").unwrap();
+            let mut frames = Frames::new(stream.try_clone().unwrap());
+            let message: HostMessage = frames.message().unwrap();
+            assert_eq!(message, HostMessage::Closed(Stream::Out));
+            exited(&stream, 141);
+        });
+        let exit = agent.unwrap().follow(streams(Gone, Sink::default()));
+        assert_eq!(exit.unwrap().status, 141);
+        guest.join().unwrap();
+    }
+
+    #[test]
+    fn output_that_is_lost_is_no_success() {
+        let (agent, guest) = guest(|stream| {
+            hello(&stream);
+            protocol::send_data(&stream, Stream::Out, b"out").unwrap();
+            exited(&stream, 0);
+        });
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let lost = agent
+            .unwrap()
+            .follow(streams(Patient(full), Sink::default()));
+        assert!(matches!(lost, Err(AgentError::Lost(_))), "{lost:?}");
+        guest.join().unwrap();
+    }
+
+    #[test]
+    fn a_guest_s_reason_is_one_harmless_line() {
+        let reason = format!("\x1b[2J{}\nforged", "a".repeat(500));
+        let told = harmless(Failed { status: 1, reason }).reason;
+        assert!(told.starts_with("?[2Jaaa") && told.len() == 200, "{told}");
+    }
+
+    #[test]
+    fn input_waits_for_a_guest_that_does_not_take_it() {
+        let (reader, mut writer) = io::pipe().unwrap();
+        let (told, got) = mpsc::channel();
+        let (agent, guest) = guest(move |stream| {
+            hello(&stream);
+            let mut frames = Frames::new(stream.try_clone().unwrap());
+            let mut len = 0;
+            while len < WINDOW {
+                match frames.frame::<HostMessage>().unwrap().unwrap() {
+                    Frame::Data(Stream::In, data) => len += data.len(),
+                    other => panic!("{other:?}"),
+                }
+            }
+            assert_eq!(len, WINDOW);
+            // Nothing more comes by itself.
+            let timeout = Some(Duration::from_millis(200));
+            stream.set_read_timeout(timeout).unwrap();
+            assert!(frames.frame::<HostMessage>().is_err());
+            stream.set_read_timeout(None).unwrap();
+            protocol::send(&stream, &GuestMessage::Taken(WINDOW as u32)).unwrap();
+            let mut frames = Frames::new(stream.try_clone().unwrap());
+            loop {
+                match frames.frame::<HostMessage>().unwrap().unwrap() {
+                    Frame::Data(Stream::In, []) => break,
+                    Frame::Data(Stream::In, data) => len += data.len(),
+                    other => panic!("{other:?}"),
+                }
+            }
+            told.send(len).unwrap();
+            exited(&stream, 0);
+        });
+        let feeder = thread::spawn(move || writer.write_all(&vec![7; WINDOW + 1000]));
+        let mut streams = streams(Sink::default(), Sink::default());
+        streams.input = Some(Patient(File::from(std::os::fd::OwnedFd::from(reader))));
+        agent.unwrap().follow(streams).unwrap();
+        feeder.join().unwrap().unwrap();
+        assert_eq!(got.recv().unwrap(), WINDOW + 1000);
+        guest.join().unwrap();
+    }
+
+    #[test]
+    fn a_guest_that_talks_nonsense_is_refused() {
+        let (agent, _) = guest(|stream| {
+            protocol::send(&stream, &GuestMessage::Hello { version: 99 }).unwrap();
+        });
+        assert!(matches!(agent, Err(AgentError::Version(99))));
+        let (agent, _) = guest(|stream| protocol::send(&stream, &GuestMessage::Done).unwrap());
+        assert!(matches!(agent, Err(AgentError::Nonsense)));
+        let (agent, _) = guest(drop);
+        assert!(matches!(agent, Err(AgentError::Connection(_))));
+        for nonsense in [Stream::In, Stream::Out] {
+            let (agent, guest) = guest(move |stream| {
+                hello(&stream);
+                match nonsense {
+                    Stream::In => protocol::send_data(&stream, Stream::In, b"x").unwrap(),
+                    _ => protocol::send(&stream, &GuestMessage::Done).unwrap(),
+                }
+            });
+            let followed = agent
+                .unwrap()
+                .follow(streams(Sink::default(), Sink::default()));
+            assert!(matches!(followed, Err(AgentError::Nonsense)));
+            guest.join().unwrap();
+        }
+    }
+}

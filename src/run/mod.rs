@@ -1,0 +1,389 @@
+//! `mayfly run`: an image's command in a VM of its own.
+//!
+//! The machine runs on the main thread, as in `mayfly boot`; a session on
+//! another one talks to the guest's agent, and learns how the command ended.
+
+pub mod agent;
+pub mod end;
+mod exec;
+pub mod log;
+mod network;
+mod plan;
+pub mod record;
+mod session;
+mod usage;
+mod volumes;
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use mayfly_guest::protocol::{Exit, Mount, Net, PORT};
+use serde_json::json;
+
+pub use self::exec::{ExecOptions, attach, exec};
+pub use self::plan::{Options, Plan, signal};
+pub use self::usage::Usage;
+
+use self::log::Log;
+use self::record::{Ended, Owned, Place, Record, now_ms};
+use self::session::{Session, SessionEnd};
+use self::volumes::Volumes;
+use crate::config::{FolderConfig, NetConfig, RawConfig, cache_folder, default_guest, escape};
+use crate::failure::{Failure, OrFail};
+use crate::image::{Bars, Image, LAYER_ROOT, PullOptions, Store, data_folder};
+use crate::machine::{self, Ending, Outcome};
+use crate::timing::{Timeline, TimingUs};
+use crate::unix_socket;
+use crate::volume::{Journal, make_ext4};
+
+/// mayfly itself failed, or the command could not be started.
+pub const STATUS_FAILED: u8 = 125;
+/// The time was over.
+pub const STATUS_TIMEOUT: u8 = 124;
+const SIGNALLED: u8 = 128;
+/// Every guest is the only one on its device.
+const CID: u32 = 3;
+/// Where the guest finds the disk for what it writes: behind the layers.
+const SCRATCH_DISK: &str = "/dev/vdb";
+const STARTED: &[u8] = b"started\n";
+
+/// Runs an image's command in a VM, and returns the status to exit with.
+pub fn run(options: Options, timeline: Timeline) -> Result<u8, Failure> {
+    exec::need_terminal(options.terminal && !options.detach && !options.detached)?;
+    let network = network::network(&options)?;
+    let image = obtain(&options.image)?;
+    if options.only_obtain {
+        for folder in Volumes::find(&options.volumes, 1)?.written {
+            let name = [folder.as_os_str().as_bytes(), b"\0"].concat();
+            io::stdout().write_all(&name).or_host("standard output")?;
+        }
+        return Ok(0);
+    }
+    let plan = Plan::new(&options, &image.config.config)?;
+    if options.detach {
+        return detach(&plan.name);
+    }
+    run_here(&options, plan, &image, network, timeline)
+}
+
+fn obtain(name: &str) -> Result<Image, Failure> {
+    let bars = Bars::new();
+    Store::open_default()?.obtain(name, &PullOptions::default(), &bars)
+}
+
+/// Starts this again in the background, and waits until its command runs.
+fn detach(name: &str) -> Result<u8, Failure> {
+    let what = "starting in the background";
+    let mut words = std::env::args_os();
+    let program = std::env::current_exe().or_host(what)?;
+    words.next();
+    let mut command = Command::new(program);
+    // The verb, then what makes it the one in the background, then all as given.
+    command.args(words.next());
+    command.args(["--detached", name]).args(words);
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    // SAFETY: only system calls between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            libc::setsid();
+            // What the caller has open besides is not for it.
+            libc::syscall(
+                libc::SYS_close_range,
+                3,
+                u32::MAX,
+                libc::CLOSE_RANGE_CLOEXEC,
+            );
+            Ok(())
+        });
+    }
+    let mut child = command.spawn().or_host(what)?;
+    let mut said = Vec::new();
+    if let Some(output) = &mut child.stdout {
+        io::Read::read_to_end(output, &mut said).or_host(what)?;
+    }
+    if said == STARTED {
+        let _ = writeln!(io::stdout(), "{name}");
+        return Ok(0);
+    }
+    // It said why on standard error.
+    let status = child.wait().or_host(what)?;
+    Ok(status
+        .code()
+        .and_then(|it| u8::try_from(it).ok())
+        .unwrap_or(STATUS_FAILED))
+}
+
+/// What is left to say in the background, when the command runs.
+fn tell_started() {
+    let _ = io::stdout().write_all(STARTED);
+    let _ = io::stdout().flush();
+    let Ok(null) = File::options().read(true).write(true).open("/dev/null") else {
+        return;
+    };
+    for standard in [libc::STDIN_FILENO, libc::STDOUT_FILENO, libc::STDERR_FILENO] {
+        // SAFETY: an open descriptor, and one that is not owned.
+        unsafe { libc::dup2(null.as_raw_fd(), standard) };
+    }
+}
+
+fn run_here(
+    options: &Options,
+    mut plan: Plan,
+    image: &Image,
+    network: Option<(NetConfig, Net)>,
+    timeline: Timeline,
+) -> Result<u8, Failure> {
+    for layer in &image.layers {
+        let len = layer.metadata().or_host(layer.display())?.len();
+        plan.setup.layers.push(len);
+    }
+    plan.setup.layer_root = LAYER_ROOT.to_owned();
+    // Behind the layers, and the disk for what is written.
+    let disks_before = 1 + usize::from(plan.disk_size.is_some());
+    let volumes = Volumes::find(&options.volumes, disks_before)?;
+    plan.setup.mounts.extend(volumes.mounts);
+    // What is in another comes behind it.
+    let depth = |mount: &Mount| mount.target.iter().filter(|&&byte| byte == b'/').count();
+    plan.setup.mounts.sort_by_key(depth);
+    let owned = Place::create(&record(options, &plan, image))?;
+    let mut raw = RawConfig {
+        name: Some(plan.name.clone()),
+        cpus: options.cpus.clone(),
+        memory: options.memory.clone(),
+        console: Some("none".into()),
+        cmdline: Some("-- agent".into()),
+        vsock: Some(format!(
+            "cid={CID},unix={}",
+            escape(&owned.place.vsock().to_string_lossy())
+        )),
+        layers: image.layers.clone(),
+        ignores_signals: true,
+        ..RawConfig::default()
+    };
+    (raw.kernel, raw.initrd) = guest_files(options)?;
+    // Open until the machine has it open.
+    let mut _scratch = None;
+    if let Some(size) = plan.disk_size {
+        let file = make_scratch(size)?;
+        raw.disk
+            .push(format!("path=/proc/self/fd/{}", file.as_raw_fd()));
+        plan.setup.scratch = Some(SCRATCH_DISK.to_owned());
+        _scratch = Some(file);
+    }
+    raw.disk.extend(volumes.disks);
+    let nets = network.map(|(device, guest)| {
+        plan.setup.net = Some(guest);
+        device
+    });
+    let result = run_machine(
+        options,
+        plan,
+        (raw, nets, volumes.folders),
+        &owned,
+        timeline,
+    );
+    let ended = match &result {
+        Ok(end) => Ended {
+            at_ms: now_ms(),
+            status: end.status,
+            reason: end.reason.clone(),
+        },
+        Err(failure) => Ended {
+            at_ms: now_ms(),
+            status: STATUS_FAILED,
+            reason: Some(failure.to_string()),
+        },
+    };
+    // What never ran leaves nothing behind, as there is nothing to see.
+    let ended = match &result {
+        Err(_) => owned.remove(),
+        Ok(_) => owned.end(ended),
+    };
+    let end = result?;
+    if let Err(failure) = ended {
+        let _ = writeln!(io::stderr(), "mayfly: {failure}");
+    }
+    for line in &end.last_lines {
+        let _ = writeln!(io::stderr(), "  {line}");
+    }
+    Ok(end.status)
+}
+
+struct End {
+    status: u8,
+    reason: Option<String>,
+    last_lines: Vec<String>,
+}
+
+/// Boots the machine and follows its session to the end.
+fn run_machine(
+    options: &Options,
+    plan: Plan,
+    (raw, net, folders): (RawConfig, Option<NetConfig>, Vec<FolderConfig>),
+    owned: &Owned,
+    timeline: Timeline,
+) -> Result<End, Failure> {
+    let place = &owned.place;
+    let name = plan.name.clone();
+    let memory = options.memory.clone();
+    let mut config = raw.validate()?;
+    config.nets.extend(net);
+    // Another process is to see what the guest asks it for.
+    config.memory.shared |= !folders.is_empty();
+    config.folders = folders;
+    let memory = memory.unwrap_or_else(|| format!("{}M", config.memory.size >> 20));
+    let mut agent_socket = place.vsock().into_os_string();
+    agent_socket.push(format!("_{PORT}"));
+    let (listener, socket) =
+        unix_socket::listen(&PathBuf::from(agent_socket), "the agent's socket")?;
+    let log = Log::create(&place.log()).or_host("the log")?;
+    let session = Session::start(options, plan, (listener, socket), log)?;
+    let ending = machine::run(&config, timeline);
+    let end = session.end();
+    let ending = ending?;
+    if options.timing {
+        let _ = write!(io::stderr(), "{}", ending.timeline);
+    }
+    let end = judge(&end, &ending, &name, &memory);
+    if let Some(reason) = &end.reason {
+        let _ = writeln!(io::stderr(), "mayfly: {reason}");
+    }
+    if options.json {
+        let record = json!({
+            "name": name,
+            "exit_code": end.status,
+            "reason": end.reason,
+            "timing_us": TimingUs::from(&ending.timeline),
+        });
+        let _ = writeln!(io::stdout(), "{record}");
+    }
+    Ok(end)
+}
+
+/// What to exit with, and what to say.
+fn judge(session: &SessionEnd, ending: &Ending, name: &str, memory: &str) -> End {
+    let said = |status, reason: String| End {
+        status,
+        reason: Some(reason),
+        last_lines: Vec::new(),
+    };
+    match session {
+        SessionEnd::Exited(Exit {
+            status,
+            out_of_memory: true,
+        }) => said(
+            *status,
+            format!("{name} ran out of memory ({memory}); give it more with --memory"),
+        ),
+        SessionEnd::Exited(exit) => End {
+            status: exit.status,
+            reason: None,
+            last_lines: Vec::new(),
+        },
+        SessionEnd::TimedOut(after) => said(
+            STATUS_TIMEOUT,
+            format!(
+                "{name} was ended after {} s, as --timeout says",
+                after.as_secs()
+            ),
+        ),
+        SessionEnd::Silent if ending.outcome == Outcome::PowerOff => said(
+            STATUS_FAILED,
+            format!("{name} turned itself off before its command ended"),
+        ),
+        SessionEnd::Silent => judge(
+            &SessionEnd::Failed(STATUS_FAILED, "the guest ended without a word".into()),
+            ending,
+            name,
+            memory,
+        ),
+        SessionEnd::Signalled(signal) => End {
+            status: u8::try_from(*signal).map_or(u8::MAX, |it| SIGNALLED.saturating_add(it)),
+            reason: None,
+            last_lines: Vec::new(),
+        },
+        SessionEnd::Failed(status, reason) => match &ending.outcome {
+            Outcome::Panic => End {
+                last_lines: ending.last_lines.clone(),
+                ..said(
+                    STATUS_FAILED,
+                    format!("{name}: the guest's kernel panicked; its last lines:"),
+                )
+            },
+            Outcome::Crash(why) => End {
+                last_lines: ending.last_lines.clone(),
+                ..said(
+                    STATUS_FAILED,
+                    format!("{name}: the guest crashed: {why}; its last lines:"),
+                )
+            },
+            Outcome::Forced => said(SIGNALLED + libc::SIGKILL as u8, format!("{name} was ended")),
+            Outcome::Internal(why) => said(STATUS_FAILED, why.clone()),
+            _ => said(*status, format!("{name}: {reason}")),
+        },
+    }
+}
+
+fn record(options: &Options, plan: &Plan, image: &Image) -> Record {
+    let text = |bytes: &Vec<u8>| String::from_utf8_lossy(bytes).into_owned();
+    Record {
+        name: plan.name.clone(),
+        image: options.image.clone(),
+        image_id: image.id.to_string(),
+        command: plan.process.arguments.iter().map(text).collect(),
+        environment: plan
+            .process
+            .environment
+            .iter()
+            .map(|(name, value)| (text(name), text(value)))
+            .collect(),
+        user: plan.process.user.clone(),
+        folder: text(&plan.process.folder),
+        terminal: options.terminal,
+        volumes: options.volumes.clone(),
+        ports: options.publish.clone(),
+        cpus: options.cpus.clone().unwrap_or_else(|| "1".into()),
+        memory: options.memory.clone().unwrap_or_else(|| "512M".into()),
+        stop_signal: plan.stop_signal,
+        created_ms: now_ms(),
+        pid: std::process::id(),
+        remove: options.remove,
+        ended: None,
+    }
+}
+
+/// The kernel, and the initramfs with our init and its modules.
+fn guest_files(options: &Options) -> Result<(Option<PathBuf>, Option<PathBuf>), Failure> {
+    let initrd = cache_folder().map(|cache| cache.join("default/run.cpio"));
+    let initrd = initrd.filter(|path| path.exists()).ok_or_else(|| {
+        Failure::config("no initramfs for run: scripts/mayfly makes it, with the kernel")
+    })?;
+    let kernel = match &options.kernel {
+        Some(kernel) => Some(kernel.clone()),
+        None => default_guest().map(|(kernel, _)| kernel),
+    };
+    Ok((kernel, Some(initrd)))
+}
+
+/// Makes the disk for what a VM writes: where the user keeps data, as memory is
+/// what it is to save, and without a name, so that it goes with the VM.
+fn make_scratch(size: u64) -> Result<File, Failure> {
+    let what = "--disk-size";
+    let folder = data_folder()?;
+    let file = tempfile::Builder::new()
+        .prefix("scratch-")
+        .tempfile_in(folder)
+        .or_host(what)?;
+    make_ext4(file.path(), size, Journal::No, what)?;
+    Ok(file.into_file())
+}
+
+/// A standard stream as a file of its own.
+fn standard(stream: impl AsFd) -> io::Result<File> {
+    stream.as_fd().try_clone_to_owned().map(File::from)
+}

@@ -1,0 +1,158 @@
+//! The network of a VM of `mayfly run`: the device, and what its guest makes of it.
+
+use std::io::Write;
+use std::net::IpAddr;
+use std::str::FromStr;
+
+use mayfly_guest::protocol::Net;
+
+use super::plan::Options;
+use crate::config::{Keys, NetConfig, UserConfig};
+use crate::failure::Failure;
+use crate::net::passt;
+use crate::net::user::UserNet;
+
+const SYNTAX: &str = "user, none, or tap=NAME,ip=ADDRESS/PREFIX[,gateway=IP]";
+
+/// What the user asks for: a device, and the guest's side of it; neither, if there
+/// is to be no network.
+pub fn network(options: &Options) -> Result<Option<(NetConfig, Net)>, Failure> {
+    let wishes = !options.publish.is_empty() || !options.allow.is_empty();
+    if options.net.is_none() && !wishes && passt::program().is_none() {
+        let _ = writeln!(
+            std::io::stderr(),
+            "mayfly: no network, as passt is not installed: apt install passt, or say --net none"
+        );
+        return Ok(None);
+    }
+    let text = options.net.as_deref().unwrap_or("user");
+    if text == "user" {
+        return user(options).map(Some);
+    }
+    // These are carried out by what lies behind `user`.
+    for (flag, given) in [
+        ("--publish", !options.publish.is_empty()),
+        ("--allow", !options.allow.is_empty()),
+    ] {
+        if given {
+            return Err(Failure::config(format!("{flag} needs --net user")));
+        }
+    }
+    match text {
+        "none" => Ok(None),
+        _ => tap(text, options)
+            .map(Some)
+            .map_err(|why| Failure::config(format!("--net {text}: {why}"))),
+    }
+}
+
+fn user(options: &Options) -> Result<(NetConfig, Net), Failure> {
+    let config = UserConfig {
+        publish: parse("--publish", &options.publish)?,
+        allow: parse("--allow", &options.allow)?,
+        dns: options.dns.clone(),
+        host_loopback: false,
+    };
+    let net = UserNet::of(&config);
+    let ip6 = net.ip6.as_ref();
+    let mut addresses = vec![(IpAddr::V4(net.guest_ip), net.prefix)];
+    addresses.extend(ip6.map(|ip6| (IpAddr::V6(ip6.guest_ip), ip6.prefix)));
+    let mut gateways = vec![IpAddr::V4(net.gateway)];
+    gateways.extend(ip6.map(|ip6| IpAddr::V6(ip6.gateway)));
+    let guest = Net {
+        addresses,
+        gateways,
+        dns: net.dns.clone(),
+        search: Vec::new(),
+    };
+    Ok((config.into(), guest))
+}
+
+fn tap(text: &str, options: &Options) -> Result<(NetConfig, Net), String> {
+    let mut keys = Keys::parse(text, SYNTAX);
+    let name = keys.required("tap")?;
+    let address = keys.required("ip")?;
+    let gateway = keys.value("gateway")?;
+    keys.finish()?;
+    let wrong = |text: &str| format!("{text}: is not an address");
+    let (ip, prefix) = address
+        .split_once('/')
+        .and_then(|(ip, prefix)| Some((ip.parse().ok()?, prefix.parse().ok()?)))
+        .filter(|&(ip, prefix): &(IpAddr, u8)| prefix <= if ip.is_ipv4() { 32 } else { 128 })
+        .ok_or_else(|| format!("ip={address}: write it as 10.0.0.2/24"))?;
+    let gateway = gateway
+        .map(|text| text.parse().map_err(|_| wrong(&text)))
+        .transpose()?;
+    let config = NetConfig::from_str(&format!("tap={name}"))?;
+    let guest = Net {
+        addresses: vec![(ip, prefix)],
+        gateways: gateway.into_iter().collect(),
+        dns: options.dns.clone(),
+        search: Vec::new(),
+    };
+    Ok((config, guest))
+}
+
+fn parse<T: FromStr<Err = String>>(flag: &str, texts: &[String]) -> Result<Vec<T>, Failure> {
+    let one = |text: &String| {
+        let parsed = text.parse();
+        parsed.map_err(|why: String| Failure::config(format!("{flag} {text}: {why}")))
+    };
+    texts.iter().map(one).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(net: &str) -> Options {
+        Options {
+            net: Some(net.into()),
+            ..Options::default()
+        }
+    }
+
+    #[test]
+    fn networks_are_few() {
+        assert!(network(&options("none")).unwrap().is_none());
+        let (device, guest) = network(&options("user")).unwrap().unwrap();
+        assert!(device.user().is_some());
+        assert_eq!(guest.addresses[0].1, 24);
+        let (device, guest) = network(&options("tap=t0,ip=10.0.0.2/24,gateway=10.0.0.1"))
+            .unwrap()
+            .unwrap();
+        assert_eq!(device.flag(), "--net tap=t0");
+        assert_eq!(guest.gateways, ["10.0.0.1".parse::<IpAddr>().unwrap()]);
+        for wrong in [
+            "",
+            "host",
+            "tap=t0",
+            "tap=t0,ip=10.0.0.2",
+            "tap=t0,ip=10.0.0.2/33",
+            "tap=t0,ip=10.0.0.2/24,gateway=x",
+            "none,x",
+        ] {
+            assert!(network(&options(wrong)).is_err(), "{wrong}");
+        }
+        let published = Options {
+            publish: vec!["80:80".into()],
+            ..options("none")
+        };
+        assert!(
+            network(&published)
+                .unwrap_err()
+                .to_string()
+                .contains("--net user")
+        );
+        let nonsense = Options {
+            allow: vec!["a b".into()],
+            ..Options::default()
+        };
+        assert!(
+            network(&nonsense)
+                .unwrap_err()
+                .to_string()
+                .starts_with("--allow a b")
+        );
+    }
+}

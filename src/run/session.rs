@@ -1,0 +1,274 @@
+//! The side of a run that talks to the guest: sets it up, starts the command,
+//! moves its streams, passes signals on, ends it when its time is over.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixListener;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use mayfly_guest::protocol::{Exit, HostMessage};
+
+use super::agent::{Agent, AgentError, Link, Patient, Streams};
+use super::exec::here;
+use super::log::Log;
+use super::plan::{Options, Plan};
+use super::{STATUS_FAILED, standard, tell_started};
+use crate::console::terminal::RawTerminal;
+use crate::failure::{Failure, OrFail};
+use crate::machine::{Signals, end_own_machine};
+use crate::unix_socket::Name;
+
+/// The guest has so long to turn off when all was said.
+const FAREWELL: Duration = Duration::from_secs(10);
+/// How long output may take when the machine was ended, and how often that is
+/// looked at.
+const LATE: Duration = Duration::from_secs(1);
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Counts those that ask for the end, each soon after the other: a user who asks
+/// three times does not want to wait for the command.
+#[derive(Default)]
+pub struct Insistence(Option<(Instant, u32)>);
+
+impl Insistence {
+    /// True if it is enough.
+    pub fn heard(&mut self, signal: i32) -> bool {
+        const SOON: Duration = Duration::from_secs(2);
+        const ENOUGH: u32 = 3;
+        if ![libc::SIGINT, libc::SIGTERM].contains(&signal) {
+            return false;
+        }
+        let now = Instant::now();
+        let before = self.0.filter(|(last, _)| now.duration_since(*last) < SOON);
+        let count = before.map_or(1, |(_, count)| count + 1);
+        self.0 = Some((now, count));
+        count >= ENOUGH
+    }
+}
+
+/// How a session ended.
+#[derive(Clone, Debug)]
+pub enum SessionEnd {
+    /// The command ended.
+    Exited(Exit),
+    /// It did not start, or its end was not heard of: a status, and why.
+    Failed(u8, String),
+    /// The guest ended without a word.
+    Silent,
+    /// It was ended after that long.
+    TimedOut(Duration),
+    /// A signal ended it before the command ran, or it did not heed it.
+    Signalled(i32),
+}
+
+/// Why the machine was ended from here.
+type Ender = Arc<Mutex<Option<SessionEnd>>>;
+
+/// A session on its threads.
+pub struct Session {
+    result: Receiver<Result<Exit, AgentError>>,
+    over: Sender<()>,
+    ender: Ender,
+    listener: UnixListener,
+}
+
+/// What the threads share.
+struct Shared {
+    link: Mutex<Option<Link>>,
+    ender: Ender,
+}
+
+impl Shared {
+    /// Ends the machine, whatever the guest does.
+    fn end(&self, why: SessionEnd) {
+        let mut ender = self.ender.lock().unwrap_or_else(PoisonError::into_inner);
+        ender.get_or_insert(why);
+        end_own_machine();
+    }
+
+    fn link(&self) -> Option<Link> {
+        let link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
+        link.clone()
+    }
+}
+
+impl Session {
+    /// Waits for the guest's agent on a thread of its own. Signals are taken from
+    /// here on.
+    pub fn start(
+        options: &Options,
+        plan: Plan,
+        (listener, name): (UnixListener, Name),
+        log: Log,
+    ) -> Result<Self, Failure> {
+        let signals = Signals::passed_on().or_internal("blocking signals")?;
+        let ender = Ender::default();
+        let shared = Arc::new(Shared {
+            link: Mutex::new(None),
+            ender: ender.clone(),
+        });
+        let timeout = plan.timeout;
+        let (over, ended) = mpsc::channel();
+        let clock = shared.clone();
+        let spawn = |name: &str| thread::Builder::new().name(name.to_owned());
+        let ours = listener.try_clone().or_host("the agent's socket")?;
+        let (detached, passed) = (options.detached, shared.clone());
+        let options = options.clone();
+        let (told, result) = mpsc::channel();
+        spawn("session")
+            .spawn(move || drop(told.send(work(&options, plan, listener, name, &shared, &log))))
+            .or_host("starting a thread")?;
+        spawn("signals")
+            .spawn(move || pass_on(&signals, &passed, detached))
+            .or_host("starting a thread")?;
+        spawn("clock")
+            .spawn(move || watch(&clock, timeout, &ended))
+            .or_host("starting a thread")?;
+        Ok(Session {
+            result,
+            over,
+            ender,
+            listener: ours,
+        })
+    }
+
+    /// How it ended, when the machine has.
+    pub fn end(self) -> SessionEnd {
+        drop(self.over);
+        // Without an agent it would wait for ever.
+        // SAFETY: an open descriptor.
+        unsafe { libc::shutdown(self.listener.as_raw_fd(), libc::SHUT_RDWR) };
+        // Output may still wait for whoever reads it: for ever, unless it was ended.
+        let mut late = Duration::ZERO;
+        loop {
+            let result = self.result.recv_timeout(PAUSE);
+            let ender = self.ender.lock().unwrap_or_else(PoisonError::into_inner);
+            return match (result, ender.clone()) {
+                (Ok(Ok(exit)), _) => SessionEnd::Exited(exit),
+                (Err(RecvTimeoutError::Timeout), None) => continue,
+                (Err(RecvTimeoutError::Timeout), Some(_)) if late < LATE => {
+                    late += PAUSE;
+                    continue;
+                }
+                (_, Some(why)) => why,
+                (Ok(Err(AgentError::Failed(failed))), None) => {
+                    SessionEnd::Failed(failed.status, failed.reason)
+                }
+                (Ok(Err(AgentError::Connection(_))), None) => SessionEnd::Silent,
+                (Ok(Err(error)), None) => SessionEnd::Failed(STATUS_FAILED, error.to_string()),
+                (Err(_), None) => SessionEnd::Failed(STATUS_FAILED, "a thread failed".into()),
+            };
+        }
+    }
+}
+
+/// Everything that is said to the guest, in order.
+fn work(
+    options: &Options,
+    mut plan: Plan,
+    listener: UnixListener,
+    name: Name,
+    shared: &Shared,
+    log: &Log,
+) -> Result<Exit, AgentError> {
+    listener.set_nonblocking(false)?;
+    let (stream, _) = listener.accept()?;
+    // Nobody else has business there.
+    drop((listener, name));
+    stream.set_nonblocking(false)?;
+    let mut agent = Agent::greet(stream)?;
+    let link = agent.link();
+    let result = (|| {
+        agent.ask(&HostMessage::Setup(Box::new(plan.setup)))?;
+        plan.process.terminal = options.terminal.then(here);
+        agent.start(plan.process)?;
+        *shared.link.lock().unwrap_or_else(PoisonError::into_inner) = Some(link.clone());
+        // Without input its keys stay the host's: Ctrl-C ends the command.
+        let terminal = match options.terminal && options.interactive && !options.detached {
+            true => RawTerminal::transparent(&standard(io::stdin())?)?,
+            false => None,
+        };
+        let streams = streams(options, log)?;
+        if options.detached {
+            tell_started();
+        }
+        let exit = agent.follow(streams);
+        drop(terminal);
+        exit
+    })();
+    // A guest that does not turn off is turned off; the process's end ends this.
+    thread::Builder::new().spawn(|| {
+        thread::sleep(FAREWELL);
+        end_own_machine();
+    })?;
+    let _ = link.send(&HostMessage::Bye);
+    result
+}
+
+fn streams(options: &Options, log: &Log) -> io::Result<Streams> {
+    let target = |stream: io::Result<File>| -> io::Result<Box<dyn Write + Send>> {
+        match options.detached {
+            true => Ok(Box::new(io::sink())),
+            false => Ok(Box::new(Patient(stream?))),
+        }
+    };
+    let input = options.interactive && !options.detached;
+    Ok(Streams {
+        input: input
+            .then(|| standard(io::stdin()).map(Patient))
+            .transpose()?,
+        output: log.tee(1, target(standard(io::stdout()))?),
+        errors: log.tee(2, target(standard(io::stderr()))?),
+    })
+}
+
+/// Passes signals on to the command, as if it were here.
+fn pass_on(signals: &Signals, shared: &Shared, detached: bool) {
+    let mut insistence = Insistence::default();
+    let mut sender: Option<Sender<HostMessage>> = None;
+    while let Some(signal) = signals.wait() {
+        let Some(link) = shared.link() else {
+            if signal != libc::SIGWINCH {
+                shared.end(SessionEnd::Signalled(signal));
+            }
+            continue;
+        };
+        let message = match signal {
+            libc::SIGWINCH if detached => continue,
+            libc::SIGWINCH => HostMessage::Resize(here()),
+            signal => HostMessage::Signal(signal),
+        };
+        if insistence.heard(signal) {
+            shared.end(SessionEnd::Signalled(signal));
+        }
+        let sender = sender.get_or_insert_with(|| send_apart(link));
+        let _ = sender.send(message);
+    }
+}
+
+/// Sends on a thread of its own: a guest that does not listen holds up nobody else.
+pub fn send_apart(link: Link) -> Sender<HostMessage> {
+    let (sender, messages) = mpsc::channel();
+    let send = move || {
+        for message in messages {
+            if link.send(&message).is_err() {
+                return;
+            }
+        }
+    };
+    // Without a thread, nothing is sent.
+    let _ = thread::Builder::new().name("sender".into()).spawn(send);
+    sender
+}
+
+/// Ends the machine when its time is over.
+fn watch(shared: &Shared, timeout: Option<Duration>, over: &Receiver<()>) {
+    let Some(timeout) = timeout else { return };
+    if let Err(RecvTimeoutError::Timeout) = over.recv_timeout(timeout) {
+        shared.end(SessionEnd::TimedOut(timeout));
+    }
+}
