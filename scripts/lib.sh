@@ -101,6 +101,15 @@ scratch() {
 LAB_PACKAGES=(qemu-system-x86:qemu-system-x86_64 busybox-static cpio:cpio xz-utils:xz
     util-linux:setpriv bsdutils:script)
 
+# virtiofsd_package  Prints which package has virtiofsd.
+virtiofsd_package() {
+    # shellcheck source=/dev/null
+    case $(. /etc/os-release && echo "${VERSION_CODENAME:-}") in
+    bookworm) echo qemu-system-common ;;
+    *) echo virtiofsd ;;
+    esac
+}
+
 # value_of TEXT  The value at the start of a list with commas, as mayfly reads
 # it: two commas stand for one.
 value_of() {
@@ -178,13 +187,15 @@ prepare_mayfly() {
 # The default guest: Debian's cloud kernel, with busybox and our init.
 build_default_guest() {
     local kernel=$CACHE/kernels/cloud-6.12 work
-    newer "$CACHE/default/initramfs.cpio" "$GUEST_INIT" "$kernel/vmlinux" || return 0
+    newer "$CACHE/default/run.cpio" "$GUEST_INIT" "$kernel/vmlinux" || return 0
     need busybox-static # the guest has no libraries for another
     work=$(scratch)
     ln -s "$kernel/vmlinux" "$work/vmlinux"
     "$MAYFLY" initramfs --modules "$kernel/modules" --init "$GUEST_INIT" \
         --add "$(command -v busybox)=/bin/busybox" --output "$work/initramfs.cpio" ||
         die "could not build the default initramfs"
+    "$MAYFLY" initramfs --modules "$kernel/modules" --module squashfs --module overlay \
+        --init "$GUEST_INIT" --output "$work/run.cpio" || die "could not build the initramfs of run"
     chmod 755 "$work"
     publish "$work" "$CACHE/default"
 }

@@ -16,5 +16,7 @@ mod memory;
 mod nets;
 mod platform;
 mod refusals;
+mod run;
 mod user_nets;
+mod volumes;
 mod vsock;

@@ -1,0 +1,309 @@
+//! Volumes of `mayfly run`: folders through a real virtiofsd, disks, named volumes.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::{MetadataExt, chown};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use crate::run::{NOBODY, User, eventually, text};
+
+/// A folder of the user's with a file in it.
+fn folder(user: &User) -> PathBuf {
+    let folder = user.home.path().join("a, folder");
+    fs::create_dir(&folder).unwrap();
+    fs::write(folder.join("in"), "of the host\n").unwrap();
+    for path in [&folder, &folder.join("in")] {
+        if user.plain {
+            chown(path, Some(NOBODY), Some(NOBODY)).unwrap();
+        }
+    }
+    folder
+}
+
+fn volume(source: &Path, rest: &str) -> String {
+    format!("{}:{rest}", source.display())
+}
+
+fn shared_by(user: &User) {
+    let folder = folder(user);
+    let script = "cat /in/it/in && stat -c %u /in/it/in && echo of the guest > /in/it/out && \
+                  mkdir /in/it/more && mv /in/it/out /in/it/more/out && echo waiting > /in/it/ready; \
+                  until [ -e /in/it/go ]; do sleep 0.2; done; cat /in/it/go; \
+                  dd if=/dev/urandom of=/in/it/big bs=64k count=64 2>/dev/null; \
+                  sha256sum < /in/it/big; test -e /tmp/own";
+    let words = ["run", "--rm", "--tmpfs", "/tmp", "--tmpfs", "/in"];
+    let wish = volume(&folder, "/in/it");
+    let rest = ["-v", &wish, "demo", "sh", "-c", script];
+    let child = user.mayfly(&[&words[..], &rest].concat()).spawn().unwrap();
+    eventually("the guest writes", || folder.join("ready").exists());
+    let written = folder.join("more/out");
+    assert_eq!(fs::read_to_string(&written).unwrap(), "of the guest\n");
+    // The guest's root is the user.
+    let owner = if user.plain { NOBODY } else { 0 };
+    assert_eq!(fs::metadata(&written).unwrap().uid(), owner);
+    fs::write(folder.join(".go"), "of the host, later\n").unwrap();
+    if user.plain {
+        chown(folder.join(".go"), Some(NOBODY), Some(NOBODY)).unwrap();
+    }
+    fs::rename(folder.join(".go"), folder.join("go")).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let sum = Command::new("sha256sum")
+        .stdin(fs::File::open(folder.join("big")).unwrap())
+        .output()
+        .unwrap();
+    assert_eq!(
+        text(&output.stdout),
+        format!("of the host\n0\nof the host, later\n{}", text(&sum.stdout))
+    );
+    assert_eq!(text(&output.stderr), "");
+    assert_eq!(fs::metadata(folder.join("big")).unwrap().len(), 4 << 20);
+}
+
+#[test]
+fn a_folder_is_written_on_both_sides() {
+    shared_by(&User::root());
+}
+
+#[test]
+fn an_ordinary_user_s_folder_too() {
+    shared_by(&User::plain());
+}
+
+#[test]
+fn read_only_is_so_for_a_guest_that_remounts() {
+    for user in [User::root(), User::plain()] {
+        let folder = folder(&user);
+        let script = "cd /it; touch x 2>/dev/null || echo refused; \
+                      mount -o remount,rw /it && grep -c ' /it virtiofs rw' /proc/mounts; \
+                      touch x 2>/dev/null || echo refused; echo x 2>/dev/null > in || echo refused; \
+                      rm -f in 2>/dev/null || echo refused; chmod 0 in 2>/dev/null || echo refused; \
+                      mkdir /other; mount -t virtiofs v0 /other; \
+                      touch /other/x 2>/dev/null || echo refused; cat in";
+        let wish = volume(&folder, "/it:ro");
+        let output = user.text(&["run", "--rm", "-v", &wish, "demo", "sh", "-c", script]);
+        let refused = "refused\n";
+        let expected = format!("{refused}1\n{}of the host\n", refused.repeat(5));
+        assert_eq!(output, expected);
+        let names = fs::read_dir(&folder).unwrap().count();
+        assert_eq!(names, 1);
+        assert_eq!(
+            fs::read_to_string(folder.join("in")).unwrap(),
+            "of the host\n"
+        );
+    }
+}
+
+#[test]
+fn a_file_is_a_disk() {
+    let user = User::root();
+    let disk = user.home.path().join("disk.img");
+    fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
+    let e2fs = |words: &[&str]| {
+        let output = Command::new(words[0])
+            .args(&words[1..])
+            .arg(&disk)
+            .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{words:?} {output:?}");
+        text(&output.stdout)
+    };
+    e2fs(&["mkfs.ext4", "-q", "-F"]);
+    let wish = volume(&disk, "/data");
+    let script = "dd if=/dev/zero of=/data/big bs=1M count=20 2>/dev/null; echo kept > /data/it; \
+                  exec sleep 1000 < /data/it &";
+    user.text(&[
+        "run",
+        "--rm",
+        "--disk-size",
+        "64M",
+        "-v",
+        &wish,
+        "demo",
+        "sh",
+        "-c",
+        script,
+    ]);
+    // It was unmounted.
+    e2fs(&["e2fsck", "-f", "-n"]);
+    assert!(!e2fs(&["dumpe2fs", "-h"]).contains("needs_recovery"));
+    assert_eq!(e2fs(&["debugfs", "-R", "cat /it"]), "kept\n");
+    let script = "cat /data/it; touch /data/x 2>/dev/null || echo refused; \
+                  mount -o remount,rw /data 2>/dev/null || echo refused";
+    let wish = volume(&disk, "/data:ro");
+    let output = user.text(&["run", "--rm", "-v", &wish, "demo", "sh", "-c", script]);
+    assert_eq!(output, "kept\nrefused\nrefused\n");
+}
+
+#[test]
+fn a_named_volume_outlives_its_machines() {
+    let user = User::plain();
+    let run = |script: &str| {
+        user.text(&[
+            "run",
+            "--rm",
+            "-v",
+            "data:/data",
+            "demo",
+            "sh",
+            "-c",
+            script,
+        ])
+    };
+    assert_eq!(run("ls -a /data | wc -l; echo one > /data/it"), "2\n");
+    assert_eq!(run("cat /data/it; echo two >> /data/it"), "one\n");
+    assert_eq!(
+        user.text(&["volume", "create", "more", "--size", "64M"]),
+        "more\n"
+    );
+    assert_eq!(user.text(&["volume", "ls", "-q"]), "data\nmore\n");
+    let script = "cat /data/it; df -m /more | tail -n 1";
+    let words = [
+        "run",
+        "--rm",
+        "-v",
+        "more:/more",
+        "-v",
+        "data:/data:ro",
+        "demo",
+        "sh",
+        "-c",
+        script,
+    ];
+    let output = user.text(&words);
+    assert!(output.starts_with("one\ntwo\n/dev/vdb "), "{output}");
+
+    let mut child = user.mayfly(&["run", "--rm", "-i", "-v", "data:/data", "demo", "cat"]);
+    let mut child = child.stdin(Stdio::piped()).spawn().unwrap();
+    let mut input = child.stdin.take().unwrap();
+    writeln!(input, "runs").unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    assert_eq!(line, "runs\n");
+    for (words, status, reason) in [
+        (&["volume", "rm", "data"][..], 2, "a VM uses it"),
+        (
+            &["run", "--rm", "-v", "data:/x", "demo", "true"],
+            125,
+            "is locked",
+        ),
+        (&["volume", "create", "more"], 2, "there is one"),
+    ] {
+        let output = user.output(words);
+        assert_eq!(output.status.code(), Some(status), "{output:?}");
+        assert!(text(&output.stderr).contains(reason), "{output:?}");
+    }
+    drop(input);
+    assert!(child.wait().unwrap().success());
+    user.text(&["volume", "rm", "data", "more"]);
+    assert_eq!(user.text(&["volume", "ls", "-q"]), "");
+}
+
+#[test]
+fn what_cannot_be_shared_is_refused() {
+    let user = User::root();
+    let missing = user.home.path().join("missing");
+    let (missing_wish, file) = (volume(&missing, "/x"), "/etc/passwd:/x");
+    for (wish, reason) in [
+        (missing_wish.as_str(), "mkdir -p"),
+        (file, "share its folder"),
+        ("a/b:/x", "begins with / or ./"),
+        ("data", "FOLDER:DIR"),
+        ("/tmp:/", "below /"),
+    ] {
+        let output = user.output(&["run", "-v", wish, "demo", "true"]);
+        assert_eq!(output.status.code(), Some(125), "{output:?}");
+        assert!(text(&output.stderr).contains(reason), "{output:?}");
+    }
+    assert!(!missing.exists());
+    assert_eq!(user.text(&["ps", "-a", "-q"]), "");
+}
+
+/// The processes with a parent or in a group, without zombies.
+fn processes(is: impl Fn(u32, u32) -> bool) -> Vec<i32> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        let Some((name, rest)) = stat.rsplit_once(')') else {
+            continue;
+        };
+        let words: Vec<&str> = rest.split_whitespace().collect();
+        let (parent, group) = (words[1].parse().unwrap(), words[2].parse().unwrap());
+        if words[0] != "Z" && name.contains("virtiofsd") && is(parent, group) {
+            all.push(name.split(' ').next().unwrap().parse().unwrap());
+        }
+    }
+    all
+}
+
+/// A machine with a folder whose command answers lines, and its virtiofsd.
+fn answering(user: &User) -> (Child, BufReader<std::process::ChildStdout>, i32) {
+    let wish = volume(&folder(user), "/it");
+    // Nothing is asked of virtiofsd any more when it has said so.
+    let script = "cat /it/in; echo ready; while read line; do echo $line; done";
+    let words = [
+        "run", "--rm", "-i", "--name", "it", "-v", &wish, "demo", "sh", "-c", script,
+    ];
+    let mut child = user.mayfly(&words).stdin(Stdio::piped()).spawn().unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap());
+    for said in ["of the host\n", "ready\n"] {
+        let mut line = String::new();
+        output.read_line(&mut line).unwrap();
+        assert_eq!(line, said);
+    }
+    let own = child.id();
+    let all = processes(|parent, _| parent == own);
+    let [virtiofsd] = all[..] else {
+        panic!("{all:?}")
+    };
+    (child, output, virtiofsd)
+}
+
+fn kill(pid: i32) {
+    // SAFETY: numbers.
+    assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
+}
+
+#[test]
+fn a_machine_goes_on_without_its_virtiofsd() {
+    let user = User::root();
+    let (mut child, mut output, virtiofsd) = answering(&user);
+    kill(virtiofsd);
+    eventually("all of it ends", || {
+        processes(|_, group| group == virtiofsd.cast_unsigned()).is_empty()
+    });
+    let mut input = child.stdin.take().unwrap();
+    writeln!(input, "still here").unwrap();
+    let mut line = String::new();
+    output.read_line(&mut line).unwrap();
+    assert_eq!(line, "still here\n");
+    assert_eq!(
+        user.text(&["exec", "it", "echo", "reachable"]),
+        "reachable\n"
+    );
+    drop(input);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let errors = text(&output.stderr);
+    assert_eq!(
+        errors.matches("the backend has ended").count(),
+        1,
+        "{errors}"
+    );
+}
+
+#[test]
+fn no_virtiofsd_outlives_its_machine() {
+    let user = User::root();
+    let (mut child, _output, virtiofsd) = answering(&user);
+    assert!(!processes(|_, group| group == virtiofsd.cast_unsigned()).is_empty());
+    kill(child.id().cast_signed());
+    child.wait().unwrap();
+    eventually("virtiofsd ends", || {
+        processes(|_, group| group == virtiofsd.cast_unsigned()).is_empty()
+    });
+}
