@@ -294,7 +294,7 @@ const SAVE: &str = r#"
     for layer in [0-9]; do
         names=.
         [ ! -e $layer.list ] || names=$(cat $layer.list)
-        tar -C $layer --format=posix --numeric-owner -cf $layer.tar $names
+        tar -C $layer --format=posix --pax-option=delete=atime,delete=ctime --numeric-owner -cf $layer.tar $names
         diff_ids="$diff_ids${diff_ids:+,}\"sha256:$(sha256sum <$layer.tar | cut -d ' ' -f 1)\""
         layers="$layers${layers:+,}\"$layer.tar\""
     done
