@@ -74,9 +74,17 @@ pub fn prepare(setup: &Setup) -> Result<(), String> {
     Ok(())
 }
 
+/// A machine whose programs are read from disk again and again, as there is no
+/// memory left to keep them, shall end a process soon: it may else work on that for
+/// minutes (Linux' `Documentation/admin-guide/mm/multigen_lru.rst`).
+const NO_THRASHING: [(&str, &str); 2] = [
+    ("/sys/kernel/mm/lru_gen/enabled", "y"),
+    ("/sys/kernel/mm/lru_gen/min_ttl_ms", "1000"),
+];
+
 /// Gives processes what they have in Docker, as far as this kernel can: few miss it.
 fn allow() {
-    for (path, value) in ALLOWED {
+    for (path, value) in ALLOWED.into_iter().chain(NO_THRASHING) {
         let _ = fs::write(path, value);
     }
     let limit = libc::rlimit {
