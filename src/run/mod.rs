@@ -8,6 +8,7 @@ pub mod end;
 mod exec;
 pub mod log;
 mod network;
+mod options;
 mod plan;
 pub mod record;
 mod session;
@@ -26,10 +27,12 @@ use mayfly_guest::protocol::{Exit, Mount, Net, PORT};
 use serde_json::json;
 
 pub use self::exec::{ExecOptions, attach, exec};
-pub use self::plan::{Options, Plan, signal};
+pub use self::options::Options;
+pub use self::plan::{Plan, signal};
 pub use self::usage::Usage;
 
 use self::log::Log;
+use self::options::Mode;
 use self::record::{Ended, Owned, Place, Record, now_ms};
 use self::session::{Session, SessionEnd};
 use self::volumes::Volumes;
@@ -53,22 +56,23 @@ const SCRATCH_DISK: &str = "/dev/vdb";
 const STARTED: &[u8] = b"started\n";
 
 /// Runs an image's command in a VM, and returns the status to exit with.
-pub fn run(options: Options, timeline: Timeline) -> Result<u8, Failure> {
-    exec::need_terminal(options.terminal && !options.detach && !options.detached)?;
-    let network = network::network(&options)?;
+pub fn run(options: &Options, timeline: Timeline) -> Result<u8, Failure> {
+    let mode = options.mode();
+    exec::need_terminal(options.terminal && mode == Mode::Foreground)?;
+    let network = network::network(options)?;
     let image = obtain(&options.image)?;
-    if options.only_obtain {
+    if mode == Mode::Obtain {
         for folder in Volumes::find(&options.volumes, 1)?.written {
             let name = [folder.as_os_str().as_bytes(), b"\0"].concat();
             io::stdout().write_all(&name).or_host("standard output")?;
         }
         return Ok(0);
     }
-    let plan = Plan::new(&options, &image.config.config)?;
-    if options.detach {
+    let plan = Plan::new(options, &image.config.config)?;
+    if mode == Mode::Detach {
         return detach(&plan.name);
     }
-    run_here(&options, plan, &image, network, timeline)
+    run_here(options, plan, &image, network, timeline)
 }
 
 fn obtain(name: &str) -> Result<Image, Failure> {

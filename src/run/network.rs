@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use mayfly_guest::protocol::Net;
 
-use super::plan::Options;
+use super::options::Options;
 use crate::config::{Keys, NetConfig, UserConfig};
 use crate::failure::Failure;
 use crate::net::passt;

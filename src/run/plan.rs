@@ -4,13 +4,12 @@ use std::collections::HashSet;
 use std::env;
 use std::fs;
 use std::io::Read;
-use std::net::IpAddr;
 use std::os::unix::ffi::OsStringExt;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use mayfly_guest::protocol::{Mount, Process, Setup, Source};
 
+use super::options::Options;
 use crate::config::parse_size;
 use crate::failure::{Failure, OrFail};
 use crate::image::RunConfig;
@@ -23,71 +22,7 @@ const MIB: u32 = 20;
 /// The longest name of a machine (Linux' `HOST_NAME_MAX`).
 const HOSTNAME_MAX: usize = 63;
 
-/// What the user wants, in the user's words.
-#[derive(Clone, Debug, Default)]
-pub struct Options {
-    /// Leave nothing behind.
-    pub remove: bool,
-    /// Pass standard input on.
-    pub interactive: bool,
-    /// Give the command a terminal.
-    pub terminal: bool,
-    /// Run in the background …
-    pub detach: bool,
-    /// … and this is the process that does.
-    pub detached: bool,
-    /// Only see to it that the image and volumes are there, and print what folders
-    /// the VM would write to, each with a NUL behind it.
-    pub only_obtain: bool,
-    /// The VM's name.
-    pub name: Option<String>,
-    /// `NAME[=VALUE]`
-    pub environment: Vec<String>,
-    /// Files with the same in each line.
-    pub environment_files: Vec<PathBuf>,
-    /// The folder to run in.
-    pub folder: Option<String>,
-    /// `USER[:GROUP]`
-    pub user: Option<String>,
-    /// What runs.
-    pub entrypoint: Option<String>,
-    /// `SRC:DIR[:ro]`
-    pub volumes: Vec<String>,
-    /// `DIR[:OPTIONS]`
-    pub tmpfs: Vec<String>,
-    /// Nothing may be written.
-    pub read_only: bool,
-    /// The guest's name.
-    pub hostname: Option<String>,
-    /// `[IP:]HOST:GUEST[/udp]`
-    pub publish: Vec<String>,
-    /// `user`, `none` or `tap=NAME,…`
-    pub net: Option<String>,
-    /// `CIDR|DOMAIN[:PORT]`
-    pub allow: Vec<String>,
-    /// Resolvers.
-    pub dns: Vec<IpAddr>,
-    /// vCPUs.
-    pub cpus: Option<String>,
-    /// Memory.
-    pub memory: Option<String>,
-    /// The size of a disk for what is written.
-    pub disk_size: Option<String>,
-    /// How long it may run.
-    pub timeout: Option<String>,
-    /// Another kernel.
-    pub kernel: Option<PathBuf>,
-    /// Tell how long each phase took.
-    pub timing: bool,
-    /// Print a record at the end.
-    pub json: bool,
-    /// The image's name.
-    pub image: String,
-    /// What to run.
-    pub command: Vec<String>,
-}
-
-/// What becomes of them.
+/// What becomes of an image and options.
 #[derive(Debug)]
 pub struct Plan {
     /// The VM's name.
@@ -107,7 +42,7 @@ pub struct Plan {
 impl Plan {
     /// Puts an image's wishes and the user's together: the user's win.
     pub fn new(options: &Options, image: &RunConfig) -> Result<Self, Failure> {
-        let name = match &options.name {
+        let name = match options.name() {
             Some(name) if crate::control::valid_name(name) => name.clone(),
             Some(name) => {
                 return Err(Failure::config(format!(

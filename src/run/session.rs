@@ -15,7 +15,8 @@ use mayfly_guest::protocol::{Exit, HostMessage};
 use super::agent::{Agent, AgentError, Link, Patient, Streams};
 use super::exec::here;
 use super::log::Log;
-use super::plan::{Options, Plan};
+use super::options::{Mode, Options};
+use super::plan::Plan;
 use super::{STATUS_FAILED, standard, tell_started};
 use crate::console::terminal::RawTerminal;
 use crate::failure::{Failure, OrFail};
@@ -116,7 +117,7 @@ impl Session {
         let clock = shared.clone();
         let spawn = |name: &str| thread::Builder::new().name(name.to_owned());
         let ours = listener.try_clone().or_host("the agent's socket")?;
-        let (detached, passed) = (options.detached, shared.clone());
+        let (detached, passed) = (options.mode() == Mode::Background, shared.clone());
         let options = options.clone();
         let (told, result) = mpsc::channel();
         spawn("session")
@@ -182,18 +183,19 @@ fn work(
     stream.set_nonblocking(false)?;
     let mut agent = Agent::greet(stream)?;
     let link = agent.link();
+    let detached = options.mode() == Mode::Background;
     let result = (|| {
         agent.ask(&HostMessage::Setup(Box::new(plan.setup)))?;
         plan.process.terminal = options.terminal.then(here);
         agent.start(plan.process)?;
         *shared.link.lock().unwrap_or_else(PoisonError::into_inner) = Some(link.clone());
         // Without input its keys stay the host's: Ctrl-C ends the command.
-        let terminal = match options.terminal && options.interactive && !options.detached {
+        let terminal = match options.terminal && options.interactive && !detached {
             true => RawTerminal::transparent(&standard(io::stdin())?)?,
             false => None,
         };
         let streams = streams(options, log)?;
-        if options.detached {
+        if detached {
             tell_started();
         }
         let exit = agent.follow(streams);
@@ -210,13 +212,14 @@ fn work(
 }
 
 fn streams(options: &Options, log: &Log) -> io::Result<Streams> {
+    let detached = options.mode() == Mode::Background;
     let target = |stream: io::Result<File>| -> io::Result<Box<dyn Write + Send>> {
-        match options.detached {
+        match detached {
             true => Ok(Box::new(io::sink())),
             false => Ok(Box::new(Patient(stream?))),
         }
     };
-    let input = options.interactive && !options.detached;
+    let input = options.interactive && !detached;
     Ok(Streams {
         input: input
             .then(|| standard(io::stdin()).map(Patient))
