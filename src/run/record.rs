@@ -3,7 +3,7 @@
 
 use std::fs::{self, File, Permissions, TryLockError};
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -16,6 +16,10 @@ use crate::failure::{Failure, OrFail};
 
 const RECORD: &str = "vm.json";
 const LOCK: &str = "lock";
+/// What becomes the record in the end: there may be no space for another then.
+const SPARE: &str = "spare";
+/// How much longer than the first the last record is, at most.
+const ENDED_MAX: usize = 4096;
 /// How folders that are being made are called at first.
 const NEW: &str = ".new-";
 /// Whoever looks at a VM takes no longer.
@@ -133,10 +137,10 @@ impl Place {
             .prefix(NEW)
             .tempdir_in(folder.path())
             .or_host(&what)?;
-        let lock = File::create(fresh.path().join(LOCK)).or_host(&what)?;
+        let mut lock = File::create(fresh.path().join(LOCK)).or_host(&what)?;
         lock.lock().or_host(&what)?;
         Place(fresh.path().to_owned())
-            .write(record)
+            .begin(&mut lock, record)
             .or_host(&what)?;
         let path = folder.of(&record.name);
         let mut renamed = rename_new(fresh.path(), &path);
@@ -177,11 +181,27 @@ impl Place {
         serde_json::from_slice(&text).or_host(path.display())
     }
 
-    fn write(&self, record: &Record) -> io::Result<()> {
-        let mut file = NamedTempFile::new_in(&self.0)?;
-        file.write_all(&serde_json::to_vec_pretty(record)?)?;
-        file.persist(self.0.join(RECORD))?;
-        Ok(())
+    /// Writes down what there is, and takes the space for how it ends.
+    fn begin(&self, lock: &mut File, record: &Record) -> io::Result<()> {
+        let text = serde_json::to_vec_pretty(record)?;
+        for (name, data) in [
+            (RECORD, &text),
+            (SPARE, &vec![b' '; text.len() + ENDED_MAX]),
+        ] {
+            let mut file = NamedTempFile::new_in(&self.0)?;
+            file.write_all(data)?;
+            file.persist(self.0.join(name))?;
+        }
+        lock.write_all(b"\n")
+    }
+
+    /// Writes down how it ended, where space was taken for that.
+    fn finish(&self, record: &Record) -> io::Result<()> {
+        let (spare, text) = (self.0.join(SPARE), serde_json::to_vec_pretty(record)?);
+        let file = File::options().write(true).open(&spare)?;
+        file.write_all_at(&text, 0)?;
+        file.set_len(text.len() as u64)?;
+        fs::rename(spare, self.0.join(RECORD))
     }
 
     /// Whether its process lives: a lock tells, whatever the process came to.
@@ -203,7 +223,7 @@ impl Place {
         lock.lock_shared()
             .and_then(|()| lock.read_to_string(&mut status))
             .or_host("waiting for the VM")?;
-        Ok(status.parse().ok())
+        Ok(status.trim_end().parse().ok())
     }
 
     /// Removes it; not while its process lives.
@@ -261,13 +281,15 @@ impl Owned {
 
     /// Writes down how it ended; removes it, if nothing is to stay.
     pub fn end(mut self, ended: Ended) -> Result<(), Failure> {
-        let _ = write!(self.lock, "{}", ended.status);
+        let _ = self
+            .lock
+            .write_all_at(format!("{}\n", ended.status).as_bytes(), 0);
         if self.record.remove {
             return self.remove();
         }
         self.record.ended = Some(ended);
         self.place
-            .write(&self.record)
+            .finish(&self.record)
             .or_host("writing down how the VM ended")
     }
 }
