@@ -15,6 +15,7 @@ mod limits;
 mod memory;
 mod nets;
 mod platform;
+mod real;
 mod refusals;
 mod run;
 mod user_nets;

@@ -57,13 +57,19 @@ impl Namespace {
 
     /// The guest is to be started in the namespace.
     pub fn enter(&self, mut guest: Guest) -> Guest {
-        let mut command = self.command(guest.command.get_program());
-        command.args(guest.command.get_args()).stdin(Stdio::null());
-        for (name, value) in guest.command.get_envs() {
-            command.env(name, value.unwrap_or_default());
-        }
-        guest.command = command;
+        guest.command = self.inside(&guest.command);
+        guest.command.stdin(Stdio::null());
         guest
+    }
+
+    /// The same command, in the namespace.
+    pub fn inside(&self, command: &Command) -> Command {
+        let mut inside = self.command(command.get_program());
+        inside.args(command.get_args());
+        for (name, value) in command.get_envs() {
+            inside.env(name, value.unwrap_or_default());
+        }
+        inside
     }
 
     /// Starts the guest with the TAP and an address.

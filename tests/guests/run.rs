@@ -22,17 +22,26 @@ pub struct User {
 
 impl User {
     pub fn root() -> Self {
+        User::root_with("share")
+    }
+
+    /// With the images of a store that scripts/test has made.
+    pub fn root_with(store: &str) -> Self {
         let home = tempfile::tempdir().unwrap();
         let user = User { home, plain: false };
-        copy(&data("share"), &user.home.path().join("share"));
+        copy(&data(store), &user.home.path().join("share"));
         user
     }
 
     /// Nobody in particular: with no privileges, but /dev/kvm's group.
     pub fn plain() -> Self {
+        User::plain_with("share")
+    }
+
+    pub fn plain_with(store: &str) -> Self {
         let user = User {
             plain: true,
-            ..User::root()
+            ..User::root_with(store)
         };
         // Root's own folders are not for others.
         let home = user.home.path();
@@ -91,7 +100,7 @@ impl User {
     }
 }
 
-fn data(name: &str) -> PathBuf {
+pub fn data(name: &str) -> PathBuf {
     PathBuf::from(std::env::var_os("MAYFLY_TEST_DATA").unwrap()).join(name)
 }
 

@@ -12,12 +12,12 @@ use crate::common::{Ended, Guest, Running, kernel, kill, tool};
 use crate::nets::Namespace;
 
 /// Addresses of the host, beside loopback's own.
-const HOSTS: [&str; 3] = ["10.77.0.1", "10.77.0.2", "10.77.0.3"];
+pub const HOSTS: [&str; 3] = ["10.77.0.1", "10.77.0.2", "10.77.0.3"];
 const WEB: u16 = 8000;
 const UDP: u16 = 5005;
 
 /// Does something in the namespace: sockets stay there.
-fn within<T: Send>(namespace: &Namespace, act: impl FnOnce() -> T + Send) -> T {
+pub fn within<T: Send>(namespace: &Namespace, act: impl FnOnce() -> T + Send) -> T {
     let path = format!("/run/netns/{}", namespace.name());
     let file = std::fs::File::open(path).unwrap();
     std::thread::scope(|scope| {
@@ -32,7 +32,7 @@ fn within<T: Send>(namespace: &Namespace, act: impl FnOnce() -> T + Send) -> T {
 }
 
 /// A namespace with loopback, more addresses on it, and ping for all.
-fn loopback(name: &str) -> Namespace {
+pub fn loopback(name: &str) -> Namespace {
     let namespace = Namespace::bare(name);
     for address in HOSTS {
         let address = format!("{address}/32");
@@ -51,12 +51,12 @@ fn loopback(name: &str) -> Namespace {
 
 /// The host's servers: of pages, and resolvers on loopback and elsewhere. They end
 /// with the process.
-struct Servers {
+pub struct Servers {
     asked: Arc<Mutex<Vec<String>>>,
 }
 
 impl Servers {
-    fn start(namespace: &Namespace) -> Self {
+    pub fn start(namespace: &Namespace) -> Self {
         let (web, udp, dns) = within(namespace, || {
             let web = TcpListener::bind(("::", WEB)).unwrap();
             let udp = UdpSocket::bind(("0.0.0.0", UDP)).unwrap();
@@ -197,7 +197,7 @@ fn passt(namespace: &Namespace) -> Option<u32> {
 }
 
 /// Nothing is left there soon.
-fn expect_empty(namespace: &Namespace) {
+pub fn expect_empty(namespace: &Namespace) {
     let deadline = Instant::now() + Duration::from_secs(20);
     while !processes(namespace).is_empty() {
         assert!(Instant::now() < deadline, "{:?}", processes(namespace));
