@@ -126,9 +126,36 @@ pub fn eventually(what: &str, mut is: impl FnMut() -> bool) {
     }
 }
 
-#[test]
-fn statuses_and_streams_are_the_command_s() {
-    let user = User::root();
+/// Makes tests of these, as root's and as an ordinary user's.
+macro_rules! for_both {
+    ($($test:ident)*) => {
+        mod as_root {
+            $(#[test]
+            fn $test() {
+                super::$test(&super::User::root());
+            })*
+        }
+        mod as_an_ordinary_user {
+            $(#[test]
+            fn $test() {
+                super::$test(&super::User::plain());
+            })*
+        }
+    };
+}
+
+for_both! {
+    statuses_and_streams_are_the_command_s
+    the_machine_is_what_flags_say
+    what_is_written_can_go_to_a_disk
+    signals_and_times_end_it
+    vms_in_the_background_are_listed_asked_and_ended
+    a_killed_process_is_told_as_such
+    a_terminal_is_a_real_one
+    output_that_cannot_be_written_is_no_success
+}
+
+fn statuses_and_streams_are_the_command_s(user: &User) {
     for (words, status, out, err) in [
         (&["echo", "hello"][..], 0, "hello\n", ""),
         (&["sh", "-c", "echo a; echo b >&2; exit 7"], 7, "a\n", "b\n"),
@@ -153,9 +180,7 @@ fn statuses_and_streams_are_the_command_s() {
     assert_eq!(user.text(&["ps", "-a", "-q"]).lines().count(), 5);
 }
 
-#[test]
-fn the_machine_is_what_flags_say() {
-    let user = User::plain();
+fn the_machine_is_what_flags_say(user: &User) {
     let script = "id -u; id -g; pwd; echo $A $B $HOME; hostname; cat /proc/sys/kernel/hostname; \
                   touch /x 2>/dev/null || echo read-only; touch /scratch/x && echo scratch; \
                   grep -c ^processor /proc/cpuinfo; head -c 1 /dev/vda | wc -c; \
@@ -197,9 +222,7 @@ fn the_machine_is_what_flags_say() {
     assert_eq!(output, "kept\n/bin/b2\n");
 }
 
-#[test]
-fn what_is_written_can_go_to_a_disk() {
-    let user = User::root();
+fn what_is_written_can_go_to_a_disk(user: &User) {
     let script = "dd if=/dev/zero of=/big bs=1M count=300 2>/dev/null && ls -l /big | wc -l; df /";
     let words = [
         "run",
@@ -279,9 +302,7 @@ fn a_reader_that_goes_ends_the_command() {
     assert!(ended.status.code().is_some(), "{ended:?}");
 }
 
-#[test]
-fn signals_and_times_end_it() {
-    let user = User::root();
+fn signals_and_times_end_it(user: &User) {
     let output = user.output(&["run", "--timeout", "20", "demo", "sleep", "1000"]);
     assert_eq!(output.status.code(), Some(124));
     assert!(text(&output.stderr).contains("--timeout"), "{output:?}");
@@ -315,9 +336,7 @@ fn a_machine_without_memory_says_so() {
     );
 }
 
-#[test]
-fn vms_in_the_background_are_listed_asked_and_ended() {
-    let user = User::plain();
+fn vms_in_the_background_are_listed_asked_and_ended(user: &User) {
     let name = user.text(&[
         "run",
         "-d",
@@ -415,9 +434,7 @@ fn vms_in_the_background_are_listed_asked_and_ended() {
     assert_eq!(fs::read_dir(user.runtime()).unwrap().count(), 0);
 }
 
-#[test]
-fn a_killed_process_is_told_as_such() {
-    let user = User::root();
+fn a_killed_process_is_told_as_such(user: &User) {
     user.text(&["run", "-d", "--name", "k", "demo", "sleep", "1000"]);
     let inspect: serde_json::Value = serde_json::from_str(&user.text(&["inspect", "k"])).unwrap();
     let pid = inspect[0]["pid"].as_i64().unwrap() as i32;
@@ -538,9 +555,7 @@ impl Terminal {
     }
 }
 
-#[test]
-fn a_terminal_is_a_real_one() {
-    let user = User::root();
+fn a_terminal_is_a_real_one(user: &User) {
     let mut terminal =
         Terminal::start(user.mayfly(&["run", "--rm", "-it", "--name", "t", "demo", "sh"]));
     terminal.expect("# ");
@@ -574,9 +589,7 @@ fn a_terminal_is_a_real_one() {
     assert_eq!(terminal.child.wait().unwrap().code(), Some(5));
 }
 
-#[test]
-fn output_that_cannot_be_written_is_no_success() {
-    let user = User::root();
+fn output_that_cannot_be_written_is_no_success(user: &User) {
     let full = File::options().write(true).open("/dev/full").unwrap();
     let output = user
         .mayfly(&["run", "--name", "f", "demo", "echo", "kept"])
