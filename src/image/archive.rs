@@ -2,8 +2,10 @@
 //! as archives or folders.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -59,11 +61,14 @@ impl Files {
             .map_err(|why| Failure::config(format!("{name:?}: {why}")))?;
         match self {
             Files::Folder(root) => {
-                let path = root.join(name);
-                let file = File::options()
-                    .read(true)
-                    .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-                    .open(&path);
+                // The name as it is may be absolute.
+                let path = root.join(OsStr::from_bytes(&path));
+                let file = inside(root, &path).and_then(|()| {
+                    File::options()
+                        .read(true)
+                        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+                        .open(&path)
+                });
                 match file {
                     Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
                     file => file
@@ -133,6 +138,15 @@ impl Files {
             members.insert(path, member);
         }
         Ok(Files::Archive(members))
+    }
+}
+
+/// No folder on the way to a file is a symbolic link that leads out of the root.
+fn inside(root: &Path, path: &Path) -> io::Result<()> {
+    let parent = path.parent().unwrap_or(root);
+    match parent.canonicalize()?.starts_with(root.canonicalize()?) {
+        true => Ok(()),
+        false => Err(io::Error::other("lies outside of the folder")),
     }
 }
 
@@ -448,6 +462,32 @@ mod tests {
             assert!(files.open(name).unwrap().is_none(), "{name}");
         }
         assert!(files.open("../a").is_err());
+    }
+
+    #[test]
+    fn names_in_a_folder_lead_nowhere_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let (root, secret) = (folder.path().join("image"), folder.path().join("secret"));
+        std::fs::create_dir_all(root.join("blobs")).unwrap();
+        std::fs::write(root.join("blobs/a"), "data").unwrap();
+        std::fs::write(&secret, "secret").unwrap();
+        std::os::unix::fs::symlink(folder.path(), root.join("out")).unwrap();
+        std::os::unix::fs::symlink(&secret, root.join("link")).unwrap();
+        let files = Files::Folder(root);
+        for name in ["blobs/a", "/blobs/a", "./blobs//a"] {
+            assert_eq!(files.open(name).unwrap().unwrap().len(), 4, "{name}");
+        }
+        let absolute = secret.to_str().unwrap();
+        for name in [
+            absolute,
+            "out/secret",
+            "link",
+            "../secret",
+            "blobs/b",
+            "x/y",
+        ] {
+            assert!(!matches!(files.open(name), Ok(Some(_))), "{name}");
+        }
     }
 
     #[test]
