@@ -84,7 +84,9 @@ impl Extensions {
     }
 
     fn xattr(&mut self, name: Vec<u8>, value: Vec<u8>) -> Result<(), ArchiveError> {
-        if name.is_empty() || name.len() > XATTR_NAME_MAX || name.contains(&0) {
+        // One with = could come encoded, and be told apart no more where it is written.
+        let strange = name.contains(&0) || name.contains(&b'=');
+        if name.is_empty() || name.len() > XATTR_NAME_MAX || strange {
             return Err(ArchiveError::Malformed("an extended attribute's name"));
         }
         self.xattrs.insert(name, value);

@@ -309,6 +309,21 @@ fn maps_that_lie_are_refused() {
 }
 
 #[test]
+fn attributes_that_cannot_be_written_are_refused() {
+    let read = |key: &str| {
+        let data = record(&format!("LIBARCHIVE.xattr.user.{key}"), "aGVsbG8");
+        let extended = member(b"x", EntryType::XHeader, &data);
+        let archive = [extended, member(b"f", EntryType::Regular, b"")].concat();
+        read(&archive)
+    };
+    let xattrs = read("a%25b").unwrap().remove(0).2.xattrs;
+    assert_eq!(xattrs[&b"user.a%b"[..]], b"hello");
+    for key in ["a%3Db", "a%00b"] {
+        assert!(read(key).is_err(), "{key}");
+    }
+}
+
+#[test]
 fn hostile_headers_are_refused() {
     let huge = header(b"x", EntryType::XHeader, 1 << 40);
     assert!(matches!(
