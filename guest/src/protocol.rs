@@ -378,7 +378,45 @@ mod tests {
         assert!(Frames::new(&[][..]).message::<HostMessage>().is_err());
     }
 
+    /// Reads that yield as much as they like.
+    struct Pieces<'a>(&'a [u8], std::iter::Cycle<std::slice::Iter<'a, usize>>);
+
+    impl Read for Pieces<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            let most = buffer.len().min(*self.1.next().unwrap());
+            self.0.read(&mut buffer[..most])
+        }
+    }
+
+    fn says() -> impl Strategy<Value = GuestMessage> {
+        let failed = (any::<u8>(), ".{0,40}");
+        prop_oneof![
+            any::<u16>().prop_map(|version| GuestMessage::Hello { version }),
+            any::<u32>().prop_map(GuestMessage::Taken),
+            failed.prop_map(|(status, reason)| GuestMessage::Failed(Failed { status, reason })),
+        ]
+    }
+
     proptest! {
+        #[test]
+        fn what_is_said_arrives_in_any_pieces(
+            said in prop::collection::vec((says(), prop::collection::vec(any::<u8>(), 0..300)), 0..8),
+            pieces in prop::collection::vec(1usize..20, 1..5),
+        ) {
+            let mut wire = Vec::new();
+            for (message, data) in &said {
+                send(&mut wire, message).unwrap();
+                send_data(&mut wire, Stream::Out, data).unwrap();
+            }
+            let mut frames = Frames::new(Pieces(&wire, pieces.iter().cycle()));
+            for (message, data) in said {
+                prop_assert_eq!(frames.message::<GuestMessage>().unwrap(), message);
+                let frame = frames.frame::<GuestMessage>().unwrap();
+                prop_assert_eq!(frame, Some(Frame::Data(Stream::Out, &data)));
+            }
+            prop_assert_eq!(frames.frame::<GuestMessage>().unwrap(), None);
+        }
+
         #[test]
         fn garbage_ends(wire in prop::collection::vec(any::<u8>(), 0..512)) {
             let mut frames = Frames::new(&wire[..]);
