@@ -10,7 +10,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufWriter, Read};
+use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -213,7 +213,8 @@ impl Inheritance {
 /// An archive that was read once and found good.
 pub struct Checked<'a> {
     source: &'a Section,
-    tree: Tree,
+    /// What is left in the end.
+    pub tree: Tree,
     /// What there is to know of it.
     pub record: Record,
 }
@@ -286,7 +287,8 @@ impl Checked<'_> {
         Ok(())
     }
 
-    fn write(&self, output: BufWriter<ChildStdin>, task: &dyn Task) -> Result<(), LayerError> {
+    /// Writes the archive that the tool gets.
+    pub fn write(&self, output: impl Write, task: &dyn Task) -> Result<(), LayerError> {
         let mut out = Writer::new(output);
         let mut nothing = io::empty();
         let mut data: BTreeMap<usize, (&[u8], &Inode)> = BTreeMap::new();
@@ -340,7 +342,7 @@ impl Checked<'_> {
     /// The files' data, in the order of the archive.
     fn write_data(
         &self,
-        out: &mut Writer<BufWriter<ChildStdin>>,
+        out: &mut Writer<impl Write>,
         wanted: &BTreeMap<usize, (&[u8], &Inode)>,
         task: &dyn Task,
     ) -> Result<(), LayerError> {
@@ -373,7 +375,7 @@ impl Checked<'_> {
 }
 
 /// The path in the file system.
-fn inside(path: &[u8]) -> Vec<u8> {
+pub fn inside(path: &[u8]) -> Vec<u8> {
     match path {
         b"" => LAYER_ROOT.into(),
         path => [LAYER_ROOT.as_bytes(), b"/", path].concat(),
@@ -382,7 +384,7 @@ fn inside(path: &[u8]) -> Vec<u8> {
 
 /// What the file system can keep, and only we may say: how layers lie upon
 /// another is none of an archive's business.
-fn clean(meta: &Meta, opaque: bool) -> Meta {
+pub fn clean(meta: &Meta, opaque: bool) -> Meta {
     let mut meta = meta.clone();
     let kept = |name: &[u8]| {
         let known = [&b"user."[..], b"trusted.", b"security."];

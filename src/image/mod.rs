@@ -4,6 +4,8 @@ mod archive;
 mod compression;
 mod config;
 mod digest;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod import;
 mod layers;
 mod obtain;

@@ -54,7 +54,7 @@ pub struct UserNet6 {
 
 impl UserNet6 {
     /// By a device of the host's.
-    pub(super) fn new(device: String) -> Self {
+    pub fn new(device: String) -> Self {
         UserNet6 {
             guest_ip: GUEST_IP6,
             prefix: PREFIX6,

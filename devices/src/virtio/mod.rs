@@ -10,7 +10,7 @@ pub mod mmio;
 pub mod net;
 pub mod queues;
 pub mod rng;
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod turns;
 pub mod vsock;

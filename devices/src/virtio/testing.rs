@@ -3,7 +3,7 @@
 //! Memory is 1 MiB. Queue N has its rings at `0x1000 * (N + 1)`; from 0x8000
 //! on, memory is the test's.
 
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used)]
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -256,6 +256,21 @@ impl Driver {
             .read_slice(&mut data, GuestAddress(address))
             .unwrap();
         data
+    }
+
+    /// Does what the event loop does at once: sources that are ready, and queues whose
+    /// notification waits.
+    pub fn serve_pending(&mut self) {
+        let mut events = [EpollEvent::default(); 8];
+        let count = self.sources.wait(0, &mut events).unwrap_or(0);
+        for event in &events[..count] {
+            self.transport.source_ready(event.data() as Token);
+        }
+        for queue in 0..self.positions.len() {
+            if !self.transport.is_remote() && self.transport.kicks()[queue].read().is_ok() {
+                self.transport.kicked(queue);
+            }
+        }
     }
 
     /// Waits until a source is ready, and lets the device know of all that are.

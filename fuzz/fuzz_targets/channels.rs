@@ -1,0 +1,7 @@
+//! The queues of a console with named ports.
+#![no_main]
+
+use mayfly_fuzz::devices;
+use mayfly_fuzz::guest::Action;
+
+libfuzzer_sys::fuzz_target!(|program: Vec<Action<devices::Typing>>| devices::channels(program));

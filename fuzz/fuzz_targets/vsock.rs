@@ -1,0 +1,7 @@
+//! The socket device's queues and packets.
+#![no_main]
+
+use mayfly_fuzz::devices;
+use mayfly_fuzz::guest::Action;
+
+libfuzzer_sys::fuzz_target!(|program: Vec<Action<devices::Talk>>| devices::vsock(program));
