@@ -18,6 +18,7 @@ pub mod machine;
 pub mod metrics;
 pub mod net;
 pub mod run;
+pub mod sandbox;
 pub mod timing;
 pub mod unix_socket;
 pub mod virtiofsd;

@@ -1,0 +1,380 @@
+//! The keeper's half: the VMM's process, in namespaces of its own.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+
+use super::close::{Keep, Limits};
+use super::credentials::{self, Ids};
+use super::jail::Gate;
+use super::layers::{Layer, Report, Status};
+use super::{Mode, Policy};
+
+/// The exit status of a VMM that panicked: what a shell says of SIGABRT, which the first
+/// process of a PID namespace cannot send itself.
+pub const PANIC: u8 = 128 + libc::SIGABRT as u8;
+
+/// Users of VMs: from here on, one for each. Nobody gives these out: they are above what
+/// systemd, containers and directories of users take.
+const VM_UIDS: u32 = 0x7100_0000;
+
+/// The namespaces, and their layers. The first owns the others.
+const NAMESPACES: [(libc::c_int, Layer); 7] = [
+    (libc::CLONE_NEWUSER, Layer::UserNamespace),
+    (libc::CLONE_NEWNS, Layer::Mounts),
+    (libc::CLONE_NEWPID, Layer::Pid),
+    (libc::CLONE_NEWIPC, Layer::Ipc),
+    (libc::CLONE_NEWUTS, Layer::Uts),
+    (libc::CLONE_NEWCGROUP, Layer::CgroupNamespace),
+    (libc::CLONE_NEWNET, Layer::Network),
+];
+
+/// The VMM's process. It ends with this, and with the keeper.
+#[derive(Debug)]
+pub struct Child {
+    pid: libc::pid_t,
+    pidfd: OwnedFd,
+    /// The VMM ends when this does.
+    _lifeline: File,
+    status: Option<ExitStatus>,
+}
+
+/// The VMM's process, as it sees itself before the sandbox closes.
+#[derive(Debug)]
+pub struct Inside {
+    pub(super) mode: Mode,
+    /// Who it is to become.
+    pub(super) ids: Option<Ids>,
+    pub(super) report: Report,
+    /// Hung up when the keeper has ended.
+    pub(super) lifeline: File,
+    pub(super) namespaces: libc::c_int,
+    pub(super) gate: Gate,
+}
+
+/// Who the VMM is to become; the keeper tells when it has seen to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Mapped {
+    /// A user of its own is root inside.
+    Vm = b'v',
+    /// The keeper's user is.
+    Own = b'o',
+    /// Nobody is.
+    Nobody = b'n',
+}
+
+/// Ends the process rather than let it return, or unwind, into its caller's frames.
+struct NoReturn;
+
+impl Drop for NoReturn {
+    fn drop(&mut self) {
+        // SAFETY: ends the process; nothing runs after.
+        unsafe { libc::_exit(PANIC.into()) };
+    }
+}
+
+/// Starts the VMM. It runs `child` and ends with the status that this returns.
+///
+/// The caller has one thread: of all others the VMM would have the locks, but not the
+/// threads that open them.
+pub fn spawn(policy: &Policy, child: impl FnOnce(Inside) -> u8) -> io::Result<Child> {
+    if fs::read_dir("/proc/self/task")?.count() != 1 {
+        let why = "a process is divided while it has one thread";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+    }
+    let (namespaces, report) = namespaces(policy)?;
+    let (theirs, mut ours) = pipe()?;
+    let keeper = Ids::current();
+    let ids = match keeper.uid {
+        // SAFETY: touches no memory.
+        0 => Ids::of(VM_UIDS.wrapping_add(unsafe { libc::getpid() }.cast_unsigned())),
+        _ => keeper,
+    };
+    let Some((pid, pidfd)) = clone(namespaces)? else {
+        let _guard = NoReturn;
+        drop(ours);
+        let status = match begin(policy.mode, theirs, (namespaces, report), (keeper, ids)) {
+            Ok(inside) => child(inside),
+            Err(_) => PANIC,
+        };
+        // SAFETY: ends the process; nothing runs after.
+        unsafe { libc::_exit(status.into()) };
+    };
+    drop(theirs);
+    let mapped = match namespaces & libc::CLONE_NEWUSER {
+        0 => (Mapped::Nobody, 0),
+        _ => map(pid, keeper, ids),
+    };
+    let child = Child {
+        pid,
+        pidfd,
+        _lifeline: ours.try_clone()?,
+        status: None,
+    };
+    let [a, b, c, d] = mapped.1.to_le_bytes();
+    ours.write_all(&[mapped.0 as u8, a, b, c, d])?;
+    Ok(child)
+}
+
+/// How all layers fare on this host, shown by a VMM without a machine.
+pub fn probe(policy: &Policy) -> io::Result<Report> {
+    let (mut theirs, mut ours) = pipe()?;
+    let kept = ours.as_raw_fd();
+    let mut child = spawn(policy, |inside| {
+        let jail = inside.close(&Limits::default(), Keep::Only(&[0, 1, 2, kept]));
+        let told = match jail {
+            Ok(jail) => serde_json::to_vec(&Ok::<_, String>(jail.report())),
+            Err(failure) => serde_json::to_vec(&Err::<Report, _>(failure.to_string())),
+        };
+        let told = told.map_err(io::Error::from);
+        u8::from(told.and_then(|told| ours.write_all(&told)).is_err())
+    })?;
+    // The VMM has the only one that is left.
+    drop(ours);
+    let mut told = Vec::new();
+    theirs.read_to_end(&mut told)?;
+    child.wait()?;
+    let told: Result<Report, String> = serde_json::from_slice(&told)?;
+    told.map_err(io::Error::other)
+}
+
+/// The namespaces that the host grants of those that are wanted.
+fn namespaces(policy: &Policy) -> io::Result<(libc::c_int, Report)> {
+    if policy.mode == Mode::Off {
+        return Ok((0, Report::off()));
+    }
+    let mut report = Report::default();
+    let mut wanted = Vec::new();
+    for (flag, layer) in NAMESPACES {
+        if flag == libc::CLONE_NEWNET && !policy.new_net {
+            report.set(layer, Status::Off);
+            continue;
+        }
+        report.set(layer, Status::Active);
+        wanted.push((flag, layer));
+    }
+    let all = wanted.iter().fold(0, |all, (flag, _)| all | flag);
+    // Nearly always all are granted, and are then asked for once.
+    if policy.mode != Mode::Require && granted_at_once(all) {
+        return Ok((all, report));
+    }
+    let mut granted = 0;
+    for (flag, layer) in wanted {
+        match attempt(granted | flag) {
+            Ok(()) => granted |= flag,
+            Err(error) if policy.mode == Mode::Require => return Err(missing(layer, &error)),
+            Err(error) => report.set(layer, Status::Absent(error.to_string())),
+        }
+    }
+    Ok((granted, report))
+}
+
+/// The error of a host that lacks a layer.
+fn missing(layer: Layer, why: &dyn std::fmt::Display) -> io::Error {
+    io::Error::other(refusal(layer, why))
+}
+
+/// What is said where a layer is required, and missing.
+pub(super) fn refusal(layer: Layer, why: &dyn std::fmt::Display) -> String {
+    format!(
+        "--sandbox=require: {layer}: {why}; {}, or use --sandbox=on",
+        layer.remedy()
+    )
+}
+
+fn granted_at_once(flags: libc::c_int) -> bool {
+    attempt(flags).is_ok()
+}
+
+/// Makes namespaces, for a process that ends at once.
+fn attempt(flags: libc::c_int) -> io::Result<()> {
+    let Some((pid, _pidfd)) = clone(flags)? else {
+        // SAFETY: ends the process; nothing runs after.
+        unsafe { libc::_exit(0) };
+    };
+    wait(pid, 0).map(drop)
+}
+
+/// Divides this process in two, the second in new namespaces; `None` is in that one.
+fn clone(namespaces: libc::c_int) -> io::Result<Option<(libc::pid_t, OwnedFd)>> {
+    let mut flags = namespaces | libc::CLONE_PIDFD | libc::SIGCHLD;
+    // glibc keeps the thread's id in memory, and has the kernel clear it there.
+    let mut tid: *mut libc::pid_t = std::ptr::null_mut();
+    // SAFETY: fills in a live pointer, or fails.
+    if unsafe { libc::prctl(libc::PR_GET_TID_ADDRESS, &raw mut tid) } == 0 && !tid.is_null() {
+        flags |= libc::CLONE_CHILD_SETTID | libc::CLONE_CHILD_CLEARTID;
+    }
+    let mut pidfd: libc::c_int = -1;
+    let no_stack = 0usize;
+    // SAFETY: without CLONE_VM the child has a copy of all memory and of this stack. This
+    // process has one thread (`spawn` looked), so no lock is held by one that is not there.
+    // `tid` is where the kernel itself says that the thread's id is.
+    let pid = unsafe {
+        libc::syscall(
+            libc::SYS_clone,
+            flags,
+            no_stack,
+            &raw mut pidfd,
+            tid,
+            0usize,
+        )
+    };
+    match pid {
+        ..0 => Err(io::Error::last_os_error()),
+        0 => Ok(None),
+        _ => {
+            let pid = libc::pid_t::try_from(pid).map_err(io::Error::other)?;
+            // SAFETY: it is new, and nothing else owns it.
+            Ok(Some((pid, unsafe { OwnedFd::from_raw_fd(pidfd) })))
+        }
+    }
+}
+
+/// Says who is root inside, and why it is not a user of the VM's own, if so.
+fn map(pid: libc::pid_t, keeper: Ids, wanted: Ids) -> (Mapped, i32) {
+    let folder = format!("/proc/{pid}");
+    let write = |name: &str, text: &str| fs::write(format!("{folder}/{name}"), text);
+    let put = |ids: Ids| {
+        write("gid_map", &format!("0 {} 1\n", ids.gid))?;
+        write("uid_map", &format!("0 {} 1\n", ids.uid))
+    };
+    let mut code = 0;
+    if keeper.uid == 0 {
+        match put(wanted) {
+            Ok(()) => return (Mapped::Vm, 0),
+            Err(error) => code = error.raw_os_error().unwrap_or(libc::EIO),
+        }
+    }
+    // Without privileges, groups must stay as they are (user_namespaces(7)).
+    let _ = write("setgroups", "deny");
+    match put(keeper) {
+        Ok(()) => (Mapped::Own, code),
+        Err(error) => (Mapped::Nobody, error.raw_os_error().unwrap_or(libc::EIO)),
+    }
+}
+
+/// What the VMM does first: it binds its life to the keeper's, and waits until it is mapped.
+fn begin(
+    mode: Mode,
+    mut lifeline: File,
+    (namespaces, mut report): (libc::c_int, Report),
+    (keeper, wanted): (Ids, Ids),
+) -> io::Result<Inside> {
+    credentials::die_with_parent()?;
+    // A keeper that ended before that has closed its end.
+    let mut told = [0; 5];
+    lifeline.read_exact(&mut told)?;
+    let [mapped, error @ ..] = told;
+    let why = io::Error::from_raw_os_error(i32::from_le_bytes(error)).to_string();
+    let root = keeper.uid == 0;
+    let alone = namespaces & libc::CLONE_NEWUSER == 0;
+    let ids = match mapped {
+        _ if mode == Mode::Off => None,
+        // Without a user namespace, root can become anybody, and others nobody.
+        _ if alone => root.then_some(wanted),
+        _ if mapped == Mapped::Nobody as u8 => None,
+        _ => Some(Ids { uid: 0, gid: 0 }),
+    };
+    if mode != Mode::Off {
+        let good = !root || alone || mapped == Mapped::Vm as u8;
+        let status = match good {
+            true => Status::Active,
+            false => Status::Absent(format!("mapping one: {why}")),
+        };
+        report.set(Layer::Uid, status);
+    }
+    Ok(Inside {
+        mode,
+        ids,
+        report,
+        lifeline,
+        namespaces,
+        gate: Gate::default(),
+    })
+}
+
+impl Inside {
+    /// For threads that start before the sandbox closes.
+    pub fn gate(&self) -> Gate {
+        self.gate.clone()
+    }
+
+    /// How the layers fare so far.
+    pub fn report(&self) -> &Report {
+        &self.report
+    }
+}
+
+impl Child {
+    /// Readable when it has ended.
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    /// Its number, as the keeper sees it.
+    pub fn id(&self) -> u32 {
+        self.pid.cast_unsigned()
+    }
+
+    /// Ends it at once.
+    pub fn kill(&self) -> io::Result<()> {
+        if self.status.is_some() {
+            return Ok(());
+        }
+        // SAFETY: numbers; it was not waited for, so nobody else has its number.
+        match unsafe { libc::kill(self.pid, libc::SIGKILL) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self) -> io::Result<ExitStatus> {
+        match self.status {
+            Some(status) => Ok(status),
+            None => {
+                let status = wait(self.pid, 0)?.ok_or(io::ErrorKind::NotFound)?;
+                Ok(*self.status.insert(status))
+            }
+        }
+    }
+
+    /// How it ended, if it has.
+    pub fn try_wait(&mut self) -> io::Result<Option<ExitStatus>> {
+        if self.status.is_none() {
+            self.status = wait(self.pid, libc::WNOHANG)?;
+        }
+        Ok(self.status)
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if self.status.is_none() && self.kill().is_ok() {
+            let _ = self.wait();
+        }
+    }
+}
+
+fn wait(pid: libc::pid_t, options: libc::c_int) -> io::Result<Option<ExitStatus>> {
+    loop {
+        let mut status = 0;
+        // SAFETY: fills in a live number.
+        match unsafe { libc::waitpid(pid, &mut status, options) } {
+            0 => return Ok(None),
+            1.. => return Ok(Some(ExitStatus::from_raw(status))),
+            _ => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
+    }
+}
+
+fn pipe() -> io::Result<(File, File)> {
+    let (reader, writer) = io::pipe()?;
+    Ok((OwnedFd::from(reader).into(), OwnedFd::from(writer).into()))
+}
