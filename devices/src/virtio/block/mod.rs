@@ -21,7 +21,7 @@ use super::turns::Turns;
 use super::{GuestMemory, feature};
 use crate::rate_limiter::{LimitHandle, Limits as RateLimits, RateLimiter};
 
-pub use self::engine::{Image, ImageError, Parts, Qcow2};
+pub use self::engine::{Image, ImageError, Parts, Qcow2, restricted_ring};
 pub use self::request::SECTOR;
 
 const QUEUE_SIZE: u16 = DEPTH as u16;

@@ -18,6 +18,7 @@ pub use self::parts::Parts;
 pub use self::qcow2::{ImageError, Qcow2};
 #[cfg(test)]
 pub use self::threads::Worker;
+pub use self::uring::restricted_ring;
 
 /// How many operations may be in flight.
 pub const DEPTH: usize = 256;
