@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use virtio_bindings::virtio_blk as spec;
 
-use self::engine::{Completion, DEPTH, Engine, Kind, Operation};
+use self::engine::{Completion, DEPTH, Engine, Kind, Operation, unprepared};
 use self::request::{Action, Limits, Request, Status};
 use super::device::{Broken, DeviceId, Token, VirtioDevice};
 use super::queues::Queues;
@@ -21,7 +21,7 @@ use super::turns::Turns;
 use super::{GuestMemory, feature};
 use crate::rate_limiter::{LimitHandle, Limits as RateLimits, RateLimiter};
 
-pub use self::engine::{Image, ImageError, Parts, Qcow2, restricted_ring};
+pub use self::engine::{Image, ImageError, Parts, Prepare, Qcow2, restricted_ring};
 pub use self::request::SECTOR;
 
 const QUEUE_SIZE: u16 = DEPTH as u16;
@@ -105,7 +105,12 @@ pub struct Block {
 impl Block {
     /// A device on a disk.
     pub fn new(disk: Disk) -> io::Result<Self> {
-        Self::with_engine(disk, Engine::new)
+        Self::with_engine(disk, |image| Engine::new(image, &unprepared))
+    }
+
+    /// The same, whose threads are prepared.
+    pub fn with_prepared(disk: Disk, prepare: &Prepare) -> io::Result<Self> {
+        Self::with_engine(disk, |image| Engine::new(image, prepare))
     }
 
     fn with_engine(
@@ -306,7 +311,7 @@ impl Block {
             match self.engine.commit().and_then(|()| self.engine.wait()) {
                 Ok(()) => {}
                 // The kernel is short of memory for a moment.
-                Err(error) if is_passing(&error) => std::thread::yield_now(),
+                Err(error) if is_passing(&error) => {}
                 // The buffers may still be written to: they must stay.
                 Err(_) => std::process::abort(),
             }

@@ -112,7 +112,14 @@ fn data_moves_by_io_uring() {
 
 #[test]
 fn data_moves_by_threads() {
-    moves_data(|file| started(Block::with_engine(disk(file, false), Engine::threads).unwrap()));
+    moves_data(|file| {
+        started(
+            Block::with_engine(disk(file, false), |image| {
+                Engine::threads(image, &unprepared)
+            })
+            .unwrap(),
+        )
+    });
 }
 
 #[test]
@@ -354,10 +361,9 @@ fn after_a_reset_nothing_touches_the_guest() {
         .unwrap();
     file.set_len(SECTORS * 512).unwrap();
     for threads in [false, true] {
-        let engine = if threads {
-            Engine::threads
-        } else {
-            Engine::new
+        let engine = |image| match threads {
+            true => Engine::threads(image, &unprepared),
+            false => Engine::new(image, &unprepared),
         };
         let mut driver = started(Block::with_engine(disk(&file, false), engine).unwrap());
         let mut header = [0; 16];

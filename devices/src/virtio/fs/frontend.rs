@@ -3,8 +3,9 @@
 //! A backend answers every message, and all of them in a time: one that is silent,
 //! or says something else, is one that failed. `vhost`'s own frontend would wait.
 
+use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -81,8 +82,12 @@ impl From<io::Error> for BackendError {
 }
 
 /// A backend that answered, and how to talk to it.
+///
+/// It is used by vCPUs' threads, too, which may make few system calls: it does not
+/// block, and what it reads comes as from a file.
 pub struct Frontend {
     socket: UnixStream,
+    answers: File,
     features: u64,
     deadline: Instant,
 }
@@ -90,7 +95,9 @@ pub struct Frontend {
 impl Frontend {
     /// Greets a backend, which has so long to answer all there is to ask.
     pub fn greet(socket: UnixStream, patience: Duration) -> Result<Self, BackendError> {
+        socket.set_nonblocking(true)?;
         let mut frontend = Frontend {
+            answers: OwnedFd::from(socket.try_clone()?).into(),
             socket,
             features: 0,
             deadline: Instant::now() + patience,
@@ -203,7 +210,7 @@ impl Frontend {
         data: &[u8],
         fds: &[RawFd],
     ) -> Result<(), BackendError> {
-        self.socket.set_write_timeout(Some(self.left()?))?;
+        self.wait(libc::POLLOUT)?;
         let len = data.len() as u32;
         let mut message = Vec::with_capacity(HEADER + data.len());
         for number in [what as u32, VERSION | flags, len] {
@@ -223,8 +230,8 @@ impl Frontend {
         let mut bytes = [0; HEADER + ANSWER];
         let mut len = 0;
         while let Some(rest) = bytes.get_mut(len..).filter(|rest| !rest.is_empty()) {
-            self.socket.set_read_timeout(Some(self.left()?))?;
-            match self.socket.read(rest) {
+            self.wait(libc::POLLIN)?;
+            match self.answers.read(rest) {
                 Ok(0) => return Err(BackendError::Ended),
                 Ok(more) => len += more,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -238,6 +245,29 @@ impl Frontend {
         match request == to as u32 && flags == VERSION | REPLY && len == ANSWER as u32 {
             true => Ok(u64::from_le_bytes(answer)),
             false => Err(BackendError::Nonsense),
+        }
+    }
+
+    /// Waits until the socket is ready, or broken.
+    fn wait(&self, events: libc::c_short) -> Result<(), BackendError> {
+        let mut entry = libc::pollfd {
+            fd: self.socket.as_raw_fd(),
+            events,
+            revents: 0,
+        };
+        loop {
+            // Rounded up: it must not become nothing.
+            let left = self.left()?.as_millis().saturating_add(1);
+            let left = libc::c_int::try_from(left).unwrap_or(libc::c_int::MAX);
+            // SAFETY: one live entry.
+            match unsafe { libc::poll(&mut entry, 1, left) } {
+                0 => return Err(BackendError::Silent),
+                1.. => return Ok(()),
+                _ => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => {}
+                    error => return Err(error.into()),
+                },
+            }
         }
     }
 

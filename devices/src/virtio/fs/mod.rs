@@ -5,7 +5,6 @@
 mod frontend;
 
 use std::io;
-use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -92,7 +91,7 @@ impl Fs {
 
     fn fail(&mut self, error: BackendError) -> Broken {
         if let Some(backend) = self.backend.take() {
-            let _ = backend.socket().shutdown(Shutdown::Both);
+            drop(backend);
             (self.end)();
         }
         self.running.clear();

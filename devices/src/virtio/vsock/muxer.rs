@@ -165,10 +165,11 @@ impl Muxer {
 
     /// Hangs up on everybody; the guest is forgotten.
     pub fn reset(&mut self) {
-        self.connections = HashMap::new();
-        self.greetings = HashMap::new();
-        self.ready = VecDeque::new();
-        self.resets = VecDeque::new();
+        // A new hash table would need random numbers, which a vCPU's thread may not ask for.
+        self.connections.clear();
+        self.greetings.clear();
+        self.ready.clear();
+        self.resets.clear();
     }
 
     /// A new connection has a place.

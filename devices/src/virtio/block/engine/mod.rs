@@ -18,6 +18,7 @@ pub use self::parts::Parts;
 pub use self::qcow2::{ImageError, Qcow2};
 #[cfg(test)]
 pub use self::threads::Worker;
+pub use self::threads::{Prepare, unprepared};
 pub use self::uring::restricted_ring;
 
 /// How many operations may be in flight.
@@ -88,26 +89,26 @@ pub enum Engine {
 
 impl Engine {
     /// What suits the image and this host best.
-    pub fn new(image: Image) -> io::Result<Self> {
+    pub fn new(image: Image, prepare: &Prepare) -> io::Result<Self> {
         let file = match image {
             Image::Raw(file) => file,
-            Image::Qcow2(_) | Image::Parts(_) => return Engine::threads(image),
+            Image::Qcow2(_) | Image::Parts(_) => return Engine::threads(image, prepare),
         };
         match Uring::new(file.try_clone()?) {
             Ok(uring) => Ok(Engine::Uring(Box::new(uring))),
             Err(error) => {
                 log::info!("io_uring is not available ({error}); using threads");
-                Engine::threads(Image::Raw(file))
+                Engine::threads(Image::Raw(file), prepare)
             }
         }
     }
 
     /// Threads, whatever the host allows.
-    pub fn threads(image: Image) -> io::Result<Self> {
+    pub fn threads(image: Image, prepare: &Prepare) -> io::Result<Self> {
         let threads = match image {
-            Image::Raw(file) => Threads::new(Arc::new(file)),
-            Image::Qcow2(qcow2) => Threads::new(Arc::new(*qcow2)),
-            Image::Parts(parts) => Threads::new(Arc::new(parts)),
+            Image::Raw(file) => Threads::new(Arc::new(file), prepare),
+            Image::Qcow2(qcow2) => Threads::new(Arc::new(*qcow2), prepare),
+            Image::Parts(parts) => Threads::new(Arc::new(parts), prepare),
         };
         threads.map(Engine::Threads)
     }

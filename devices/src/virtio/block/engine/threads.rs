@@ -29,8 +29,16 @@ pub trait Worker: Send + Sync + 'static {
         count: usize,
     ) -> io::Result<usize>;
 
-    /// There is nothing more to do.
+    /// There is nothing more to do. Comes from the last thread, which may do I/O.
     fn close(&self) {}
+}
+
+/// Called before each thread is started; what it returns is what the thread does first.
+pub type Prepare<'a> = dyn Fn() -> Box<dyn FnOnce() + Send> + 'a;
+
+/// Nothing.
+pub fn unprepared() -> Box<dyn FnOnce() + Send> {
+    Box::new(|| {})
 }
 
 /// The threads, and what they are told and tell.
@@ -39,7 +47,6 @@ pub struct Threads {
     done: Receiver<Completion>,
     event: EventFd,
     threads: Vec<JoinHandle<()>>,
-    worker: Arc<dyn Worker>,
 }
 
 struct Job {
@@ -62,6 +69,8 @@ struct Jobs {
 struct Queue {
     jobs: VecDeque<Job>,
     asleep: usize,
+    /// Threads that have not ended.
+    alive: usize,
     over: bool,
 }
 
@@ -99,6 +108,13 @@ impl Jobs {
         }
     }
 
+    /// A thread ends; true if it is the last.
+    fn leave(&self) -> bool {
+        let mut queue = self.queue();
+        queue.alive -= 1;
+        queue.alive == 0
+    }
+
     fn end(&self) {
         self.queue().over = true;
         self.more.notify_all();
@@ -110,7 +126,7 @@ impl Jobs {
 unsafe impl Send for Job {}
 
 impl Threads {
-    pub(super) fn new(worker: Arc<impl Worker>) -> io::Result<Self> {
+    pub(super) fn new(worker: Arc<impl Worker>, prepare: &Prepare) -> io::Result<Self> {
         let jobs = Arc::new(Jobs::default());
         let (finished, done) = mpsc::channel();
         // Whole from the start: should a thread be refused, its end ends the others.
@@ -119,23 +135,36 @@ impl Threads {
             done,
             event: EventFd::new(EFD_NONBLOCK)?,
             threads: Vec::new(),
-            worker: worker.clone(),
         };
         for _ in 0..THREADS {
-            let (jobs, finished, worker) = (jobs.clone(), finished.clone(), worker.clone());
+            let (its_jobs, finished, its_worker) = (jobs.clone(), finished.clone(), worker.clone());
             let event = threads.event.try_clone()?;
+            let first = prepare();
+            jobs.queue().alive += 1;
             let work = move || {
-                while let Some(job) = jobs.next() {
+                first();
+                while let Some(job) = its_jobs.next() {
                     // SAFETY: whoever submitted keeps the buffers valid.
-                    let result = unsafe { worker.run(job.kind, job.offset, job.iovecs, job.count) };
+                    let result =
+                        unsafe { its_worker.run(job.kind, job.offset, job.iovecs, job.count) };
                     if finished.send((job.token, result)).is_err() {
-                        return;
+                        break;
                     }
                     let _ = event.write(1);
                 }
+                if its_jobs.leave() {
+                    its_worker.close();
+                }
             };
-            let thread = thread::Builder::new().name("block".into()).spawn(work)?;
-            threads.threads.push(thread);
+            match thread::Builder::new().name("block".into()).spawn(work) {
+                Ok(thread) => threads.threads.push(thread),
+                Err(error) => {
+                    if jobs.leave() {
+                        worker.close();
+                    }
+                    return Err(error);
+                }
+            }
         }
         Ok(threads)
     }
@@ -184,7 +213,6 @@ impl Drop for Threads {
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
-        self.worker.close();
     }
 }
 
