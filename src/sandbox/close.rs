@@ -75,6 +75,11 @@ impl Inside {
         self.report.set(Layer::Descriptors, Status::Active);
         let address_space = address_space().or_host("reading /proc/self/statm")?;
 
+        if self.namespaces & libc::CLONE_NEWUSER != 0 {
+            // The limit is this namespace's own: in another one, within it, there would be
+            // capabilities again. Containers may refuse it; the filters still do.
+            let _ = fs::write("/proc/sys/user/max_user_namespaces", "0");
+        }
         if let Some(ids) = self.ids {
             let became = credentials::become_user(ids);
             self.note(Layer::Uid, became)?;

@@ -263,6 +263,9 @@ fn begin(
     (namespaces, mut report): (libc::c_int, Report),
     (keeper, wanted): (Ids, Ids),
 ) -> io::Result<Inside> {
+    // Other heaps than the process's own grow by `mprotect`, which is forbidden later.
+    // SAFETY: this process has one thread, and no heap but that.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     credentials::die_with_parent()?;
     // A keeper that ended before that has closed its end.
     let mut told = [0; 5];

@@ -1,0 +1,145 @@
+//! A VMM with all of its threads, seen from outside.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Barrier};
+
+use mayfly::sandbox::{self, Inside, Keep, Limits, Mode, Policy, Role};
+
+const POLICY: Policy = Policy {
+    mode: Mode::Require,
+    new_net: true,
+};
+const ON: Policy = Policy {
+    mode: Mode::On,
+    ..POLICY
+};
+
+/// A VMM of three threads, one of which started before the sandbox closed. It says when
+/// they are confined, and lives until it is told to end.
+fn vmm(inside: Inside, told: &mut io::PipeReader, say: &mut io::PipeWriter) -> io::Result<()> {
+    let kept = [0, 1, 2, told.as_raw_fd(), say.as_raw_fd()];
+    let pending = inside.gate().pending();
+    std::thread::spawn(move || pending.confine(Role::Io).map(|()| std::thread::park()));
+    let jail = inside.close(&Limits::default(), Keep::Only(&kept));
+    let jail = jail.map_err(io::Error::other)?;
+    let confined = Arc::new(Barrier::new(2));
+    let (its_jail, its_confined) = (jail.clone(), confined.clone());
+    std::thread::spawn(move || {
+        let result = its_jail.confine(Role::Vcpu);
+        its_confined.wait();
+        result.map(|()| std::thread::park())
+    });
+    confined.wait();
+    jail.settle();
+    jail.confine(Role::EventLoop)?;
+    say.write_all(b"x")?;
+    told.read(&mut [0]).map(drop)
+}
+
+/// Each thread of a VMM has nothing left.
+pub fn every_thread_is_confined(root: bool) -> Result<(), String> {
+    let (mut told, tell) = io::pipe().map_err(text)?;
+    let (mut said, mut say) = io::pipe().map_err(text)?;
+    let child = sandbox::spawn(&ON, |inside| {
+        let done = vmm(inside, &mut told, &mut say);
+        done.inspect_err(|error| eprintln!("{error}"))
+            .is_err()
+            .into()
+    });
+    let child = child.map_err(text)?;
+    drop(say);
+    said.read_exact(&mut [0]).map_err(text)?;
+    let tasks = fs::read_dir(format!("/proc/{}/task", child.id())).map_err(text)?;
+    let mut count = 0;
+    for task in tasks {
+        let status = task.map_err(text)?.path().join("status");
+        let status = fs::read_to_string(status).map_err(text)?;
+        count += 1;
+        let nothing = "0000000000000000";
+        for (name, value) in [
+            ("CapInh", nothing),
+            ("CapPrm", nothing),
+            ("CapEff", nothing),
+            ("CapBnd", nothing),
+            ("CapAmb", nothing),
+            ("NoNewPrivs", "1"),
+            ("Seccomp", "2"),
+        ] {
+            let line = format!("{name}:\t{value}\n");
+            (status.contains(&line) || status.contains(line.trim_end()))
+                .then_some(())
+                .ok_or_else(|| format!("no {line:?} in {status}"))?;
+        }
+        if root && !status.contains("Uid:\t18") {
+            return Err(format!("no uid of its own: {status}"));
+        }
+    }
+    drop(tell);
+    match count {
+        3 => Ok(()),
+        _ => Err(format!("{count} threads")),
+    }
+}
+
+/// A keeper that is killed leaves no VMM behind.
+pub fn a_killed_keeper_takes_it_along() -> Result<(), String> {
+    let (mut told, _tell) = io::pipe().map_err(text)?;
+    let (mut said, mut say) = io::pipe().map_err(text)?;
+    // SAFETY: this process has one thread.
+    let keeper = unsafe { libc::fork() };
+    if keeper == 0 {
+        let child = sandbox::spawn(&ON, |inside| {
+            u8::from(vmm(inside, &mut told, &mut say).is_err())
+        });
+        // Only the VMM has it then, and this lives until it is killed.
+        drop(say);
+        let _child = child.map_err(text);
+        loop {
+            std::thread::sleep(std::time::Duration::from_secs(1));
+        }
+    }
+    drop(say);
+    let begun = said.read_exact(&mut [0]);
+    // SAFETY: numbers; nobody else waits for it.
+    unsafe {
+        libc::kill(keeper, libc::SIGKILL);
+        libc::waitpid(keeper, std::ptr::null_mut(), 0);
+    }
+    begun.map_err(text)?;
+    // Its end closes the last writer; without it, this is stuck until the harness ends.
+    match said.read(&mut [0]).map_err(text)? {
+        0 => Ok(()),
+        _ => Err("it said more".to_owned()),
+    }
+}
+
+/// It would have the locks of threads that it does not have.
+pub fn a_process_with_threads_is_not_divided() -> Result<(), String> {
+    let barrier = Arc::new(Barrier::new(2));
+    let same = barrier.clone();
+    let thread = std::thread::spawn(move || same.wait());
+    let refused = sandbox::spawn(&POLICY, |_| 0).is_err();
+    barrier.wait();
+    let _ = thread.join();
+    match refused {
+        true => Ok(()),
+        false => Err("it was".to_owned()),
+    }
+}
+
+/// What is required is there, or the layer that is missing is named.
+pub fn what_is_missing_is_named() -> Result<(), String> {
+    let probed = sandbox::probe(&ON).map_err(text)?;
+    let required = sandbox::probe(&POLICY);
+    match (probed.missing(), required) {
+        (None, Ok(_)) => Ok(()),
+        (Some((layer, _)), Err(error)) if error.to_string().contains(layer.name()) => Ok(()),
+        (missing, required) => Err(format!("{missing:?}, but {required:?}")),
+    }
+}
+
+fn text(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
