@@ -85,7 +85,7 @@ pub fn spawn(policy: &Policy, child: impl FnOnce(Inside) -> u8) -> io::Result<Ch
         let why = "a process is divided while it has one thread";
         return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
     }
-    let (namespaces, report) = namespaces(policy)?;
+    let wanted = namespaces(policy);
     let (theirs, mut ours) = pipe()?;
     let keeper = Ids::current();
     let ids = match keeper.uid {
@@ -93,10 +93,21 @@ pub fn spawn(policy: &Policy, child: impl FnOnce(Inside) -> u8) -> io::Result<Ch
         0 => Ids::of(VM_UIDS.wrapping_add(unsafe { libc::getpid() }.cast_unsigned())),
         _ => keeper,
     };
-    let Some((pid, pidfd)) = clone(namespaces)? else {
+    // Nearly always all namespaces are granted, and are asked for once.
+    let mut granted = wanted.iter().fold(0, |all, (flag, _)| all | flag);
+    let mut refusals = Vec::new();
+    let cloned = match clone(granted) {
+        Err(_) if granted != 0 => {
+            (granted, refusals) = explore(policy.mode, &wanted)?;
+            clone(granted)?
+        }
+        cloned => cloned?,
+    };
+    let Some((pid, pidfd)) = cloned else {
         let _guard = NoReturn;
         drop(ours);
-        let status = match begin(policy.mode, theirs, (namespaces, report), (keeper, ids)) {
+        let report = report(policy.mode, &wanted, refusals);
+        let status = match begin(policy.mode, theirs, (granted, report), (keeper, ids)) {
             Ok(inside) => child(inside),
             Err(_) => PANIC,
         };
@@ -104,7 +115,7 @@ pub fn spawn(policy: &Policy, child: impl FnOnce(Inside) -> u8) -> io::Result<Ch
         unsafe { libc::_exit(status.into()) };
     };
     drop(theirs);
-    let mapped = match namespaces & libc::CLONE_NEWUSER {
+    let mapped = match granted & libc::CLONE_NEWUSER {
         0 => (Mapped::Nobody, 0),
         _ => map(pid, keeper, ids),
     };
@@ -141,35 +152,51 @@ pub fn probe(policy: &Policy) -> io::Result<Report> {
     told.map_err(io::Error::other)
 }
 
-/// The namespaces that the host grants of those that are wanted.
-fn namespaces(policy: &Policy) -> io::Result<(libc::c_int, Report)> {
-    if policy.mode == Mode::Off {
-        return Ok((0, Report::off()));
-    }
-    let mut report = Report::default();
-    let mut wanted = Vec::new();
-    for (flag, layer) in NAMESPACES {
-        if flag == libc::CLONE_NEWNET && !policy.new_net {
-            report.set(layer, Status::Off);
-            continue;
-        }
-        report.set(layer, Status::Active);
-        wanted.push((flag, layer));
-    }
-    let all = wanted.iter().fold(0, |all, (flag, _)| all | flag);
-    // Nearly always all are granted, and are then asked for once.
-    if policy.mode != Mode::Require && granted_at_once(all) {
-        return Ok((all, report));
-    }
+/// A namespace, and the layer that it makes.
+type Namespace = (libc::c_int, Layer);
+
+/// The namespaces that are wanted.
+fn namespaces(policy: &Policy) -> Vec<Namespace> {
+    let mut wanted = NAMESPACES.to_vec();
+    wanted.retain(|(flag, _)| match *flag {
+        _ if policy.mode == Mode::Off => false,
+        libc::CLONE_NEWNET => policy.new_net,
+        _ => true,
+    });
+    wanted
+}
+
+/// Which namespaces the host grants, and why not the others.
+fn explore(mode: Mode, wanted: &[Namespace]) -> io::Result<(libc::c_int, Vec<(Layer, io::Error)>)> {
     let mut granted = 0;
-    for (flag, layer) in wanted {
+    let mut refusals = Vec::new();
+    for &(flag, layer) in wanted {
         match attempt(granted | flag) {
             Ok(()) => granted |= flag,
-            Err(error) if policy.mode == Mode::Require => return Err(missing(layer, &error)),
-            Err(error) => report.set(layer, Status::Absent(error.to_string())),
+            Err(error) if mode == Mode::Require => return Err(missing(layer, &error)),
+            Err(error) => refusals.push((layer, error)),
         }
     }
-    Ok((granted, report))
+    Ok((granted, refusals))
+}
+
+/// How the namespaces fare.
+fn report(mode: Mode, wanted: &[Namespace], refusals: Vec<(Layer, io::Error)>) -> Report {
+    if mode == Mode::Off {
+        return Report::off();
+    }
+    let mut report = Report::default();
+    for (_, layer) in NAMESPACES {
+        let status = match wanted.iter().any(|(_, it)| *it == layer) {
+            true => Status::Active,
+            false => Status::Off,
+        };
+        report.set(layer, status);
+    }
+    for (layer, error) in refusals {
+        report.set(layer, Status::Absent(error.to_string()));
+    }
+    report
 }
 
 /// The error of a host that lacks a layer.
@@ -183,10 +210,6 @@ pub(super) fn refusal(layer: Layer, why: &dyn std::fmt::Display) -> String {
         "--sandbox=require: {layer}: {why}; {}, or use --sandbox=on",
         layer.remedy()
     )
-}
-
-fn granted_at_once(flags: libc::c_int) -> bool {
-    attempt(flags).is_ok()
 }
 
 /// Makes namespaces, for a process that ends at once.
