@@ -82,6 +82,10 @@ impl Inside {
         }
         if let Some(ids) = self.ids {
             let became = credentials::become_user(ids);
+            if became.is_err() {
+                // Nor will other threads.
+                self.ids = None;
+            }
             self.note(Layer::Uid, became)?;
         }
         if self.namespaces & libc::CLONE_NEWNS != 0 {

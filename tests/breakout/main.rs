@@ -145,11 +145,13 @@ fn report(passed: &mut usize) -> Vec<String> {
         mode: Mode::On,
         new_net: true,
     };
+    let begun = Instant::now();
     let report = match sandbox::probe(&policy) {
         Ok(report) => report,
         Err(error) => return vec![format!("probing: {error}")],
     };
     print!("{report}");
+    println!("made, closed and gone in {:.1?}", begun.elapsed());
     *passed += 1;
     // An old kernel lacks Landlock; the cgroup is not the VMM's to tell.
     let needed = Layer::ALL.into_iter();
