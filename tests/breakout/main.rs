@@ -88,6 +88,7 @@ fn main() -> ExitCode {
             "what is missing is named",
             whole::what_is_missing_is_named(),
         ),
+        ("the ordinary is allowed", whole::the_ordinary_is_allowed()),
         (
             "a process with threads",
             whole::a_process_with_threads_is_not_divided(),

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::thread::JoinHandleExt;
 use std::sync::{Arc, Barrier};
 
 use mayfly::sandbox::{self, Inside, Keep, Limits, Mode, Policy, Role};
@@ -120,6 +121,60 @@ pub fn a_killed_keeper_takes_it_along() -> Result<(), String> {
     match unsafe { libc::poll(&mut entry, 1, PATIENCE_MS) } {
         1 => Ok(()),
         _ => Err("it lives".to_owned()),
+    }
+}
+
+/// What threads do all the time is not forbidden: they allocate, wait, are interrupted,
+/// and end; the last panics, or aborts.
+pub fn the_ordinary_is_allowed() -> Result<(), String> {
+    for abort in [false, true] {
+        let child = sandbox::spawn(&ON, |inside| {
+            match ordinary(inside) {
+                Ok(()) if abort => std::process::abort(),
+                Ok(()) => panic!("as it should"),
+                Err(error) => eprintln!("{error}"),
+            }
+            1
+        });
+        let status = child.and_then(|mut child| child.wait()).map_err(text)?;
+        if status.code() != Some(sandbox::PANIC.into()) {
+            return Err(status.to_string());
+        }
+    }
+    Ok(())
+}
+
+fn ordinary(inside: Inside) -> io::Result<()> {
+    mayfly::kvm::vcpu::install_kick_handler().map_err(io::Error::other)?;
+    let allocate = || {
+        let mut pieces: Vec<Vec<u8>> = (0..1000).map(|len| vec![1; 10 * len]).collect();
+        pieces.push(vec![1; 4 << 20]);
+        pieces.iter().map(Vec::len).sum::<usize>()
+    };
+    let pending = inside.gate().pending();
+    let io = std::thread::spawn(move || pending.confine(Role::Io).map(|()| allocate()));
+    let jail = inside.close(&Limits::default(), Keep::Only(&[0, 1, 2]));
+    let jail = jail.map_err(io::Error::other)?;
+    let (say, said) = std::sync::mpsc::channel();
+    let its_jail = jail.clone();
+    let vcpu = std::thread::spawn(move || {
+        its_jail.confine(Role::Vcpu)?;
+        let _ = say.send(allocate());
+        std::thread::park();
+        Ok::<_, io::Error>(allocate())
+    });
+    jail.settle();
+    jail.confine(Role::EventLoop)?;
+    let seeds: std::collections::HashMap<usize, usize> = [(1, allocate())].into();
+    said.recv().map_err(io::Error::other)?;
+    // SAFETY: it was not joined, and the signal's handler is installed.
+    unsafe { libc::pthread_kill(vcpu.as_pthread_t(), mayfly::kvm::vcpu::kick_signal()) };
+    vcpu.thread().unpark();
+    let failed = |_| io::Error::other("a thread panicked");
+    let sizes = [vcpu.join().map_err(failed)??, io.join().map_err(failed)??];
+    match sizes.map(Some) == [seeds.get(&1).copied(); 2] {
+        true => Ok(()),
+        false => Err(io::ErrorKind::InvalidData.into()),
     }
 }
 
