@@ -9,6 +9,8 @@
 //! its main process; those that the host makes, to [`PORT`] of the guest, have a
 //! request each.
 //!
+//! Files are copied on connections of their own: see [`crate::copy::wire`].
+//!
 //! Data to the guest wait for [`GuestMessage::Taken`]: at most [`WINDOW`] bytes
 //! are on their way, so that what else is said never queues behind them.
 
@@ -19,7 +21,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// What both ends must agree on.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// The vsock port, of the host and of the guest.
 pub const PORT: u32 = 1024;
 /// How many bytes of standard input the guest has not taken yet, at most.
@@ -63,6 +65,30 @@ pub enum HostMessage {
     Closed(Stream),
     /// All was read; the machine may be turned off.
     Bye,
+    /// Sends a file or folder on this connection: pieces of [`crate::copy`] follow
+    /// the answer.
+    Pack {
+        /// Which.
+        path: Bytes,
+        /// If it is a symbolic link, what that leads to.
+        follow: bool,
+    },
+    /// Takes a file or folder from this connection: its pieces follow the answer.
+    Unpack(Unpack),
+}
+
+/// Where a file or folder goes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unpack {
+    /// A folder that is there, or the path of what is to be.
+    pub path: Bytes,
+    /// What it is called in a folder that is there; empty for what is in it to go
+    /// there itself.
+    pub name: Bytes,
+    /// It is a folder.
+    pub folder: bool,
+    /// The path must be of a folder that is there.
+    pub must_exist: bool,
 }
 
 /// What the agent says.
@@ -75,7 +101,7 @@ pub enum GuestMessage {
     },
     /// Done: the machine is set up, the signal is sent, the process runs.
     Done,
-    /// So many bytes of standard input were taken.
+    /// So many bytes of standard input, or of pieces, were taken.
     Taken(u32),
     /// The process ended, and all of its output was sent.
     Exited(Exit),

@@ -1,4 +1,4 @@
-//! `mayfly ps`, `logs`, `exec`, `attach`, `stop`, `kill`, `wait`, `rm`,
+//! `mayfly ps`, `logs`, `exec`, `attach`, `cp`, `stop`, `kill`, `wait`, `rm`,
 //! `inspect`, `stats`: VMs of `mayfly run`.
 
 use std::io::{self, IsTerminal, Write};
@@ -13,10 +13,19 @@ use crate::control::{Client, Command, Folder};
 use crate::failure::{Failure, OrFail};
 use crate::run::log::Reader;
 use crate::run::record::{Place, Record, State, now_ms};
-use crate::run::{self, ExecOptions, Usage, end, signal};
+use crate::run::{self, CopyOptions, ExecOptions, Usage, end, signal};
 
 /// A machine that takes longer to tell of itself is left out.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+const CP_EXAMPLES: &str = "\
+Examples:
+  mayfly cp web:/etc/hosts .          a file, into a folder
+  mayfly cp ./site/. web:/srv/www     what is in a folder
+  mayfly cp web:/var/log - | tar t    an archive
+
+A folder that is there gets SRC in it, or, if SRC ends in /., what is in SRC; else
+DEST is what SRC becomes. Devices, named pipes and set-user-ID bits of a VM stay there.";
 
 /// What is asked of them.
 #[derive(Subcommand)]
@@ -72,6 +81,22 @@ pub enum Verb {
         no_stdin: bool,
         /// The VM's name
         vm: String,
+    },
+    /// Copy files between a VM that runs and the host
+    #[command(after_help = CP_EXAMPLES)]
+    Cp {
+        /// Keep owners and groups: in the VM, and on the host if you are root
+        #[arg(short, long)]
+        archive: bool,
+        /// If SRC is a symbolic link, copy what it leads to
+        #[arg(short = 'L', long)]
+        follow_link: bool,
+        /// VM:PATH, a path of the host, or - for a tar archive on standard input
+        #[arg(value_name = "SRC")]
+        from: String,
+        /// VM:PATH, a path of the host, or - for a tar archive on standard output
+        #[arg(value_name = "DEST")]
+        to: String,
     },
     /// Ask VMs' commands to end; after a time, end them
     Stop {

@@ -14,8 +14,8 @@ mod pull;
 mod reference;
 mod registry;
 mod store;
-mod tarball;
-mod tree;
+pub(crate) mod tarball;
+pub(crate) mod tree;
 
 pub use config::{ImageConfig, RootFs, RunConfig};
 pub use digest::{Digest, NotADigest};

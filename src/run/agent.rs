@@ -10,9 +10,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use mayfly_guest::copy::wire::{Incoming, Outgoing};
+use mayfly_guest::copy::{Source, copy};
 use mayfly_guest::protocol::{
     self, DATA_MAX, Exit, Failed, Frame, Frames, GuestMessage, HostMessage, PORT, Process, Stream,
-    VERSION, WINDOW,
+    Unpack, VERSION, WINDOW,
 };
 
 /// Enough for what these threads call, with their buffers.
@@ -47,12 +49,16 @@ impl From<io::Error> for AgentError {
 }
 
 /// A guest's words for a terminal: one line of them, and nothing that moves it.
-fn harmless(failed: Failed) -> Failed {
+pub fn harmless_line(text: &str) -> String {
     const LEN: usize = 200;
     let plain = |it: char| if it.is_control() { '?' } else { it };
-    let line = failed.reason.lines().next().unwrap_or_default();
+    let line = text.lines().next().unwrap_or_default();
+    line.chars().take(LEN).map(plain).collect()
+}
+
+fn harmless(failed: Failed) -> Failed {
     Failed {
-        reason: line.chars().take(LEN).map(plain).collect(),
+        reason: harmless_line(&failed.reason),
         ..failed
     }
 }
@@ -189,6 +195,46 @@ impl Agent {
         self.ask(&HostMessage::Start(Box::new(process)))
     }
 
+    /// The entries of what was asked for.
+    pub fn entries(&mut self) -> io::Result<impl Source> {
+        self.link.lock().set_read_timeout(None)?;
+        Ok(Incoming::new(&mut self.frames, Stream::Out, |_| Ok(())))
+    }
+
+    /// Sends files, as far as the guest takes them, and hears what became of them.
+    pub fn bring(&mut self, wish: Unpack, source: &mut impl Source) -> io::Result<()> {
+        let failed = |error| match error {
+            AgentError::Connection(error) => error,
+            error => io::Error::other(error),
+        };
+        self.ask(&HostMessage::Unpack(wish)).map_err(failed)?;
+        let stream = self.link.lock();
+        stream.set_read_timeout(None)?;
+        let mut sent = 0_usize;
+        let frames = &mut self.frames;
+        let mut answer = |sent: &mut usize| match frames.message()? {
+            GuestMessage::Taken(len) => {
+                *sent = sent.saturating_sub(len as usize);
+                Ok(false)
+            }
+            GuestMessage::Done => Ok(true),
+            GuestMessage::Failed(failed) => Err(io::Error::other(failed.reason)),
+            _ => Err(io::Error::other(AgentError::Nonsense)),
+        };
+        let before = |len| {
+            while sent + len > WINDOW {
+                if answer(&mut sent)? {
+                    return Err(io::Error::other(AgentError::Nonsense));
+                }
+            }
+            sent += len;
+            Ok(())
+        };
+        copy(source, &mut Outgoing::new(&*stream, Stream::In, before))?;
+        while !answer(&mut sent)? {}
+        Ok(())
+    }
+
     /// Moves a process's bytes until it ends, and all of its output is out.
     pub fn follow(&mut self, streams: Streams) -> Result<Exit, AgentError> {
         self.link.lock().set_read_timeout(None)?;
@@ -297,6 +343,8 @@ impl Window {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use mayfly_guest::copy::wire::{ENTRY_WEIGHT, Piece};
+    use mayfly_guest::copy::{Entry, Kind};
     use std::sync::mpsc;
 
     /// A guest that does as it is told here.
@@ -407,6 +455,60 @@ mod tests {
         let reason = format!("\x1b[2J{}\nforged", "a".repeat(500));
         let told = harmless(Failed { status: 1, reason }).reason;
         assert!(told.starts_with("?[2Jaaa") && told.len() == 200, "{told}");
+    }
+
+    /// A file without an end.
+    struct Endless(bool);
+
+    impl Source for Endless {
+        fn next(&mut self) -> io::Result<Option<Entry>> {
+            Ok(std::mem::replace(&mut self.0, false).then(|| Entry {
+                path: Vec::new(),
+                kind: Kind::File(u64::MAX),
+                mode: 0o644,
+                uid: 0,
+                gid: 0,
+                mtime: 0,
+            }))
+        }
+    }
+
+    impl Read for Endless {
+        fn read(&mut self, data: &mut [u8]) -> io::Result<usize> {
+            data.fill(7);
+            Ok(data.len())
+        }
+    }
+
+    #[test]
+    fn files_wait_for_a_guest_and_stop_when_it_cannot_have_them() {
+        let (agent, guest) = guest(|stream| {
+            hello(&stream);
+            let mut frames = Frames::new(stream.try_clone().unwrap());
+            let message: HostMessage = frames.message().unwrap();
+            assert!(matches!(message, HostMessage::Unpack(_)), "{message:?}");
+            protocol::send(&stream, &GuestMessage::Done).unwrap();
+            let mut come = 0;
+            // A frame more has no room.
+            while come + DATA_MAX <= WINDOW {
+                match frames.frame::<Piece>().unwrap().unwrap() {
+                    Frame::Message(Piece::Entry(_)) => come += ENTRY_WEIGHT,
+                    Frame::Data(Stream::In, data) => come += data.len(),
+                    other => panic!("{other:?}"),
+                }
+            }
+            let timeout = Some(Duration::from_millis(200));
+            stream.set_read_timeout(timeout).unwrap();
+            assert!(frames.frame::<Piece>().is_err());
+            let failed = Failed {
+                status: 125,
+                reason: "full".into(),
+            };
+            protocol::send(&stream, &GuestMessage::Failed(failed)).unwrap();
+        });
+        let result = agent.unwrap().bring(Unpack::default(), &mut Endless(true));
+        assert_eq!(result.unwrap_err().to_string(), "full");
+        guest.join().unwrap();
     }
 
     #[test]

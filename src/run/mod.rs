@@ -26,6 +26,7 @@ use std::process::{Command, Stdio};
 use mayfly_guest::protocol::{Exit, Mount, Net, PORT};
 use serde_json::json;
 
+pub use self::copy::{CopyOptions, cp};
 pub use self::exec::{ExecOptions, attach, exec};
 pub use self::options::Options;
 pub use self::plan::{Plan, signal};

@@ -1,6 +1,7 @@
 //! The agent: makes the guest what its image says, runs what the host asks for,
 //! and tells it how that ended.
 
+mod copies;
 mod net;
 mod passwd;
 mod process;
@@ -81,6 +82,8 @@ fn serve(host: File, machine: Arc<Machine>) -> io::Result<()> {
             Session::new(host, machine).serve_process(&mut frames, *process, false)
         }
         HostMessage::Attach(size) => Session::new(host, machine).serve_attached(&mut frames, size),
+        HostMessage::Pack { path, follow } => copies::send_from(&host, &path, follow),
+        HostMessage::Unpack(wish) => copies::take(&host, &mut frames, wish),
         HostMessage::SignalMain(signal) => {
             machine.reaper.signal_main(signal);
             send(&host, &GuestMessage::Done)

@@ -1,0 +1,418 @@
+//! `mayfly cp`: files between the host and a VM that runs.
+//!
+//! The guest may be hostile. What it sends is checked entry by entry, made below the
+//! place that the user named and nowhere else, and what it calls its things is never
+//! asked: a copy of `VM:/etc/hosts` is a file of the name `hosts`, or nothing.
+
+use std::io::{self, BufRead, BufReader, BufWriter, IsTerminal, Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use flate2::bufread::MultiGzDecoder;
+use mayfly_guest::copy::{Entry, Files, Keep, Kind, Place, Sink, Source, Walk, copy};
+use mayfly_guest::protocol::{HostMessage, Unpack};
+
+use super::agent::{Agent, harmless_line};
+use super::record::{self, State};
+use crate::failure::{Failure, OrFail};
+use crate::image::tarball::{self, Entries, Meta, Writer};
+use crate::image::tree::normalised;
+
+/// What to copy, in the user's words.
+#[derive(Clone, Debug, Default)]
+pub struct CopyOptions {
+    /// Keep owners and groups.
+    pub archive: bool,
+    /// Follow a symbolic link that is named itself.
+    pub follow: bool,
+    /// `VM:PATH`, a path of the host, or `-` for a tar archive.
+    pub from: String,
+    /// The same.
+    pub to: String,
+}
+
+/// One side of a copy.
+#[derive(Debug, PartialEq, Eq)]
+enum Side<'a> {
+    Tar,
+    Host(&'a Path),
+    Guest(&'a str, &'a str),
+}
+
+/// A path with a colon in it is a VM's, unless it begins with a slash or a dot.
+fn side(text: &str) -> Side<'_> {
+    match text.split_once(':') {
+        _ if text == "-" => Side::Tar,
+        Some((vm, path)) if !text.starts_with(['/', '.']) => Side::Guest(vm, path),
+        _ => Side::Host(Path::new(text)),
+    }
+}
+
+/// What a source is called where it goes; nothing, if only what is in it goes there.
+fn name_of(path: &str) -> &str {
+    match path.trim_end_matches('/').rsplit('/').next() {
+        // The folder itself.
+        _ if path.ends_with("/.") || path == "." => "",
+        Some(name) if name != ".." => name,
+        _ => "",
+    }
+}
+
+/// Copies.
+pub fn cp(options: &CopyOptions) -> Result<(), Failure> {
+    match (side(&options.from), side(&options.to)) {
+        (Side::Guest(..), Side::Guest(..)) => Err(Failure::config(
+            "from one VM to another nothing can be copied; copy it to the host first",
+        )),
+        (Side::Guest(vm, path), to) => fetch(options, vm, path, &to),
+        (from, Side::Guest(vm, path)) => bring(options, &from, vm, path),
+        _ => Err(Failure::config(
+            "one of the two must be in a VM: write VM:PATH",
+        )),
+    }
+}
+
+fn connect(vm: &str) -> Result<Agent, Failure> {
+    let place = record::Place::find(vm)?;
+    if place.state() == State::Ended {
+        return Err(Failure::config(format!(
+            "{vm}: has ended, and its files with it; a volume outlives its VM"
+        )));
+    }
+    Agent::connect(&place.vsock()).or_host(vm)
+}
+
+/// Errors may have a guest's words in them.
+fn failed(vm: &str) -> impl Fn(io::Error) -> Failure + '_ {
+    move |error| Failure::host(format!("{vm}: {}", harmless_line(&error.to_string())))
+}
+
+/// From a guest.
+fn fetch(options: &CopyOptions, vm: &str, path: &str, to: &Side) -> Result<(), Failure> {
+    if *to == Side::Tar && io::stdout().is_terminal() {
+        return Err(Failure::config(
+            "an archive is not for a terminal; write its output to a file, or to tar",
+        ));
+    }
+    let mut agent = connect(vm)?;
+    agent
+        .ask(&HostMessage::Pack {
+            path: path.into(),
+            follow: options.follow,
+        })
+        .or_host(vm)?;
+    let mut source = agent.entries().map_err(failed(vm))?;
+    let name = name_of(path);
+    let Side::Host(target) = *to else {
+        let mut sink = ToTar::new(name, BufWriter::new(io::stdout()));
+        return copy(&mut source, &mut sink).map_err(failed(vm));
+    };
+    let first = source.next().map_err(failed(vm))?;
+    let first = first.ok_or_else(|| Failure::host(format!("{vm}: {path}: nothing came")))?;
+    let place = Place::of_target(&Unpack {
+        path: target.as_os_str().as_bytes().to_vec(),
+        name: name.into(),
+        folder: first.kind == Kind::Folder,
+        must_exist: false,
+    });
+    let keep = Keep {
+        // SAFETY: touches no memory.
+        owners: options.archive && unsafe { libc::geteuid() } == 0,
+        special: false,
+    };
+    let mut files = Files::new(place.or_config("cp")?, keep);
+    files
+        .put(&first, &mut source)
+        .and_then(|()| copy(&mut source, &mut files))
+        .map_err(failed(vm))?;
+    if let count @ 1.. = files.left_out() {
+        let _ = writeln!(
+            io::stderr(),
+            "mayfly: {vm}: {count} devices and named pipes were left out"
+        );
+    }
+    Ok(())
+}
+
+/// Into a guest.
+fn bring(options: &CopyOptions, from: &Side, vm: &str, path: &str) -> Result<(), Failure> {
+    let wish = Unpack {
+        path: path.into(),
+        ..Unpack::default()
+    };
+    let owned = |source| Owned {
+        source,
+        keep: options.archive,
+    };
+    match *from {
+        Side::Host(source) => {
+            let text = source.as_os_str().as_bytes();
+            let place = Place::of_source(text, options.follow).or_config("cp")?;
+            let walk = Walk::new(&place).or_config("cp")?;
+            let wish = Unpack {
+                name: name_of(&source.to_string_lossy()).into(),
+                folder: walk.is_folder(),
+                ..wish
+            };
+            connect(vm)?.bring(wish, &mut owned(Box::new(walk)))
+        }
+        _ => {
+            let wish = Unpack {
+                folder: true,
+                must_exist: true,
+                ..wish
+            };
+            let source = FromTar::new(io::stdin().lock()).or_host("standard input")?;
+            connect(vm)?.bring(wish, &mut owned(Box::new(source)))
+        }
+    }
+    .map_err(failed(vm))
+}
+
+/// Entries whose owners are root, unless they are to be kept.
+struct Owned {
+    source: Box<dyn Source>,
+    keep: bool,
+}
+
+impl Source for Owned {
+    fn next(&mut self) -> io::Result<Option<Entry>> {
+        let entry = self.source.next()?;
+        Ok(entry.map(|entry| match self.keep {
+            true => entry,
+            false => Entry {
+                uid: 0,
+                gid: 0,
+                ..entry
+            },
+        }))
+    }
+}
+
+impl Read for Owned {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.source.read(buffer)
+    }
+}
+
+/// Writes a tar archive.
+struct ToTar<W: Write> {
+    name: Vec<u8>,
+    writer: Option<Writer<W>>,
+}
+
+impl<W: Write> ToTar<W> {
+    fn new(name: &str, output: W) -> Self {
+        ToTar {
+            name: name.into(),
+            writer: Some(Writer::new(output)),
+        }
+    }
+
+    fn path(&self, path: &[u8]) -> Vec<u8> {
+        match (self.name.as_slice(), path) {
+            (b"", b"") => b".".to_vec(),
+            (name, b"") => name.to_vec(),
+            (b"", path) => path.to_vec(),
+            (name, path) => [name, b"/", path].concat(),
+        }
+    }
+}
+
+impl<W: Write> Sink for ToTar<W> {
+    fn put(&mut self, entry: &Entry, data: &mut dyn Read) -> io::Result<()> {
+        let (kind, size) = match &entry.kind {
+            &Kind::File(size) => (tarball::Kind::File, size),
+            Kind::Folder => (tarball::Kind::Folder, 0),
+            Kind::Symlink(target) => (tarball::Kind::Symlink(target.clone()), 0),
+            Kind::Link(target) => (tarball::Kind::Link(self.path(target)), 0),
+            &Kind::Char(major, minor) => (tarball::Kind::Char(major, minor), 0),
+            &Kind::Block(major, minor) => (tarball::Kind::Block(major, minor), 0),
+            Kind::Fifo => (tarball::Kind::Fifo, 0),
+        };
+        let meta = Meta {
+            mode: entry.mode & 0o7777,
+            uid: entry.uid,
+            gid: entry.gid,
+            mtime: u32::try_from(entry.mtime.max(0)).unwrap_or(u32::MAX),
+            ..Meta::default()
+        };
+        let path = self.path(&entry.path);
+        // A file that got shorter while it was read ends in zeroes, as in tar itself.
+        let mut data = data.chain(io::repeat(0));
+        match &mut self.writer {
+            Some(writer) => writer.entry(&path, &kind, &meta, size, &mut data),
+            None => Ok(()),
+        }
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        match self.writer.take() {
+            Some(writer) => writer.finish().map(drop),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Reads a tar archive, plain or by gzip.
+struct FromTar {
+    entries: Entries<Box<dyn Read>>,
+    begun: bool,
+}
+
+impl FromTar {
+    fn new(input: impl Read + 'static) -> io::Result<Self> {
+        let mut input = BufReader::with_capacity(128 << 10, input);
+        let input: Box<dyn Read> = match input.fill_buf()? {
+            [0x1f, 0x8b, ..] => Box::new(MultiGzDecoder::new(input)),
+            _ => Box::new(input),
+        };
+        Ok(FromTar {
+            entries: Entries::new(input),
+            begun: false,
+        })
+    }
+}
+
+impl Source for FromTar {
+    fn next(&mut self) -> io::Result<Option<Entry>> {
+        // All lies in a folder that is there.
+        if !std::mem::replace(&mut self.begun, true) {
+            return Ok(Some(Entry {
+                path: Vec::new(),
+                kind: Kind::Folder,
+                mode: 0o755,
+                uid: 0,
+                gid: 0,
+                mtime: 0,
+            }));
+        }
+        let Some(entry) = self.entries.next().map_err(io::Error::other)? else {
+            return Ok(None);
+        };
+        let plain = |path: &[u8]| {
+            let refused = |why| io::Error::other(format!("{}: {why}", tarball::show(path)));
+            normalised(path).map_err(refused)
+        };
+        let kind = match entry.kind {
+            tarball::Kind::File => Kind::File(entry.size),
+            tarball::Kind::Folder => Kind::Folder,
+            tarball::Kind::Symlink(target) => Kind::Symlink(target),
+            tarball::Kind::Link(target) => Kind::Link(plain(&target)?),
+            tarball::Kind::Char(major, minor) => Kind::Char(major, minor),
+            tarball::Kind::Block(major, minor) => Kind::Block(major, minor),
+            tarball::Kind::Fifo => Kind::Fifo,
+        };
+        Ok(Some(Entry {
+            path: plain(&entry.path)?,
+            kind,
+            mode: entry.meta.mode,
+            uid: entry.meta.uid,
+            gid: entry.meta.gid,
+            mtime: entry.meta.mtime.into(),
+        }))
+    }
+}
+
+impl Read for FromTar {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.entries.read(buffer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sides_are_docker_s() {
+        for (text, expected) in [
+            ("-", Side::Tar),
+            ("web:/etc", Side::Guest("web", "/etc")),
+            ("web:", Side::Guest("web", "")),
+            ("a/b", Side::Host(Path::new("a/b"))),
+            ("./a:b", Side::Host(Path::new("./a:b"))),
+            ("/a:b", Side::Host(Path::new("/a:b"))),
+        ] {
+            assert_eq!(side(text), expected, "{text}");
+        }
+        for (path, name) in [
+            ("/etc", "etc"),
+            ("/etc/", "etc"),
+            ("etc/hosts", "hosts"),
+            ("/etc/.", ""),
+            (".", ""),
+            ("/", ""),
+            ("", ""),
+            ("a/..", ""),
+        ] {
+            assert_eq!(name_of(path), name, "{path}");
+        }
+        let words = |from: &str, to: &str| {
+            cp(&CopyOptions {
+                from: from.into(),
+                to: to.into(),
+                ..CopyOptions::default()
+            })
+        };
+        assert!(words("a", "b").unwrap_err().to_string().contains("VM:PATH"));
+        assert!(words("a:b", "c:d").is_err());
+    }
+
+    /// An archive's bytes, written and read.
+    fn through_tar(
+        name: &str,
+        entries: &[Entry],
+        data: &[u8],
+    ) -> io::Result<Vec<(Entry, Vec<u8>)>> {
+        let path = tempfile::NamedTempFile::new()?;
+        let mut sink = ToTar::new(name, path.reopen()?);
+        for entry in entries {
+            sink.put(entry, &mut &*data)?;
+        }
+        sink.finish()?;
+        let mut source = FromTar::new(path.reopen()?)?;
+        let mut all = Vec::new();
+        while let Some(entry) = source.next()? {
+            let mut data = Vec::new();
+            source.read_to_end(&mut data)?;
+            all.push((entry, data));
+        }
+        Ok(all)
+    }
+
+    #[test]
+    fn archives_have_what_is_copied_and_no_more() {
+        let entry = |path: &str, kind| Entry {
+            path: path.into(),
+            kind,
+            mode: 0o4755,
+            uid: 3_000_000,
+            gid: 5,
+            mtime: 7,
+        };
+        let entries = [
+            entry("", Kind::Folder),
+            entry("f", Kind::File(5)),
+            entry("l", Kind::Link(b"f".to_vec())),
+            entry("s", Kind::Symlink(b"/x".to_vec())),
+            entry("c", Kind::Char(5, 1)),
+        ];
+        // A file that got shorter.
+        let all = through_tar("etc", &entries, b"abc").unwrap();
+        let paths = all
+            .iter()
+            .map(|(entry, _)| str::from_utf8(&entry.path).unwrap());
+        let paths: Vec<_> = paths.collect();
+        assert_eq!(paths, ["", "etc", "etc/f", "etc/l", "etc/s", "etc/c"]);
+        assert_eq!(all[2].1, b"abc\0\0");
+        assert_eq!(all[3].0.kind, Kind::Link(b"etc/f".to_vec()));
+        assert_eq!(all[4].0, entry("etc/s", Kind::Symlink(b"/x".to_vec())));
+        let all = through_tar("", &entries, b"abcdef").unwrap();
+        let f = (entry("f", Kind::File(5)), b"abcde".to_vec());
+        assert_eq!((&all[1].0, &all[2]), (&entry("", Kind::Folder), &f));
+        // What leads out of it.
+        let out = [entry("../x", Kind::File(0))];
+        assert!(through_tar("", &out, b"").is_err());
+    }
+}
