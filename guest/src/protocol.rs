@@ -61,6 +61,9 @@ pub enum HostMessage {
     Signal(i32),
     /// Signals the machine's main process.
     SignalMain(i32),
+    /// Follows this connection's process no longer: it goes on. Nothing comes behind
+    /// the answer.
+    Detach,
     /// Nobody reads this stream any more: writing to it is to fail.
     Closed(Stream),
     /// All was read; the machine may be turned off.
@@ -99,7 +102,8 @@ pub enum GuestMessage {
         /// Its [`VERSION`].
         version: u16,
     },
-    /// Done: the machine is set up, the signal is sent, the process runs.
+    /// Done: the machine is set up, the signal is sent, the process runs, or is
+    /// followed no longer.
     Done,
     /// So many bytes of standard input, or of pieces, were taken.
     Taken(u32),

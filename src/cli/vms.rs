@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use crate::control::{Client, Command, Folder};
 use crate::failure::{Failure, OrFail};
+use crate::run::detach::{self, DetachKeys};
 use crate::run::log::Reader;
 use crate::run::record::{Place, Record, State, now_ms};
 use crate::run::{self, CopyOptions, ExecOptions, Usage, end, signal};
@@ -68,6 +69,9 @@ pub enum Verb {
         /// Who runs it [default: the user of the VM's command]
         #[arg(short, long, value_name = "USER[:GROUP]")]
         user: Option<String>,
+        /// What to type on a terminal to leave it; it goes on
+        #[arg(long, value_name = "KEYS", default_value = detach::DEFAULT)]
+        detach_keys: String,
         /// The VM's name
         vm: String,
         /// What to run
@@ -79,6 +83,9 @@ pub enum Verb {
         /// Do not pass standard input on
         #[arg(long)]
         no_stdin: bool,
+        /// What to type on a terminal to leave it; it goes on
+        #[arg(long, value_name = "KEYS", default_value = detach::DEFAULT)]
+        detach_keys: String,
         /// The VM's name
         vm: String,
     },
@@ -161,20 +168,43 @@ pub fn run(verb: Verb) -> Result<ExitCode, Failure> {
             env,
             workdir,
             user,
+            detach_keys,
             vm,
             command,
         } => {
-            return Ok(exit_code(run::exec(ExecOptions {
-                interactive,
-                terminal: tty,
-                environment: env,
-                folder: workdir,
-                user,
-                name: vm,
-                command,
-            })));
+            let exec = |detach_keys| {
+                run::exec(ExecOptions {
+                    interactive,
+                    terminal: tty,
+                    environment: env,
+                    folder: workdir,
+                    user,
+                    detach_keys,
+                    name: vm,
+                    command,
+                })
+            };
+            return Ok(exit_code(keys(&detach_keys).and_then(exec)));
         }
-        Verb::Attach { no_stdin, vm } => return Ok(exit_code(run::attach(&vm, !no_stdin))),
+        Verb::Attach {
+            no_stdin,
+            detach_keys,
+            vm,
+        } => {
+            let attach = |keys| run::attach(&vm, !no_stdin, keys);
+            return Ok(exit_code(keys(&detach_keys).and_then(attach)));
+        }
+        Verb::Cp {
+            archive,
+            follow_link,
+            from,
+            to,
+        } => run::cp(&CopyOptions {
+            archive,
+            follow: follow_link,
+            from,
+            to,
+        })?,
         Verb::Stop { time, vm } => each(&vm, |place| {
             end::stop(place, Duration::from_secs(time))?;
             super::print(&place.name())
@@ -217,6 +247,10 @@ pub fn run(verb: Verb) -> Result<ExitCode, Failure> {
         } => stats(&vm, json, no_stream || !io::stdout().is_terminal())?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn keys(text: &str) -> Result<Option<DetachKeys>, Failure> {
+    DetachKeys::parse(text).map_err(Failure::config)
 }
 
 fn exit_code(result: Result<u8, Failure>) -> ExitCode {

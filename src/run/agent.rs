@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -17,6 +18,10 @@ use mayfly_guest::protocol::{
     Unpack, VERSION, WINDOW,
 };
 
+use super::detach::DetachKeys;
+
+/// A guest has so long to let a user go.
+const FAREWELL: Duration = Duration::from_secs(2);
 /// Enough for what these threads call, with their buffers.
 const STACK: usize = 256 << 10;
 
@@ -108,6 +113,8 @@ impl Write for Patient {
 pub struct Streams {
     /// What it reads, if anything.
     pub input: Option<Patient>,
+    /// What a user types there to leave it.
+    pub detach: Option<DetachKeys>,
     /// Where its output goes.
     pub output: Box<dyn Write + Send>,
     /// Where its errors go.
@@ -235,17 +242,19 @@ impl Agent {
         Ok(())
     }
 
-    /// Moves a process's bytes until it ends, and all of its output is out.
-    pub fn follow(&mut self, streams: Streams) -> Result<Exit, AgentError> {
+    /// Moves a process's bytes until it ends, and all of its output is out. Nothing
+    /// is returned if the user left it.
+    pub fn follow(&mut self, streams: Streams) -> Result<Option<Exit>, AgentError> {
         self.link.lock().set_read_timeout(None)?;
         let window = Arc::new(Window::default());
+        let detaches = streams.detach.is_some();
         if let Some(input) = streams.input {
-            let (link, window) = (self.link.clone(), window.clone());
+            let (link, window, keys) = (self.link.clone(), window.clone(), streams.detach);
             // It may wait for ever for what nobody types: it ends with the process.
             thread::Builder::new()
                 .name("input".into())
                 .stack_size(STACK)
-                .spawn(move || feed(input, &link, &window))?;
+                .spawn(move || feed(input, keys, &link, &window))?;
         }
         let mut output = Some(streams.output);
         let mut errors = Some(streams.errors);
@@ -270,13 +279,14 @@ impl Agent {
                     }
                 }
                 Some(Frame::Message(GuestMessage::Taken(len))) => window.grow(len),
+                Some(Frame::Message(GuestMessage::Done)) if detaches => return Ok(None),
                 Some(Frame::Message(GuestMessage::Exited(exit))) => {
                     for target in [output, errors].iter_mut().flatten() {
                         let _ = target.flush();
                     }
                     return match lost {
                         Some(error) if exit.status == 0 => Err(AgentError::Lost(error)),
-                        _ => Ok(exit),
+                        _ => Ok(Some(exit)),
                     };
                 }
                 Some(Frame::Message(GuestMessage::Failed(failed))) => {
@@ -289,8 +299,9 @@ impl Agent {
 }
 
 /// Sends what the host's side types, as far as the guest takes it.
-fn feed(mut input: Patient, link: &Link, window: &Window) {
+fn feed(mut input: Patient, mut keys: Option<DetachKeys>, link: &Link, window: &Window) {
     let mut buffer = vec![0; DATA_MAX];
+    let mut passed = Vec::new();
     loop {
         let room = window.wait().min(buffer.len());
         let Some(target) = buffer.get_mut(..room) else {
@@ -301,9 +312,28 @@ fn feed(mut input: Patient, link: &Link, window: &Window) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(_) => 0,
         };
-        window.shrink(len);
-        let data = buffer.get(..len).unwrap_or_default();
-        if link.send_data(data).is_err() || len == 0 {
+        let mut data = buffer.get(..len).unwrap_or_default();
+        let mut leave = false;
+        if let (Some(keys), 1..) = (&mut keys, len) {
+            passed.clear();
+            leave = keys.filter(data, &mut passed);
+            data = &passed;
+        }
+        window.shrink(data.len());
+        // What was held back may be more than a frame; nothing would be the end.
+        let mut frames = data.chunks(DATA_MAX);
+        if frames.any(|data| link.send_data(data).is_err()) {
+            return;
+        }
+        if leave {
+            let _ = link.send(&HostMessage::Detach);
+            // The answer ends this process, or a guest that gives none is hung up on.
+            thread::sleep(FAREWELL);
+            let _ = link.lock().shutdown(Shutdown::Both);
+            return;
+        }
+        if len == 0 {
+            let _ = link.send_data(&[]);
             return;
         }
     }
@@ -398,6 +428,7 @@ mod tests {
     ) -> Streams {
         Streams {
             input: None,
+            detach: None,
             output: Box::new(output),
             errors: Box::new(errors),
         }
@@ -414,7 +445,7 @@ mod tests {
         });
         let (out, err) = (Sink::default(), Sink::default());
         let exit = agent.unwrap().follow(streams(out.clone(), err.clone()));
-        assert_eq!(exit.unwrap().status, 7);
+        assert_eq!(exit.unwrap().unwrap().status, 7);
         assert_eq!(*out.0.lock().unwrap(), b"output");
         assert_eq!(*err.0.lock().unwrap(), b"err");
         guest.join().unwrap();
@@ -431,7 +462,7 @@ mod tests {
             exited(&stream, 141);
         });
         let exit = agent.unwrap().follow(streams(Gone, Sink::default()));
-        assert_eq!(exit.unwrap().status, 141);
+        assert_eq!(exit.unwrap().unwrap().status, 141);
         guest.join().unwrap();
     }
 
@@ -455,6 +486,32 @@ mod tests {
         let reason = format!("\x1b[2J{}\nforged", "a".repeat(500));
         let told = harmless(Failed { status: 1, reason }).reason;
         assert!(told.starts_with("?[2Jaaa") && told.len() == 200, "{told}");
+    }
+
+    #[test]
+    fn a_user_leaves_a_guest_even_if_it_does_not_answer() {
+        for answers in [true, false] {
+            let (reader, mut writer) = io::pipe().unwrap();
+            let (agent, guest) = guest(move |stream| {
+                hello(&stream);
+                let mut frames = Frames::new(stream.try_clone().unwrap());
+                let typed = frames.frame::<HostMessage>().unwrap().unwrap();
+                assert_eq!(typed, Frame::Data(Stream::In, b"a"));
+                let message: HostMessage = frames.message().unwrap();
+                assert_eq!(message, HostMessage::Detach);
+                if answers {
+                    protocol::send(&stream, &GuestMessage::Done).unwrap();
+                }
+                assert_eq!(frames.frame::<HostMessage>().unwrap(), None);
+            });
+            let mut streams = streams(io::sink(), io::sink());
+            streams.input = Some(Patient(std::os::fd::OwnedFd::from(reader).into()));
+            streams.detach = DetachKeys::parse("ctrl-p,q").unwrap();
+            writer.write_all(b"a\x10qrest").unwrap();
+            let left = agent.unwrap().follow(streams);
+            assert_eq!(matches!(left, Ok(None)), answers, "{left:?}");
+            guest.join().unwrap();
+        }
     }
 
     /// A file without an end.

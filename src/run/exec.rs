@@ -7,6 +7,7 @@ use std::thread;
 use mayfly_guest::protocol::{HostMessage, Process, Size};
 
 use super::agent::{Agent, AgentError, Link, Patient, Streams};
+use super::detach::DetachKeys;
 use super::plan::variables;
 use super::record::{Place, Record, State};
 use super::session::{Insistence, send_apart};
@@ -28,6 +29,8 @@ pub struct ExecOptions {
     pub folder: Option<String>,
     /// `USER[:GROUP]`
     pub user: Option<String>,
+    /// What to leave it with.
+    pub detach_keys: Option<DetachKeys>,
     /// The VM's name.
     pub name: String,
     /// What to run.
@@ -61,15 +64,16 @@ pub fn exec(options: ExecOptions) -> Result<u8, Failure> {
         HostMessage::Start(Box::new(process)),
         options.terminal,
         options.interactive,
+        options.detach_keys,
     )
 }
 
 /// Connects to a VM's main process, and returns its status.
-pub fn attach(name: &str, input: bool) -> Result<u8, Failure> {
+pub fn attach(name: &str, input: bool, keys: Option<DetachKeys>) -> Result<u8, Failure> {
     let (place, record) = running(name)?;
     let terminal = record.terminal && input && io::stdin().is_terminal();
     let size = record.terminal.then(here);
-    follow(&place, HostMessage::Attach(size), terminal, input)
+    follow(&place, HostMessage::Attach(size), terminal, input, keys)
 }
 
 fn running(name: &str) -> Result<(Place, Record), Failure> {
@@ -108,7 +112,13 @@ pub fn here() -> Size {
     }
 }
 
-fn follow(place: &Place, request: HostMessage, terminal: bool, input: bool) -> Result<u8, Failure> {
+fn follow(
+    place: &Place,
+    request: HostMessage,
+    terminal: bool,
+    input: bool,
+    keys: Option<DetachKeys>,
+) -> Result<u8, Failure> {
     let signals = Signals::passed_on().or_internal("blocking signals")?;
     let shared: Arc<Mutex<Option<Link>>> = Arc::default();
     let link = shared.clone();
@@ -138,6 +148,8 @@ fn follow(place: &Place, request: HostMessage, terminal: bool, input: bool) -> R
             input: input
                 .then(|| standard(io::stdin()).map(Patient))
                 .transpose()?,
+            // Elsewhere nobody types them.
+            detach: keys.filter(|_| raw.is_some()),
             output: Box::new(Patient(standard(io::stdout())?)),
             errors: Box::new(Patient(standard(io::stderr())?)),
         })
@@ -147,7 +159,18 @@ fn follow(place: &Place, request: HostMessage, terminal: bool, input: bool) -> R
         .or_host("standard streams")?;
     let exit = agent.follow(streams);
     drop(raw);
-    exit.map(|exit| exit.status).or_else(failed)
+    match exit {
+        Ok(Some(exit)) => Ok(exit.status),
+        Ok(None) => {
+            let _ = writeln!(
+                io::stderr(),
+                "\nmayfly: left {}, which goes on",
+                place.name()
+            );
+            Ok(0)
+        }
+        Err(error) => failed(error),
+    }
 }
 
 /// Passes signals on to the process, once there is one.

@@ -4,6 +4,8 @@
 //! another one talks to the guest's agent, and learns how the command ended.
 
 pub mod agent;
+mod copy;
+pub mod detach;
 pub mod end;
 mod exec;
 pub mod log;

@@ -200,7 +200,8 @@ fn work(
         }
         let exit = agent.follow(streams);
         drop(terminal);
-        exit
+        // Nobody leaves a machine that is this process.
+        exit?.ok_or(AgentError::Nonsense)
     })();
     // A guest that does not turn off is turned off; the process's end ends this.
     thread::Builder::new().spawn(|| {
@@ -224,6 +225,7 @@ fn streams(options: &Options, log: &Log) -> io::Result<Streams> {
         input: input
             .then(|| standard(io::stdin()).map(Patient))
             .transpose()?,
+        detach: None,
         output: log.tee(1, target(standard(io::stdout()))?),
         errors: log.tee(2, target(standard(io::stderr()))?),
     })

@@ -97,7 +97,20 @@ struct Handle {
     out: Output,
     err: Option<Output>,
     /// Those that get its output.
-    hosts: Arc<Mutex<Vec<Host>>>,
+    hosts: Arc<Mutex<Audience>>,
+}
+
+/// Those that get what a process writes.
+struct Audience {
+    hosts: Vec<Host>,
+    /// Without any, it goes on all the same: its host has left it so.
+    left: bool,
+}
+
+impl Audience {
+    fn of(hosts: Vec<Host>) -> Arc<Mutex<Self>> {
+        Arc::new(Mutex::new(Audience { hosts, left: false }))
+    }
 }
 
 /// The processes of the machine, as far as the host asked for them.
@@ -205,7 +218,7 @@ impl Session {
             terminal: terminal.map(Arc::new),
             out: Output::new(output)?,
             err: errors.map(Output::new).transpose()?,
-            hosts: Arc::new(Mutex::new(vec![self.host.clone()])),
+            hosts: Audience::of(vec![self.host.clone()]),
         };
         let ended = Arc::new(Event::new()?);
         let mut pumps = vec![pump(&handle.out, Stream::Out, &handle.hosts, &ended)?];
@@ -216,8 +229,12 @@ impl Session {
             *lock(&self.machine.main) = Some(handle.clone());
         }
         let (hosts, machine) = (handle.hosts.clone(), self.machine.clone());
+        let kept: Arc<Mutex<Option<Handle>>> = Arc::default();
+        let until_its_end = kept.clone();
         let tell = move || {
-            let Ok(exit) = started.exit.recv() else {
+            let exit = started.exit.recv();
+            drop(lock(&until_its_end).take());
+            let Ok(exit) = exit else {
                 return;
             };
             if main {
@@ -233,6 +250,10 @@ impl Session {
         };
         thread::Builder::new().spawn(tell)?;
         let result = self.listen(frames, &handle, true);
+        if lock(&handle.hosts).left {
+            // Its terminal stays open, and its input.
+            *lock(&kept) = Some(handle);
+        }
         if main {
             // Whoever asked for it has gone.
             self.machine.reaper.end_all();
@@ -262,10 +283,16 @@ impl Session {
         if let (Some(terminal), Some(size)) = (&handle.terminal, size) {
             process::resize(terminal, size);
         }
-        lock(&handle.hosts).push(self.host.clone());
+        lock(&handle.hosts).hosts.push(self.host.clone());
         let result = self.listen(frames, &handle, false);
-        lock(&handle.hosts).retain(|host| !host.is(&self.host));
+        self.leave(&handle);
         result
+    }
+
+    /// Sends no more of a process's output.
+    fn leave(&self, process: &Handle) {
+        let others = |host: &Host| !host.is(&self.host);
+        lock(&process.hosts).hosts.retain(others);
     }
 
     /// Does what the host says until it has nothing more to say. A process that
@@ -299,6 +326,11 @@ impl Session {
                 Some(Frame::Message(HostMessage::Signal(signal))) => {
                     self.machine.reaper.signal(process.pid, signal);
                 }
+                Some(Frame::Message(HostMessage::Detach)) => {
+                    lock(&process.hosts).left |= owner;
+                    self.leave(process);
+                    return self.host.say(&GuestMessage::Done);
+                }
                 Some(Frame::Message(HostMessage::Closed(_))) if !owner => return Ok(()),
                 Some(Frame::Message(HostMessage::Closed(_))) if process.terminal.is_some() => {
                     // As when a terminal's window is closed. What else it writes is
@@ -317,8 +349,8 @@ impl Session {
 
 /// Tells how a process ended. Whoever asked for it comes last: when it has heard of
 /// the main one's end, the machine is turned off.
-fn say_to_all(hosts: &Mutex<Vec<Host>>, message: &GuestMessage) {
-    let now = lock(hosts).clone();
+fn say_to_all(hosts: &Mutex<Audience>, message: &GuestMessage) {
+    let now = lock(hosts).hosts.clone();
     for host in now.iter().rev() {
         let _ = host.say(message);
     }
@@ -329,7 +361,7 @@ fn say_to_all(hosts: &Mutex<Vec<Host>>, message: &GuestMessage) {
 fn pump(
     output: &Output,
     stream: Stream,
-    hosts: &Arc<Mutex<Vec<Host>>>,
+    hosts: &Arc<Mutex<Audience>>,
     ended: &Arc<Event>,
 ) -> io::Result<JoinHandle<()>> {
     let (output, hosts, ended) = (output.clone(), hosts.clone(), ended.clone());
@@ -339,12 +371,13 @@ fn pump(
             let data = buffer.get(..len).unwrap_or_default();
             // Not under the lock: one that does not read holds up the others'
             // output for a while, but nobody who comes or goes.
-            let now = lock(&hosts).clone();
+            let now = lock(&hosts).hosts.clone();
             let gone = |host: &Host| host.write(stream, data).is_err();
             let gone: Vec<Host> = now.into_iter().filter(gone).collect();
-            let mut hosts = lock(&hosts);
-            hosts.retain(|host| !gone.iter().any(|it| it.is(host)));
-            if hosts.is_empty() {
+            let mut audience = lock(&hosts);
+            let here = |host: &Host| !gone.iter().any(|it| it.is(host));
+            audience.hosts.retain(here);
+            if audience.hosts.is_empty() && !audience.left {
                 output.close();
                 break;
             }
@@ -485,7 +518,7 @@ mod tests {
         let (owner, reads) = host();
         let (attached, stalls) = host();
         attached.limit(PATIENCE).unwrap();
-        let hosts = Arc::new(Mutex::new(vec![owner, attached]));
+        let hosts = Audience::of(vec![owner, attached]);
         let (reader, mut writer) = io::pipe().unwrap();
         let output = Output::new(OwnedFd::from(reader).into()).unwrap();
         let ended = Arc::new(Event::new().unwrap());
@@ -502,7 +535,7 @@ mod tests {
         }
         process.join().unwrap().unwrap();
         pump.join().unwrap();
-        assert_eq!(lock(&hosts).len(), 1);
+        assert_eq!(lock(&hosts).hosts.len(), 1);
         // It gets what was sent before, and then the end.
         io::copy(&mut &stalls, &mut io::sink()).unwrap();
     }
@@ -513,7 +546,7 @@ mod tests {
         let (attached, _stalls) = host();
         attached.limit(PATIENCE).unwrap();
         while attached.0.lock().unwrap().write(&[0; DATA_MAX]).is_ok() {}
-        let hosts = Arc::new(Mutex::new(vec![owner, attached]));
+        let hosts = Audience::of(vec![owner, attached]);
         let message = GuestMessage::Exited(Exit {
             status: 3,
             out_of_memory: false,
