@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::control::{Client, Command, Folder};
 use crate::failure::{Failure, OrFail};
 use crate::run::detach::{self, DetachKeys};
-use crate::run::log::Reader;
+use crate::run::log::{Piece, Reader, Stamps, Tail};
 use crate::run::record::{Place, Record, State, now_ms};
 use crate::run::{self, CopyOptions, ExecOptions, Usage, end, signal};
 
@@ -48,6 +48,12 @@ pub enum Verb {
         /// Go on until it ends
         #[arg(short, long)]
         follow: bool,
+        /// Begin with the last lines, so many
+        #[arg(short = 'n', long, value_name = "N")]
+        tail: Option<usize>,
+        /// Print before each line when it began
+        #[arg(short, long)]
+        timestamps: bool,
         /// The VM's name
         vm: String,
     },
@@ -161,7 +167,12 @@ pub enum Verb {
 pub fn run(verb: Verb) -> Result<ExitCode, Failure> {
     match verb {
         Verb::Ps { all, quiet, json } => ps(all, quiet, json)?,
-        Verb::Logs { follow, vm } => logs(&Place::find(&vm)?, follow)?,
+        Verb::Logs {
+            follow,
+            tail,
+            timestamps,
+            vm,
+        } => logs(&Place::find(&vm)?, follow, tail, timestamps)?,
         Verb::Exec {
             interactive,
             tty,
@@ -340,10 +351,22 @@ fn inspect(place: &Place) -> Result<Value, Failure> {
     Ok(value)
 }
 
-fn logs(place: &Place, follow: bool) -> Result<(), Failure> {
+fn logs(place: &Place, follow: bool, tail: Option<usize>, timestamps: bool) -> Result<(), Failure> {
     let path = place.log();
     let what = || path.display();
     let mut reader = Reader::open(&path).or_host(what())?;
+    let mut tail = tail.map(Tail::new);
+    let mut stamps = timestamps.then(Stamps::default);
+    let mut print = |piece: Piece| {
+        let data = match &mut stamps {
+            Some(stamps) => stamps.put(&piece),
+            None => piece.data,
+        };
+        match piece.stream {
+            2 => io::stderr().write_all(&data),
+            _ => io::stdout().write_all(&data),
+        }
+    };
     loop {
         // Asked before: what is written until it ends must not be missed.
         let running = place.state() == State::Running;
@@ -357,12 +380,18 @@ fn logs(place: &Place, follow: bool) -> Result<(), Failure> {
                 false => reader.piece().or_host(what())?,
             };
             let Some(piece) = piece else { break };
-            let written = match piece.stream {
-                2 => io::stderr().write_all(&piece.data),
-                _ => io::stdout().write_all(&piece.data),
-            };
-            if written.is_err() {
-                return Ok(()); // whoever read it has gone
+            match &mut tail {
+                Some(tail) => tail.push(piece),
+                // Whoever read it may have gone.
+                None if print(piece).is_err() => return Ok(()),
+                None => {}
+            }
+        }
+        // What comes later is printed as it comes.
+        let lines = tail.take().into_iter().flat_map(Tail::into_lines);
+        for line in lines {
+            if print(line).is_err() {
+                return Ok(());
             }
         }
         let _ = io::stdout().flush();
