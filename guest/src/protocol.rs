@@ -201,6 +201,10 @@ pub enum Source {
     Folder(String),
     /// A disk with an ext4 file system.
     Disk(String),
+    /// The same; if it is empty, it gets what the image has there.
+    Volume(String),
+    /// What is there, which can be written to in a machine that can't.
+    Own,
 }
 
 /// A process to start.

@@ -13,6 +13,9 @@ Examples:
   mayfly run -d --name web -p 8080:80 nginx
   mayfly run --net none --memory 256M --timeout 10s demo sh -c 'wc -c < /dev/zero'
 
+A VM in the foreground is this process, and cannot be left. Start it with -d -it, and
+use mayfly attach: Ctrl-P Ctrl-Q leaves that.
+
 Exit status: the command's own; 128+N if a signal ended it; 124 after --timeout;
 125 if mayfly failed; 126 if the command can't be executed; 127 if there is none.";
 

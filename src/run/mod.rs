@@ -154,6 +154,8 @@ fn run_here(
     let disks_before = 1 + usize::from(plan.disk_size.is_some());
     let volumes = Volumes::find(&options.volumes, disks_before)?;
     plan.setup.mounts.extend(volumes.mounts);
+    let own = volumes::of_image(&image.config.config.volumes, &plan.setup.mounts)?;
+    plan.setup.mounts.extend(own);
     // What is in another comes behind it.
     let depth = |mount: &Mount| mount.target.iter().filter(|&&byte| byte == b'/').count();
     plan.setup.mounts.sort_by_key(depth);

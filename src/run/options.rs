@@ -37,8 +37,9 @@ pub struct Options {
     #[arg(long, value_name = "PROGRAM")]
     pub entrypoint: Option<String>,
     /// A folder of the host, an ext4 disk's image, or a named volume, which is made
-    /// if it is missing (repeatable)
-    #[arg(short = 'v', long = "volume", value_name = "SRC:DIR[:ro]")]
+    /// if it is missing, and filled with what the image has there; a DIR alone is one
+    /// that ends with the VM (repeatable)
+    #[arg(short = 'v', long = "volume", value_name = "[SRC:]DIR[:ro]")]
     pub volumes: Vec<String>,
     /// Memory as a folder (repeatable)
     #[arg(long, value_name = "DIR[:size=64M]")]

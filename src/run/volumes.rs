@@ -10,7 +10,9 @@ use crate::failure::{Failure, OrFail};
 use crate::machine::refusal;
 use crate::volume::{Volumes as Named, is_ext4};
 
-const SYNTAX: &str = "write FOLDER:DIR[:ro], or the name of a volume, or the path of a disk";
+const SYNTAX: &str = "write FOLDER:DIR[:ro], with the name of a volume or the path of a disk in \
+                      place of FOLDER, or DIR alone";
+const TARGET: &str = "the guest's folder must begin with a slash, be below /, and have no ..";
 
 /// What the machine has for them, and what its guest mounts.
 #[derive(Debug, Default)]
@@ -28,7 +30,8 @@ pub struct Volumes {
 /// What a user wrote.
 #[derive(Debug, PartialEq, Eq)]
 struct Wish<'a> {
-    source: &'a str,
+    /// None is the VM's own, which ends with it.
+    source: Option<&'a str>,
     target: &'a str,
     read_only: bool,
 }
@@ -38,6 +41,7 @@ enum Found {
     Folder(PathBuf),
     Disk(PathBuf),
     Named(String),
+    Own,
 }
 
 impl Volumes {
@@ -48,7 +52,10 @@ impl Volumes {
         for text in texts {
             let flag = format!("-v {text}");
             let wish = parse(text).map_err(|why| Failure::config(format!("{flag}: {why}")))?;
-            let found = look(wish.source, &flag)?;
+            let found = match wish.source {
+                Some(source) => look(source, &flag)?,
+                None => Found::Own,
+            };
             all.push((flag, wish, found));
         }
         for (index, (flag, wish, _)) in all.iter().enumerate() {
@@ -69,8 +76,13 @@ impl Volumes {
                 }
                 Found::Named(name) => {
                     let path = Named::open_default()?.take(&name)?;
-                    volumes.add_disk(&path, wish.read_only, disks_before, &flag)?
+                    let disk = volumes.add_disk(&path, wish.read_only, disks_before, &flag)?;
+                    match disk {
+                        Source::Disk(disk) if !wish.read_only => Source::Volume(disk),
+                        disk => disk,
+                    }
                 }
+                Found::Own => Source::Own,
             };
             volumes.mounts.push(Mount {
                 target: wish.target.into(),
@@ -117,8 +129,15 @@ impl Volumes {
 }
 
 fn parse(text: &str) -> Result<Wish<'_>, String> {
+    if text.starts_with('/') && !text.contains(':') {
+        return Ok(Wish {
+            source: None,
+            target: target(text)?,
+            read_only: false,
+        });
+    }
     let mut parts = text.split(':');
-    let (Some(source), Some(target), options, None) =
+    let (Some(source), Some(folder), options, None) =
         (parts.next(), parts.next(), parts.next(), parts.next())
     else {
         return Err(SYNTAX.into());
@@ -131,20 +150,44 @@ fn parse(text: &str) -> Result<Wish<'_>, String> {
             _ => return Err(format!("{option}: write ro, or rw")),
         }
     }
-    let target = target.strip_suffix('/').unwrap_or(target);
-    if source.is_empty() || text.contains('\0') {
+    if source.is_empty() {
         return Err(SYNTAX.into());
     }
-    if !target.starts_with('/') || target.split('/').any(|part| [".", ".."].contains(&part)) {
-        return Err(
-            "the guest's folder must begin with a slash, be below /, and have no .. ".into(),
-        );
-    }
     Ok(Wish {
-        source,
-        target,
+        source: Some(source),
+        target: target(folder)?,
         read_only,
     })
+}
+
+/// A folder of the guest's.
+fn target(text: &str) -> Result<&str, String> {
+    let target = text.strip_suffix('/').unwrap_or(text);
+    let mut parts = target.split('/');
+    let bad = |part| [".", ".."].contains(&part);
+    match !target.starts_with('/') || parts.any(bad) || text.contains('\0') {
+        true => Err(TARGET.into()),
+        false => Ok(target),
+    }
+}
+
+/// The volumes that an image names, but for those that the user has others for.
+pub fn of_image(texts: &[String], others: &[Mount]) -> Result<Vec<Mount>, Failure> {
+    let mut all = Vec::new();
+    for text in texts {
+        let failed = |why| Failure::config(format!("the image's VOLUME {text}: {why}"));
+        let target = target(text).map_err(failed)?.as_bytes().to_vec();
+        let same =
+            |other: &Mount| other.target.strip_suffix(b"/").unwrap_or(&other.target) == target;
+        if !others.iter().chain(&all).any(same) {
+            all.push(Mount {
+                target,
+                source: Source::Own,
+                read_only: false,
+            });
+        }
+    }
+    Ok(all)
 }
 
 /// A path begins as one; all else is a name, as Docker has it.
@@ -189,6 +232,8 @@ mod tests {
     #[test]
     fn wishes() {
         for (text, target, read_only) in [
+            ("/b", "/b", false),
+            ("/b/", "/b", false),
             ("a:/b", "/b", false),
             ("./a:/b/:ro", "/b", true),
             ("/a:/b/c:rw", "/b/c", false),
@@ -199,10 +244,11 @@ mod tests {
         for text in [
             "",
             "a",
-            "/a",
+            "/",
+            "/a/..",
+            "a:b",
             ":/b",
             "a:",
-            "a:b",
             "a:/",
             "a:/b:x",
             "a:/b:",
@@ -210,6 +256,26 @@ mod tests {
             "a:/b/../c",
         ] {
             assert!(parse(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_image_s_volumes_make_way_for_the_user_s() {
+        let other = |target: &str| Mount {
+            target: target.into(),
+            source: Source::Folder("v0".into()),
+            read_only: true,
+        };
+        let texts = ["/a", "/b/", "/c", "/c/"].map(str::to_owned);
+        let volumes = of_image(&texts, &[other("/b"), other("/c/d")]).unwrap();
+        let targets: Vec<_> = volumes.iter().map(|it| it.target.as_slice()).collect();
+        assert_eq!(targets, [b"/a", b"/c"]);
+        assert_eq!(
+            of_image(&texts, &[other("/a/"), other("/b"), other("/c")]).unwrap(),
+            []
+        );
+        for text in ["data", "/", "/a/../b"] {
+            assert!(of_image(&[text.to_owned()], &[]).is_err(), "{text}");
         }
     }
 

@@ -8,9 +8,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, chown};
 use std::path::Path;
 
+use mayfly_guest::copy::{Files, Place, Walk, copy};
 use mayfly_guest::protocol::{Mount, Net, Setup, Source};
 
-use super::net;
+use super::{copies, net};
 use crate::root;
 use crate::system::{check, mount};
 
@@ -60,7 +61,7 @@ pub fn prepare(setup: &Setup) -> Result<(), String> {
     for mount in &setup.mounts {
         let target = Path::new(OsStr::from_bytes(&mount.target));
         let failed = |error| format!("mounting {}: {error}", target.display());
-        mount_one(mount, target).map_err(failed)?;
+        mount_one(mount, target, setup.read_only).map_err(failed)?;
     }
     if !setup.folder.is_empty() {
         // If that fails, so does the process's start, which tells why.
@@ -233,8 +234,8 @@ impl Disks {
     /// Those of a machine.
     pub fn of(setup: &Setup) -> Self {
         let disks = setup.mounts.iter().filter(|mount| match mount.source {
-            Source::Disk(_) => !mount.read_only,
-            Source::Tmpfs { .. } | Source::Folder(_) => false,
+            Source::Disk(_) | Source::Volume(_) => !mount.read_only,
+            Source::Tmpfs { .. } | Source::Folder(_) | Source::Own => false,
         });
         // What was mounted has no NUL in its name.
         let names = disks.filter_map(|mount| CString::new(mount.target.as_slice()).ok());
@@ -257,8 +258,10 @@ impl Disks {
     }
 }
 
-fn mount_one(what: &Mount, target: &Path) -> io::Result<()> {
+fn mount_one(what: &Mount, target: &Path, root_is_read_only: bool) -> io::Result<()> {
     make_folder(target)?;
+    // What is there is beneath it then.
+    let below = File::open(target)?;
     let target = target
         .to_str()
         .ok_or_else(|| io::Error::other("the path is not UTF-8"))?;
@@ -277,5 +280,95 @@ fn mount_one(what: &Mount, target: &Path) -> io::Result<()> {
             mount(tag, target, "virtiofs", flags, "")
         }
         Source::Disk(device) => mount(device, target, "ext4", read_only, ""),
+        Source::Volume(device) => {
+            mount(device, target, "ext4", read_only, "")?;
+            fill(below, Path::new(target))
+        }
+        // Beside the root, it does not become read-only with it.
+        Source::Own if root_is_read_only => mount(target, target, "", libc::MS_BIND, ""),
+        Source::Own => Ok(()),
+    }
+}
+
+/// In a volume that is being filled: a machine that ended meanwhile left a part.
+const FILLING: &str = ".mayfly-filling";
+
+/// Fills a volume that is empty with what a folder has, and makes it the same to those
+/// who look at its owner and mode.
+fn fill(from: File, volume: &Path) -> io::Result<()> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(volume)? {
+        names.push(entry?.file_name());
+    }
+    names.retain(|name| name != "lost+found");
+    let marker = volume.join(FILLING);
+    if !names.is_empty() {
+        if !names.iter().any(|name| name == FILLING) {
+            return Ok(());
+        }
+        for path in names.iter().map(|name| volume.join(name)) {
+            if path == marker {
+                continue;
+            }
+            match path.symlink_metadata()?.is_dir() {
+                true => fs::remove_dir_all(&path)?,
+                false => fs::remove_file(&path)?,
+            }
+        }
+    }
+    File::create(&marker)?;
+    let folder = File::open(volume)?;
+    let model = from.metadata()?;
+    let place = |folder: File| Place {
+        folder: folder.into(),
+        name: b".".to_vec(),
+    };
+    let mut files = Files::new(place(folder.try_clone()?), copies::ALL);
+    copy(&mut Walk::new(&place(from))?, &mut files)?;
+    chown(volume, Some(model.uid()), Some(model.gid()))?;
+    fs::set_permissions(volume, model.permissions())?;
+    // All of it is there before nothing says that it is not.
+    // SAFETY: an open descriptor.
+    check(unsafe { libc::syncfs(folder.as_raw_fd()) }.into())?;
+    fs::remove_file(&marker)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = fs::read_dir(folder).unwrap();
+        let names = entries.map(|it| it.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<_> = names.collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn only_empty_volumes_are_filled() {
+        let folder = tempfile::tempdir().unwrap();
+        let (from, volume) = (folder.path().join("from"), folder.path().join("volume"));
+        fs::create_dir_all(from.join("a/b")).unwrap();
+        fs::write(from.join("a/file"), "of the image").unwrap();
+        fs::set_permissions(&from, fs::Permissions::from_mode(0o1750)).unwrap();
+        fs::create_dir_all(volume.join("lost+found")).unwrap();
+        let fill = || fill(File::open(&from).unwrap(), &volume);
+        fill().unwrap();
+        assert_eq!(names(&volume), ["a", "lost+found"]);
+        assert_eq!(names(&volume.join("a")), ["b", "file"]);
+        assert_eq!(volume.metadata().unwrap().mode() & 0o7777, 0o1750);
+        // Not again.
+        fs::remove_dir_all(volume.join("a/b")).unwrap();
+        fill().unwrap();
+        assert_eq!(names(&volume.join("a")), ["file"]);
+        // But when it was not done.
+        fs::write(volume.join(FILLING), "").unwrap();
+        fs::write(volume.join("part"), "").unwrap();
+        fill().unwrap();
+        assert_eq!(names(&volume), ["a", "lost+found"]);
+        assert_eq!(names(&volume.join("a")), ["b", "file"]);
     }
 }
