@@ -8,6 +8,7 @@ mod boots;
 mod common;
 mod consoles;
 mod control;
+mod copies;
 mod disks;
 mod distro;
 mod endings;

@@ -152,6 +152,7 @@ for_both! {
     vms_in_the_background_are_listed_asked_and_ended
     a_killed_process_is_told_as_such
     a_terminal_is_a_real_one
+    a_user_may_leave_and_come_back
     output_that_cannot_be_written_is_no_success
 }
 
@@ -405,6 +406,16 @@ fn vms_in_the_background_are_listed_asked_and_ended(user: &User) {
         (text(&logs.stdout), text(&logs.stderr)),
         ("begun\ngot one\n".into(), "complaint\n".into())
     );
+    let last = user.output(&["logs", "-n", "1", "-t", "bg"]);
+    let (time, line) = text(&last.stdout).split_once(' ').map_or_else(
+        || panic!("{last:?}"),
+        |(time, line)| (time.to_owned(), line.to_owned()),
+    );
+    assert!(time.starts_with("20") && time.ends_with('Z'), "{time}");
+    assert_eq!(
+        (line.as_str(), text(&last.stderr)),
+        ("got one\n", String::new())
+    );
     let mut follower = user.mayfly(&["logs", "-f", "bg"]).spawn().unwrap();
     let stats: serde_json::Value =
         serde_json::from_str(&user.text(&["stats", "--json", "bg"])).unwrap();
@@ -587,6 +598,45 @@ fn a_terminal_is_a_real_one(user: &User) {
     // It says once that there is a stopped job.
     terminal.master.write_all(b"exit 5\nexit 5\n").unwrap();
     assert_eq!(terminal.child.wait().unwrap().code(), Some(5));
+}
+
+fn a_user_may_leave_and_come_back(user: &User) {
+    const LEAVE: &[u8] = b"\x10\x11";
+    user.text(&["run", "-d", "-it", "--name", "l", "demo", "sh"]);
+    let attach = || Terminal::start(user.mayfly(&["attach", "l"]));
+    let mut terminal = attach();
+    terminal.type_until(b"A=kept; echo re''ady\n", "ready");
+    terminal.master.write_all(LEAVE).unwrap();
+    terminal.expect("left l");
+    assert_eq!(terminal.child.wait().unwrap().code(), Some(0));
+    let mut terminal = attach();
+    terminal.type_until(b"echo $A-here\n", "kept-here");
+
+    let script = "echo re''ady; sleep 3; i=0; while [ $i -lt 5000 ]; do echo $i; i=$((i+1)); done; \
+                  echo done > /done";
+    let exec = [
+        "exec",
+        "-it",
+        "--detach-keys",
+        "ctrl-x,q",
+        "l",
+        "sh",
+        "-c",
+        script,
+    ];
+    let mut exec = Terminal::start(user.mayfly(&exec));
+    exec.expect("ready");
+    exec.master.write_all(LEAVE).unwrap();
+    exec.master.write_all(b"\x18q").unwrap();
+    exec.expect("left l");
+    assert_eq!(exec.child.wait().unwrap().code(), Some(0));
+    eventually("it goes on", || {
+        user.output(&["exec", "l", "cat", "/done"]).stdout == b"done\n"
+    });
+    terminal.master.write_all(b"exit 6\n").unwrap();
+    assert_eq!(terminal.child.wait().unwrap().code(), Some(6));
+    let refused = user.output(&["attach", "--detach-keys", "xx", "l"]);
+    assert_eq!(refused.status.code(), Some(125));
 }
 
 fn output_that_cannot_be_written_is_no_success(user: &User) {

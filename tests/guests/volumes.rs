@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::{MetadataExt, chown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -201,6 +201,61 @@ fn a_named_volume_outlives_its_machines() {
     assert!(child.wait().unwrap().success());
     user.text(&["volume", "rm", "data", "more"]);
     assert_eq!(user.text(&["volume", "ls", "-q"]), "");
+}
+
+#[test]
+fn volumes_begin_with_what_the_image_has() {
+    let user = User::root();
+    let root = user.home.path().join("root");
+    for folder in ["bin", "data/deep", "proc", "dev", "sys", "tmp"] {
+        fs::create_dir_all(root.join(folder)).unwrap();
+    }
+    let busybox = ["/usr/bin/busybox", "/bin/busybox"]
+        .into_iter()
+        .find(|it| Path::new(it).exists());
+    fs::copy(busybox.unwrap(), root.join("bin/sh")).unwrap();
+    for name in ["cat", "ls", "rm", "stat", "touch"] {
+        symlink("sh", root.join("bin").join(name)).unwrap();
+    }
+    fs::write(root.join("data/deep/file"), "of the image\n").unwrap();
+    chown(root.join("data/deep/file"), Some(33), Some(34)).unwrap();
+    chown(root.join("data"), Some(33), None).unwrap();
+    fs::set_permissions(root.join("data"), fs::Permissions::from_mode(0o750)).unwrap();
+    let root = root.to_str().unwrap();
+    user.text(&[
+        "image",
+        "import",
+        root,
+        "own",
+        "--volume",
+        "/data",
+        "--entrypoint",
+        "[\"/bin/sh\", \"-c\"]",
+    ]);
+    let run = |words: &[&str], script: &str| {
+        user.text(&[&["run", "--rm"], words, &["own", script]].concat())
+    };
+
+    // A named one: filled once, and as it was left from then on.
+    let look = "cat /data/deep/file; stat -c '%u %g' /data/deep/file; stat -c '%u %a' /data";
+    let expected = "of the image\n33 34\n33 750\n";
+    let script = format!("{look}; rm -r /data/deep; echo kept > /data/it");
+    assert_eq!(run(&["-v", "named:/data"], &script), expected);
+    assert_eq!(
+        run(&["-v", "named:/data"], "ls /data; cat /data/it"),
+        "it\nkept\n"
+    );
+
+    // The image's own and one without a name are fresh ones each time, and can be
+    // written to though nothing else can.
+    let script = format!(
+        "{look}; echo x > /data/it; echo y > /more/it; ls /data /more; touch /z 2>/dev/null || echo refused"
+    );
+    let words = ["--read-only", "-v", "/more"];
+    for _ in 0..2 {
+        let expected = format!("{expected}/data:\ndeep\nit\n\n/more:\nit\nrefused\n");
+        assert_eq!(run(&words, &script), expected);
+    }
 }
 
 #[test]
