@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 
 use cpio::newc;
 
+use crate::module;
+
 /// Where the guest's init finds the modules' paths, in the order to load them.
 /// Behind a path may be how the names of devices begin that it is for: without
 /// one of these it is not loaded.
@@ -89,6 +91,15 @@ pub enum InitramfsError {
     Write(#[from] io::Error),
 }
 
+/// How modules are packed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ModuleForm {
+    /// With what is needed to load them only: see [`module::slim`].
+    Slim,
+    /// As they are, for a kernel that insists on signatures.
+    Signed,
+}
+
 /// An archive in the making.
 pub struct Initramfs<W: Write> {
     out: W,
@@ -151,6 +162,7 @@ impl<W: Write> Initramfs<W> {
         directory: &Path,
         first: &[&str],
         later: &[&str],
+        form: ModuleForm,
     ) -> Result<(), InitramfsError> {
         let first = resolve_modules(directory, first)?;
         let mut rest = Vec::new();
@@ -172,7 +184,12 @@ impl<W: Write> Initramfs<W> {
                     .collect();
                 list.push_str(&format!("/{}\n", words.join(" ")));
                 if added.insert(guest_path.clone()) {
-                    self.file(&guest_path, 0o644, &load_module(&module.path)?)?;
+                    let data = load_module(&module.path)?;
+                    let slim = match form {
+                        ModuleForm::Slim => module::slim(&data),
+                        ModuleForm::Signed => None,
+                    };
+                    self.file(&guest_path, 0o644, &slim.unwrap_or(data))?;
                 }
             }
             self.file(list_path, 0o644, list.as_bytes())?;
@@ -371,7 +388,9 @@ mod tests {
         let dir = tree();
         let list = |names: &[&str]| {
             let mut archive = Initramfs::new(Vec::new()).unwrap();
-            archive.modules(dir.path(), names, &[]).unwrap();
+            archive
+                .modules(dir.path(), names, &[], ModuleForm::Slim)
+                .unwrap();
             let entries = entries(&archive.finish().unwrap());
             let list = entries.into_iter().find(|entry| entry.0 == MODULE_LIST);
             String::from_utf8(list.unwrap().2).unwrap()
@@ -394,7 +413,9 @@ mod tests {
         let mut archive = Initramfs::new(Vec::new()).unwrap();
         archive.file("/init", 0o755, b"#!").unwrap();
         archive.file("opt/deep/er", 0o600, b"x").unwrap();
-        archive.modules(dir.path(), &["b"], &["none", "a"]).unwrap();
+        archive
+            .modules(dir.path(), &["b"], &["none", "a"], ModuleForm::Slim)
+            .unwrap();
         let entries = entries(&archive.finish().unwrap());
         let find = |name: &str| entries.iter().find(|entry| entry.0 == name).unwrap();
         assert_eq!(find("init").1, S_IFREG | 0o755);

@@ -16,6 +16,7 @@ pub mod initramfs;
 pub mod initrd;
 pub mod kernel;
 pub mod layout;
+pub mod module;
 pub mod payload;
 pub mod pvh;
 mod wdat;

@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use mayfly_boot::initramfs::{DEFAULT_MODULES, Initramfs, LATER_MODULES};
+use mayfly_boot::initramfs::{DEFAULT_MODULES, Initramfs, LATER_MODULES, ModuleForm};
 
 use crate::failure::{Failure, OrFail};
 
@@ -24,6 +24,10 @@ pub struct Args {
     /// A module to pack beside those for mayfly's devices (repeatable)
     #[arg(long, value_name = "NAME", requires = "modules")]
     module: Vec<String>,
+    /// Keep the modules' signatures, for a kernel that insists on them; the guest
+    /// loads such modules more slowly
+    #[arg(long, requires = "modules")]
+    signed: bool,
     /// The program that becomes /init
     #[arg(long, value_name = "FILE")]
     init: Option<PathBuf>,
@@ -45,8 +49,12 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     if let Some(folder) = &args.modules {
         let mut names = DEFAULT_MODULES.to_vec();
         names.extend(args.module.iter().map(String::as_str));
+        let form = match args.signed {
+            true => ModuleForm::Signed,
+            false => ModuleForm::Slim,
+        };
         archive
-            .modules(folder, &names, &LATER_MODULES)
+            .modules(folder, &names, &LATER_MODULES, form)
             .or_config(format_args!("--modules {}", folder.display()))?;
     }
     for pair in &args.add {
