@@ -1,6 +1,7 @@
 //! A process beside the VM: it has one end of a socket, and ends when the other is
 //! closed, so that it never outlives the VM, however that ends.
 
+use std::ffi::CStr;
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
@@ -19,6 +20,8 @@ const STACK: usize = 64 << 10;
 /// Of what it says, so much is taken at once, and told when it fails.
 const LINE_MAX: u64 = 1000;
 const COMPLAINT_MAX: u64 = 8 << 10;
+/// The first descriptor that is no standard stream.
+const FIRST: RawFd = 3;
 
 /// Lines that begin so are of no interest: it says them when all is well.
 pub type Chatter = &'static [&'static str];
@@ -63,6 +66,37 @@ pub fn inherit(fd: RawFd) -> io::Result<()> {
     match unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Waits until there is something to read from a socket, and lets the program that
+/// follows read it; ends the process if there will never be. To be called between
+/// fork and exec: whoever started the process goes on meanwhile.
+pub fn await_use(socket: RawFd, name: &CStr) -> io::Result<()> {
+    let close = |first: RawFd, last: libc::c_uint| {
+        // SAFETY: numbers; nobody uses these descriptors any more.
+        unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) == 0 }
+    };
+    // What is open is the VM's, which may be over sooner: locks, sockets. One of them
+    // is what the standard library waits at for the outcome of exec.
+    let before = (socket - 1).cast_unsigned();
+    if !((socket <= FIRST || close(FIRST, before)) && close(socket + 1, libc::c_uint::MAX)) {
+        return Ok(()); // an old kernel: the program starts now
+    }
+    // SAFETY: a string that lives until the call returns.
+    unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
+    let mut byte = 0u8;
+    loop {
+        // SAFETY: writes at most one byte to a live one.
+        let len = unsafe { libc::recv(socket, (&raw mut byte).cast(), 1, libc::MSG_PEEK) };
+        if len > 0 {
+            return Ok(());
+        }
+        let interrupted = io::Error::last_os_error().kind() == io::ErrorKind::Interrupted;
+        if len == 0 || !interrupted {
+            // SAFETY: runs nothing of this process.
+            unsafe { libc::_exit(0) };
+        }
     }
 }
 
@@ -245,6 +279,8 @@ fn listen(program: &str, chatter: Chatter, stderr: ChildStderr) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write;
+    use std::os::fd::AsRawFd;
     use std::time::Instant;
 
     fn shell(script: &str) -> Helper {
@@ -268,6 +304,49 @@ mod tests {
         assert_eq!(helper.complaint(), "wrong; very");
         let mut helper = shell("exec sleep 1000");
         assert_eq!(helper.complaint(), "ended without a word");
+    }
+
+    /// A program that copies what comes from a socket to its standard error.
+    fn reader(theirs: UnixStream) -> Helper {
+        let fd = theirs.as_raw_fd();
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("cat <&{fd} >&2")]);
+        // SAFETY: what runs between fork and exec are system calls.
+        unsafe { command.pre_exec(move || inherit(fd).and_then(|()| await_use(fd, c"waits"))) };
+        Helper::spawn("sh", &[], command).unwrap()
+    }
+
+    fn name(helper: &Helper) -> String {
+        let pid = helper.child.as_ref().unwrap().id();
+        std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default()
+    }
+
+    #[test]
+    fn one_that_is_not_used_does_not_start() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (mut pipe, writer) = io::pipe().unwrap();
+        let mut helper = reader(theirs);
+        while name(&helper) != "waits\n" {
+            thread::sleep(Duration::from_millis(10));
+        }
+        // It has nothing open that is ours.
+        drop(writer);
+        assert_eq!(pipe.read(&mut [0]).unwrap(), 0);
+        drop(ours);
+        let status = helper.child.as_mut().unwrap().wait().unwrap();
+        assert_eq!(status.code(), Some(0));
+    }
+
+    #[test]
+    fn one_that_is_used_reads_all_there_is() {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let mut helper = reader(theirs);
+        ours.write_all(b"all of it\n").unwrap();
+        drop(ours);
+        let mut said = String::new();
+        let mut stderr = helper.stderr.take().unwrap();
+        stderr.read_to_string(&mut said).unwrap();
+        assert_eq!(said, "all of it\n");
     }
 
     #[test]

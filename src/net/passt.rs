@@ -4,6 +4,7 @@
 //! It has one end of a pair of sockets, and ends when nobody has the other: so
 //! it never outlives the VM, however that ends.
 
+use std::ffi::CStr;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -19,9 +20,11 @@ use super::publish::Protocol;
 use super::user::UserNet;
 use crate::config::UserConfig;
 use crate::failure::{Failure, OrFail};
-use crate::helper::{Chatter, Helper, Running, find_program, inherit};
+use crate::helper::{Chatter, Helper, Running, await_use, find_program, inherit};
 
 const PROGRAM: &str = "passt";
+/// What a process that waits to become it is called.
+const NAME: &CStr = c"passt (waits)";
 /// Who passt is to the guest.
 const MAC: [u8; 6] = [0x02, 0x6d, 0x61, 0x79, 0x66, 0x6c];
 const MTU: u16 = 1500;
@@ -47,29 +50,43 @@ pub struct Starting {
     filter: Egress,
     socket: UnixStream,
     helper: Helper,
+    /// It starts with the guest's first frame.
+    later: bool,
 }
 
-/// Starts it; [`Starting::ready`] waits for it.
+/// Starts it; [`Starting::ready`] waits for it. Many a guest uses no network: unless
+/// there are ports to be opened, a process waits in its stead for the first frame.
 pub fn start(config: &UserConfig) -> Result<Starting, Failure> {
     let flag = "--net user".to_owned();
+    let missing = || {
+        Failure::host(format!(
+            "{flag}: needs {PROGRAM}, which is not installed: apt install passt"
+        ))
+    };
+    let program = program().ok_or_else(missing)?;
     let net = UserNet::of(config);
     let (socket, theirs) = UnixStream::pair().or_host(&flag)?;
     let fd = theirs.as_raw_fd();
-    let mut command = Command::new(PROGRAM);
+    let mut command = Command::new(program);
     command.args(arguments(&net, config, fd));
-    // SAFETY: what runs between fork and exec is one system call.
-    unsafe { command.pre_exec(move || inherit(fd)) };
-    let helper = Helper::spawn(PROGRAM, CHATTER, command).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => Failure::host(format!(
-            "{flag}: needs {PROGRAM}, which is not installed: apt install passt"
-        )),
-        _ => Failure::host(format!("{flag}: starting {PROGRAM}: {error}")),
-    })?;
+    let later = config.publish.is_empty();
+    let prepare = move || {
+        inherit(fd)?;
+        match later {
+            true => await_use(fd, NAME),
+            false => Ok(()),
+        }
+    };
+    // SAFETY: what runs between fork and exec are system calls.
+    unsafe { command.pre_exec(prepare) };
+    let helper = Helper::spawn(PROGRAM, CHATTER, command)
+        .map_err(|error| Failure::host(format!("{flag}: starting {PROGRAM}: {error}")))?;
     Ok(Starting {
         flag,
         filter: Egress::new(net, config),
         socket,
         helper,
+        later,
     })
 }
 
@@ -127,11 +144,15 @@ fn arguments(net: &UserNet, config: &UserConfig, fd: RawFd) -> Vec<String> {
 }
 
 impl Starting {
-    /// Waits until it answers. Returns the socket for the guest's frames, and
+    /// Waits until it answers, if it starts now. Returns the socket for the guest's frames, and
     /// what these are to pass, too.
     pub fn ready(mut self) -> Result<(UnixStream, Egress, Running), Failure> {
         let what = format!("{}: {PROGRAM}", self.flag);
-        match self.greet() {
+        let greeted = match self.later {
+            true => Ok(()),
+            false => self.greet(),
+        };
+        match greeted {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 return Err(Failure::host(format!("{what}: does not answer")));
