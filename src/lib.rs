@@ -4,6 +4,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
+pub mod arguments;
 pub mod cli;
 pub mod config;
 pub mod console;

@@ -12,6 +12,7 @@ use super::plan::variables;
 use super::record::{Place, Record, State};
 use super::session::{Insistence, send_apart};
 use super::{SIGNALLED, standard};
+use crate::arguments;
 use crate::console::terminal::{self, RawTerminal};
 use crate::failure::{Failure, OrFail};
 use crate::machine::Signals;
@@ -51,6 +52,7 @@ pub fn exec(options: ExecOptions) -> Result<u8, Failure> {
         environment.push((b"TERM".into(), terminal.into()));
     }
     environment.extend(variables(&options.environment, "--env")?);
+    arguments::hide_values();
     let process = Process {
         arguments: options.command.into_iter().map(Into::into).collect(),
         environment,

@@ -39,6 +39,7 @@ use self::options::Mode;
 use self::record::{Ended, Owned, Place, Record, now_ms};
 use self::session::{Session, SessionEnd};
 use self::volumes::Volumes;
+use crate::arguments;
 use crate::config::{FolderConfig, NetConfig, RawConfig, cache_folder, default_guest, escape};
 use crate::failure::{Failure, OrFail};
 use crate::image::{Bars, Image, LAYER_ROOT, PullOptions, Store, data_folder};
@@ -75,6 +76,7 @@ pub fn run(options: &Options, timeline: Timeline) -> Result<u8, Failure> {
     if mode == Mode::Detach {
         return detach(&plan.name);
     }
+    arguments::hide_values();
     run_here(options, plan, &image, network, timeline)
 }
 
