@@ -35,6 +35,24 @@ pub struct Helper {
     stderr: Option<ChildStderr>,
 }
 
+/// One that works, but that nobody waits for yet.
+pub struct Ready {
+    helper: Helper,
+    socket: UnixStream,
+}
+
+impl Ready {
+    /// A helper that has the other end of the socket.
+    pub fn new(helper: Helper, socket: UnixStream) -> Self {
+        Ready { helper, socket }
+    }
+
+    /// Waits for its end, and passes on what it says, each on a thread.
+    pub fn watch(self) -> io::Result<Running> {
+        self.helper.watch(self.socket)
+    }
+}
+
 /// One that runs, and ends with this.
 pub struct Running {
     socket: UnixStream,
@@ -148,9 +166,7 @@ impl Helper {
         }
     }
 
-    /// Waits for its end, and passes on what it says, each on a thread. It has the
-    /// other end of the socket.
-    pub fn watch(mut self, socket: UnixStream) -> io::Result<Running> {
+    fn watch(mut self, socket: UnixStream) -> io::Result<Running> {
         let (program, chatter, stderr) = (self.program, self.chatter, self.stderr.take());
         let mut child = self.child.take().ok_or(io::ErrorKind::NotFound)?;
         let life = Arc::new(Life {
@@ -186,10 +202,9 @@ impl Drop for Helper {
 }
 
 impl Running {
-    /// Ends it at once, when called.
-    pub fn end(&self) -> impl FnMut() + Send + 'static {
-        let life = self.life.clone();
-        move || life.kill()
+    /// Ends it at once, and waits until it has ended.
+    pub fn end(&self) {
+        self.life.kill();
     }
 }
 
@@ -369,7 +384,7 @@ mod tests {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let running = shell("sleep 1000").watch(ours).unwrap();
         let life = running.life.clone();
-        running.end()();
+        running.end();
         assert!(*lock(&life.over));
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let running = shell("exec sleep 1000").watch(ours).unwrap();

@@ -86,10 +86,17 @@ impl LogConfig {
 pub struct Started(Arc<Mutex<State>>);
 
 impl Started {
-    /// Goes on in the file that was asked for, which is made if need be.
-    pub fn open_file(&self, config: &LogConfig) -> Result<(), Failure> {
-        let Some(path) = &config.file else {
-            return Ok(());
+    /// Goes on in a file.
+    pub fn go_on_in(&self, file: Option<File>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).file = file;
+    }
+}
+
+impl LogConfig {
+    /// Opens the file that was asked for, which is made if need be.
+    pub fn open_file(&self) -> Result<Option<File>, Failure> {
+        let Some(path) = &self.file else {
+            return Ok(None);
         };
         let file = OpenOptions::new()
             .append(true)
@@ -97,8 +104,7 @@ impl Started {
             .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
             .open(path)
             .or_host(format_args!("--log file={}", path.display()))?;
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).file = Some(file);
-        Ok(())
+        Ok(Some(file))
     }
 }
 

@@ -3,11 +3,12 @@
 use std::fmt;
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// When each phase ended, counted from the process's start.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Timeline {
+    #[serde(skip, default = "Instant::now")]
     start: Instant,
     /// KVM is open and has a VM.
     pub kvm_ready: Option<Duration>,

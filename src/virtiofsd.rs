@@ -21,7 +21,7 @@ use mayfly_devices::virtio::fs::{BackendError, Frontend};
 
 use crate::config::FolderConfig;
 use crate::failure::{Failure, OrFail};
-use crate::helper::{Chatter, Helper, Running, find_program, inherit};
+use crate::helper::{Chatter, Helper, Ready, find_program, inherit};
 
 const PROGRAM: &str = "virtiofsd";
 /// Where else it is: Debian's, others', cargo's, and that of Debian 12's QEMU.
@@ -47,6 +47,16 @@ pub struct Starting {
     tag: String,
     socket: UnixStream,
     helper: Helper,
+}
+
+/// A folder that is served.
+pub struct Served {
+    /// What asked for it.
+    pub flag: String,
+    /// What the guest knows it by.
+    pub tag: String,
+    /// The device's way to who serves it.
+    pub frontend: Frontend,
 }
 
 /// Its makes.
@@ -103,9 +113,8 @@ pub fn start(config: &FolderConfig) -> Result<Starting, Failure> {
 }
 
 impl Starting {
-    /// Waits until it answers. Returns what asked for it, the folder's tag, and
-    /// both ends of its life.
-    pub fn ready(mut self) -> Result<(String, String, Frontend, Running), Failure> {
+    /// Waits until it answers.
+    pub fn ready(mut self) -> Result<(Served, Ready), Failure> {
         let what = format!("{}: {PROGRAM}", self.flag);
         let own = self.socket.try_clone().or_host(&what)?;
         let frontend = match Frontend::greet(self.socket, PATIENCE) {
@@ -118,8 +127,12 @@ impl Starting {
             }
             Err(error) => return Err(error).or_host(&what),
         };
-        let running = self.helper.watch(own).or_host(&what)?;
-        Ok((self.flag, self.tag, frontend, running))
+        let served = Served {
+            flag: self.flag,
+            tag: self.tag,
+            frontend,
+        };
+        Ok((served, Ready::new(self.helper, own)))
     }
 }
 

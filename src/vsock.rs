@@ -3,26 +3,22 @@
 //! The listening socket is made at once, so that the device can have it, but
 //! named only when all that can be refused has been.
 
-use std::os::unix::net::UnixListener;
+use std::io;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-
-use mayfly_devices::virtio::vsock::Connector;
 
 use crate::config::VsockConfig;
 use crate::failure::{Failure, OrFail};
 use crate::unix_socket::{check_free, connect, socket};
 
 /// Enough for the device's connections, and all else that is open.
-const OPEN_FILES: libc::rlim_t = 4096 + 1024;
+pub const OPEN_FILES: libc::rlim_t = 4096 + 1024;
 
-/// Connects the guest to the host's ports: their names begin with a path.
-pub fn connector(path: &Path) -> Connector {
-    let base = path.as_os_str().to_owned();
-    Box::new(move |port| {
-        let mut path = base.clone();
-        path.push(format!("_{port}"));
-        connect(Path::new(&path))
-    })
+/// Connects to the socket of a port of the host: their names begin with a path.
+pub fn connect_to_port(path: &Path, port: u32) -> io::Result<UnixStream> {
+    let mut path = path.as_os_str().to_owned();
+    path.push(format!("_{port}"));
+    connect(Path::new(&path))
 }
 
 /// A socket to listen on, which has no name yet. Looks whether it could have
@@ -58,7 +54,7 @@ mod tests {
     fn a_port_has_a_socket_of_its_own() {
         let folder = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(folder.path().join("v_80")).unwrap();
-        let mut connect = connector(&folder.path().join("v"));
+        let connect = |port| connect_to_port(&folder.path().join("v"), port);
         let mut ours = connect(80).unwrap();
         let (mut theirs, _) = listener.accept().unwrap();
         theirs.write_all(b"x").unwrap();

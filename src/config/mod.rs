@@ -16,6 +16,7 @@ mod size;
 mod vsock;
 mod watchdog;
 
+use std::iter;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -42,6 +43,7 @@ use crate::control::{NAME_MAX, valid_name};
 use crate::failure::{Failure, OrFail};
 use crate::logging::LogConfig;
 use crate::net::user::UserNet;
+use crate::sandbox::Mode;
 
 /// The most vCPUs of a VM.
 pub const CPUS_MAX: u8 = 32;
@@ -99,9 +101,23 @@ pub struct MachineConfig {
     pub layers: Vec<PathBuf>,
     /// Signals do not end it.
     pub ignores_signals: bool,
+    /// How its process is surrounded.
+    pub sandbox: Mode,
 }
 
 impl MachineConfig {
+    /// Where the console and the channels end on the host; what each is, and what
+    /// asked for it.
+    pub fn ends(&self) -> impl Iterator<Item = (&HostEnd, String, String)> {
+        let end = &self.console.end;
+        let console = (end, "console".to_owned(), format!("--console {end}"));
+        let channels = self.channels.iter().map(|channel| {
+            let what = format!("channel {}", channel.name);
+            (&channel.end, what, channel.flag())
+        });
+        iter::once(console).chain(channels)
+    }
+
     /// The files and sockets that the VM writes to or makes.
     pub fn written(&self) -> impl Iterator<Item = &Path> {
         let writable = |disk: &&DiskConfig| !disk.read_only;
@@ -218,6 +234,7 @@ impl RawConfig {
             console,
             channels,
             watchdog: parse_one(self.watchdog.as_deref(), "--watchdog")?,
+            sandbox: self.sandbox.unwrap_or_default(),
             log: parse_one(self.log.as_deref(), "--log")?.unwrap_or_default(),
             pidfile: self.pidfile,
             layers: self.layers,

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::keys::escape;
 use crate::failure::{Failure, OrFail};
+use crate::sandbox::Mode;
 
 /// The raw flags. A file of `--config` has the same names: `cpus = 2`,
 /// `disk = ["path=a.img,ro"]` or `[[disk]]` tables with the same keys.
@@ -95,6 +96,10 @@ pub struct RawConfig {
     /// Write mayfly's process id to a file, removed at the end
     #[arg(long, value_name = "F")]
     pub pidfile: Option<PathBuf>,
+    /// What surrounds the machine's process: all that the host has (on), all there is, or
+    /// no VM (require), or nothing (off) [default: on]
+    #[arg(long, value_name = "on|require|off")]
+    pub sandbox: Option<Mode>,
     /// The file systems of an image's layers, on one disk before the others
     #[arg(skip)]
     #[serde(skip)]
@@ -170,6 +175,7 @@ impl RawConfig {
             console: self.console.or(file.console),
             channel: either(self.channel, file.channel),
             watchdog: self.watchdog.or(file.watchdog),
+            sandbox: self.sandbox.or(file.sandbox),
             log: self.log.or(file.log),
             pidfile: self.pidfile.or(file.pidfile),
             layers: self.layers,

@@ -1,28 +1,25 @@
 //! The host's side of the guest's console and channels.
 
+mod ends;
 mod escape;
 mod tail;
 pub(crate) mod terminal;
 
 use std::collections::VecDeque;
-use std::fs::{File, OpenOptions};
-use std::io::{self, IsTerminal, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use mayfly_devices::bus::lock;
 use mayfly_devices::line::{Line, TerminalSize};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::config::HostEnd;
-use crate::failure::{Failure, OrFail};
-use crate::unix_socket::{self, Name};
 use escape::{Escape, HELP, Request};
 use tail::Tail;
-use terminal::RawTerminal;
+
+pub use self::ends::{Ends, Nature, Opened};
 
 /// A pipe that polls as writable takes this much without blocking.
 const CHUNK: usize = libc::PIPE_BUF;
@@ -56,14 +53,10 @@ pub enum Pumped {
     Quit,
 }
 
-/// The guest's side of a console or a channel, and what is to be the host's.
+/// The guest's side of a console or a channel.
 pub struct Connection {
-    /// What it is, for messages.
-    pub name: String,
     /// What asked for it, for messages.
     pub flag: String,
-    /// The host's end.
-    pub end: HostEnd,
     /// The guest's ends. In this order they give output; the last takes
     /// the input.
     pub lines: Vec<Arc<Mutex<dyn Line>>>,
@@ -97,93 +90,22 @@ pub struct Console {
     /// guest does not take yet.
     held: VecDeque<u8>,
     listener: Option<UnixListener>,
-    _name: Option<Name>,
-    _terminal: Option<RawTerminal>,
-    /// Keeps a pseudo-terminal from hanging up while nobody has it open.
-    _slave: Option<File>,
 }
 
 impl Console {
-    /// Opens what the user chose. Called last of all that can fail: it creates
-    /// files, and changes the terminal.
-    pub fn open(connection: &Connection) -> Result<Self, Failure> {
-        let flag = &connection.flag;
-        let console = match &connection.end {
-            HostEnd::None => Ok(Console::default()),
-            HostEnd::Stdio => Console::stdio().or_host(flag),
-            HostEnd::File(path) => {
-                let file = OpenOptions::new()
-                    .write(true)
-                    .create(true)
-                    .truncate(true)
-                    .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-                    .open(path)
-                    .or_host(flag)?;
-                Ok(Console {
-                    output: Some(file),
-                    ..Default::default()
-                })
-            }
-            HostEnd::Pty => Console::pty(&connection.name).or_host(flag),
-            HostEnd::Unix(path) => Console::unix(path, flag),
-        }?;
-        Ok(Console {
+    /// A console on what is the host's of it.
+    pub fn new(connection: &Connection, ends: Ends) -> Self {
+        Console {
             lines: connection.lines.clone(),
-            flag: flag.clone(),
+            flag: connection.flag.clone(),
             tail: connection.tail.then(Tail::default),
-            ..console
-        })
-    }
-
-    fn stdio() -> io::Result<Self> {
-        let input = duplicate(libc::STDIN_FILENO).ok(); // may be closed
-        let output = duplicate(libc::STDOUT_FILENO).ok().map(nonblocking);
-        let terminal = match &input {
-            Some(input) => RawTerminal::new(input)?,
-            None => None,
-        };
-        Ok(Console {
-            escape: terminal.as_ref().map(|_| Escape::default()),
-            input,
-            output,
-            _terminal: terminal,
-            ..Default::default()
-        })
-    }
-
-    fn pty(what: &str) -> io::Result<Self> {
-        let (mut master, mut slave) = (-1, -1);
-        let null = std::ptr::null_mut();
-        // SAFETY: writes two descriptors; the other arguments may be null.
-        if unsafe { libc::openpty(&mut master, &mut slave, null, null as _, null as _) } != 0 {
-            return Err(io::Error::last_os_error());
+            escape: ends.keys.then(Escape::default),
+            lossy: ends.lossy,
+            input: ends.input,
+            output: ends.output,
+            listener: ends.listener,
+            ..Console::default()
         }
-        // SAFETY: two new descriptors, that nothing else owns.
-        let (master, slave) =
-            unsafe { (OwnedFd::from_raw_fd(master), OwnedFd::from_raw_fd(slave)) };
-        let slave = File::from(slave);
-        let name = std::fs::read_link(format!("/proc/self/fd/{}", slave.as_raw_fd()))?;
-        let input = File::from(master);
-        set_nonblocking(&input)?;
-        // The guest's own terminal echoes and edits.
-        make_raw(&slave)?;
-        eprintln!("mayfly: {what} is {}", name.display());
-        Ok(Console {
-            output: Some(input.try_clone()?),
-            input: Some(input),
-            lossy: true,
-            _slave: Some(slave),
-            ..Default::default()
-        })
-    }
-
-    fn unix(path: &Path, flag: &str) -> Result<Self, Failure> {
-        let (listener, name) = unix_socket::listen(path, flag)?;
-        Ok(Console {
-            listener: Some(listener),
-            _name: Some(name),
-            ..Default::default()
-        })
     }
 
     /// The descriptors that wake [`Console::pump`] up. Those that epoll does
@@ -421,48 +343,11 @@ impl Console {
     }
 }
 
-fn duplicate(fd: RawFd) -> io::Result<File> {
-    // SAFETY: the descriptor is only borrowed for this call.
-    let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
-    fd.try_clone_to_owned().map(File::from)
-}
-
-/// A terminal's descriptor is shared with others, who want it to block: opened
-/// anew, it need not. Pipes tell how much they take; files do not block.
-fn nonblocking(output: File) -> File {
-    if !output.is_terminal() {
-        return output;
-    }
-    let reopened = OpenOptions::new()
-        .write(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(format!("/proc/self/fd/{}", output.as_raw_fd()));
-    reopened.unwrap_or(output)
-}
-
 fn set_nonblocking(file: &File) -> io::Result<()> {
     // SAFETY: an open descriptor, and numbers.
     let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
     // SAFETY: as above.
     match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-fn make_raw(terminal: &File) -> io::Result<()> {
-    let mut settings = std::mem::MaybeUninit::<libc::termios>::uninit();
-    let fd = terminal.as_raw_fd();
-    // SAFETY: fills in the structure, or fails.
-    if unsafe { libc::tcgetattr(fd, settings.as_mut_ptr()) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the call above succeeded.
-    let mut settings = unsafe { settings.assume_init() };
-    // SAFETY: changes a live structure.
-    unsafe { libc::cfmakeraw(&mut settings) };
-    // SAFETY: reads a live structure.
-    match unsafe { libc::tcsetattr(fd, libc::TCSANOW, &settings) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
@@ -493,7 +378,11 @@ fn poll(fd: RawFd, events: libc::c_short, timeout_ms: i32) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::OpenOptions;
+
     use super::*;
+    use crate::config::HostEnd;
+    use crate::unix_socket;
 
     /// A guest that always has more to say.
     struct Endless;
@@ -569,10 +458,12 @@ mod tests {
     fn what_a_client_sent_before_it_left_arrives() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("s");
+        let (listener, _name) = unix_socket::listen(&path, "--x").unwrap();
         let line = Arc::new(Mutex::new(Slow::with_room(10)));
         let mut console = Console {
             lines: vec![line.clone()],
-            ..Console::unix(&path, "--x").unwrap()
+            listener: Some(listener),
+            ..Console::default()
         };
         let mut client = UnixStream::connect(&path).unwrap();
         console.accept();
@@ -593,10 +484,12 @@ mod tests {
     fn the_next_client_waits_for_one_that_left() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("s");
+        let (listener, _name) = unix_socket::listen(&path, "--x").unwrap();
         let line = Arc::new(Mutex::new(Slow::default()));
         let mut console = Console {
             lines: vec![line.clone()],
-            ..Console::unix(&path, "--x").unwrap()
+            listener: Some(listener),
+            ..Console::default()
         };
         // Which said nothing, while the guest does not listen …
         let first = UnixStream::connect(&path).unwrap();
@@ -628,7 +521,11 @@ mod tests {
     fn clients_without_end_leave_others_their_turn() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("s");
-        let mut console = Console::unix(&path, "--x").unwrap();
+        let (listener, _name) = unix_socket::listen(&path, "--x").unwrap();
+        let mut console = Console {
+            listener: Some(listener),
+            ..Console::default()
+        };
         let clients: Vec<_> = (0..CLIENTS_TURN + 1)
             .map(|_| UnixStream::connect(&path).unwrap())
             .collect();
@@ -664,7 +561,14 @@ mod tests {
 
     #[test]
     fn a_terminal_that_nobody_reads_blocks_nobody() {
-        let mut console = endless(Console::pty("console").unwrap());
+        let opened = Opened::open(&HostEnd::Pty, "console", "--console").unwrap();
+        let connection = Connection {
+            flag: "--console".into(),
+            lines: Vec::new(),
+            attention: EventFd::new(0).unwrap(),
+            tail: false,
+        };
+        let mut console = endless(Console::new(&connection, opened.ends.unwrap()));
         for _ in 0..10 {
             assert_eq!(console.pump(), Pumped::More); // it loses output
         }

@@ -7,7 +7,7 @@ use mayfly_devices::line::Line;
 use mayfly_devices::rate_limiter::LimitHandle;
 use mayfly_devices::serial::Serial;
 use mayfly_devices::virtio::balloon::{Balloon, BalloonHandle};
-use mayfly_devices::virtio::block::Block;
+use mayfly_devices::virtio::block::{Block, Prepare};
 use mayfly_devices::virtio::console::{Channels, Console};
 use mayfly_devices::virtio::device::{DeviceId, VirtioDevice};
 use mayfly_devices::virtio::fs::Fs;
@@ -18,16 +18,16 @@ use mayfly_devices::virtio::vsock::{Vsock, VsockState};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::build::{duplicate, event};
+use super::link::Errands;
 use super::resources::{HostNet, Resources};
 use crate::config::{HostEnd, MachineConfig, NetConfig, Network};
 use crate::console::Connection;
 use crate::failure::{Failure, OrFail};
-use crate::helper::Running;
 use crate::kvm::memory::GuestMemory;
 use crate::kvm::reclaim::{MappedFiles, Reclaimer};
 use crate::kvm::vcpu::Buses;
 use crate::kvm::vm::Vm;
-use crate::vsock;
+use crate::virtiofsd::Served;
 
 /// A virtio device in its place.
 pub struct Slot {
@@ -91,8 +91,6 @@ pub struct Attached {
     pub connections: Vec<Connection>,
     /// Commands the balloon.
     pub balloon: Option<BalloonHandle>,
-    /// The processes beside the VM, which end with these.
-    pub helpers: Vec<Running>,
 }
 
 /// Makes all devices, in the order of their names in the guest.
@@ -102,44 +100,52 @@ pub fn attach(
     serial: (Arc<Mutex<Serial>>, EventFd),
     vm: &Vm,
     (memory, files): (&GuestMemory, &MappedFiles),
+    (errands, prepare): (&Arc<Errands>, &Prepare),
     buses: &mut Buses,
 ) -> Result<Attached, Failure> {
     let mut devices = Devices::default();
     if let Some(disk) = resources.layers.take() {
-        let device = Block::new(disk).or_host("the image's layers")?;
+        let device = Block::with_prepared(disk, prepare).or_host("the image's layers")?;
         devices.add("layers", "the image's layers", device);
     }
     for (index, (disk, from)) in resources.disks.drain(..).zip(&config.disks).enumerate() {
         let flag = format!("--disk path={}", from.path.display());
-        let block = Block::new(disk).or_host(&flag)?;
+        let block = Block::with_prepared(disk, prepare).or_host(&flag)?;
         let limits = Some(block.limit_handle());
         devices.add_limited(format!("disk{index}"), flag, block, limits);
     }
-    let mut helpers = Vec::new();
+    // Those of networks come first.
+    let mut helper = 0;
     for (index, (host, from)) in resources.nets.drain(..).zip(&config.nets).enumerate() {
         let flag = from.flag();
         let ends = match host {
             HostNet::Tap(files) => files.into_iter().map(Backend::tap).collect(),
-            HostNet::Passt(starting) => {
-                let (socket, filter, passt) = starting.ready()?;
-                helpers.push(passt);
-                vec![Backend::stream(socket, Some(Box::new(filter))).or_host(&flag)?]
+            HostNet::Passt(socket, filter) => {
+                helper += 1;
+                vec![Backend::stream(socket, Some(filter)).or_host(&flag)?]
             }
         };
         let net = Net::new(ends, mac_address(from), from.limits).or_host(&flag)?;
         let limits = Some(net.limit_handle());
         devices.add_limited(format!("net{index}"), flag, net, limits);
     }
-    for (index, starting) in resources.folders.drain(..).enumerate() {
-        let (flag, tag, backend, virtiofsd) = starting.ready()?;
-        let fs = Fs::new(backend, &tag, Box::new(virtiofsd.end())).or_host(&flag)?;
+    for (index, (number, served)) in (helper..).zip(resources.folders.drain(..)).enumerate() {
+        let Served {
+            flag,
+            tag,
+            frontend,
+        } = served;
+        let errands = errands.clone();
+        let end = Box::new(move || errands.end_helper(number));
+        let fs = Fs::new(frontend, &tag, end).or_host(&flag)?;
         devices.add(format!("fs{index}"), flag, fs);
-        helpers.push(virtiofsd);
     }
     if let (Some(listener), Some(from)) = (resources.vsock.take(), &config.vsock) {
         let flag = from.flag();
         let state = VsockState::new(from.cid);
-        let device = Vsock::new(state, listener, vsock::connector(&from.path));
+        let errands = errands.clone();
+        let connector = Box::new(move |port| errands.connect(port));
+        let device = Vsock::new(state, listener, connector);
         devices.add("vsock", flag.clone(), device.or_host(&flag)?);
     }
     let random = resources
@@ -166,7 +172,6 @@ pub fn attach(
         slots,
         connections,
         balloon,
-        helpers,
     })
 }
 
@@ -185,10 +190,8 @@ fn attach_console(
         devices.add("console", &flag, console);
     }
     Ok(Connection {
-        name: "console".to_owned(),
         flag,
         tail: config.console.end != HostEnd::Stdio,
-        end: config.console.end.clone(),
         lines,
         attention,
     })
@@ -207,9 +210,7 @@ fn attach_channels(
         let attention = event()?;
         ports.push((channel.name.clone(), duplicate(&attention)?));
         connections.push(Connection {
-            name: format!("channel {}", channel.name),
             flag: channel.flag(),
-            end: channel.end.clone(),
             tail: false,
             lines: Vec::new(),
             attention,

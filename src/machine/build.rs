@@ -10,16 +10,16 @@ use mayfly_devices::platform::PlatformEvent;
 use mayfly_devices::pvpanic::GuestPanic;
 use mayfly_devices::serial::{Serial, SerialState};
 use mayfly_devices::virtio::balloon::BalloonHandle;
+use mayfly_devices::virtio::block::Prepare;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::attach::{self, Attached, Slot};
+use super::link::Errands;
 use super::platform::{self, PlatformHandle};
 use super::resources::Resources;
 use crate::config::MachineConfig;
 use crate::console::Connection;
-use crate::control::Ask;
 use crate::failure::{Failure, OrFail};
-use crate::helper::Running;
 use crate::kvm::gate::Gate;
 use crate::kvm::memory::{FileMapper, guest_memory, prefault};
 use crate::kvm::probe::{self, Backend};
@@ -37,8 +37,6 @@ pub enum VmEvent {
     Platform(PlatformEvent, Instant),
     /// The guest's kernel panicked.
     Panic(GuestPanic),
-    /// The user asks for something.
-    Ask(Ask),
 }
 
 /// Sends [`VmEvent`]s.
@@ -78,8 +76,6 @@ pub struct Machine {
     pub connections: Vec<Connection>,
     /// Commands the balloon.
     pub balloon: Option<BalloonHandle>,
-    /// The processes beside the VM, which end with these.
-    pub helpers: Vec<Running>,
     /// Power button, watchdog, …
     pub platform: PlatformHandle,
     /// Where events are sent …
@@ -96,10 +92,10 @@ pub struct Machine {
 pub fn build(
     config: &MachineConfig,
     mut resources: Resources,
+    (errands, prepare): (&Arc<Errands>, &Prepare),
     timeline: &mut Timeline,
 ) -> Result<Machine, Failure> {
-    let kvm = open_kvm()?;
-    let mut vm = Vm::new(&kvm).or_host("--cpus")?;
+    let mut vm = Vm::new(&resources.kvm).or_host("--cpus")?;
     timeline.kvm_ready = timeline.now();
 
     let memory = guest_memory(&config.memory).or_host(memory_flag(config))?;
@@ -125,13 +121,13 @@ pub fn build(
         serial,
         &vm,
         (&memory, &files),
+        (errands, prepare),
         &mut buses,
     )?;
     let Attached {
         slots,
         connections,
         balloon,
-        helpers,
     } = attached;
     let virtio: Vec<MmioDevice> = slots.iter().map(|slot| slot.place).collect();
 
@@ -159,7 +155,6 @@ pub fn build(
         slots: slots.into(),
         connections,
         balloon,
-        helpers,
         platform,
         notifier,
         events,

@@ -12,10 +12,11 @@ use serde_json::json;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::attach::Slot;
+use super::link::{Link, Word};
 use super::platform::PlatformHandle;
 use super::run::{Outcome, VcpuControl};
 use crate::config::{MachineConfig, WatchdogAction, check_balloon_size};
-use crate::control::{Ask, Command, Event, Reply, Subscriber};
+use crate::control::{Command, Event, Reply};
 use crate::metrics::Exposition;
 use crate::timing::Timeline;
 
@@ -28,7 +29,7 @@ pub struct Commander {
     platform: PlatformHandle,
     watchdog: WatchdogAction,
     state: State,
-    subscribers: Vec<Subscriber>,
+    link: Arc<Link>,
     /// Goes off while a guest that was asked to turn off has not …
     insistence: TimerFd,
     /// … and this is when its time is over.
@@ -43,6 +44,8 @@ struct About {
     cmdline: String,
     cpus: u8,
     memory: u64,
+    /// The process that the user knows.
+    keeper: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,10 +58,12 @@ impl Commander {
     /// Commands a machine whose vCPUs are about to run.
     pub fn new(
         config: &MachineConfig,
+        keeper: u32,
         vcpus: Arc<VcpuControl>,
         slots: Arc<[Slot]>,
         balloon: Option<BalloonHandle>,
         platform: PlatformHandle,
+        link: Arc<Link>,
     ) -> std::io::Result<Self> {
         Ok(Commander {
             about: About {
@@ -67,6 +72,7 @@ impl Commander {
                 cmdline: config.cmdline.clone(),
                 cpus: config.cpus,
                 memory: config.memory.size,
+                keeper,
             },
             vcpus,
             slots,
@@ -74,7 +80,7 @@ impl Commander {
             platform,
             watchdog: config.watchdog.unwrap_or(WatchdogAction::Crash),
             state: State::Running,
-            subscribers: Vec::new(),
+            link,
             insistence: TimerFd::new().map_err(std::io::Error::from)?,
             deadline: None,
             started: Instant::now(),
@@ -106,33 +112,26 @@ impl Commander {
     }
 
     /// Carries out a command and answers it.
-    pub fn serve(&mut self, ask: Ask, timeline: &Timeline) {
-        let done = match ask.command {
+    pub fn serve(&mut self, command: Command, timeline: &Timeline) -> Reply {
+        let done = match command {
             Command::Pause {} => self.pause(),
             Command::Resume {} => self.resume(),
             Command::Info {} => Ok(self.info()),
-            Command::Events {} => {
-                // Those that left would gather while nothing happens.
-                self.subscribers.retain(Subscriber::is_here);
-                self.subscribers.extend(ask.subscriber);
-                Ok(serde_json::Value::Null)
-            }
+            // The keeper tells them.
+            Command::Events {} => Ok(serde_json::Value::Null),
             Command::Metrics {} => Ok(self.metrics(timeline).into()),
             Command::Shutdown { deadline } => self.shutdown(Duration::from_secs(deadline)),
             Command::Nmi {} => self.interrupt(),
             Command::Balloon { size } => self.inflate(size),
             Command::Limit { device, limits } => self.limit(&device, limits),
         };
-        let reply = done.map_or_else(Reply::Error, Reply::Ok);
-        // A client that has gone needs no answer.
-        let _ = ask.reply.try_send(reply);
+        done.map_or_else(Reply::Error, Reply::Ok)
     }
 
-    /// Tells all who listen; one that lags behind is let go.
+    /// Tells all who listen. What the keeper has no time for is lost.
     pub fn tell(&mut self, event: &str, detail: Option<String>) {
         let event = Event::now(event, detail);
-        self.subscribers
-            .retain(|subscriber| subscriber.tell(event.clone()));
+        let _ = self.link.try_send(&Word::Event(event));
     }
 
     fn pause(&mut self) -> Result<serde_json::Value, String> {
@@ -230,7 +229,7 @@ impl Commander {
             .collect();
         json!({
             "name": self.about.name,
-            "pid": std::process::id(),
+            "pid": self.about.keeper,
             "state": match self.state {
                 State::Running => "running",
                 State::Paused => "paused",
@@ -328,17 +327,14 @@ fn balloon_info(balloon: &BalloonHandle) -> serde_json::Value {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc;
-
     use super::*;
-    use crate::control::Subscription;
     use crate::kvm::gate::Gate;
     use crate::kvm::vcpu::Buses;
 
     /// Of a machine without vCPUs.
     fn commander() -> Commander {
         let gate = Arc::new(Gate::new(0));
-        let vcpus = VcpuControl::start(Vec::new(), Buses::default(), gate, |_| ()).unwrap();
+        let vcpus = VcpuControl::start(Vec::new(), Buses::default(), gate, || (), |_| ()).unwrap();
         Commander {
             about: About {
                 name: "vm".into(),
@@ -346,6 +342,7 @@ mod tests {
                 cmdline: String::new(),
                 cpus: 0,
                 memory: 0,
+                keeper: 1,
             },
             vcpus: Arc::new(vcpus),
             slots: Arc::new([]),
@@ -353,49 +350,29 @@ mod tests {
             platform: PlatformHandle::alone(),
             watchdog: WatchdogAction::Crash,
             state: State::Running,
-            subscribers: Vec::new(),
+            link: Arc::new(Link::pair().unwrap().0),
             insistence: TimerFd::new().unwrap(),
             deadline: None,
             started: Instant::now(),
         }
     }
 
-    fn ask(commander: &mut Commander, command: Command) -> (Reply, Subscription) {
-        let (reply, answer) = mpsc::sync_channel(1);
-        let (subscriber, subscription) = Subscriber::new();
-        let subscriber = (command == Command::Events {}).then_some(subscriber);
-        let ask = Ask {
-            command,
-            reply,
-            subscriber,
-        };
-        commander.serve(ask, &Timeline::start());
-        (answer.try_recv().unwrap(), subscription)
+    fn ask(commander: &mut Commander, command: Command) -> Reply {
+        commander.serve(command, &Timeline::start())
     }
 
     #[test]
     fn what_is_refused_changes_nothing() {
         let mut commander = commander();
-        assert_eq!(ask(&mut commander, Command::Pause {}).0, Reply::done());
+        assert_eq!(ask(&mut commander, Command::Pause {}), Reply::done());
         let deadline = u64::MAX;
-        let (reply, _) = ask(&mut commander, Command::Shutdown { deadline });
+        let reply = ask(&mut commander, Command::Shutdown { deadline });
         assert!(matches!(reply, Reply::Error(_)), "{reply:?}");
         assert_eq!(commander.state, State::Paused);
         assert_eq!(commander.deadline, None);
         let deadline = 1;
-        let (reply, _) = ask(&mut commander, Command::Shutdown { deadline });
+        let reply = ask(&mut commander, Command::Shutdown { deadline });
         assert_eq!(reply, Reply::done());
         assert_eq!(commander.state, State::Running);
-    }
-
-    #[test]
-    fn subscribers_that_left_do_not_gather() {
-        let mut commander = commander();
-        let stays = ask(&mut commander, Command::Events {});
-        for _ in 0..5 {
-            drop(ask(&mut commander, Command::Events {}));
-        }
-        assert_eq!(commander.subscribers.len(), 2);
-        drop(stays);
     }
 }

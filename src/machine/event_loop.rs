@@ -18,9 +18,10 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::build::VmEvent;
 use super::control::Commander;
+use super::link::{Link, Order, Word};
 use super::run::Outcome;
-use super::signals::Signals;
 use crate::console::{Console, Pumped};
+use crate::control::Reply;
 use crate::kvm::vcpu::VcpuEnd;
 use crate::timing::Timeline;
 
@@ -104,8 +105,8 @@ pub struct Control {
     pub wake: EventFd,
     /// From the vCPUs' threads.
     pub events: Receiver<VmEvent>,
-    /// From the host.
-    pub signals: Signals,
+    /// From the keeper.
+    pub link: Arc<Link>,
     /// The guest said that it panicked.
     pub panicked: bool,
     /// Then, how long it may go on.
@@ -121,7 +122,7 @@ pub struct Control {
 impl MutEventSubscriber for Control {
     fn init(&mut self, ops: &mut EventOps) {
         add(ops, Events::new(&self.wake, EventSet::IN), &self.learnt);
-        add(ops, Events::new(&self.signals, EventSet::IN), &self.learnt);
+        add(ops, Events::new(&*self.link, EventSet::IN), &self.learnt);
         let commander = self.commander.borrow();
         let timers = [
             (Some(commander.insistence()), INSISTENCE),
@@ -168,22 +169,31 @@ impl MutEventSubscriber for Control {
                     commander.tell("crash-kernel", None);
                     None
                 }
-                VmEvent::Ask(ask) => {
-                    commander.serve(ask, &learnt.timeline);
-                    None
-                }
                 // Kept where it is written.
                 VmEvent::Platform(PlatformEvent::Status(_), _) => None,
             };
             outcome = outcome.or(next);
         }
-        match self.signals.next() {
-            Some(libc::SIGWINCH) => {
+        match self.link.try_receive() {
+            Ok(None | Some(Order::Start { .. })) => {}
+            Ok(Some(Order::Ask { id, command })) => {
+                let reply = commander.serve(command, &learnt.timeline);
+                let reply = match self.link.send(&Word::Reply { id, reply }, &[]) {
+                    Ok(()) => None,
+                    Err(error) => Some(Reply::Error(error.to_string())),
+                };
+                if let Some(reply) = reply {
+                    let _ = self.link.try_send(&Word::Reply { id, reply });
+                }
+            }
+            Ok(Some(Order::Resized)) => {
                 // Only refuses when it is signalled already.
                 let _ = self.resized.as_ref().map(|console| console.write(1));
             }
-            Some(signal) => outcome = outcome.or(Some(Outcome::Signal(signal))),
-            None => {}
+            Ok(Some(Order::Signal(signal))) => {
+                outcome = outcome.or(Some(Outcome::Signal(signal)));
+            }
+            Ok(Some(Order::End)) | Err(_) => outcome = outcome.or(Some(Outcome::Forced)),
         }
         if learnt.outcome.is_none() {
             learnt.outcome = outcome.map(|outcome| match outcome {
@@ -326,7 +336,7 @@ mod tests {
 
     use super::*;
     use crate::config::HostEnd;
-    use crate::console::Connection;
+    use crate::console::{Connection, Opened};
 
     /// A guest that takes all.
     #[derive(Default)]
@@ -350,6 +360,7 @@ mod tests {
         events: EventLoop,
         guest: Arc<Mutex<Guest>>,
         path: PathBuf,
+        _opened: Opened,
         _folder: tempfile::TempDir,
     }
 
@@ -359,17 +370,18 @@ mod tests {
             let path = folder.path().join("s");
             let guest = Arc::new(Mutex::new(Guest::default()));
             let connection = Connection {
-                name: "agent".into(),
                 flag: "--channel".into(),
-                end: HostEnd::Unix(path.clone()),
                 lines: vec![guest.clone()],
                 attention: EventFd::new(EFD_NONBLOCK).unwrap(),
                 tail: false,
             };
+            let end = HostEnd::Unix(path.clone());
+            let mut opened = Opened::open(&end, "agent", "--channel").unwrap();
+            let ends = opened.ends.take().unwrap();
             let mut events = EventLoop::new(Timeline::start()).unwrap();
             let learnt = events.learnt();
             events.add(ConsolePump {
-                console: Rc::new(RefCell::new(Console::open(&connection).unwrap())),
+                console: Rc::new(RefCell::new(Console::new(&connection, ends))),
                 attention: connection.attention,
                 learnt,
             });
@@ -377,6 +389,7 @@ mod tests {
                 events,
                 guest,
                 path,
+                _opened: opened,
                 _folder: folder,
             }
         }

@@ -1,9 +1,11 @@
-//! A machine from its configuration to its end.
+//! A machine from its configuration to its end: a process of its own, and its keeper.
 
 mod attach;
 mod build;
 mod control;
 mod event_loop;
+mod keeper;
+mod link;
 mod pidfile;
 mod platform;
 mod resources;
@@ -11,7 +13,8 @@ mod run;
 mod signals;
 
 pub(crate) use build::open_kvm;
+pub use keeper::{Ender, Keeper, run};
 pub use platform::PlatformHandle;
 pub(crate) use resources::refusal;
-pub use run::{Ending, Outcome, run};
-pub(crate) use signals::{Signals, end_own_machine};
+pub use run::{Ending, Outcome};
+pub(crate) use signals::Signals;

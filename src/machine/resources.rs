@@ -4,15 +4,20 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use kvm_ioctls::Kvm;
 use mayfly_devices::virtio::block::{Disk, ID_LEN, Image, Parts, Qcow2, SECTOR};
 
+use super::build::open_kvm;
 use crate::config::{DiskConfig, Format, MachineConfig, Network};
 use crate::failure::{Class, Failure, OrFail};
+use crate::helper::Ready;
+use crate::net::egress::Egress;
 use crate::net::{passt, tap};
-use crate::{virtiofsd, vsock};
+use crate::virtiofsd::{self, Served};
+use crate::vsock;
 
 /// What the guest sees as the serial number of the layers' disk.
 const LAYERS_ID: &[u8] = b"layers";
@@ -22,12 +27,19 @@ const RANDOM: &str = "/dev/urandom";
 pub enum HostNet {
     /// A TAP device, attached once for each pair of queues.
     Tap(Vec<File>),
-    /// A passt that starts meanwhile.
+    /// A passt, and what its frames must be.
+    Passt(UnixStream, Box<Egress>),
+}
+
+enum StartingNet {
+    Tap(Vec<File>),
     Passt(Box<passt::Starting>),
 }
 
 /// What was opened.
 pub struct Resources {
+    /// KVM, which can run Linux.
+    pub kvm: Kvm,
     /// The kernel.
     pub kernel: File,
     /// The initial RAM disk.
@@ -38,8 +50,8 @@ pub struct Resources {
     pub disks: Vec<Disk>,
     /// The networks.
     pub nets: Vec<HostNet>,
-    /// The folders, each with a virtiofsd that starts meanwhile.
-    pub folders: Vec<virtiofsd::Starting>,
+    /// The folders.
+    pub folders: Vec<Served>,
     /// Where clients of the guest's sockets will come, without a name yet.
     pub vsock: Option<UnixListener>,
     /// Random bytes for the guest.
@@ -47,8 +59,9 @@ pub struct Resources {
 }
 
 impl Resources {
-    /// Opens everything, or fails with nothing touched.
-    pub fn open(config: &MachineConfig) -> Result<Self, Failure> {
+    /// Opens everything, or fails with nothing touched. Returns the processes beside
+    /// the VM, too: those of networks, then those of folders.
+    pub fn open(config: &MachineConfig) -> Result<(Self, Vec<Ready>), Failure> {
         let kernel = open_regular(&config.kernel, &config.kernel_flag)?;
         let initrd = match &config.initrd {
             Some(path) => Some(open_regular(path, &format!("--initrd {}", path.display()))?),
@@ -85,22 +98,38 @@ impl Resources {
             None => None,
         };
         let random = File::open(RANDOM).or_host(RANDOM)?;
+        let kvm = open_kvm()?;
         // Last, as these are processes.
         let folders = config.folders.iter().map(virtiofsd::start);
-        let folders = folders.collect::<Result<_, _>>()?;
-        let nets = config
-            .nets
-            .iter()
-            .map(|net| match &net.network {
-                Network::Tap { name, queues } => {
-                    tap::open(name, queues.number(config.cpus)).map(HostNet::Tap)
-                }
-                Network::User(user) => {
-                    passt::start(user).map(|starting| HostNet::Passt(Box::new(starting)))
-                }
-            })
-            .collect::<Result<_, _>>()?;
-        Ok(Resources {
+        let folders: Vec<_> = folders.collect::<Result<_, _>>()?;
+        let nets = config.nets.iter().map(|net| match &net.network {
+            Network::Tap { name, queues } => {
+                tap::open(name, queues.number(config.cpus)).map(StartingNet::Tap)
+            }
+            Network::User(user) => {
+                passt::start(user).map(|starting| StartingNet::Passt(Box::new(starting)))
+            }
+        });
+        let nets: Vec<_> = nets.collect::<Result<_, _>>()?;
+        // All of them start at the same time.
+        let mut helpers = Vec::new();
+        let nets = nets.into_iter().map(|net| match net {
+            StartingNet::Tap(files) => Ok(HostNet::Tap(files)),
+            StartingNet::Passt(starting) => {
+                let (socket, filter, helper) = starting.ready()?;
+                helpers.push(helper);
+                Ok(HostNet::Passt(socket, Box::new(filter)))
+            }
+        });
+        let nets = nets.collect::<Result<_, Failure>>()?;
+        let folders = folders.into_iter().map(|starting| {
+            let (served, helper) = starting.ready()?;
+            helpers.push(helper);
+            Ok(served)
+        });
+        let folders = folders.collect::<Result<_, Failure>>()?;
+        let resources = Resources {
+            kvm,
             kernel,
             initrd,
             layers,
@@ -109,7 +138,25 @@ impl Resources {
             folders,
             vsock,
             random,
-        })
+        };
+        Ok((resources, helpers))
+    }
+}
+
+impl Resources {
+    /// How large the disks that may be written to can become.
+    pub fn file_size(&self) -> Option<u64> {
+        /// Of a qcow2 image beside its disk's bytes: tables, and old clusters.
+        const BESIDE: u64 = 64 << 20;
+        let sizes = self.disks.iter().filter(|disk| !disk.read_only);
+        let sizes = sizes.map(|disk| {
+            let size = disk.sectors.saturating_mul(SECTOR);
+            match &disk.image {
+                Image::Raw(_) | Image::Parts(_) => size,
+                Image::Qcow2(image) => (size + size / 8 + BESIDE).max(image.file_len()),
+            }
+        });
+        Some(sizes.max().unwrap_or(0))
     }
 }
 

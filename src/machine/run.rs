@@ -1,35 +1,45 @@
-//! Running a machine to its end, and cleaning up behind it.
+//! The machine's process: it builds the machine and runs it to its end. What is
+//! the host's is its keeper's.
 
 use std::cell::RefCell;
-use std::os::unix::net::UnixListener;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::thread::JoinHandleExt;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use mayfly_devices::virtio::block::Prepare;
+use serde::{Deserialize, Serialize};
+use vmm_sys_util::timerfd::TimerFd;
+
 use super::build::{VmEvent, build, duplicate};
 use super::control::Commander;
 use super::event_loop::{ConsolePump, Control, EventLoop, VirtioWorker};
-use super::pidfile::PidFile;
+use super::link::{Errands, Link, Order, Word};
 use super::resources::Resources;
-use super::signals::Signals;
-use vmm_sys_util::timerfd::TimerFd;
-
+use super::signals;
 use crate::config::MachineConfig;
-use crate::console::Console;
-use crate::control::{Folder, Server};
-use crate::failure::{Failure, OrFail};
+use crate::console::{Console, Ends};
+use crate::failure::{Class, Failure, OrFail};
 use crate::kvm::gate::Gate;
 use crate::kvm::vcpu::{self, Buses, ExitCounters, Vcpu};
+use crate::logging;
+use crate::sandbox::{self, Inside, Keep, Limits, Role};
 use crate::timing::Timeline;
-use crate::unix_socket::Name;
+use crate::vsock;
 
+/// The guest's sockets are the most.
+const OPEN_FILES: u64 = vsock::OPEN_FILES;
+/// What a running machine may still allocate.
+const MEMORY: u64 = 256 << 20;
 /// Enough for what a vCPU's thread calls.
 const VCPU_STACK: usize = 256 << 10;
 
 /// How a machine ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Outcome {
     /// The guest turned it off.
     PowerOff,
@@ -69,6 +79,7 @@ impl Outcome {
 }
 
 /// All there is to say about a machine that ended.
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Ending {
     /// How.
     pub outcome: Outcome,
@@ -80,31 +91,99 @@ pub struct Ending {
     pub timeline: Timeline,
 }
 
-/// Builds a machine and runs it to its end.
-pub fn run(config: &MachineConfig, mut timeline: Timeline) -> Result<Ending, Failure> {
-    // Blocked from here on, a signal waits for the event loop.
-    let log = config.log.start();
-    let signals = Signals::new(config.ignores_signals).or_internal("blocking signals")?;
-    vcpu::install_kick_handler().or_internal("installing a signal handler")?;
-    let resources = Resources::open(config)?;
-    let vsock = resources.vsock.as_ref().map(UnixListener::try_clone);
-    let vsock = vsock.transpose().or_host("duplicating a descriptor")?;
-    let machine = build(config, resources, &mut timeline)?;
+/// What the machine's process has from its keeper.
+pub(super) struct Legacy<'a> {
+    /// What it is to be.
+    pub config: &'a MachineConfig,
+    /// All that was opened for it.
+    pub resources: Resources,
+    /// Where it logs to.
+    pub log: &'a logging::Started,
+    /// Until now.
+    pub timeline: Timeline,
+    /// The keeper's process.
+    pub keeper: u32,
+    /// To the keeper …
+    pub link: Arc<Link>,
+    /// … and for what it is to do.
+    pub errands: Link,
+    /// Where it is.
+    pub inside: Inside,
+    /// What else the keeper had open.
+    pub strays: Vec<RawFd>,
+    /// For standard input and output, which are the keeper's.
+    pub null: File,
+    /// What it says on standard error goes to the keeper.
+    pub says: OwnedFd,
+}
 
-    // All that can be refused has been; now the host is changed.
-    log.open_file(&config.log)?;
-    let (listener, socket) = Folder::locate().listen(&config.name)?;
-    let _pidfile = config.pidfile.as_deref().map(PidFile::create).transpose()?;
-    let _vsock = match (&vsock, &config.vsock) {
-        (Some(socket), Some(vsock)) => Some(Name::give(socket, &vsock.path, &vsock.flag())?),
-        _ => None,
+/// Builds a machine and runs it to its end, in a process of its own. Returns what
+/// that is to exit with; the keeper knows more.
+pub(super) fn run(legacy: Legacy) -> u8 {
+    let link = legacy.link.clone();
+    let word = live(legacy).map_or_else(Word::from, Word::Ended);
+    // Without a keeper, nobody wants to know.
+    u8::from(link.send(&word, &[]).is_err())
+}
+
+fn live(legacy: Legacy) -> Result<Ending, Failure> {
+    let Legacy {
+        config,
+        resources,
+        log,
+        mut timeline,
+        keeper,
+        link,
+        errands,
+        inside,
+        strays,
+        null,
+        says,
+    } = legacy;
+    const LINK: &str = "talking to the keeper";
+    // Signals are the keeper's.
+    signals::leave_to_others().or_internal("blocking signals")?;
+    vcpu::install_kick_handler().or_internal("installing a signal handler")?;
+    confine_memory();
+    take_standard_streams(null, says).or_host("standard streams")?;
+    close_strays(&inside, &strays).or_host("closing descriptors")?;
+    let file_size = resources.file_size();
+    let errands = Arc::new(Errands::new(errands));
+    let gate = inside.gate();
+    let prepare = || -> Box<dyn FnOnce() + Send> {
+        let place = gate.pending();
+        Box::new(move || confined(place.confine(Role::Io)))
     };
+    let building = (&errands, &prepare as &Prepare);
+    let machine = build(config, resources, building, &mut timeline)?;
+
+    link.send(&Word::Built, &[]).or_internal(LINK)?;
+    let (order, files) = link.receive_with_files().or_internal(LINK)?;
+    let Order::Start {
+        log: has_log,
+        ends: natures,
+    } = order
+    else {
+        return Err(Failure::new(Class::Internal, "not told to start"));
+    };
+    // A file that is written to without end has no limit.
+    let endless = files.iter().any(|fd| is_regular(fd.as_fd()));
+    let limits = Limits {
+        files: OPEN_FILES,
+        file_size: file_size.filter(|_| !endless),
+        address_space_extra: Some(MEMORY + VCPU_STACK as u64 * u64::from(config.cpus)),
+    };
+    let mut files = files.into_iter();
+    if has_log {
+        log.go_on_in(files.next().map(File::from));
+    }
     let resized = machine.connections.first();
     let resized = resized.map(|console| duplicate(&console.attention));
     let mut consoles = Vec::new();
-    for connection in machine.connections {
-        let console = Rc::new(RefCell::new(Console::open(&connection)?));
-        consoles.push((console, connection.attention));
+    for (connection, nature) in machine.connections.into_iter().zip(natures) {
+        let ends = Ends::from_parts(nature, &mut files);
+        let console = Console::new(&connection, ends);
+        consoles.push((Rc::new(RefCell::new(console)), connection.attention));
     }
 
     let mut events = EventLoop::new(timeline).or_internal("event loop")?;
@@ -121,39 +200,45 @@ pub fn run(config: &MachineConfig, mut timeline: Timeline) -> Result<Ending, Fai
         events.add(VirtioWorker::new(slot.transport.clone(), learnt.clone()));
     }
 
-    let asks = machine
-        .notifier
-        .try_clone()
-        .or_host("duplicating an event descriptor")?;
+    // Nothing is opened from here on.
+    let jail = inside.close(&limits, Keep::All)?;
+    jail.settle();
+    link.send(&Word::Closed(jail.report()), &[])
+        .or_internal(LINK)?;
     let notifier = Arc::new(machine.notifier);
     let vcpus = Arc::new(VcpuControl::start(
         machine.vcpus,
         machine.buses,
         machine.gate,
+        {
+            let jail = jail.clone();
+            move || confined(jail.confine(Role::Vcpu))
+        },
         move |end| {
             notifier.send(VmEvent::Vcpu(end));
         },
     )?);
     let commander = Commander::new(
         config,
+        keeper,
         vcpus.clone(),
         machine.slots.clone(),
         machine.balloon,
         machine.platform.clone(),
+        link.clone(),
     );
     let commander = Rc::new(RefCell::new(commander.or_host("creating a timer")?));
     events.add(Control {
         wake: machine.wake,
         events: machine.events,
-        signals,
+        link,
         panicked: false,
         grace: TimerFd::new().or_host("creating a timer")?,
         resized: resized.transpose()?,
         commander: commander.clone(),
         learnt: learnt.clone(),
     });
-    let server = Server::start(listener, socket, move |ask| asks.send(VmEvent::Ask(ask)))
-        .or_host("starting the control thread")?;
+    jail.confine(Role::EventLoop).or_host("seccomp")?;
     vcpus.resume();
     {
         let mut learnt = learnt.borrow_mut();
@@ -170,8 +255,6 @@ pub fn run(config: &MachineConfig, mut timeline: Timeline) -> Result<Ending, Fai
         .borrow_mut()
         .tell("ended", Some(outcome.name().to_owned()));
     drop((commander, machine.vm));
-    drop(machine.helpers);
-    server.farewell();
 
     let mut learnt = learnt.borrow_mut();
     learnt.timeline.exit = learnt.timeline.now();
@@ -184,6 +267,49 @@ pub fn run(config: &MachineConfig, mut timeline: Timeline) -> Result<Ending, Fai
             .unwrap_or_default(),
         timeline: learnt.timeline,
     })
+}
+
+/// All memory comes from one heap: another one for each thread would reserve 64 MiB.
+fn confine_memory() {
+    // SAFETY: numbers.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
+/// The keeper's standard streams are not this process's.
+fn take_standard_streams(null: File, says: OwnedFd) -> io::Result<()> {
+    let null = null.as_raw_fd();
+    for (standard, its) in [
+        (libc::STDIN_FILENO, null),
+        (libc::STDOUT_FILENO, null),
+        (libc::STDERR_FILENO, says.as_raw_fd()),
+    ] {
+        // SAFETY: an open descriptor, and one that is not owned.
+        if unsafe { libc::dup2(its, standard) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// Closes what the keeper had open before it opened this machine's.
+fn close_strays(inside: &Inside, strays: &[RawFd]) -> io::Result<()> {
+    let stays = |fd: &RawFd| *fd <= libc::STDERR_FILENO || !strays.contains(fd);
+    let keep: Vec<_> = sandbox::descriptors()?.into_iter().filter(stays).collect();
+    inside.close_strays(&keep)
+}
+
+fn is_regular(fd: BorrowedFd) -> bool {
+    let file = fd.try_clone_to_owned().map(File::from);
+    let metadata = file.and_then(|file| file.metadata());
+    metadata.is_ok_and(|metadata| metadata.is_file())
+}
+
+/// A thread that is not confined must not go on.
+fn confined(result: io::Result<()>) {
+    if let Err(error) = result {
+        log::error!("confining a thread: {error}");
+        std::process::exit(sandbox::PANIC.into());
+    }
 }
 
 /// A machine's vCPUs, each on a thread of its own; they end with this.
@@ -199,17 +325,22 @@ impl VcpuControl {
         vcpus: Vec<Vcpu>,
         buses: Buses,
         gate: Arc<Gate>,
+        begin: impl Fn() + Send + Sync + 'static,
         tell: impl Fn(vcpu::VcpuEnd) + Send + Sync + 'static,
     ) -> Result<Self, Failure> {
-        let (buses, tell) = (Arc::new(buses), Arc::new(tell));
+        let (buses, tell, begin) = (Arc::new(buses), Arc::new(tell), Arc::new(begin));
         let mut threads = Vec::new();
         let exits = vcpus.iter().map(Vcpu::exits).collect();
         for (index, vcpu) in vcpus.into_iter().enumerate() {
-            let (its_gate, buses, tell) = (gate.clone(), buses.clone(), tell.clone());
+            let (its_gate, buses) = (gate.clone(), buses.clone());
+            let (begin, tell) = (begin.clone(), tell.clone());
             let thread = thread::Builder::new()
                 .name(format!("vcpu{index}"))
                 .stack_size(VCPU_STACK)
-                .spawn(move || tell(vcpu.run(&buses, &its_gate)));
+                .spawn(move || {
+                    begin();
+                    tell(vcpu.run(&buses, &its_gate));
+                });
             match thread {
                 Ok(thread) => threads.push(thread),
                 Err(error) => {

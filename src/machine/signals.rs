@@ -29,16 +29,15 @@ const PASSED_ON: [libc::c_int; 7] = [
     libc::SIGWINCH,
 ];
 
-/// Ends a machine whose other signals are for its guest's command. It is this
-/// process's own.
-fn end_signal() -> libc::c_int {
-    kick_signal() + 1
+/// Blocks all signals that the keeper takes: a terminal sends them to both.
+pub fn leave_to_others() -> io::Result<()> {
+    mask(libc::SIG_BLOCK, &[&SIGNALS[..], &PASSED_ON[..]].concat())?;
+    unblock_kick()
 }
 
-/// Ends this process's machine, if it has one, now or when it gets there.
-pub fn end_own_machine() {
-    // SAFETY: touches no memory.
-    unsafe { libc::kill(libc::getpid(), end_signal()) };
+/// Whoever started mayfly may have blocked what its own threads need.
+fn unblock_kick() -> io::Result<()> {
+    mask(libc::SIG_UNBLOCK, &[kick_signal()]).map(drop)
 }
 
 /// Reads the signals that were sent.
@@ -46,32 +45,21 @@ pub struct Signals(OwnedFd);
 
 impl Signals {
     /// Blocks the signals in this thread, and so in all that it starts. Those
-    /// that mayfly was started to ignore (by nohup, say) stay ignored. None are
-    /// taken here if others take them.
-    pub fn new(others_do: bool) -> io::Result<Self> {
-        let flags = libc::SFD_NONBLOCK;
-        match others_do {
-            true => Signals::take(&[end_signal()], flags),
-            false => Signals::take(&SIGNALS, flags),
-        }
+    /// that mayfly was started to ignore (by nohup, say) stay ignored.
+    pub fn new() -> io::Result<Self> {
+        Signals::take(&SIGNALS, libc::SFD_NONBLOCK)
     }
 
     /// The same, for those that are for the guest's command.
     pub fn passed_on() -> io::Result<Self> {
-        // Whoever takes it may not be there yet.
-        let end = create_sigset(&[end_signal()]).map_err(io::Error::from)?;
-        mask(libc::SIG_BLOCK, &end)?;
         Signals::take(&PASSED_ON, 0)
     }
 
     fn take(signals: &[libc::c_int], flags: libc::c_int) -> io::Result<Self> {
         let taken = signals.iter().copied().filter(|&it| !ignored(it));
         let taken: Vec<_> = taken.collect();
-        let set = create_sigset(&taken).map_err(io::Error::from)?;
-        mask(libc::SIG_BLOCK, &set)?;
-        // Whoever started mayfly may have blocked what its own threads need.
-        let kick = create_sigset(&[kick_signal()]).map_err(io::Error::from)?;
-        mask(libc::SIG_UNBLOCK, &kick)?;
+        let set = mask(libc::SIG_BLOCK, &taken)?;
+        unblock_kick()?;
         // SAFETY: makes a new descriptor from a live set.
         match unsafe { libc::signalfd(-1, &set, flags | libc::SFD_CLOEXEC) } {
             -1 => Err(io::Error::last_os_error()),
@@ -113,10 +101,11 @@ fn ignored(signal: libc::c_int) -> bool {
     asked == 0 && unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
 }
 
-fn mask(how: libc::c_int, set: &libc::sigset_t) -> io::Result<()> {
+fn mask(how: libc::c_int, signals: &[libc::c_int]) -> io::Result<libc::sigset_t> {
+    let set = create_sigset(signals).map_err(io::Error::from)?;
     // SAFETY: reads a live set.
-    match unsafe { libc::pthread_sigmask(how, set, std::ptr::null_mut()) } {
-        0 => Ok(()),
+    match unsafe { libc::pthread_sigmask(how, &set, std::ptr::null_mut()) } {
+        0 => Ok(set),
         error => Err(io::Error::from_raw_os_error(error)),
     }
 }

@@ -20,7 +20,7 @@ use super::publish::Protocol;
 use super::user::UserNet;
 use crate::config::UserConfig;
 use crate::failure::{Failure, OrFail};
-use crate::helper::{Chatter, Helper, Running, await_use, find_program, inherit};
+use crate::helper::{Chatter, Helper, Ready, await_use, find_program, inherit};
 
 const PROGRAM: &str = "passt";
 /// What a process that waits to become it is called.
@@ -146,7 +146,7 @@ fn arguments(net: &UserNet, config: &UserConfig, fd: RawFd) -> Vec<String> {
 impl Starting {
     /// Waits until it answers, if it starts now. Returns the socket for the guest's frames, and
     /// what these are to pass, too.
-    pub fn ready(mut self) -> Result<(UnixStream, Egress, Running), Failure> {
+    pub fn ready(mut self) -> Result<(UnixStream, Egress, Ready), Failure> {
         let what = format!("{}: {PROGRAM}", self.flag);
         let greeted = match self.later {
             true => Ok(()),
@@ -165,8 +165,7 @@ impl Starting {
             }
         }
         let socket = self.socket.try_clone().or_host(&what)?;
-        let running = self.helper.watch(self.socket).or_host(&what)?;
-        Ok((socket, self.filter, running))
+        Ok((socket, self.filter, Ready::new(self.helper, self.socket)))
     }
 
     /// Asks for the gateway's address, which it answers once it has started.

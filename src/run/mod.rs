@@ -43,7 +43,7 @@ use crate::arguments;
 use crate::config::{FolderConfig, NetConfig, RawConfig, cache_folder, default_guest, escape};
 use crate::failure::{Failure, OrFail};
 use crate::image::{Bars, Image, LAYER_ROOT, PullOptions, Store, data_folder};
-use crate::machine::{self, Ending, Outcome};
+use crate::machine::{Ending, Keeper, Outcome};
 use crate::timing::{Timeline, TimingUs};
 use crate::unix_socket;
 use crate::volume::{Journal, make_ext4};
@@ -174,6 +174,7 @@ fn run_here(
         )),
         layers: image.layers.clone(),
         ignores_signals: true,
+        sandbox: options.sandbox,
         ..RawConfig::default()
     };
     (raw.kernel, raw.initrd) = guest_files(options)?;
@@ -253,8 +254,10 @@ fn run_machine(
     let (listener, socket) =
         unix_socket::listen(&PathBuf::from(agent_socket), "the agent's socket")?;
     let log = Log::create(&place.log()).or_host("the log")?;
-    let session = Session::start(options, plan, (listener, socket), log)?;
-    let ending = machine::run(&config, timeline);
+    // Before there are other threads.
+    let keeper = Keeper::start(&config, timeline)?;
+    let session = Session::start(options, plan, (listener, socket), log, keeper.ender())?;
+    let ending = keeper.run();
     let end = session.end();
     let ending = ending?;
     if options.timing {

@@ -3,6 +3,8 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use crate::sandbox;
+
 /// The flags, in the user's words.
 #[derive(clap::Args, Clone, Debug, Default)]
 pub struct Options {
@@ -75,6 +77,10 @@ pub struct Options {
     /// End the VM after that long: 10s, 5m, 1h; a plain number is seconds
     #[arg(long, value_name = "TIME")]
     pub timeout: Option<String>,
+    /// What surrounds the machine's process: all that the host has (on), all there is, or
+    /// no VM (require), or nothing (off) [default: on]
+    #[arg(long, value_name = "on|require|off")]
+    pub sandbox: Option<sandbox::Mode>,
     /// Another kernel
     #[arg(long, value_name = "PATH")]
     pub kernel: Option<PathBuf>,

@@ -20,7 +20,7 @@ use super::plan::Plan;
 use super::{STATUS_FAILED, standard, tell_started};
 use crate::console::terminal::RawTerminal;
 use crate::failure::{Failure, OrFail};
-use crate::machine::{Signals, end_own_machine};
+use crate::machine::{Ender, Signals};
 use crate::unix_socket::Name;
 
 /// The guest has so long to turn off when all was said.
@@ -67,28 +67,30 @@ pub enum SessionEnd {
 }
 
 /// Why the machine was ended from here.
-type Ender = Arc<Mutex<Option<SessionEnd>>>;
+type Why = Arc<Mutex<Option<SessionEnd>>>;
 
 /// A session on its threads.
 pub struct Session {
     result: Receiver<Result<Exit, AgentError>>,
     over: Sender<()>,
-    ender: Ender,
+    why: Why,
     listener: UnixListener,
 }
 
 /// What the threads share.
 struct Shared {
     link: Mutex<Option<Link>>,
-    ender: Ender,
+    why: Why,
+    machine: Ender,
 }
 
 impl Shared {
     /// Ends the machine, whatever the guest does.
     fn end(&self, why: SessionEnd) {
-        let mut ender = self.ender.lock().unwrap_or_else(PoisonError::into_inner);
-        ender.get_or_insert(why);
-        end_own_machine();
+        let mut first = self.why.lock().unwrap_or_else(PoisonError::into_inner);
+        first.get_or_insert(why);
+        drop(first);
+        self.machine.end();
     }
 
     fn link(&self) -> Option<Link> {
@@ -105,12 +107,14 @@ impl Session {
         plan: Plan,
         (listener, name): (UnixListener, Name),
         log: Log,
+        machine: Ender,
     ) -> Result<Self, Failure> {
         let signals = Signals::passed_on().or_internal("blocking signals")?;
-        let ender = Ender::default();
+        let why = Why::default();
         let shared = Arc::new(Shared {
             link: Mutex::new(None),
-            ender: ender.clone(),
+            why: why.clone(),
+            machine,
         });
         let timeout = plan.timeout;
         let (over, ended) = mpsc::channel();
@@ -132,7 +136,7 @@ impl Session {
         Ok(Session {
             result,
             over,
-            ender,
+            why,
             listener: ours,
         })
     }
@@ -147,8 +151,8 @@ impl Session {
         let mut late = Duration::ZERO;
         loop {
             let result = self.result.recv_timeout(PAUSE);
-            let ender = self.ender.lock().unwrap_or_else(PoisonError::into_inner);
-            return match (result, ender.clone()) {
+            let why = self.why.lock().unwrap_or_else(PoisonError::into_inner);
+            return match (result, why.clone()) {
                 (Ok(Ok(exit)), _) => SessionEnd::Exited(exit),
                 (Err(RecvTimeoutError::Timeout), None) => continue,
                 (Err(RecvTimeoutError::Timeout), Some(_)) if late < LATE => {
@@ -204,9 +208,10 @@ fn work(
         exit?.ok_or(AgentError::Nonsense)
     })();
     // A guest that does not turn off is turned off; the process's end ends this.
-    thread::Builder::new().spawn(|| {
+    let machine = shared.machine.clone();
+    thread::Builder::new().spawn(move || {
         thread::sleep(FAREWELL);
-        end_own_machine();
+        machine.end();
     })?;
     let _ = link.send(&HostMessage::Bye);
     result

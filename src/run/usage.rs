@@ -1,9 +1,12 @@
-//! What a process uses of the host (Linux' `proc_pid_stat(5)`).
+//! What a VM uses of the host: as its control groups say, where it has some, else
+//! its processes (Linux' `proc_pid_stat(5)`).
 
 use std::fs;
 use std::time::Duration;
 
-/// What a process has used.
+use crate::sandbox::GroupUsage;
+
+/// What processes have used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Usage {
     /// Of the CPUs.
@@ -13,8 +16,26 @@ pub struct Usage {
 }
 
 impl Usage {
-    /// What a process has used so far, if there is one.
+    /// What a VM has used so far, whose keeper has a process id: that process, the
+    /// machine's, and those beside it.
     pub fn of(pid: u32) -> Option<Self> {
+        let mut all = Usage::of_process(pid)?;
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+        let children = children.unwrap_or_default();
+        for child in children.split_whitespace().filter_map(|it| it.parse().ok()) {
+            let Some(mut its) = Usage::of_process(child) else {
+                continue;
+            };
+            let group = GroupUsage::of_process(child, pid);
+            its.time = group.cpu_us.map_or(its.time, Duration::from_micros);
+            its.resident = group.memory.unwrap_or(its.resident);
+            all.time += its.time;
+            all.resident += its.resident;
+        }
+        Some(all)
+    }
+
+    fn of_process(pid: u32) -> Option<Self> {
         let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         // SAFETY: no memory is passed.
         let (ticks, page) = unsafe {

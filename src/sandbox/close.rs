@@ -150,7 +150,7 @@ fn check(result: libc::c_int) -> io::Result<()> {
 }
 
 /// The descriptors that are open.
-fn descriptors() -> io::Result<Vec<RawFd>> {
+pub fn descriptors() -> io::Result<Vec<RawFd>> {
     let names = fs::read_dir("/proc/self/fd")?.map(|entry| Ok(entry?.file_name()));
     let names = names.collect::<io::Result<Vec<_>>>()?;
     let all = names

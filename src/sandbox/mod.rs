@@ -4,6 +4,7 @@
 //! namespaces of its own. The VMM builds its machine, [`Inside::close`]s the sandbox, and
 //! each of its threads [`Jail::confine`]s itself before the guest's first instruction.
 
+mod cgroup;
 mod close;
 mod credentials;
 mod jail;
@@ -17,7 +18,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::close::{Keep, Limits};
+pub use self::cgroup::{Cgroup, GroupUsage, Share};
+pub use self::close::{Keep, Limits, descriptors};
 pub use self::jail::{Gate, Jail, Pending, Role};
 pub use self::layers::{Layer, Report, Status};
 pub use self::seccomp::VIOLATION;

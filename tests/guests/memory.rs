@@ -10,12 +10,24 @@ fn number(path: &str) -> u64 {
     text.trim().parse().unwrap()
 }
 
-/// A field of a process' status, in KiB.
-pub fn status(pid: u32, field: &str) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+/// A field of the status of a machine's process, whose keeper has a number; in KiB.
+pub fn status(keeper: u32, field: &str) -> u64 {
+    let machine = machine(keeper);
+    let text = std::fs::read_to_string(format!("/proc/{machine}/status")).unwrap();
     let line = text.lines().find(|line| line.starts_with(field)).unwrap();
     let digits = line.chars().filter(char::is_ascii_digit);
     digits.collect::<String>().parse().unwrap()
+}
+
+/// The machine's process, whose keeper has a number.
+pub fn machine(keeper: u32) -> u32 {
+    let children = format!("/proc/{keeper}/task/{keeper}/children");
+    let children = std::fs::read_to_string(children).unwrap();
+    let mut children = children.split_whitespace();
+    let is_mayfly = |pid: &&str| {
+        std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|it| it == "mayfly\n")
+    };
+    children.find(is_mayfly).unwrap().parse().unwrap()
 }
 
 #[test]

@@ -1,0 +1,210 @@
+//! What a console or a channel has of the host: opened by the keeper, moved by the
+//! machine's process.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, IsTerminal};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::set_nonblocking;
+use super::terminal::RawTerminal;
+use crate::config::HostEnd;
+use crate::failure::{Failure, OrFail};
+use crate::unix_socket::{self, Name};
+
+/// Where output goes, where input comes from.
+#[derive(Default)]
+pub struct Ends {
+    /// From the host.
+    pub input: Option<File>,
+    /// To the host.
+    pub output: Option<File>,
+    /// Where clients come, who then are both.
+    pub listener: Option<UnixListener>,
+    /// Output that its reader leaves lying may be lost.
+    pub lossy: bool,
+    /// The input is a user's keys, some of which are for the monitor.
+    pub keys: bool,
+}
+
+/// What [`Ends`] are without their files.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Nature {
+    input: bool,
+    output: bool,
+    listener: bool,
+    lossy: bool,
+    keys: bool,
+}
+
+impl Ends {
+    /// What these are, and their files.
+    pub fn into_parts(self) -> (Nature, Vec<OwnedFd>) {
+        let nature = Nature {
+            input: self.input.is_some(),
+            output: self.output.is_some(),
+            listener: self.listener.is_some(),
+            lossy: self.lossy,
+            keys: self.keys,
+        };
+        let files = [self.input, self.output].into_iter().flatten();
+        let files = files.map(OwnedFd::from);
+        let all = files.chain(self.listener.map(OwnedFd::from)).collect();
+        (nature, all)
+    }
+
+    /// Puts them together again, taking as many files as they have.
+    pub fn from_parts(nature: Nature, files: &mut impl Iterator<Item = OwnedFd>) -> Self {
+        let mut next = |there: bool| there.then(|| files.next()).flatten();
+        Ends {
+            input: next(nature.input).map(File::from),
+            output: next(nature.output).map(File::from),
+            listener: next(nature.listener).map(UnixListener::from),
+            lossy: nature.lossy,
+            keys: nature.keys,
+        }
+    }
+}
+
+/// The ends, and what lasts as long as they do.
+#[derive(Default)]
+pub struct Opened {
+    /// For who moves the bytes.
+    pub ends: Option<Ends>,
+    _name: Option<Name>,
+    _terminal: Option<RawTerminal>,
+    /// Keeps a pseudo-terminal from hanging up while nobody has it open.
+    _slave: Option<File>,
+}
+
+impl Opened {
+    /// Opens what the user chose. Called last of all that can fail: it creates
+    /// files, and changes the terminal.
+    pub fn open(end: &HostEnd, what: &str, flag: &str) -> Result<Self, Failure> {
+        match end {
+            HostEnd::None => Ok(Opened::of(Ends::default())),
+            HostEnd::Stdio => Opened::stdio().or_host(flag),
+            HostEnd::File(path) => {
+                let file = OpenOptions::new()
+                    .write(true)
+                    .create(true)
+                    .truncate(true)
+                    .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+                    .open(path)
+                    .or_host(flag)?;
+                Ok(Opened::of(Ends {
+                    output: Some(file),
+                    ..Ends::default()
+                }))
+            }
+            HostEnd::Pty => Opened::pty(what).or_host(flag),
+            HostEnd::Unix(path) => Opened::unix(path, flag),
+        }
+    }
+
+    fn of(ends: Ends) -> Self {
+        Opened {
+            ends: Some(ends),
+            ..Opened::default()
+        }
+    }
+
+    fn stdio() -> io::Result<Self> {
+        let input = duplicate(libc::STDIN_FILENO).ok(); // may be closed
+        let output = duplicate(libc::STDOUT_FILENO).ok().map(nonblocking);
+        let terminal = match &input {
+            Some(input) => RawTerminal::new(input)?,
+            None => None,
+        };
+        let ends = Ends {
+            keys: terminal.is_some(),
+            input,
+            output,
+            ..Ends::default()
+        };
+        Ok(Opened {
+            _terminal: terminal,
+            ..Opened::of(ends)
+        })
+    }
+
+    fn pty(what: &str) -> io::Result<Self> {
+        let (mut master, mut slave) = (-1, -1);
+        let null = std::ptr::null_mut();
+        // SAFETY: writes two descriptors; the other arguments may be null.
+        if unsafe { libc::openpty(&mut master, &mut slave, null, null as _, null as _) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: two new descriptors, that nothing else owns.
+        let (master, slave) =
+            unsafe { (OwnedFd::from_raw_fd(master), OwnedFd::from_raw_fd(slave)) };
+        let slave = File::from(slave);
+        let name = std::fs::read_link(format!("/proc/self/fd/{}", slave.as_raw_fd()))?;
+        let input = File::from(master);
+        set_nonblocking(&input)?;
+        // The guest's own terminal echoes and edits.
+        make_raw(&slave)?;
+        eprintln!("mayfly: {what} is {}", name.display());
+        Ok(Opened {
+            _slave: Some(slave),
+            ..Opened::of(Ends {
+                output: Some(input.try_clone()?),
+                input: Some(input),
+                lossy: true,
+                ..Ends::default()
+            })
+        })
+    }
+
+    fn unix(path: &Path, flag: &str) -> Result<Self, Failure> {
+        let (listener, name) = unix_socket::listen(path, flag)?;
+        Ok(Opened {
+            _name: Some(name),
+            ..Opened::of(Ends {
+                listener: Some(listener),
+                ..Ends::default()
+            })
+        })
+    }
+}
+
+fn duplicate(fd: RawFd) -> io::Result<File> {
+    // SAFETY: the descriptor is only borrowed for this call.
+    let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
+    fd.try_clone_to_owned().map(File::from)
+}
+
+/// A terminal's descriptor is shared with others, who want it to block: opened
+/// anew, it need not. Pipes tell how much they take; files do not block.
+fn nonblocking(output: File) -> File {
+    if !output.is_terminal() {
+        return output;
+    }
+    let reopened = OpenOptions::new()
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(format!("/proc/self/fd/{}", output.as_raw_fd()));
+    reopened.unwrap_or(output)
+}
+
+fn make_raw(terminal: &File) -> io::Result<()> {
+    let mut settings = std::mem::MaybeUninit::<libc::termios>::uninit();
+    let fd = terminal.as_raw_fd();
+    // SAFETY: fills in the structure, or fails.
+    if unsafe { libc::tcgetattr(fd, settings.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call above succeeded.
+    let mut settings = unsafe { settings.assume_init() };
+    // SAFETY: changes a live structure.
+    unsafe { libc::cfmakeraw(&mut settings) };
+    // SAFETY: reads a live structure.
+    match unsafe { libc::tcsetattr(fd, libc::TCSANOW, &settings) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

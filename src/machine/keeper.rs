@@ -1,0 +1,569 @@
+//! The process that the user started: the machine's keeper. It opened what the
+//! machine needs, and starts the machine's process, which may be taken over by its
+//! guest. Names, the terminal, clients and the processes beside the VM stay here.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::mem;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use mayfly_devices::bus::lock;
+use serde_json::{Value, json};
+
+use super::link::{Done, Errand, Link, Order, Word};
+use super::pidfile::PidFile;
+use super::resources::Resources;
+use super::run::{self, Ending, Legacy};
+use super::signals::{Signals, leave_to_others};
+use crate::config::MachineConfig;
+use crate::console::Opened;
+use crate::control::{Ask, Command, Event, Folder, Reply, Server, Subscriber};
+use crate::failure::{Class, Failure, OrFail};
+use crate::helper::{Ready, Running};
+use crate::logging;
+use crate::sandbox::{self, Cgroup, Child, Layer, Mode, Policy, Report, Share, Status};
+use crate::timing::Timeline;
+use crate::unix_socket::Name;
+use crate::vsock;
+
+/// A machine that was told to end has so long before its process is killed.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Questions that may wait for an answer; older ones are forgotten.
+const ASKED_MAX: usize = 64;
+/// One that closed its link has so long to end by itself.
+const LAST_WORD_MS: i32 = 1000;
+const LINK: &str = "talking to the machine's process";
+
+/// Builds a machine and runs it to its end.
+pub fn run(config: &MachineConfig, timeline: Timeline) -> Result<Ending, Failure> {
+    Keeper::start(config, timeline)?.run()
+}
+
+/// The keeper of a machine that is built, and does not run yet.
+pub struct Keeper<'a> {
+    config: &'a MachineConfig,
+    ender: Ender,
+    errands: Link,
+    vsock: Option<UnixListener>,
+    helpers: Vec<Running>,
+    signals: Option<Signals>,
+    log: logging::Started,
+    cgroup: Option<Cgroup>,
+    /// Passes on what it says on standard error, to its end.
+    says: Option<JoinHandle<()>>,
+}
+
+/// Ends a machine, from any thread.
+#[derive(Clone)]
+pub struct Ender(Arc<Process>);
+
+struct Process {
+    link: Link,
+    child: Mutex<Child>,
+    /// Readable when it has ended.
+    exited: OwnedFd,
+    told: AtomicBool,
+}
+
+impl Process {
+    fn kill(&self) {
+        // If it has ended, nothing happens.
+        let _ = lock(&self.child).kill();
+    }
+
+    /// Waits for its end; others may kill it meanwhile.
+    fn wait(&self) -> io::Result<ExitStatus> {
+        let mut entry = libc::pollfd {
+            fd: self.exited.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: one live entry.
+        while unsafe { libc::poll(&mut entry, 1, -1) } < 0
+            && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
+        {}
+        lock(&self.child).wait()
+    }
+}
+
+impl Ender {
+    /// Ends the machine, whatever its guest does.
+    pub fn end(&self) {
+        let _ = self.0.link.try_send(&Order::End);
+        if self.0.told.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let process = self.0.clone();
+        let insist = move || {
+            thread::sleep(PATIENCE);
+            process.kill();
+        };
+        if thread::Builder::new().spawn(insist).is_err() {
+            self.0.kill();
+        }
+    }
+}
+
+impl Drop for Keeper<'_> {
+    fn drop(&mut self) {
+        self.ender.0.kill();
+        let _ = self.ender.0.wait();
+        if let Some(says) = self.says.take() {
+            let _ = says.join();
+        }
+    }
+}
+
+/// Passes on what the machine's process says, as it says it.
+fn pass_on_words(mut said: io::PipeReader) {
+    let mut words = [0; 4096];
+    // Also when nobody wants to hear it any more, or it could say no more.
+    while let Ok(len @ 1..) = said.read(&mut words) {
+        let _ = io::stderr().write_all(words.get(..len).unwrap_or_default());
+    }
+}
+
+fn set_nonblocking(pipe: &io::PipeWriter) -> io::Result<()> {
+    // SAFETY: an open descriptor, and numbers; a new pipe has no other flags.
+    match unsafe { libc::fcntl(pipe.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+impl<'a> Keeper<'a> {
+    /// Opens what a machine needs, and starts its process, which builds it. May only
+    /// be called while this process has one thread. Nothing of the host is changed.
+    pub fn start(config: &'a MachineConfig, timeline: Timeline) -> Result<Self, Failure> {
+        let log = config.log.start();
+        // Blocked from here on in all threads, a signal waits for who takes it.
+        let signals = match config.ignores_signals {
+            true => leave_to_others().map(|()| None),
+            false => Signals::new().map(Some),
+        };
+        let signals = signals.or_internal("blocking signals")?;
+        if config.sandbox == Mode::Off {
+            eprintln!(
+                "mayfly: --sandbox=off: a guest that takes over its monitor has all that you have"
+            );
+        }
+        let strays = sandbox::descriptors().or_host("listing descriptors")?;
+        let (resources, helpers) = Resources::open(config)?;
+        let null = File::options().read(true).write(true).open("/dev/null");
+        let null = null.or_host("/dev/null")?;
+        let vsock = resources.vsock.as_ref().map(UnixListener::try_clone);
+        let vsock = vsock.transpose().or_host("duplicating a descriptor")?;
+        let (link, its_link) = Link::pair().or_host("a pair of sockets")?;
+        let (errands, its_errands) = Link::pair().or_host("a pair of sockets")?;
+        let (said, says) = io::pipe().or_host("a pipe")?;
+        // Rather than wait for who reads it, the machine loses a line.
+        set_nonblocking(&says).or_host("a pipe")?;
+        let policy = Policy {
+            // Also with a TAP, which is open already.
+            new_net: true,
+            mode: config.sandbox,
+        };
+        let mut cgroup = match config.sandbox {
+            Mode::Off => None,
+            _ => Some(Cgroup::make(&Share {
+                cpus: config.cpus,
+                memory: config.memory.size,
+            })),
+        };
+        let keeper = std::process::id();
+        // Both have it until one of them calls it its own.
+        let mut given = Some((resources, its_link, its_errands, strays, null, says.into()));
+        let child = sandbox::spawn(&policy, |inside| match given.take() {
+            Some((resources, link, errands, strays, null, says)) => run::run(Legacy {
+                config,
+                resources,
+                log: &log,
+                timeline,
+                keeper,
+                link: Arc::new(link),
+                errands,
+                inside,
+                strays,
+                null,
+                says,
+            }),
+            None => u8::MAX,
+        })
+        .or_host("starting the machine's process")?;
+        if let Some((resources, its_link, its_errands, strays, null, says)) = given {
+            // The other process works with them; here nothing may be closed in
+            // order, such as an image.
+            mem::forget(resources);
+            // Its end is seen when nobody has its ends any more.
+            drop((its_link, its_errands, strays, null, says));
+        }
+        if let Some(cgroup) = &mut cgroup {
+            cgroup.add(child.id());
+            if let (Mode::Require, Status::Absent(why)) = (config.sandbox, cgroup.status()) {
+                return Err(Failure::host(format!("--sandbox=require: cgroup: {why}")));
+            }
+        }
+        let says = thread::Builder::new().name("stderr".into());
+        let says = says.spawn(move || pass_on_words(said));
+        let exited = child.pidfd().try_clone_to_owned();
+        let exited = exited.or_host("duplicating a descriptor")?;
+        let helpers = helpers.into_iter().map(Ready::watch);
+        let helpers = helpers.collect::<Result<_, _>>();
+        let keeper = Keeper {
+            config,
+            ender: Ender(Arc::new(Process {
+                link,
+                child: Mutex::new(child),
+                exited,
+                told: AtomicBool::new(false),
+            })),
+            errands,
+            vsock,
+            helpers: helpers.or_host("starting a thread")?,
+            signals,
+            log,
+            cgroup,
+            says: Some(says.or_host("starting a thread")?),
+        };
+        match keeper.link().receive() {
+            Ok(Some(Word::Built)) => Ok(keeper),
+            Ok(Some(Word::Failed { class, message })) => Err(Failure::new(class, message)),
+            _ => Err(keeper.died()),
+        }
+    }
+
+    /// Ends the machine, from any thread.
+    pub fn ender(&self) -> Ender {
+        self.ender.clone()
+    }
+
+    fn link(&self) -> &Link {
+        &self.ender.0.link
+    }
+
+    /// Runs the machine to its end.
+    pub fn run(self) -> Result<Ending, Failure> {
+        let config = self.config;
+        // All that can be refused has been; now the host is changed.
+        let log = config.log.open_file()?;
+        if let Some(log) = &log {
+            let log = log.try_clone().or_host("duplicating a descriptor")?;
+            self.log.go_on_in(Some(log));
+        }
+        let (listener, socket) = Folder::locate().listen(&config.name)?;
+        let _pidfile = config.pidfile.as_deref().map(PidFile::create).transpose()?;
+        let _vsock = match (&self.vsock, &config.vsock) {
+            (Some(socket), Some(vsock)) => Some(Name::give(socket, &vsock.path, &vsock.flag())?),
+            _ => None,
+        };
+        let has_log = log.is_some();
+        let mut files: Vec<OwnedFd> = log.into_iter().map(OwnedFd::from).collect();
+        let (mut opened, mut natures) = (Vec::new(), Vec::new());
+        for (end, what, flag) in config.ends() {
+            let mut console = Opened::open(end, &what, &flag)?;
+            let (nature, its) = console.ends.take().unwrap_or_default().into_parts();
+            natures.push(nature);
+            files.extend(its);
+            opened.push(console);
+        }
+        let start = Order::Start {
+            log: has_log,
+            ends: natures,
+        };
+        let link = self.link();
+        let clients = Arc::new(Clients {
+            link: link.try_clone().or_host("duplicating a descriptor")?,
+            state: Mutex::default(),
+        });
+        let asked = clients.clone();
+        let server = Server::start(listener, socket, move |ask| asked.ask(ask))
+            .or_host("starting the control thread")?;
+        link.send(&start, &files).or_internal(LINK)?;
+        // They are the other process's: a client sees that it closes one.
+        drop(files);
+        let ending = self.follow(&clients);
+        let _ = self.ender.0.wait();
+        clients.forget();
+        drop(opened);
+        server.farewell();
+        ending
+    }
+
+    /// Does what the machine's process asks for, and hears what it says, to its end.
+    fn follow(&self, clients: &Clients) -> Result<Ending, Failure> {
+        let signals = self.signals.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+        let mut ready =
+            [self.link().as_raw_fd(), self.errands.as_raw_fd(), signals].map(|fd| libc::pollfd {
+                fd,
+                events: libc::POLLIN,
+                revents: 0,
+            });
+        loop {
+            // SAFETY: live entries.
+            if unsafe { libc::poll(ready.as_mut_ptr(), 3, -1) } < 0
+                && io::Error::last_os_error().kind() != io::ErrorKind::Interrupted
+            {
+                return Err(io::Error::last_os_error()).or_internal(LINK);
+            }
+            let [said, errand, signal] = ready.map(|entry| entry.revents != 0);
+            if said {
+                match self.link().receive() {
+                    Ok(Some(Word::Ended(ending))) => return Ok(ending),
+                    Ok(Some(Word::Failed { class, message })) => {
+                        return Err(Failure::new(class, message));
+                    }
+                    Ok(Some(Word::Reply { id, reply })) => clients.answer(id, reply),
+                    Ok(Some(Word::Event(event))) => clients.tell(&event),
+                    Ok(Some(Word::Closed(report))) => self.note(clients, report),
+                    Ok(Some(Word::Built)) => {}
+                    Ok(None) | Err(_) => return Err(self.died()),
+                }
+            }
+            if errand && self.run_errand().is_err() {
+                // It has no more; how it ended the other link says.
+                ready[1].fd = -1;
+            }
+            if signal {
+                self.pass_on();
+            }
+        }
+    }
+
+    /// Keeps what was said of the sandbox before the guest ran.
+    fn note(&self, clients: &Clients, mut report: Report) {
+        let cgroup = self.cgroup.as_ref();
+        let status = cgroup.map_or(&Status::Off, Cgroup::status).clone();
+        report.set(Layer::Cgroup, status);
+        lock(&clients.state).sandbox.get_or_insert(report);
+    }
+
+    fn run_errand(&self) -> io::Result<()> {
+        let errand = self.errands.receive()?;
+        let errand = errand.ok_or(io::ErrorKind::UnexpectedEof)?;
+        let done = match errand {
+            Errand::Connect(port) => match &self.config.vsock {
+                Some(vsock) => vsock::connect_to_port(&vsock.path, port).map(Some),
+                None => Err(io::Error::from_raw_os_error(libc::ECONNREFUSED)),
+            },
+            Errand::EndHelper(index) => {
+                if let Some(helper) = self.helpers.get(index) {
+                    helper.end();
+                }
+                Ok(None)
+            }
+        };
+        match done {
+            Ok(socket) => {
+                let files: Vec<OwnedFd> = socket.into_iter().map(OwnedFd::from).collect();
+                self.errands.send(&Done::Done, &files)
+            }
+            Err(error) => {
+                let code = error.raw_os_error().unwrap_or(libc::EIO);
+                self.errands.send(&Done::Failed(code), &[])
+            }
+        }
+    }
+
+    fn pass_on(&self) {
+        let order = match self.signals.as_ref().and_then(Signals::next) {
+            None => return,
+            Some(libc::SIGWINCH) => Order::Resized,
+            Some(signal) => Order::Signal(signal),
+        };
+        if self.link().try_send(&order).is_err() {
+            self.ender.end();
+        }
+    }
+
+    /// Why it does not speak any more. If it lives, it says what makes no sense.
+    fn died(&self) -> Failure {
+        // One that has ended closed its link a moment before.
+        let mut entry = libc::pollfd {
+            fd: self.ender.0.exited.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: one live entry.
+        unsafe { libc::poll(&mut entry, 1, LAST_WORD_MS) };
+        self.ender.0.kill();
+        let what = "the machine's process";
+        let message = match self.ender.0.wait() {
+            Ok(status) if status.code() == Some(sandbox::VIOLATION.into()) => {
+                format!("{what} was ended, as it did what its sandbox forbids")
+            }
+            Ok(status) if status.code() == Some(sandbox::PANIC.into()) => {
+                format!("{what} failed, as said above")
+            }
+            Ok(status) => match status.signal() {
+                Some(_) if self.cgroup.as_ref().is_some_and(Cgroup::ran_out_of_memory) => {
+                    format!("{what} needed more memory than its control group may have")
+                }
+                Some(signal) => format!("{what} was ended by signal {signal}"),
+                None => format!("{what} ended with {status}"),
+            },
+            Err(error) => format!("{what}: {error}"),
+        };
+        Failure::new(Class::Internal, message)
+    }
+}
+
+/// Who asks, and who listens, over the control socket.
+struct Clients {
+    link: Link,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    next: u64,
+    asked: BTreeMap<u64, (Command, SyncSender<Reply>)>,
+    subscribers: Vec<Subscriber>,
+    /// Nobody will answer any more.
+    over: bool,
+    sandbox: Option<Report>,
+}
+
+impl Clients {
+    fn ask(&self, ask: Ask) {
+        let mut state = lock(&self.state);
+        if state.over {
+            return;
+        }
+        if ask.command == (Command::Events {}) {
+            // Those that left would gather while nothing happens.
+            state.subscribers.retain(Subscriber::is_here);
+            state.subscribers.extend(ask.subscriber);
+            let _ = ask.reply.try_send(Reply::done());
+            return;
+        }
+        let id = state.next;
+        state.next += 1;
+        let order = Order::Ask {
+            id,
+            command: ask.command.clone(),
+        };
+        match self.link.try_send(&order) {
+            Ok(()) => {
+                while state.asked.len() >= ASKED_MAX {
+                    state.asked.pop_first();
+                }
+                state.asked.insert(id, (ask.command, ask.reply));
+            }
+            Err(error) => {
+                let error = format!("asking the machine: {error}");
+                let _ = ask.reply.try_send(Reply::Error(error));
+            }
+        }
+    }
+
+    fn answer(&self, id: u64, reply: Reply) {
+        // A client that has gone needs no answer.
+        let mut state = lock(&self.state);
+        let Some((command, client)) = state.asked.remove(&id) else {
+            return;
+        };
+        let reply = match (command, reply) {
+            (Command::Info {}, Reply::Ok(Value::Object(mut info))) => {
+                info.insert("sandbox".into(), json!(state.sandbox));
+                Reply::Ok(info.into())
+            }
+            (_, reply) => reply,
+        };
+        let _ = client.try_send(reply);
+    }
+
+    /// Tells all who listen; one that lags behind is let go.
+    fn tell(&self, event: &Event) {
+        let mut state = lock(&self.state);
+        state
+            .subscribers
+            .retain(|subscriber| subscriber.tell(event.clone()));
+    }
+
+    /// Lets all of them know that it is over.
+    fn forget(&self) {
+        *lock(&self.state) = State {
+            over: true,
+            ..State::default()
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+    use crate::control::Subscription;
+
+    fn clients() -> (Clients, Link) {
+        let (link, other) = Link::pair().unwrap();
+        let state = Mutex::default();
+        (Clients { link, state }, other)
+    }
+
+    fn ask(clients: &Clients, command: Command) -> (mpsc::Receiver<Reply>, Subscription) {
+        let (reply, answer) = mpsc::sync_channel(1);
+        let (subscriber, subscription) = Subscriber::new();
+        clients.ask(Ask {
+            subscriber: (command == Command::Events {}).then_some(subscriber),
+            command,
+            reply,
+        });
+        (answer, subscription)
+    }
+
+    #[test]
+    fn an_answer_finds_who_asked() {
+        let (clients, machine) = clients();
+        let asked = [(); 2].map(|()| ask(&clients, Command::Pause {}).0);
+        for _ in 0..2 {
+            let Some(Order::Ask { id, .. }) = machine.receive().unwrap() else {
+                panic!();
+            };
+            clients.answer(id, Reply::Ok(id.into()));
+            // A machine that was taken over says it twice.
+            clients.answer(id, Reply::done());
+        }
+        for (id, answer) in asked.into_iter().enumerate() {
+            assert_eq!(answer.recv().unwrap(), Reply::Ok(id.into()));
+        }
+        let (forgotten, _) = ask(&clients, Command::Pause {});
+        clients.forget();
+        assert!(forgotten.recv().is_err());
+        assert!(ask(&clients, Command::Pause {}).0.recv().is_err());
+    }
+
+    #[test]
+    fn a_machine_that_does_not_listen_holds_nobody_up() {
+        let (clients, _machine) = clients();
+        for _ in 0..10_000 {
+            drop(ask(&clients, Command::Pause {}));
+        }
+        assert!(lock(&clients.state).asked.len() <= ASKED_MAX);
+        let (refused, _) = ask(&clients, Command::Pause {});
+        assert!(matches!(refused.recv().unwrap(), Reply::Error(_)));
+    }
+
+    #[test]
+    fn subscribers_that_left_do_not_gather() {
+        let (clients, _machine) = clients();
+        let stays = ask(&clients, Command::Events {});
+        for _ in 0..5 {
+            drop(ask(&clients, Command::Events {}));
+        }
+        assert_eq!(lock(&clients.state).subscribers.len(), 2);
+        clients.tell(&Event::now("one", None));
+        assert_eq!(lock(&clients.state).subscribers.len(), 1);
+        drop(stays);
+    }
+}

@@ -1,0 +1,456 @@
+//! The control group of a machine's process: how much of the host it may have.
+//! Made by the keeper, of version 2 where the host has that, else of version 1
+//! (Linux' `admin-guide/cgroup-v2.rst` and `cgroup-v1/`).
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use super::Status;
+
+/// What a VM's groups are called, before its keeper's process id.
+const PREFIX: &str = "mayfly-";
+/// The time that a quota is of, in microseconds.
+const PERIOD_US: u64 = 100_000;
+/// What the monitor itself may have: its program, its queues, page tables, stacks …
+const OVERHEAD: u64 = 64 << 20;
+/// … the tables of guest memory's pages, the host's and the guest's (8 bytes for 4096
+/// each, and as much again to spare) …
+const TABLES: u64 = 128;
+/// … and each vCPU.
+const OVERHEAD_PER_CPU: u64 = 4 << 20;
+/// Threads beside the vCPUs: the event loop's, those of disks, the kernel's for
+/// io_uring.
+const THREADS: u64 = 128;
+
+/// What a machine may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// vCPUs.
+    pub cpus: u8,
+    /// The guest's memory, in bytes.
+    pub memory: u64,
+}
+
+impl Share {
+    /// Of memory: the guest's, and what the monitor needs beside it.
+    pub fn memory_limit(&self) -> u64 {
+        let own = OVERHEAD + OVERHEAD_PER_CPU * u64::from(self.cpus);
+        let tables = self.memory / TABLES;
+        self.memory.saturating_add(own + tables)
+    }
+
+    /// Of the CPUs in a [`PERIOD_US`]: as many as the guest believes to have.
+    fn quota_us(&self) -> u64 {
+        PERIOD_US * u64::from(self.cpus)
+    }
+
+    fn threads(&self) -> u64 {
+        THREADS + u64::from(self.cpus)
+    }
+
+    /// Files of version 2; those of one controller.
+    fn v2(&self) -> [(&'static str, &'static str, String); 4] {
+        [
+            ("memory", "memory.max", self.memory_limit().to_string()),
+            ("cpu", "cpu.max", format!("{} {PERIOD_US}", self.quota_us())),
+            ("pids", "pids.max", self.threads().to_string()),
+            ("io", "io.weight", "default 100".to_owned()),
+        ]
+    }
+
+    /// Files of version 1.
+    fn v1(&self) -> [(&'static str, &'static str, String); 6] {
+        let memory = self.memory_limit().to_string();
+        let shares = 1024 * u64::from(self.cpus);
+        [
+            ("memory", "memory.limit_in_bytes", memory),
+            ("cpu", "cpu.cfs_period_us", PERIOD_US.to_string()),
+            ("cpu", "cpu.cfs_quota_us", self.quota_us().to_string()),
+            ("cpu", "cpu.shares", shares.to_string()),
+            ("pids", "pids.max", self.threads().to_string()),
+            ("blkio", "blkio.weight", "500".to_owned()),
+        ]
+    }
+}
+
+/// Those that a host should have; the weight of block I/O few have.
+const CONTROLLERS: [&str; 3] = ["memory", "cpu", "pids"];
+
+/// A machine's groups, removed with this.
+#[derive(Debug)]
+pub struct Cgroup {
+    folders: Vec<PathBuf>,
+    limited: Vec<&'static str>,
+    status: Status,
+}
+
+impl Cgroup {
+    /// Makes groups with limits, as far as the host lets this user.
+    pub fn make(share: &Share) -> Self {
+        Cgroup::make_in(share, &Hierarchies::find())
+    }
+
+    fn make_in(share: &Share, hierarchies: &Hierarchies) -> Self {
+        let name = format!("{PREFIX}{}", std::process::id());
+        let mut made = Cgroup {
+            folders: Vec::new(),
+            limited: Vec::new(),
+            status: Status::Active,
+        };
+        let mut refusal = None;
+        let mut limit = |folder: &Path, file: &str, value: &str| {
+            let path = folder.join(file);
+            match fs::write(&path, value) {
+                Ok(()) => true,
+                Err(error) => {
+                    refusal.get_or_insert_with(|| format!("{}: {error}", path.display()));
+                    false
+                }
+            }
+        };
+        let mut refused = None;
+        if let Some(own) = &hierarchies.unified {
+            match place(own).and_then(|parent| make_folder(&parent, &name)) {
+                Ok(folder) => {
+                    for (controller, file, value) in share.v2() {
+                        if folder.join(file).exists() && limit(&folder, file, &value) {
+                            made.limited.push(controller);
+                        }
+                    }
+                    made.folders.push(folder);
+                }
+                Err(why) => refused = Some(why),
+            }
+        }
+        for (controller, own) in &hierarchies.legacy {
+            let files = share.v1();
+            let files = files.iter().filter(|(of, ..)| of == controller);
+            let files: Vec<_> = files.collect();
+            if files.is_empty() {
+                continue;
+            }
+            match make_folder(own, &name) {
+                Ok(folder) => {
+                    for (of, file, value) in files {
+                        if folder.join(file).exists() && limit(&folder, file, value) {
+                            made.limited.push(of);
+                        }
+                    }
+                    if !made.folders.contains(&folder) {
+                        made.folders.push(folder);
+                    }
+                }
+                Err(why) => refused = refused.or(Some(why)),
+            }
+        }
+        let missing: Vec<_> = CONTROLLERS
+            .into_iter()
+            .filter(|controller| !made.limited.contains(controller))
+            .collect();
+        if !missing.is_empty() {
+            let why = refused.or(refusal).unwrap_or_else(|| {
+                "this host has not turned these controllers on for this user".to_owned()
+            });
+            let remedy = "systemd-run --user --scope -p Delegate=yes gives a user a group";
+            made.status = Status::Absent(format!(
+                "no limit of {}: {why}; {remedy}",
+                missing.join(", ")
+            ));
+        }
+        made
+    }
+
+    /// Puts a process into the groups. If the host does not let this user, it is
+    /// without limits.
+    pub fn add(&mut self, pid: u32) {
+        for folder in &self.folders {
+            let path = folder.join("cgroup.procs");
+            if let Err(error) = fs::write(&path, pid.to_string()) {
+                self.status = Status::Absent(format!("{}: {error}", path.display()));
+            }
+        }
+    }
+
+    /// Whether there are limits.
+    pub fn status(&self) -> &Status {
+        &self.status
+    }
+
+    /// The groups' folders.
+    pub fn folders(&self) -> &[PathBuf] {
+        &self.folders
+    }
+
+    /// Its process was ended because it needed more memory than it may have.
+    pub fn ran_out_of_memory(&self) -> bool {
+        let killed = |file: &str| {
+            self.folders.iter().any(|folder| {
+                let text = fs::read_to_string(folder.join(file)).unwrap_or_default();
+                value_of(&text, "oom_kill").is_some_and(|count| count > 0)
+            })
+        };
+        killed("memory.events") || killed("memory.oom_control")
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        for folder in &self.folders {
+            // Whoever comes next removes what is still in use.
+            let _ = fs::remove_dir(folder);
+        }
+    }
+}
+
+/// What the processes of a VM's groups use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GroupUsage {
+    /// Of the CPUs, in microseconds.
+    pub cpu_us: Option<u64>,
+    /// Bytes of memory, without what is only kept as it may be read again.
+    pub memory: Option<u64>,
+}
+
+impl GroupUsage {
+    /// What the groups of a machine's process use, which its keeper made; nothing is
+    /// known if there are none.
+    pub fn of_process(pid: u32, keeper: u32) -> Self {
+        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+        let groups = read(&format!("/proc/{pid}/cgroup"));
+        let found = Hierarchies::parse(&read("/proc/self/mountinfo"), &groups);
+        let all = found.unified.into_iter().map(|(_, folder)| folder);
+        let all = all.chain(found.legacy.into_iter().map(|(_, folder)| folder));
+        let name = format!("{PREFIX}{keeper}");
+        let its: Vec<_> = all.filter(|folder| folder.ends_with(&name)).collect();
+        GroupUsage::of(&its)
+    }
+
+    /// Reads it from the groups' folders.
+    fn of(folders: &[PathBuf]) -> Self {
+        let read = |file: &str| {
+            let mut all = folders.iter();
+            all.find_map(|folder| fs::read_to_string(folder.join(file)).ok())
+        };
+        let number = |file: &str| read(file)?.trim().parse::<u64>().ok();
+        let cpu = read("cpu.stat").and_then(|text| value_of(&text, "usage_usec"));
+        let cpu = cpu.or_else(|| number("cpuacct.usage").map(|ns| ns / 1000));
+        let memory = number("memory.current").or_else(|| number("memory.usage_in_bytes"));
+        let statistics = read("memory.stat").unwrap_or_default();
+        let kept = value_of(&statistics, "total_inactive_file")
+            .or_else(|| value_of(&statistics, "inactive_file"));
+        GroupUsage {
+            cpu_us: cpu,
+            memory: memory.map(|all| all.saturating_sub(kept.unwrap_or(0))),
+        }
+    }
+}
+
+/// The number behind a name, in lines of both.
+fn value_of(text: &str, name: &str) -> Option<u64> {
+    let mut lines = text.lines().map(|line| line.split_once(' '));
+    lines.find_map(|line| match line {
+        Some((key, value)) if key == name => value.trim().parse().ok(),
+        _ => None,
+    })
+}
+
+/// Where this process is.
+#[derive(Debug, Default)]
+struct Hierarchies {
+    /// In that of version 2: its mount point, and the group's folder.
+    unified: Option<(PathBuf, PathBuf)>,
+    /// In those of version 1, by controller.
+    legacy: Vec<(String, PathBuf)>,
+}
+
+impl Hierarchies {
+    fn find() -> Self {
+        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+        Hierarchies::parse(&read("/proc/self/mountinfo"), &read("/proc/self/cgroup"))
+    }
+
+    /// See `proc_pid_mountinfo(5)` and `cgroups(7)`.
+    fn parse(mounts: &str, groups: &str) -> Self {
+        let mut found = Hierarchies::default();
+        for group in groups.lines() {
+            let mut fields = group.splitn(3, ':');
+            let (Some(_), Some(controllers), Some(path)) =
+                (fields.next(), fields.next(), fields.next())
+            else {
+                continue;
+            };
+            for mount in mounts.lines() {
+                let Some((left, right)) = mount.split_once(" - ") else {
+                    continue;
+                };
+                let mut left = left.split(' ').skip(3);
+                let (Some(root), Some(point)) = (left.next(), left.next()) else {
+                    continue;
+                };
+                let mut right = right.split(' ');
+                let (kind, options) = (right.next(), right.nth(1).unwrap_or_default());
+                // The mount may show a part of the hierarchy.
+                let Ok(below) = Path::new(path).strip_prefix(root) else {
+                    continue;
+                };
+                let folder = Path::new(point).join(below);
+                match (controllers, kind) {
+                    ("", Some("cgroup2")) => found.unified = Some((point.into(), folder)),
+                    ("", _) => {}
+                    (_, Some("cgroup")) => {
+                        let has = |it: &&str| options.split(',').any(|option| option == *it);
+                        if controllers.split(',').all(|it| has(&it)) {
+                            for controller in controllers.split(',') {
+                                found.legacy.push((controller.into(), folder.clone()));
+                            }
+                        }
+                    }
+                    _ => {}
+                }
+            }
+        }
+        found
+    }
+}
+
+/// The nearest group above this process that may have groups with limits: a group
+/// with processes may not. Turns its controllers on.
+fn place((top, own): &(PathBuf, PathBuf)) -> Result<PathBuf, String> {
+    let mut why = None;
+    for folder in own.ancestors().take_while(|it| it.starts_with(top)) {
+        let procs = folder.join("cgroup.procs");
+        let busy = fs::read_to_string(&procs).is_ok_and(|text| !text.trim().is_empty());
+        if busy && folder != top {
+            continue;
+        }
+        match fs::OpenOptions::new().write(true).open(&procs) {
+            Ok(_) => {
+                for (controller, ..) in (Share { cpus: 1, memory: 0 }).v2() {
+                    // What can't be turned on has no files later.
+                    let turn_on = format!("+{controller}");
+                    let _ = fs::write(folder.join("cgroup.subtree_control"), turn_on);
+                }
+                return Ok(folder.to_owned());
+            }
+            Err(error) => {
+                why.get_or_insert_with(|| format!("{}: {error}", folder.display()));
+            }
+        }
+    }
+    Err(why.unwrap_or_else(|| format!("{}: no group for it", own.display())))
+}
+
+/// Makes a group's folder, and removes those of keepers that were killed.
+fn make_folder(parent: &Path, name: &str) -> Result<PathBuf, String> {
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let left = entry.file_name();
+        let pid = left.to_str().and_then(|it| it.strip_prefix(PREFIX));
+        if let Some(pid) = pid.and_then(|pid| pid.parse::<u32>().ok())
+            && !Path::new(&format!("/proc/{pid}")).exists()
+        {
+            let _ = fs::remove_dir(entry.path());
+        }
+    }
+    let folder = parent.join(name);
+    match fs::create_dir(&folder) {
+        Ok(()) => Ok(folder),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(folder),
+        Err(error) => Err(format!("{}: {error}", folder.display())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHARE: Share = Share {
+        cpus: 2,
+        memory: 512 << 20,
+    };
+
+    #[test]
+    fn finds_both_versions() {
+        let mounts = "\
+            30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n\
+            31 23 0:27 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n\
+            32 23 0:28 /a /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct\n\
+            33 23 0:29 / /tmp rw - tmpfs tmpfs rw\n";
+        let groups = "3:cpu,cpuacct:/a/b\n2:memory:/m\n1:name=systemd:/x\n0::/user.slice/s\n";
+        let found = Hierarchies::parse(mounts, groups);
+        let unified = (
+            "/sys/fs/cgroup".into(),
+            "/sys/fs/cgroup/user.slice/s".into(),
+        );
+        assert_eq!(found.unified, Some(unified));
+        let legacy = |name: &str, path: &str| (name.to_owned(), PathBuf::from(path));
+        assert_eq!(
+            found.legacy,
+            [
+                legacy("cpu", "/sys/fs/cgroup/cpu,cpuacct/b"),
+                legacy("cpuacct", "/sys/fs/cgroup/cpu,cpuacct/b"),
+                legacy("memory", "/sys/fs/cgroup/memory/m"),
+            ]
+        );
+        for nonsense in ["", "\n\n", "a:b", "0::relative", " - ", "1 2 3 / - cgroup2"] {
+            Hierarchies::parse(nonsense, nonsense);
+        }
+    }
+
+    /// A folder that looks as a group of version 2 whose processes are elsewhere.
+    fn pretend(folder: &Path) {
+        fs::create_dir_all(folder).unwrap();
+        for file in ["cgroup.procs", "cgroup.subtree_control"] {
+            fs::write(folder.join(file), "").unwrap();
+        }
+    }
+
+    #[test]
+    fn a_group_with_processes_is_passed_over() {
+        let top = tempfile::tempdir().unwrap();
+        let own = top.path().join("slice/scope");
+        for folder in [top.path(), &top.path().join("slice"), &own] {
+            pretend(folder);
+        }
+        fs::write(own.join("cgroup.procs"), "1\n").unwrap();
+        let here = (top.path().to_owned(), own.clone());
+        assert_eq!(place(&here).unwrap(), top.path().join("slice"));
+        let turned_on = fs::read_to_string(top.path().join("slice/cgroup.subtree_control"));
+        assert_eq!(turned_on.unwrap(), "+io");
+    }
+
+    #[test]
+    fn what_a_host_does_not_offer_is_said() {
+        let mut made = Cgroup::make_in(&SHARE, &Hierarchies::default());
+        made.add(1);
+        let Status::Absent(why) = made.status() else {
+            panic!();
+        };
+        assert!(why.starts_with("no limit of memory, cpu, pids"), "{why}");
+    }
+
+    #[test]
+    fn usage_is_read_from_either_version() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |file: &str, text: &str| fs::write(folder.path().join(file), text).unwrap();
+        let usage = || GroupUsage::of(&[folder.path().to_owned()]);
+        assert_eq!(usage(), GroupUsage::default());
+        write("cpuacct.usage", "5000\n");
+        write("memory.usage_in_bytes", "900\n");
+        write("memory.stat", "inactive_file 1\ntotal_inactive_file 100\n");
+        let expected = |cpu_us, memory| GroupUsage {
+            cpu_us: Some(cpu_us),
+            memory: Some(memory),
+        };
+        assert_eq!(usage(), expected(5, 800));
+        write("cpu.stat", "usage_usec 7\nuser_usec 3\n");
+        write("memory.current", "50\n");
+        assert_eq!(usage(), expected(7, 0));
+    }
+
+    #[test]
+    fn limits_are_the_guest_s_and_something_beside() {
+        assert_eq!(SHARE.memory_limit(), (512 + 64 + 4 + 8) << 20);
+        assert_eq!(SHARE.v2()[1].2, "200000 100000");
+    }
+}
