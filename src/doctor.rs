@@ -14,6 +14,7 @@ use crate::failure::OrFail;
 use crate::kvm::probe::{self, Backend};
 use crate::kvm::vm;
 use crate::net::passt;
+use crate::sandbox::{self, Cgroup, Layer, Mode, Policy, Share, Status};
 use crate::virtiofsd;
 
 /// How a check came out.
@@ -48,9 +49,9 @@ impl fmt::Display for Check {
             Verdict::Missing => "missing",
             Verdict::Fatal => "FATAL",
         };
-        write!(f, "{:<16}{verdict:<9}{}", self.name, self.found)?;
+        write!(f, "{:<19}{verdict:<9}{}", self.name, self.found)?;
         match &self.remedy {
-            Some(remedy) => write!(f, "\n{:<25}{remedy}", ""),
+            Some(remedy) => write!(f, "\n{:<28}{remedy}", ""),
             None => Ok(()),
         }
     }
@@ -95,11 +96,10 @@ pub fn examine() -> Vec<Check> {
         tap(),
         user_network(),
         folders(),
-        user_namespaces(),
-        cgroups(),
         memory(),
         kernels(),
     ]);
+    checks.extend(sandbox());
     checks
 }
 
@@ -199,41 +199,34 @@ fn folders() -> Check {
     }
 }
 
-fn user_namespaces() -> Check {
-    const NAME: &str = "user namespaces";
-    // SAFETY: the child only calls functions that are safe after a fork.
-    let child = unsafe {
-        match libc::fork() {
-            0 => libc::_exit(libc::unshare(libc::CLONE_NEWUSER).abs()),
-            child => child,
+/// What would surround a VM's process, a line for each layer.
+fn sandbox() -> Vec<Check> {
+    let policy = Policy {
+        mode: Mode::On,
+        new_net: true,
+    };
+    let mut report = match sandbox::probe(&policy) {
+        Ok(report) => report,
+        Err(error) => {
+            let remedy = "see the kernel's log: dmesg";
+            return vec![bad("sandbox", Verdict::Fatal, error.to_string(), remedy)];
         }
     };
-    let mut status = 0;
-    // SAFETY: writes to a live integer.
-    let waited = child > 0 && unsafe { libc::waitpid(child, &mut status, 0) } == child;
-    if waited && status == 0 {
-        return ok(NAME, "allowed");
-    }
-    bad(
-        NAME,
-        Verdict::Missing,
-        "refused",
-        "to allow them: sysctl user.max_user_namespaces=10000 (and, where it exists, kernel.apparmor_restrict_unprivileged_userns=0)",
-    )
-}
-
-fn cgroups() -> Check {
-    const NAME: &str = "cgroups";
-    let path = "/sys/fs/cgroup/cgroup.controllers";
-    match fs::read_to_string(path) {
-        Ok(controllers) => ok(NAME, format!("version 2: {}", controllers.trim())),
-        Err(_) => bad(
-            NAME,
+    let cgroup = Cgroup::make(&Share {
+        cpus: 1,
+        memory: 512 << 20,
+    });
+    report.set(Layer::Cgroup, cgroup.status().clone());
+    let check = |(layer, status): &(Layer, Status)| match status {
+        Status::Active => ok(layer.name(), "active"),
+        status => bad(
+            layer.name(),
             Verdict::Missing,
-            "version 2 is not mounted at /sys/fs/cgroup",
-            "boot the host with systemd.unified_cgroup_hierarchy=1",
+            status.to_string(),
+            layer.remedy(),
         ),
-    }
+    };
+    report.iter().map(check).collect()
 }
 
 fn memory() -> Check {

@@ -359,8 +359,9 @@ fn doctor_tells_what_this_host_can_do() {
         "KVM backend",
         "io_uring",
         "TAP",
-        "user namespaces",
-        "cgroups",
+        "user namespace",
+        "seccomp",
+        "cgroup",
         "memory",
         "guest kernel",
     ] {
