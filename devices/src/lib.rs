@@ -9,6 +9,7 @@
 pub mod bus;
 pub mod cmos;
 pub mod ged;
+pub mod handoff;
 pub mod i8042;
 pub mod line;
 pub mod platform;

@@ -1,11 +1,11 @@
 //! The boot recipe, from top to bottom.
 
-use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use kvm_ioctls::Kvm;
 use mayfly_boot::{Boot, KernelError, MmioDevice, initrd, kernel, layout};
+use mayfly_devices::handoff::Handoff;
 use mayfly_devices::platform::PlatformEvent;
 use mayfly_devices::pvpanic::GuestPanic;
 use mayfly_devices::serial::{Serial, SerialState};
@@ -41,22 +41,21 @@ pub enum VmEvent {
 
 /// Sends [`VmEvent`]s.
 pub struct Notifier {
-    sender: Sender<VmEvent>,
+    events: Handoff<VmEvent>,
     wake: EventFd,
 }
 
 impl Notifier {
     /// Sends, and wakes the event loop up.
     pub fn send(&self, event: VmEvent) {
-        // At the very end nobody receives any more.
-        let _ = self.sender.send(event);
+        self.events.put(event);
         let _ = self.wake.write(1);
     }
 
     /// Another sender.
     pub fn try_clone(&self) -> std::io::Result<Self> {
         Ok(Notifier {
-            sender: self.sender.clone(),
+            events: self.events.clone(),
             wake: self.wake.try_clone()?,
         })
     }
@@ -81,7 +80,7 @@ pub struct Machine {
     /// Where events are sent …
     pub notifier: Notifier,
     /// … and received …
-    pub events: Receiver<VmEvent>,
+    pub events: Handoff<VmEvent>,
     /// … after this has woken the loop up.
     pub wake: EventFd,
     /// What the vCPUs pass on their way to the guest.
@@ -102,10 +101,10 @@ pub fn build(
     vm.set_memory(&memory).or_host("--memory")?;
     timeline.memory_mapped = timeline.now();
 
-    let (sender, events) = mpsc::channel();
+    let events = Handoff::default();
     let wake = event()?;
     let notifier = Notifier {
-        sender,
+        events: events.clone(),
         wake: duplicate(&wake)?,
     };
 

@@ -3,12 +3,12 @@
 use std::cell::RefCell;
 use std::os::fd::{AsRawFd, RawFd};
 use std::rc::Rc;
-use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use mayfly_devices::bus::lock;
+use mayfly_devices::handoff::Handoff;
 use mayfly_devices::platform::PlatformEvent;
 use mayfly_devices::pvpanic::GuestPanic;
 use mayfly_devices::virtio::mmio::VirtioMmio;
@@ -104,7 +104,7 @@ pub struct Control {
     /// Wakes up for [`Control::events`].
     pub wake: EventFd,
     /// From the vCPUs' threads.
-    pub events: Receiver<VmEvent>,
+    pub events: Handoff<VmEvent>,
     /// From the keeper.
     pub link: Arc<Link>,
     /// The guest said that it panicked.
@@ -146,7 +146,7 @@ impl MutEventSubscriber for Control {
             GRACE => Some(Outcome::Panic),
             _ => None,
         };
-        for event in self.events.try_iter() {
+        for event in self.events.take() {
             let next = match event {
                 VmEvent::Vcpu(VcpuEnd::Stopped) => None,
                 VmEvent::Vcpu(VcpuEnd::PowerOff) => Some(Outcome::PowerOff),

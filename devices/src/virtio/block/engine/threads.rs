@@ -4,13 +4,13 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Completion, Kind, Operation, retry};
+use crate::handoff::Handoff;
 
 const THREADS: usize = 4;
 
@@ -44,7 +44,7 @@ pub fn unprepared() -> Box<dyn FnOnce() + Send> {
 /// The threads, and what they are told and tell.
 pub struct Threads {
     jobs: Arc<Jobs>,
-    done: Receiver<Completion>,
+    done: Handoff<Completion>,
     event: EventFd,
     threads: Vec<JoinHandle<()>>,
 }
@@ -128,16 +128,16 @@ unsafe impl Send for Job {}
 impl Threads {
     pub(super) fn new(worker: Arc<impl Worker>, prepare: &Prepare) -> io::Result<Self> {
         let jobs = Arc::new(Jobs::default());
-        let (finished, done) = mpsc::channel();
+        let done = Handoff::default();
         // Whole from the start: should a thread be refused, its end ends the others.
         let mut threads = Threads {
             jobs: jobs.clone(),
-            done,
+            done: done.clone(),
             event: EventFd::new(EFD_NONBLOCK)?,
             threads: Vec::new(),
         };
         for _ in 0..THREADS {
-            let (its_jobs, finished, its_worker) = (jobs.clone(), finished.clone(), worker.clone());
+            let (its_jobs, done, its_worker) = (jobs.clone(), done.clone(), worker.clone());
             let event = threads.event.try_clone()?;
             let first = prepare();
             jobs.queue().alive += 1;
@@ -147,9 +147,7 @@ impl Threads {
                     // SAFETY: whoever submitted keeps the buffers valid.
                     let result =
                         unsafe { its_worker.run(job.kind, job.offset, job.iovecs, job.count) };
-                    if finished.send((job.token, result)).is_err() {
-                        break;
-                    }
+                    done.put((job.token, result));
                     let _ = event.write(1);
                 }
                 if its_jobs.leave() {
@@ -184,7 +182,7 @@ impl Threads {
 
     pub(super) fn completions(&mut self) -> Vec<Completion> {
         let _ = self.event.read();
-        self.done.try_iter().collect()
+        self.done.take()
     }
 
     pub(super) fn wait(&self) -> io::Result<()> {

@@ -1,0 +1,60 @@
+//! What threads leave for another, which is told by an event descriptor.
+
+use std::sync::{Arc, Mutex};
+
+use crate::bus::lock;
+
+/// Values that wait to be taken. The standard library's channels yield the CPU when
+/// threads meet in them, which is a system call that confined threads do not have.
+#[derive(Debug)]
+pub struct Handoff<T>(Arc<Mutex<Vec<T>>>);
+
+impl<T> Default for Handoff<T> {
+    fn default() -> Self {
+        Handoff(Arc::default())
+    }
+}
+
+impl<T> Clone for Handoff<T> {
+    /// Another end of the same.
+    fn clone(&self) -> Self {
+        Handoff(self.0.clone())
+    }
+}
+
+impl<T> Handoff<T> {
+    /// Leaves a value.
+    pub fn put(&self, value: T) {
+        lock(&self.0).push(value);
+    }
+
+    /// Takes what there is, the oldest first.
+    pub fn take(&self) -> Vec<T> {
+        std::mem::take(&mut *lock(&self.0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+
+    #[test]
+    fn nothing_is_lost_and_each_has_its_order() {
+        const COUNT: usize = 10_000;
+        let handoff = Handoff::default();
+        let threads = [0, 1, 2, 3].map(|thread| {
+            let handoff = handoff.clone();
+            thread::spawn(move || (0..COUNT).for_each(|number| handoff.put((thread, number))))
+        });
+        let mut next = [0; 4];
+        while next != [COUNT; 4] {
+            for (thread, number) in handoff.take() {
+                assert_eq!(next[thread], number);
+                next[thread] += 1;
+            }
+        }
+        threads.map(|thread| thread.join().unwrap());
+        assert!(handoff.take().is_empty());
+    }
+}
