@@ -3,18 +3,32 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 
-use super::BUFFER;
 use crate::virtio::chain::Buffer;
 
-/// A ring of at most [`BUFFER`] bytes, that has memory only while it holds any.
-#[derive(Default)]
+/// A ring, that has memory only while it holds any bytes.
 pub struct Backlog {
+    capacity: usize,
     ring: Box<[u8]>,
     start: usize,
     len: usize,
 }
 
 impl Backlog {
+    /// One that can hold so many bytes.
+    pub fn new(capacity: usize) -> Self {
+        Backlog {
+            capacity,
+            ring: Box::default(),
+            start: 0,
+            len: 0,
+        }
+    }
+
+    /// How many bytes it can hold.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
     /// How many bytes it holds.
     pub fn len(&self) -> usize {
         self.len
@@ -27,17 +41,17 @@ impl Backlog {
 
     /// How many more it can hold.
     pub fn room(&self) -> usize {
-        BUFFER - self.len
+        self.capacity - self.len
     }
 
     /// Copies a range of a buffer, which must have room.
     pub fn push(&mut self, from: &Buffer, offset: usize, len: usize) {
         if self.ring.is_empty() {
-            self.ring = vec![0; BUFFER].into_boxed_slice();
+            self.ring = vec![0; self.capacity].into_boxed_slice();
         }
         let len = len.min(self.room());
-        let end = (self.start + self.len) % BUFFER;
-        let first = len.min(BUFFER - end);
+        let end = (self.start + self.len) % self.capacity;
+        let first = len.min(self.capacity - end);
         from.read_at(offset, &mut self.ring[end..end + first]);
         from.read_at(offset + first, &mut self.ring[..len - first]);
         self.len += len;
@@ -45,7 +59,7 @@ impl Backlog {
 
     /// Sends what the peer takes; returns how much that was.
     pub fn send(&mut self, peer: &impl AsRawFd) -> io::Result<usize> {
-        let first = self.len.min(BUFFER - self.start);
+        let first = self.len.min(self.capacity - self.start);
         let part = |bytes: &[u8]| libc::iovec {
             iov_base: bytes.as_ptr().cast_mut().cast(),
             iov_len: bytes.len(),
@@ -57,7 +71,7 @@ impl Backlog {
         // SAFETY: the parts lie in the ring, which is borrowed until the end.
         let sent = unsafe { send(peer.as_raw_fd(), &parts) }?;
         self.len -= sent;
-        self.start = (self.start + sent) % BUFFER;
+        self.start = (self.start + sent) % self.capacity;
         if self.len == 0 {
             self.clear();
         }
@@ -66,7 +80,7 @@ impl Backlog {
 
     /// Forgets what it holds.
     pub fn clear(&mut self) {
-        *self = Backlog::default();
+        *self = Backlog::new(self.capacity);
     }
 }
 

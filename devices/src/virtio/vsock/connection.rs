@@ -10,15 +10,15 @@ use std::time::{Duration, Instant};
 use bitflags::bitflags;
 use vmm_sys_util::epoll::EventSet;
 
+use super::PACKET_MAX;
 use super::backlog::{Backlog, send};
 use super::packet::{HEADER, Header, Op, Shutdown};
-use super::{BUFFER, PACKET_MAX};
 use crate::virtio::chain::Buffer;
 
 /// A buffer of more parts is read or written in several goes.
 const VECTORS: usize = 32;
-/// The guest is told its credit once it is this much behind.
-const CREDIT_STEP: u32 = BUFFER as u32 / 4;
+/// The guest is told its credit once it is behind by this part of it.
+const CREDIT_STEP: usize = 4;
 
 const NO_VECTORS: [libc::iovec; VECTORS] = [libc::iovec {
     iov_base: std::ptr::null_mut(),
@@ -116,7 +116,7 @@ pub struct Connection {
 }
 
 impl Connection {
-    fn new(stream: UnixStream, state: State, pending: Pending) -> Self {
+    fn new(stream: UnixStream, credit: usize, state: State, pending: Pending) -> Self {
         Connection {
             stream,
             state,
@@ -129,7 +129,7 @@ impl Connection {
             asked: false,
             forwarded: 0,
             told: 0,
-            backlog: Backlog::default(),
+            backlog: Backlog::new(credit),
             guest_shut: Shutdown::empty(),
             host_shut: Shutdown::empty(),
             told_shut: Shutdown::empty(),
@@ -141,17 +141,23 @@ impl Connection {
         }
     }
 
-    /// One that the guest is to be asked for, until a deadline.
-    pub fn requested(stream: UnixStream, deadline: Instant) -> Self {
+    /// One that the guest is to be asked for, until a deadline. The guest may have so
+    /// many bytes under way to its peer.
+    pub fn requested(stream: UnixStream, credit: usize, deadline: Instant) -> Self {
         Connection {
             deadline: Some(deadline),
-            ..Connection::new(stream, State::Requested, Pending::REQUEST)
+            ..Connection::new(stream, credit, State::Requested, Pending::REQUEST)
         }
     }
 
     /// One that the guest asked for, and the host accepted.
-    pub fn accepted(stream: UnixStream) -> Self {
-        Connection::new(stream, State::Open, Pending::RESPONSE)
+    pub fn accepted(stream: UnixStream, credit: usize) -> Self {
+        Connection::new(stream, credit, State::Open, Pending::RESPONSE)
+    }
+
+    /// How many bytes of the guest's it may come to hold.
+    pub fn guest_credit(&self) -> usize {
+        self.backlog.capacity()
     }
 
     /// The stream's descriptor.
@@ -279,7 +285,8 @@ impl Connection {
     fn forward(&mut self, len: usize) {
         // At most the buffer's size.
         self.forwarded = self.forwarded.wrapping_add(len as u32);
-        if self.forwarded.wrapping_sub(self.told) >= CREDIT_STEP {
+        let behind = self.forwarded.wrapping_sub(self.told) as usize;
+        if behind >= self.backlog.capacity() / CREDIT_STEP {
             self.pending.insert(Pending::CREDIT_UPDATE);
         }
     }
@@ -432,7 +439,7 @@ impl Connection {
     pub fn fill(&mut self, header: &mut Header) {
         self.pending.remove(Pending::CREDIT_UPDATE);
         self.told = self.forwarded;
-        header.buf_alloc = BUFFER as u32;
+        header.buf_alloc = self.backlog.capacity() as u32;
         header.fwd_cnt = self.forwarded;
     }
 
@@ -513,7 +520,7 @@ mod tests {
     #[test]
     fn credit_wraps_around_and_a_lie_is_none() {
         let (stream, _peer) = UnixStream::pair().unwrap();
-        let mut connection = Connection::accepted(stream);
+        let mut connection = Connection::accepted(stream, 4096);
         connection.sent = 10; // after 4 GiB
         let mut room = |buf_alloc, fwd_cnt| {
             connection.credit(&Header {

@@ -39,8 +39,12 @@ const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 const F_STREAM: u32 = 0;
 /// Connections do not exist any more (virtio 1.2, 5.10.6.7).
 const EVENT_TRANSPORT_RESET: u32 = 0;
-/// How much a connection holds of what the guest sent: the guest's credit.
+/// How much a connection holds of what the guest sent: the guest's credit …
 const BUFFER: usize = 128 << 10;
+/// … unless all of them may hold this much already …
+const BUFFERS: usize = 16 << 20;
+/// … and then.
+const BUFFER_MIN: usize = 4 << 10;
 /// The most data in a packet to the guest.
 const PACKET_MAX: usize = 64 << 10;
 

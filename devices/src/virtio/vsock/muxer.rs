@@ -13,7 +13,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::connection::{Connection, End};
 use super::greeting::{Greeting, Heard};
 use super::packet::{HEADER, HOST_CID, Header, Op, PORT_ANY, STREAM, Shutdown};
-use super::{Connector, Limits};
+use super::{BUFFER, BUFFER_MIN, BUFFERS, Connector, Limits};
 use crate::virtio::chain::Buffer;
 
 /// The host's ports of connections that it begins.
@@ -91,6 +91,8 @@ pub struct Muxer {
     again: EventFd,
     connections: HashMap<Key, Connection>,
     greetings: HashMap<u32, Greeting>,
+    /// How many bytes all connections together may come to hold for the guest.
+    credit: usize,
     /// Those that have packets for the guest, each once, in the order of turns.
     ready: VecDeque<Key>,
     /// Resets for connections that are no more, or never were, with their type.
@@ -125,6 +127,7 @@ impl Muxer {
             again: EventFd::new(EFD_NONBLOCK)?,
             connections: HashMap::new(),
             greetings: HashMap::new(),
+            credit: 0,
             ready: VecDeque::new(),
             resets: VecDeque::new(),
             resets_next: true,
@@ -168,6 +171,7 @@ impl Muxer {
         // A new hash table would need random numbers, which a vCPU's thread may not ask for.
         self.connections.clear();
         self.greetings.clear();
+        self.credit = 0;
         self.ready.clear();
         self.resets.clear();
     }
@@ -178,6 +182,16 @@ impl Muxer {
         // gets no others.
         let taken = self.connections.len() + self.greetings.len() + self.resets.len();
         taken < self.limits.connections
+    }
+
+    /// What a new connection may hold for the guest: much, while all have little.
+    fn give_credit(&mut self) -> usize {
+        let credit = match self.credit + BUFFER <= BUFFERS {
+            true => BUFFER,
+            false => BUFFER_MIN,
+        };
+        self.credit += credit;
+        credit
     }
 
     // What the host does.
@@ -292,9 +306,10 @@ impl Muxer {
             return log::debug!("vsock: watching a client: {error}");
         }
         let deadline = Instant::now() + self.limits.request;
+        let credit = self.give_credit();
         self.counters.connections += 1;
         self.connections
-            .insert(key, Connection::requested(stream, deadline));
+            .insert(key, Connection::requested(stream, credit, deadline));
         self.settle(key);
     }
 
@@ -340,6 +355,7 @@ impl Muxer {
             if connection.scheduled {
                 self.ready.retain(|other| *other != key);
             }
+            self.credit -= connection.guest_credit();
             self.connections.remove(&key);
             if end == End::Reset {
                 self.resets.push_back((key, STREAM));
@@ -422,7 +438,7 @@ impl Muxer {
         let connected = sound.then(|| self.open(key));
         let refusal = match connected {
             Some(Ok(stream)) => {
-                let mut connection = Connection::accepted(stream);
+                let mut connection = Connection::accepted(stream, self.give_credit());
                 connection.credit(header);
                 self.counters.connections += 1;
                 self.connections.insert(key, connection);

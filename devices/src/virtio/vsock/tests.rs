@@ -528,6 +528,48 @@ fn fill(guest: &mut Guest, header: Header) -> Vec<u8> {
 }
 
 #[test]
+fn all_connections_together_hold_a_bounded_amount() {
+    const CONNECTIONS: usize = 200;
+    let limits = Limits {
+        connections: CONNECTIONS,
+        ..quick()
+    };
+    let mut guest = Guest::without_buffers(limits);
+    guest.offer_all(PAGE as u32);
+    let listener = guest.listen(PORT);
+    let mut peers = Vec::new();
+    for round in 0..2 {
+        let mut held = 0;
+        for port in 0..CONNECTIONS as u32 {
+            let src_port = GUEST + port;
+            let request = guest.header(Op::Request);
+            guest.send(
+                Header {
+                    src_port,
+                    ..request
+                },
+                &[],
+            );
+            peers.push(listener.accept().unwrap());
+            held += guest.expect(Op::Response).0.buf_alloc as usize;
+        }
+        let large = BUFFERS / BUFFER;
+        assert_eq!(held, BUFFERS + (CONNECTIONS - large) * BUFFER_MIN);
+        // Their credit is others', whether they end one by one or all at once.
+        for port in 0..CONNECTIONS as u32 * (1 - round) {
+            let src_port = GUEST + port;
+            let reset = guest.header(Op::Reset);
+            guest.send(Header { src_port, ..reset }, &[]);
+        }
+    }
+    guest.driver.reset();
+    guest.driver.start(feature(F_STREAM));
+    guest.offer_all(PAGE as u32);
+    guest.send_op(Op::Request);
+    assert_eq!(guest.expect(Op::Response).0.buf_alloc as usize, BUFFER);
+}
+
+#[test]
 fn a_peer_that_never_reads_stalls_its_connection_alone() {
     let mut guest = Guest::new();
     let mut lazy = guest.connect();
