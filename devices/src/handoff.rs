@@ -54,7 +54,9 @@ mod tests {
                 next[thread] += 1;
             }
         }
-        threads.map(|thread| thread.join().unwrap());
+        threads
+            .into_iter()
+            .for_each(|thread| thread.join().unwrap());
         assert!(handoff.take().is_empty());
     }
 }

@@ -30,9 +30,14 @@ pub fn kernel(name: &str, file: &str) -> PathBuf {
     variable("MAYFLY_KERNELS").join(name).join(file)
 }
 
+/// A file that scripts/test has made.
+pub fn test_data(name: &str) -> PathBuf {
+    variable("MAYFLY_TEST_DATA").join(name)
+}
+
 /// An initramfs that scripts/test has built.
 pub fn prepared(name: &str) -> Vec<u8> {
-    let path = variable("MAYFLY_TEST_DATA").join(name);
+    let path = test_data(name);
     fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
@@ -87,16 +92,21 @@ impl Guest {
     }
 
     fn with_image(name: &str, file: &str, image: &[u8]) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let initrd = folder.path().join("initrd");
+        let mut guest = Guest::of_kernel(&kernel(name, file));
+        let initrd = guest.path("initrd");
         fs::write(&initrd, image).unwrap();
+        guest.command.arg("--initrd").arg(&initrd);
+        guest
+    }
+
+    /// A guest that is a kernel and nothing else.
+    pub fn of_kernel(kernel: &Path) -> Self {
+        let folder = tempfile::tempdir().unwrap();
         let mut command = Command::new(mayfly());
         command
             .arg("boot")
             .arg("--kernel")
-            .arg(kernel(name, file))
-            .arg("--initrd")
-            .arg(&initrd)
+            .arg(kernel)
             .stdin(Stdio::null());
         Guest {
             folder,

@@ -12,6 +12,7 @@ mod copies;
 mod disks;
 mod distro;
 mod endings;
+mod hostile;
 mod limits;
 mod memory;
 mod nets;

@@ -1,0 +1,389 @@
+//! A guest that attacks its machine: `tests/hostile`.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crate::common::{Ended, Guest, mayfly, test_data, tool};
+use crate::control::Controlled;
+use crate::nets::{Namespace, Peer};
+
+/// All ports and kinds of attack come round in so many seeds.
+const SEEDS: u64 = 4096;
+/// The guest has said that all seeds are done.
+const DONE: u64 = 42;
+/// Every so many seeds it says where it is …
+const TELL: u64 = 32;
+/// … and within this time.
+const STEP: Duration = Duration::from_secs(60);
+
+/// What the guest itself touches of its memory: its image, and its devices' shares.
+const GUEST: u64 = 24 << 20;
+/// What the machine's process may have beside that: what is its own, and its program.
+const OWN: u64 = 16 << 20;
+
+/// A machine with every kind of device, and what is behind them on the host.
+struct Target {
+    namespace: Namespace,
+    _ping: Peer,
+}
+
+impl Target {
+    fn new(name: &str) -> Self {
+        let namespace = Namespace::with(name, "tap multi_queue", ",queues=2");
+        // Makes packets for the guest: at least those that ask who it is.
+        let mut ping = namespace.command("busybox");
+        ping.args(["ping", "-q", "10.9.0.2"]);
+        ping.stdout(Stdio::null()).stderr(Stdio::null());
+        let ping = Peer(ping.spawn().unwrap());
+        Target {
+            namespace,
+            _ping: ping,
+        }
+    }
+
+    fn guest(&self, cmdline: &str) -> Guest {
+        let guest = Guest::of_kernel(&test_data("hostile"));
+        let path = |name: &str| guest.path(name).to_str().unwrap().to_owned();
+        let (raw, layer, qcow2) = (path("raw"), path("layer"), path("qcow2"));
+        for disk in [&raw, &layer] {
+            File::create(disk).unwrap().set_len(8 << 20).unwrap();
+        }
+        tool("qemu-img", &["create", "-q", "-f", "qcow2", &qcow2, "8M"]);
+        let args = [
+            "--json",
+            // More than there is room for below the devices.
+            "--memory",
+            "3136M",
+            "--cpus",
+            "2",
+            "--watchdog",
+            "--disk",
+            &format!("path={raw},queues=2"),
+            "--disk",
+            &format!("path={qcow2},format=qcow2"),
+            "--disk",
+            &format!("path={layer},ro,iops=200"),
+            "--net",
+            "tap=tap0,queues=2",
+            "--net",
+            "user,allow=10.0.2.2",
+            "--vsock",
+            &format!("cid=3,unix={}", path("vsock")),
+            "--balloon",
+            "4M,reporting",
+            "--console",
+            "stdio,virtio",
+            "--channel",
+            &format!("name=one,unix={}", path("channel")),
+            "--channel",
+            "name=two,pty",
+            "--cmdline",
+            cmdline,
+        ];
+        let guest = guest.args(args);
+        self.namespace.enter(guest)
+    }
+}
+
+/// Talks to the guest over vsock and a channel: takes what it sends, and calls it.
+struct Talk {
+    over: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Talk {
+    fn start(folder: &Path) -> Self {
+        let over = Arc::new(AtomicBool::new(false));
+        let listener = UnixListener::bind(folder.join("vsock_1000")).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let (its, folder) = (over.clone(), folder.to_owned());
+        let thread = thread::spawn(move || {
+            let mut clients: Vec<UnixStream> = Vec::new();
+            let mut buffer = [0; 4096];
+            while !its.load(Ordering::Relaxed) {
+                clients.extend(listener.accept().ok().map(|(client, _)| client));
+                for socket in ["vsock", "channel"] {
+                    if let Ok(mut client) = UnixStream::connect(folder.join(socket)) {
+                        let _ = client.write_all(b"CONNECT 1024\nhello");
+                        clients.push(client);
+                    }
+                }
+                for client in &mut clients {
+                    client.set_nonblocking(true).unwrap();
+                    let _ = client.read(&mut buffer);
+                    let _ = client.write(&buffer);
+                }
+                let old = clients.len().saturating_sub(16);
+                clients.drain(..old);
+                thread::sleep(Duration::from_millis(100));
+            }
+        });
+        Talk {
+            over,
+            threads: vec![thread],
+        }
+    }
+}
+
+impl Drop for Talk {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The process of a machine: the descendant of its keeper that runs vCPUs.
+fn machine_process(keeper: u32) -> Option<u32> {
+    let children = fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children")).ok()?;
+    let children = children
+        .split_whitespace()
+        .filter_map(|pid| pid.parse().ok());
+    children.into_iter().find_map(|child: u32| {
+        let tasks = fs::read_dir(format!("/proc/{child}/task")).ok()?;
+        let mut names =
+            tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("comm")).ok());
+        match names.any(|name| name.trim() == "vcpu0") {
+            true => Some(child),
+            false => machine_process(child),
+        }
+    })
+}
+
+/// The most memory that a process had.
+fn peak(pid: u32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: u64 = line.trim().trim_end_matches(" kB").parse().ok()?;
+    Some(kib << 10)
+}
+
+/// The last seed that the guest has told of.
+fn last_seed(console: &str) -> Option<u64> {
+    let whole = console.rsplit_once('\n').map_or("", |(lines, _)| lines);
+    let mut lines = whole.lines().rev();
+    lines.find_map(|line| line.split_once("hostile: seed ")?.1.trim().parse().ok())
+}
+
+/// How long a VM takes to answer a command; none if it does not, as it has ended.
+fn answer(socket: &Path, command: &str) -> Option<Duration> {
+    let started = Instant::now();
+    let mut socket = UnixStream::connect(socket).ok()?;
+    socket.set_read_timeout(Some(STEP)).ok()?;
+    socket.write_all(command.as_bytes()).ok()?;
+    socket.write_all(b"\n").ok()?;
+    let mut line = String::new();
+    BufReader::new(socket).read_line(&mut line).ok()?;
+    line.contains("\"ok\"").then(|| started.elapsed())
+}
+
+const INFO: &str = r#"{"command":"info"}"#;
+/// What the user does meanwhile.
+const COMMANDS: [&str; 8] = [
+    r#"{"command":"pause"}"#,
+    INFO,
+    r#"{"command":"resume"}"#,
+    r#"{"command":"balloon","size":16777216}"#,
+    r#"{"command":"limit","device":"net0","limits":{"bandwidth":{"per-second":1000000}}}"#,
+    r#"{"command":"metrics"}"#,
+    r#"{"command":"balloon","size":0}"#,
+    r#"{"command":"limit","device":"net0"}"#,
+];
+
+/// What came of an attack.
+struct Attack {
+    ended: Ended,
+    /// The guest stood still.
+    hung: bool,
+    peak: u64,
+    /// The longest time that a command took, and how many were answered.
+    slowest: Duration,
+    answers: usize,
+    last: Option<u64>,
+}
+
+impl Attack {
+    /// Lets a guest do its seeds, and watches.
+    fn run(name: &str, first: u64, count: u64, tell: u64) -> Self {
+        let target = Target::new(name);
+        let guest = target.guest(&format!("seed={first} count={count} tell={tell}"));
+        let folder = guest.folder.path().to_owned();
+        let mut vm = Controlled::start(guest, Guest::start);
+        let _talk = Talk::start(&folder);
+        let socket = vm.socket();
+        let running = &mut vm.running;
+        let (mut most, mut hung, mut last, mut moved) = (0, false, None, Instant::now());
+        let mut process = None;
+        let (mut slowest, mut answers) = (Duration::ZERO, 0);
+        let mut commands = COMMANDS.iter().cycle();
+        while running.child.try_wait().unwrap().is_none() && !hung {
+            thread::sleep(Duration::from_millis(300));
+            if let Some(time) = commands.next().and_then(|command| answer(&socket, command)) {
+                slowest = slowest.max(time);
+                answers += 1;
+            }
+            process = process.or_else(|| machine_process(running.child.id()));
+            most = most.max(process.and_then(peak).unwrap_or(0));
+            let now = last_seed(&running.console());
+            if now != last {
+                (last, moved) = (now, Instant::now());
+            }
+            hung = moved.elapsed() > STEP;
+        }
+        if hung {
+            running.signal(libc::SIGKILL);
+        }
+        let ended = vm.running.wait();
+        Attack {
+            last: last_seed(&ended.stdout),
+            ended,
+            hung,
+            peak: most,
+            slowest,
+            answers,
+        }
+    }
+
+    /// Why it is not well, if it is not.
+    fn fault(&self) -> Option<String> {
+        let errors = &self.ended.stderr;
+        if self.hung {
+            return Some(format!("the machine hangs: {errors}"));
+        }
+        // Its console's text may end in the middle of a line.
+        let record = self.ended.stdout.rfind("{\"outcome\"");
+        let record = record
+            .map(|at| &self.ended.stdout[at..])
+            .unwrap_or_default();
+        let record: serde_json::Value = serde_json::from_str(record.trim()).unwrap_or_default();
+        if self.ended.code() != Some(0) || record["outcome"] != "power-off" {
+            return Some(format!(
+                "the machine ends with {}: {record} {errors}",
+                self.ended.status
+            ));
+        }
+        if record["guest_status"] != DONE {
+            return Some(format!("the guest is not done: {record}"));
+        }
+        if self.answers == 0 || self.slowest > STEP / 4 {
+            let (answers, slowest) = (self.answers, self.slowest);
+            return Some(format!("{answers} answers, one after {slowest:?}"));
+        }
+        for word in ["panicked", "sandbox:", "signal", "abort"] {
+            if errors.contains(word) {
+                return Some(errors.clone());
+            }
+        }
+        let most = GUEST + OWN + program_size();
+        (self.peak > most || self.peak == 0).then(|| {
+            format!(
+                "the machine's process had {} bytes; {most} are its most",
+                self.peak
+            )
+        })
+    }
+}
+
+fn program_size() -> u64 {
+    mayfly().metadata().unwrap().len()
+}
+
+/// The first seed, and how many, by `MAYFLY_SEEDS=FIRST+COUNT`.
+fn seeds() -> (u64, u64) {
+    let Ok(text) = std::env::var("MAYFLY_SEEDS") else {
+        return (0, SEEDS);
+    };
+    let (first, count) = text.split_once('+').unwrap();
+    (first.parse().unwrap(), count.parse().unwrap())
+}
+
+#[test]
+fn thousands_of_attacks_leave_the_monitor_well() {
+    let (first, count) = seeds();
+    let started = Instant::now();
+    let attack = Attack::run("hostile", first, count, TELL);
+    println!(
+        "{count} seeds took {:.0} s; {} KiB at most; {} answers within {} ms",
+        started.elapsed().as_secs_f64(),
+        attack.peak >> 10,
+        attack.answers,
+        attack.slowest.as_millis()
+    );
+    let Some(fault) = attack.fault() else { return };
+    // Which one was it? Those that it told of last, once more.
+    let near = attack.last.unwrap_or(first);
+    let again = Attack::run("hostile", near, TELL.min(first + count - near), 1);
+    match again.fault() {
+        Some(other) => panic!(
+            "seed {:?} (MAYFLY_SEEDS={near}+{TELL}): {other}\nat first: {fault}",
+            again.last
+        ),
+        None => panic!("one of the seeds {near}+{TELL}, but not by itself: {fault}"),
+    }
+}
+
+/// How long the flood is watched.
+const FLOOD: Duration = Duration::from_secs(20);
+/// Messages in a second, and what may be said beside them (src/logging.rs).
+const MESSAGES: u64 = 50 + 2;
+/// How much longer work takes beside one VM of two vCPUs that floods its monitor, on
+/// one CPU: as long as beside anything else that has two threads.
+const SLOWDOWN: f64 = 4.0;
+
+/// How long the host takes to run a VM whose guest only computes.
+fn work() -> Duration {
+    let started = Instant::now();
+    let guest = Guest::of_kernel(&test_data("hostile"));
+    guest
+        .args(["--cmdline", "work=100000000", "--memory", "64M"])
+        .run();
+    started.elapsed()
+}
+
+#[test]
+fn a_flood_costs_the_guest_and_not_the_host() {
+    let alone = work();
+    let target = Target::new("flood");
+    let mut vm = Controlled::start(target.guest("flood"), Guest::start);
+    let started = Instant::now();
+    vm.running.expect("hostile: devices");
+    let process = machine_process(vm.running.child.id()).unwrap();
+    let _talk = Talk::start(vm.running.folder.path());
+    let (mut slowest, mut most) = (Duration::ZERO, 0);
+    while started.elapsed() < FLOOD {
+        slowest = slowest.max(answer(&vm.socket(), INFO).unwrap());
+        most = most.max(peak(process).unwrap());
+        thread::sleep(Duration::from_millis(200));
+    }
+    let beside = work();
+    vm.ctl(&["shutdown", "--deadline", "1"]);
+    let flooded = started.elapsed();
+    let ended = vm.running.wait();
+    let messages = ended.stderr.lines().count() as u64;
+    println!(
+        "{messages} messages in {:.0} s, {} KiB, answers within {} ms; work took {:.1} s instead of {:.1} s",
+        flooded.as_secs_f64(),
+        most >> 10,
+        slowest.as_millis(),
+        beside.as_secs_f64(),
+        alone.as_secs_f64()
+    );
+    assert_eq!(ended.code(), Some(0), "{}", ended.stderr);
+    assert!(most <= GUEST + OWN + program_size(), "{most}");
+    assert!(slowest < Duration::from_secs(1), "{slowest:?}");
+    assert!(messages <= MESSAGES * (flooded.as_secs() + 1), "{messages}");
+    assert!(
+        beside.as_secs_f64() <= SLOWDOWN * alone.as_secs_f64(),
+        "{beside:?}, {alone:?}"
+    );
+}
