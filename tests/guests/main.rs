@@ -20,6 +20,7 @@ mod platform;
 mod real;
 mod refusals;
 mod run;
+mod sandbox;
 mod user_nets;
 mod volumes;
 mod vsock;
