@@ -176,7 +176,7 @@ impl<'a> Keeper<'a> {
             Mode::Off => None,
             _ => Some(Cgroup::make(&Share {
                 cpus: config.cpus,
-                memory: config.memory.size,
+                memory: config.memory.size.saturating_add(resources.in_memory()),
             })),
         };
         let keeper = std::process::id();

@@ -22,6 +22,8 @@ use crate::vsock;
 /// What the guest sees as the serial number of the layers' disk.
 const LAYERS_ID: &[u8] = b"layers";
 const RANDOM: &str = "/dev/urandom";
+/// Of `linux/magic.h`.
+const RAMFS_MAGIC: libc::c_long = 0x8584_58f6;
 
 /// The host's side of a network.
 pub enum HostNet {
@@ -153,11 +155,46 @@ impl Resources {
             let size = disk.sectors.saturating_mul(SECTOR);
             match &disk.image {
                 Image::Raw(_) | Image::Parts(_) => size,
-                Image::Qcow2(image) => (size + size / 8 + BESIDE).max(image.file_len()),
+                Image::Qcow2(image) => {
+                    let now = image.file().metadata().map_or(0, |it| it.len());
+                    (size + size / 8 + BESIDE).max(now)
+                }
             }
         });
         Some(sizes.max().unwrap_or(0))
     }
+
+    /// How much memory disks may take that are written to and lie in memory, or may.
+    pub fn in_memory(&self) -> u64 {
+        let disks = self.disks.iter().filter(|disk| !disk.read_only);
+        let sizes = disks.map(|disk| {
+            let file = match &disk.image {
+                Image::Raw(file) => file,
+                Image::Qcow2(image) => image.file(),
+                Image::Parts(_) => return 0,
+            };
+            match lies_in_memory(file) {
+                true => disk.sectors.saturating_mul(SECTOR),
+                false => 0,
+            }
+        });
+        sizes.fold(0, u64::saturating_add)
+    }
+}
+
+/// Of an overlay, nobody tells where its files are.
+fn lies_in_memory(file: &File) -> bool {
+    let mut about = std::mem::MaybeUninit::<libc::statfs>::uninit();
+    // SAFETY: an open descriptor; fills in the structure, or fails.
+    if unsafe { libc::fstatfs(file.as_raw_fd(), about.as_mut_ptr()) } != 0 {
+        return false;
+    }
+    // SAFETY: the call succeeded.
+    let about = unsafe { about.assume_init() };
+    matches!(
+        about.f_type,
+        libc::TMPFS_MAGIC | libc::OVERLAYFS_SUPER_MAGIC | RAMFS_MAGIC
+    )
 }
 
 /// Opens a regular file to read it.

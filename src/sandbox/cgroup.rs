@@ -28,7 +28,7 @@ const THREADS: u64 = 128;
 pub struct Share {
     /// vCPUs.
     pub cpus: u8,
-    /// The guest's memory, in bytes.
+    /// The guest's memory, and that of its disks which lie in memory; in bytes.
     pub memory: u64,
 }
 

@@ -273,9 +273,9 @@ impl Qcow2 {
         self.shared(|access| access.sync())
     }
 
-    /// The image's own size in bytes, as it is now.
-    pub fn file_len(&self) -> u64 {
-        self.file.metadata().map_or(0, |metadata| metadata.len())
+    /// The image's file.
+    pub fn file(&self) -> &File {
+        &self.file
     }
 
     /// The disk's size in bytes.
