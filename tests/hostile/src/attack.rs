@@ -39,7 +39,7 @@ impl Devices {
     }
 
     /// All kinds of attack take turns; ports and other addresses come round completely
-    /// within 4096 seeds.
+    /// within 3072 seeds.
     pub fn attack(&mut self, seed: u64) {
         let mut random = Random::new(seed);
         match seed % 8 {
@@ -331,7 +331,7 @@ const CLOCK: u64 = 0x70;
 
 /// Some of all ports, each in all sizes, and those that matter.
 fn ports(block: u64, random: &mut Random) {
-    const BLOCK: u64 = 128;
+    const BLOCK: u64 = 192;
     let to = ARENA + DEVICES_MAX as u64 * DATA * 2;
     for number in 0..BLOCK + 64 {
         let port = match number {
