@@ -339,8 +339,8 @@ fn thousands_of_attacks_leave_the_monitor_well() {
     let again = Attack::run("hostile", near, TELL.min(first + count - near), 1);
     match again.fault() {
         Some(other) => panic!(
-            "seed {:?} (MAYFLY_SEEDS={near}+{TELL}): {other}\nat first: {fault}",
-            again.last
+            "seed {} (MAYFLY_SEEDS={near}+{TELL}): {other}\nat first: {fault}",
+            again.last.unwrap_or(near)
         ),
         None => panic!("one of the seeds {near}+{TELL}, but not by itself: {fault}"),
     }
