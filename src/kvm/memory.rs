@@ -114,8 +114,16 @@ pub fn prefault(memory: &GuestMemory) -> io::Result<()> {
         .try_for_each(|region| advise(region, libc::MADV_POPULATE_WRITE))
 }
 
+/// Leaves a guest's memory out of core dumps: it holds what the user keeps secret.
+/// Called when all files are mapped.
+pub fn exclude_from_dumps(memory: &GuestMemory) -> io::Result<()> {
+    memory
+        .iter()
+        .try_for_each(|region| advise(region, libc::MADV_DONTDUMP))
+}
+
 fn advise(region: &MmapRegion<()>, advice: libc::c_int) -> io::Result<()> {
-    // SAFETY: a mapping of that size, which is ours; neither advice changes
+    // SAFETY: a mapping of that size, which is ours; no such advice changes
     // what it holds.
     match unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) } {
         0 => Ok(()),
@@ -194,6 +202,17 @@ mod tests {
 
     fn mapper<'a>(memory: &'a GuestMemory, files: &'a MappedFiles) -> FileMapper<'a> {
         FileMapper { memory, files }
+    }
+
+    #[test]
+    fn no_dump_has_a_guest_s_memory() {
+        let memory = guest_memory(&config(false)).unwrap();
+        exclude_from_dumps(&memory).unwrap();
+        let start = memory.get_host_address(GuestAddress(0)).unwrap() as usize;
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let (_, ours) = maps.split_once(&format!("{start:x}-")).unwrap();
+        let flags = ours.lines().find(|line| line.starts_with("VmFlags:"));
+        assert!(flags.unwrap().contains(" dd"), "{flags:?}");
     }
 
     #[test]

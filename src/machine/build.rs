@@ -21,7 +21,7 @@ use crate::config::MachineConfig;
 use crate::console::Connection;
 use crate::failure::{Failure, OrFail};
 use crate::kvm::gate::Gate;
-use crate::kvm::memory::{FileMapper, guest_memory, prefault};
+use crate::kvm::memory::{FileMapper, exclude_from_dumps, guest_memory, prefault};
 use crate::kvm::probe::{self, Backend};
 use crate::kvm::reclaim::MappedFiles;
 use crate::kvm::vcpu::{Buses, Vcpu, VcpuEnd};
@@ -138,6 +138,7 @@ pub fn build(
     if config.memory.prefault {
         prefault(&memory).or_host(memory_flag(config))?;
     }
+    exclude_from_dumps(&memory).or_host(memory_flag(config))?;
     timeline.kernel_loaded = timeline.now();
 
     let vcpus = (0..config.cpus)
