@@ -36,6 +36,8 @@ use std::process::Command;
 /// The lists of modules to load (see `boot/src/initramfs.rs`).
 const MODULE_LIST: &str = "/etc/mayfly/modules";
 const LATER_LIST: &str = "/etc/mayfly/modules-later";
+/// Their loading can't be interrupted: by then, the host's command runs, or is over.
+const SETTLED: std::time::Duration = std::time::Duration::from_millis(200);
 /// A script that is run instead of a shell.
 const RUN_SCRIPT: &str = "/etc/mayfly/run";
 const BUSYBOX: &str = "/bin/busybox";
@@ -114,6 +116,7 @@ fn serve_host() -> Result<i32, String> {
     // Their files go before they are loaded.
     let later = system::OpenModules::open(Path::new(LATER_LIST));
     let _ = std::thread::Builder::new().spawn(|| {
+        std::thread::sleep(SETTLED);
         system::give_way();
         complain(later.load());
         power_button::watch();
