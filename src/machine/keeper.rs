@@ -99,6 +99,12 @@ impl Ender {
     /// Ends the machine, whatever its guest does.
     pub fn end(&self) {
         let _ = self.0.link.try_send(&Order::End);
+        self.insist();
+    }
+
+    /// Kills the machine's process if it does not end soon, as it was told to, or said
+    /// it would: a guest may have taken it over.
+    fn insist(&self) {
         if self.0.told.swap(true, Ordering::Relaxed) {
             return;
         }
@@ -132,9 +138,9 @@ fn pass_on_words(mut said: io::PipeReader) {
     }
 }
 
-fn set_nonblocking(pipe: &io::PipeWriter) -> io::Result<()> {
-    // SAFETY: an open descriptor, and numbers; a new pipe has no other flags.
-    match unsafe { libc::fcntl(pipe.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) } {
+fn set_nonblocking(new: &impl AsRawFd) -> io::Result<()> {
+    // SAFETY: an open descriptor, and numbers; a new one has no other flags.
+    match unsafe { libc::fcntl(new.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
@@ -165,8 +171,10 @@ impl<'a> Keeper<'a> {
         let (link, its_link) = Link::pair().or_host("a pair of sockets")?;
         let (errands, its_errands) = Link::pair().or_host("a pair of sockets")?;
         let (said, says) = io::pipe().or_host("a pipe")?;
-        // Rather than wait for who reads it, the machine loses a line.
+        // Rather than wait for who reads it, the machine loses a line; and who has
+        // errands done and hears nothing of them holds up no keeper.
         set_nonblocking(&says).or_host("a pipe")?;
+        set_nonblocking(&errands).or_host("a pair of sockets")?;
         let policy = Policy {
             // Also with a TAP, which is open already.
             new_net: true,
@@ -291,6 +299,7 @@ impl<'a> Keeper<'a> {
         // They are the other process's: a client sees that it closes one.
         drop(files);
         let ending = self.follow(&clients);
+        self.ender.insist();
         let _ = self.ender.0.wait();
         clients.forget();
         drop(opened);
@@ -379,8 +388,9 @@ impl<'a> Keeper<'a> {
             Some(libc::SIGWINCH) => Order::Resized,
             Some(signal) => Order::Signal(signal),
         };
-        if self.link().try_send(&order).is_err() {
-            self.ender.end();
+        let ends = matches!(order, Order::Signal(_));
+        if self.link().try_send(&order).is_err() || ends {
+            self.ender.insist();
         }
     }
 
