@@ -50,7 +50,12 @@ impl Reference {
             DEFAULT_REGISTRY => {
                 let name = self.repository.strip_prefix(DEFAULT_FOLDER);
                 let short = name.filter(|name| !name.contains('/'));
-                short.unwrap_or(&self.repository).to_owned()
+                let name = short.unwrap_or(&self.repository);
+                match name.split_once('/') {
+                    // Alone, it would name that host.
+                    Some((first, _)) if is_host(first) => format!("{DEFAULT_REGISTRY}/{name}"),
+                    _ => name.to_owned(),
+                }
             }
             registry => format!("{registry}/{}", self.repository),
         };
@@ -84,9 +89,6 @@ impl Reference {
         if tag.is_some_and(|tag| !valid_tag(tag)) {
             return Err("a tag has letters, digits, _ . and -, and up to 128 of them");
         }
-        let is_host = |word: &str| {
-            word.contains(['.', ':']) || word == "localhost" || word != word.to_lowercase()
-        };
         let (registry, path) = match name.split_once('/') {
             Some((first, path)) if is_host(first) => (first, path),
             _ => (DEFAULT_REGISTRY, name),
@@ -123,6 +125,11 @@ impl Reference {
             digest,
         })
     }
+}
+
+/// Whether the word before a name's first `/` is a registry, not a folder of the usual one.
+fn is_host(word: &str) -> bool {
+    word.contains(['.', ':']) || word == "localhost" || word != word.to_lowercase()
 }
 
 fn valid_tag(tag: &str) -> bool {
@@ -240,6 +247,11 @@ mod tests {
                 "library/a/b",
                 "docker.io/library/a/b:latest",
                 "library/a/b:latest",
+            ),
+            (
+                "docker.io/h.example/b",
+                "docker.io/h.example/b:latest",
+                "docker.io/h.example/b:latest",
             ),
         ] {
             let reference: Reference = text.parse().unwrap();
