@@ -324,7 +324,8 @@ mod tests {
     /// A program that copies what comes from a socket to its standard error.
     fn reader(theirs: UnixStream) -> Helper {
         let fd = theirs.as_raw_fd();
-        let mut command = Command::new("sh");
+        // Another shell may know descriptors of one digit only.
+        let mut command = Command::new("bash");
         command.args(["-c", &format!("cat <&{fd} >&2")]);
         // SAFETY: what runs between fork and exec are system calls.
         unsafe { command.pre_exec(move || inherit(fd).and_then(|()| await_use(fd, c"waits"))) };
