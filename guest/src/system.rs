@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Source, target, type, data of each mount.
 pub const MOUNTS: [(&str, &str, &str, &str); 6] = [
@@ -27,6 +27,8 @@ pub const MOUNTS: [(&str, &str, &str, &str); 6] = [
 ];
 const VIRTIO_DEVICES: &str = "/sys/bus/virtio/devices";
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
+const DRAIN_NAP: Duration = Duration::from_millis(1);
 const STATUS_NOT_EXECUTABLE: i32 = 126;
 const STATUS_NOT_FOUND: i32 = 127;
 const STATUS_SIGNAL: i32 = 128;
@@ -276,12 +278,28 @@ pub fn power_off() -> ! {
     end(libc::RB_POWER_OFF)
 }
 
+/// Waits until the terminal's driver has passed on what was written, as the machine's end
+/// does not; but not for one whom nobody reads.
+fn drain_console() {
+    let deadline = Instant::now() + DRAIN_PATIENCE;
+    loop {
+        let mut left: libc::c_int = 0;
+        // SAFETY: writes a number to a live one; a descriptor that is no terminal is refused.
+        let asked = unsafe { libc::ioctl(libc::STDOUT_FILENO, libc::TIOCOUTQ, &raw mut left) };
+        if asked != 0 || left == 0 || Instant::now() > deadline {
+            return;
+        }
+        thread::sleep(DRAIN_NAP);
+    }
+}
+
 /// Writes what is in memory to the disks and restarts the machine.
 pub fn restart() -> ! {
     end(libc::RB_AUTOBOOT)
 }
 
 fn end(how: libc::c_int) -> ! {
+    drain_console();
     // SAFETY: no arguments, no memory.
     unsafe { libc::sync() };
     loop {
