@@ -5,6 +5,7 @@
 //! neither KVM nor any device; where everything lies is drawn in [`layout`].
 
 #![forbid(unsafe_code)]
+#![cfg_attr(not(test), deny(clippy::indexing_slicing, clippy::string_slice))]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
 pub mod acpi;

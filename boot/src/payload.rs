@@ -102,7 +102,7 @@ fn read_all(decoder: impl Read) -> Result<Vec<u8>, PayloadError> {
 }
 
 fn unlz4(packed: &[u8]) -> Result<Vec<u8>, PayloadError> {
-    let mut rest = &packed[LZ4_LEGACY_MAGIC.len()..];
+    let mut rest = packed.get(LZ4_LEGACY_MAGIC.len()..).unwrap_or_default();
     let mut out = Vec::new();
     let mut block = vec![0; LZ4_BLOCK];
     while rest.len() > SIZE_TRAILER {
@@ -113,7 +113,7 @@ fn unlz4(packed: &[u8]) -> Result<Vec<u8>, PayloadError> {
             .split_at_checked(u32::from_le_bytes(*len) as usize)
             .ok_or(PayloadError::Truncated)?;
         let len = lz4_flex::block::decompress_into(data, &mut block).map_err(corrupt)?;
-        out.extend_from_slice(&block[..len]);
+        out.extend_from_slice(block.get(..len).unwrap_or_default());
         if out.len() as u64 > VMLINUX_MAX {
             return Err(corrupt("larger than 1 GiB"));
         }

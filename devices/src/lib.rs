@@ -4,6 +4,7 @@
 //! resources opened, and event descriptors to interrupt by. Each keeps its
 //! guest-visible state in one plain serialisable struct.
 
+#![cfg_attr(not(test), deny(clippy::indexing_slicing, clippy::string_slice))]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
 pub mod bus;

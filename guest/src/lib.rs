@@ -2,6 +2,7 @@
 //! copying of files.
 
 #![forbid(unsafe_code)]
+#![cfg_attr(not(test), deny(clippy::indexing_slicing, clippy::string_slice))]
 
 pub mod copy;
 pub mod protocol;

@@ -21,6 +21,8 @@
 //! The exit status (125 when init itself failed, 126 and 127 as a shell's,
 //! 128 and more for signals) is written to a port of the VMM.
 
+#![cfg_attr(not(test), deny(clippy::indexing_slicing, clippy::string_slice))]
+
 mod agent;
 mod demo;
 mod lines;

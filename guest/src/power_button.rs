@@ -122,9 +122,9 @@ fn group_of(answer: &[u8]) -> Option<u32> {
 fn attribute(attributes: Option<&[u8]>, wanted: u16) -> Option<&[u8]> {
     let mut rest = attributes?;
     loop {
-        let header = rest.get(..ATTRIBUTE_HEADER_LEN)?;
-        let len = usize::from(u16::from_ne_bytes([header[0], header[1]]));
-        let kind = u16::from_ne_bytes([header[2], header[3]]) & TYPE_MASK;
+        let [a, b, c, d] = *rest.first_chunk::<ATTRIBUTE_HEADER_LEN>()?;
+        let len = usize::from(u16::from_ne_bytes([a, b]));
+        let kind = u16::from_ne_bytes([c, d]) & TYPE_MASK;
         let content = rest.get(ATTRIBUTE_HEADER_LEN..len)?;
         if kind == wanted {
             return Some(content);

@@ -156,7 +156,9 @@ impl Buffer {
     pub fn read_at(&self, offset: usize, data: &mut [u8]) -> usize {
         let mut done = 0;
         for part in self.range(offset, data.len()) {
-            let target = &mut data[done..done + part.len];
+            let Some(target) = data.get_mut(done..done + part.len) else {
+                break;
+            };
             if self.memory.read_slice(target, part.addr).is_err() {
                 break;
             }
@@ -167,19 +169,15 @@ impl Buffer {
 
     /// Copies `data` to its first bytes; returns how many had room.
     pub fn write(&self, data: &[u8]) -> usize {
-        let mut done = 0;
+        let mut rest = data;
         for part in &self.parts {
-            let len = part.len.min(data.len() - done);
-            if self
-                .memory
-                .write_slice(&data[done..done + len], part.addr)
-                .is_err()
-            {
+            let (source, behind) = rest.split_at_checked(part.len).unwrap_or((rest, &[]));
+            if self.memory.write_slice(source, part.addr).is_err() {
                 break;
             }
-            done += len;
+            rest = behind;
         }
-        done
+        data.len() - rest.len()
     }
 
     /// Where it lies in guest memory: start and length of each part.
@@ -221,6 +219,6 @@ impl Buffer {
             };
             count += 1;
         }
-        &room[..count]
+        room.get(..count).unwrap_or_default()
     }
 }

@@ -51,7 +51,8 @@ impl<R: Read + Send> VirtioDevice for Rng<R> {
                 return Err(Broken("a request for random bytes must only be writable"));
             }
             let mut bytes = [0; CHUNK];
-            let bytes = &mut bytes[..chain.writable.len().min(CHUNK)];
+            let len = chain.writable.len().min(CHUNK);
+            let bytes = bytes.get_mut(..len).unwrap_or_default();
             let len = match self.source.read_exact(bytes) {
                 Ok(()) => chain.writable.write(bytes),
                 Err(_) => 0,

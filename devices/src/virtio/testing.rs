@@ -3,7 +3,7 @@
 //! Memory is 1 MiB. Queue N has its rings at `0x1000 * (N + 1)`; from 0x8000
 //! on, memory is the test's.
 
-#![allow(missing_docs, clippy::unwrap_used)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::indexing_slicing)]
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

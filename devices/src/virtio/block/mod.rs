@@ -190,7 +190,9 @@ impl Block {
     }
 
     fn submit(&mut self, in_flight: Box<InFlight>, queues: &mut Queues) -> Result<(), Broken> {
-        let Some(slot) = self.free.pop() else {
+        let slot = self.free.pop();
+        let place = slot.and_then(|slot| Some((slot, self.in_flight.get_mut(slot)?)));
+        let Some((slot, place)) = place else {
             // `serve` leaves chains in the ring rather than come here.
             return self.done(
                 &in_flight.request,
@@ -200,24 +202,17 @@ impl Block {
                 queues,
             );
         };
+        let operation = &place.insert(in_flight).operation;
         // SAFETY: the operation stays in its slot until its completion is
         // taken; it holds the buffers, which hold guest memory.
-        let submitted = unsafe { self.engine.submit(slot as u64, &in_flight.operation) };
-        match submitted {
-            Ok(()) => {
-                self.in_flight[slot] = Some(in_flight);
-                Ok(())
-            }
-            Err(_) => {
-                self.free.push(slot);
-                self.done(
-                    &in_flight.request,
-                    in_flight.queue,
-                    Status::IoError,
-                    0,
-                    queues,
-                )
-            }
+        let submitted = unsafe { self.engine.submit(slot as u64, operation) };
+        if submitted.is_ok() {
+            return Ok(());
+        }
+        self.free.push(slot);
+        match place.take() {
+            Some(refused) => self.done(&refused.request, refused.queue, Status::IoError, 0, queues),
+            None => Ok(()),
         }
     }
 
@@ -412,7 +407,9 @@ fn is_passing(error: &io::Error) -> bool {
 fn config_space(sectors: u64, queues: u16) -> Vec<u8> {
     let mut config = vec![0; 60];
     let mut put = |offset: usize, bytes: &[u8]| {
-        config[offset..offset + bytes.len()].copy_from_slice(bytes);
+        for (target, byte) in config.iter_mut().skip(offset).zip(bytes) {
+            *target = *byte;
+        }
     };
     put(0, &sectors.to_le_bytes()); // capacity
     put(12, &SEGMENTS_MAX.to_le_bytes()); // seg_max

@@ -52,8 +52,9 @@ impl Backlog {
         let len = len.min(self.room());
         let end = (self.start + self.len) % self.capacity;
         let first = len.min(self.capacity - end);
-        from.read_at(offset, &mut self.ring[end..end + first]);
-        from.read_at(offset + first, &mut self.ring[..len - first]);
+        for (at, offset, len) in [(end, offset, first), (0, offset + first, len - first)] {
+            from.read_at(offset, self.ring.get_mut(at..at + len).unwrap_or_default());
+        }
         self.len += len;
     }
 

@@ -205,7 +205,7 @@ impl Muxer {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return log::error!("vsock: waiting for events: {error}"),
             };
-            for event in &events[..count] {
+            for event in events.iter().take(count) {
                 let set = EventSet::from_bits_truncate(event.events());
                 self.event(Key::of(event.data()), set);
             }
