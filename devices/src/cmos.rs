@@ -79,7 +79,10 @@ impl BusDevice for Cmos {
 /// A register's value at a time in seconds since 1970.
 fn register(index: u8, now: u64) -> u8 {
     let (year, month, day) = date(now / DAY_SECONDS);
-    let bcd = |value: u64| ((value / 10 % 10) << 4 | value % 10) as u8;
+    let bcd = |value: u64| {
+        let [byte, ..] = ((value / 10 % 10) << 4 | value % 10).to_le_bytes();
+        byte
+    };
     match index {
         SECONDS => bcd(now % 60),
         MINUTES => bcd(now / 60 % 60),

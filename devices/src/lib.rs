@@ -5,6 +5,15 @@
 //! guest-visible state in one plain serialisable struct.
 
 #![cfg_attr(not(test), deny(clippy::indexing_slicing, clippy::string_slice))]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::cast_lossless,
+        clippy::cast_possible_truncation,
+        clippy::cast_possible_wrap,
+        clippy::cast_sign_loss
+    )
+)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
 pub mod bus;
@@ -13,6 +22,7 @@ pub mod ged;
 pub mod handoff;
 pub mod i8042;
 pub mod line;
+mod number;
 pub mod platform;
 pub mod pvpanic;
 pub mod rate_limiter;

@@ -60,7 +60,7 @@ impl<M: GuestMemoryBackend> GenerationId<M> {
         let mut id = [0u8; LEN];
         // SAFETY: fills a live buffer of that length.
         let len = unsafe { libc::getrandom(id.as_mut_ptr().cast(), LEN, 0) };
-        if len != LEN as isize {
+        if usize::try_from(len) != Ok(LEN) {
             return Err(GenerationError::Random(io::Error::last_os_error()));
         }
         Ok(self.memory.write_slice(&id, self.address)?)

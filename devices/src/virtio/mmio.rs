@@ -15,6 +15,7 @@ use super::device::{Broken, DeviceId, Token, VirtioDevice};
 use super::queues::Queues;
 use super::{GuestMemory, feature};
 use crate::bus::BusDevice;
+use crate::number::halves;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
@@ -357,9 +358,9 @@ impl VirtioMmio {
     }
 
     fn read_register(&self, offset: u32) -> u32 {
-        let half = |value: u64, select: u32| match select {
-            0 => value as u32,
-            1 => (value >> 32) as u32,
+        let half = |value: u64, select: u32| match (select, halves(value)) {
+            (0, (low, _)) => low,
+            (1, (_, high)) => high,
             _ => 0,
         };
         match offset {

@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::GuestMemory;
 use super::chain::Chain;
 use super::device::Broken;
+use crate::number;
 
 struct Active {
     queue: Queue,
@@ -211,14 +212,14 @@ impl Queues {
     }
 
     /// Gives a chain back, with `len` bytes written to it.
-    pub fn complete(&mut self, queue: usize, head: u16, len: u32) -> Result<(), Broken> {
+    pub fn complete(&mut self, queue: usize, head: u16, len: usize) -> Result<(), Broken> {
         let Some(Some(active)) = self.queues.get_mut(queue) else {
             return Ok(());
         };
         active.used = true;
         active
             .queue
-            .add_used(&*self.memory, head, len)
+            .add_used(&*self.memory, head, number::length(len))
             .map_err(|_| Broken("the used ring cannot be written"))
     }
 }

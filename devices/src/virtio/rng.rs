@@ -57,7 +57,7 @@ impl<R: Read + Send> VirtioDevice for Rng<R> {
                 Ok(()) => chain.writable.write(bytes),
                 Err(_) => 0,
             };
-            queues.complete(REQUESTS, chain.head, len as u32)?;
+            queues.complete(REQUESTS, chain.head, len)?;
         }
         Ok(())
     }

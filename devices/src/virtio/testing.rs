@@ -4,6 +4,7 @@
 //! on, memory is the test's.
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::indexing_slicing)]
+#![allow(clippy::cast_possible_truncation)]
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

@@ -24,12 +24,13 @@ use crate::rate_limiter::{LimitHandle, Limits as RateLimits, RateLimiter};
 pub use self::engine::{Image, ImageError, Parts, Prepare, Qcow2, restricted_ring};
 pub use self::request::SECTOR;
 
-const QUEUE_SIZE: u16 = DEPTH as u16;
+const QUEUE_SIZE: u16 = DEPTH;
 /// Data descriptors of a request: all but header and status.
 const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
-const DISCARD_SECTORS_MAX: u32 = (1 << 30) / SECTOR as u32;
-const ZEROES_SECTORS_MAX: u32 = (4 << 20) / SECTOR as u32;
-const DISCARD_ALIGNMENT: u32 = 4096 / SECTOR as u32;
+// In sectors, of which a KiB has two.
+const DISCARD_SECTORS_MAX: u32 = 2 << 20;
+const ZEROES_SECTORS_MAX: u32 = 2 * 4 << 10;
+const DISCARD_ALIGNMENT: u32 = 2 * 4;
 /// Zeroes, for file systems that cannot make ranges read as such.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
@@ -67,7 +68,7 @@ struct InFlight {
     /// Bytes that are not done yet, of a read or a write.
     rest: usize,
     /// What the used ring is told at the end.
-    written: u32,
+    written: usize,
 }
 
 /// What was done since the device was made.
@@ -130,7 +131,7 @@ impl Block {
             config: config_space(disk.sectors, disk.queues),
             write_through: true,
             in_flight: (0..DEPTH).map(|_| None).collect(),
-            free: (0..DEPTH).rev().collect(),
+            free: (0..DEPTH.into()).rev().collect(),
             queue_sizes: vec![QUEUE_SIZE; disk.queues.max(1).into()],
             turns: Turns::default(),
             limiter: RateLimiter::new(disk.limits)?,
@@ -154,7 +155,7 @@ impl Block {
             }
             Action::GetId { data } => {
                 let len = data.write(&self.id);
-                return self.done(&request, queue, Status::Ok, len as u32, queues);
+                return self.done(&request, queue, Status::Ok, len, queues);
             }
             Action::Read { offset, data } => {
                 (Kind::Read, *offset, data.iovecs(), data.len(), data.len())
@@ -184,7 +185,7 @@ impl Block {
                 iovecs,
             },
             rest,
-            written: written as u32,
+            written,
         });
         self.submit(in_flight, queues)
     }
@@ -216,10 +217,15 @@ impl Block {
         }
     }
 
+    /// Takes what is in flight by its token, which is its slot.
+    fn take(&mut self, token: u64) -> Option<(usize, Box<InFlight>)> {
+        let slot = usize::try_from(token).ok()?;
+        Some((slot, self.in_flight.get_mut(slot)?.take()?))
+    }
+
     fn complete(&mut self, completion: Completion, queues: &mut Queues) -> Result<(), Broken> {
         let (token, result) = completion;
-        let slot = token as usize;
-        let Some(mut in_flight) = self.in_flight.get_mut(slot).and_then(Option::take) else {
+        let Some((slot, mut in_flight)) = self.take(token) else {
             return Ok(());
         };
         self.free.push(slot);
@@ -269,7 +275,7 @@ impl Block {
         request: &Request,
         queue: usize,
         status: Status,
-        written: u32,
+        written: usize,
         queues: &mut Queues,
     ) -> Result<(), Broken> {
         request.finish(status);
@@ -311,13 +317,7 @@ impl Block {
                 Err(_) => std::process::abort(),
             }
             for (token, _) in self.engine.completions() {
-                let slot = token as usize;
-                if self
-                    .in_flight
-                    .get_mut(slot)
-                    .and_then(Option::take)
-                    .is_some()
-                {
+                if let Some((slot, _)) = self.take(token) {
                     self.free.push(slot);
                 }
             }
@@ -375,7 +375,7 @@ impl InFlight {
 
     /// Turns the operation into a write of zeroes.
     fn write_zeroes(&mut self, len: u64, durable: bool) {
-        let mut rest = len as usize;
+        let mut rest = usize::try_from(len).unwrap_or(usize::MAX);
         self.rest = rest;
         self.operation.kind = Kind::Write { durable };
         while rest > 0 {

@@ -13,16 +13,16 @@ const STATUS: usize = 1;
 const SEGMENT: usize = 16;
 const SEGMENT_UNMAP: u32 = 1;
 
-/// How a request ended.
+/// How a request ended (`VIRTIO_BLK_S_OK` and so on).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Status {
     /// Done.
-    Ok = spec::VIRTIO_BLK_S_OK as u8,
+    Ok = 0,
     /// Failed, or wrong.
-    IoError = spec::VIRTIO_BLK_S_IOERR as u8,
+    IoError = 1,
     /// Not known.
-    Unsupported = spec::VIRTIO_BLK_S_UNSUPP as u8,
+    Unsupported = 2,
 }
 
 /// What a request asks for; offsets and lengths are bytes within the disk.

@@ -15,6 +15,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::port::{DevicePort, Port};
 use super::{F_MULTIPORT, QUEUE_SIZE};
 use crate::bus::lock;
+use crate::number;
 use crate::virtio::device::{Broken, DeviceId, Token, VirtioDevice};
 use crate::virtio::queues::Queues;
 use crate::virtio::{GuestMemory, feature};
@@ -28,7 +29,7 @@ const CONTROL_RECEIVE: usize = 2;
 const CONTROL_TRANSMIT: usize = 3;
 const CHANNELS_START: usize = 4;
 /// The port of the first channel.
-const FIRST_PORT: usize = 1;
+const FIRST_PORT: u32 = 1;
 
 /// `struct virtio_console_control` (5.3.6.2): port, event, value.
 const MESSAGE: usize = 8;
@@ -161,13 +162,11 @@ impl Channels {
                 })
             })
             .collect::<io::Result<Vec<_>>>()?;
-        let ports = channels.len() + FIRST_PORT;
-        let mut config = [0; 8];
-        config[4..].copy_from_slice(&(ports as u32).to_le_bytes());
+        let ports = number::length(channels.len()).saturating_add(FIRST_PORT);
         Ok(Channels {
             queue_sizes: vec![QUEUE_SIZE; receive_queue(channels.len())],
             channels,
-            config,
+            config: (u64::from(ports) << 32).to_le_bytes(),
             wake,
         })
     }
@@ -208,10 +207,9 @@ impl Channels {
             }
             return Ok(());
         }
-        let channel = usize::try_from(id)
-            .ok()
-            .and_then(|id| id.checked_sub(FIRST_PORT))
-            .and_then(|index| self.channels.get_mut(index))
+        let channel = id
+            .checked_sub(FIRST_PORT)
+            .and_then(|index| self.channels.get_mut(index as usize))
             .ok_or(Broken("a control message names a port that is not there"))?;
         match (event, value) {
             (PORT_READY, 1) => {
@@ -234,7 +232,7 @@ impl Channels {
         self.channels.iter_mut().for_each(Channel::look);
         // All ports are there before the first has a name.
         for kinds in [&[News::ADD][..], &[News::NAME, News::CLOSE, News::OPEN]] {
-            for (id, channel) in (FIRST_PORT as u32..).zip(&mut self.channels) {
+            for (id, channel) in (FIRST_PORT..).zip(&mut self.channels) {
                 for &news in kinds {
                     if !channel.state.news().contains(news) {
                         continue;
@@ -247,7 +245,7 @@ impl Channels {
                         return Err(Broken("a control buffer must be writable and large enough"));
                     }
                     let len = chain.writable.write(&message);
-                    queues.complete(CONTROL_RECEIVE, chain.head, len as u32)?;
+                    queues.complete(CONTROL_RECEIVE, chain.head, len)?;
                     channel.state.set(news, false);
                 }
             }

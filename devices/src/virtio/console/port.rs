@@ -228,7 +228,7 @@ impl DevicePort {
             let len = chain.writable.write(port.state.input.make_contiguous());
             port.state.input.drain(..len);
             self.input_bytes += len as u64;
-            queues.complete(queue, chain.head, len as u32)?;
+            queues.complete(queue, chain.head, len)?;
             if was_full && port.input_room() > 0 {
                 signal(&port.attention);
             }

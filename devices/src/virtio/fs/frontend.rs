@@ -13,6 +13,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use crate::number;
 use crate::virtio::queues::Ring;
 use crate::virtio::{GuestMemory, feature};
 
@@ -41,7 +42,7 @@ pub(super) const VERSION: u32 = 1;
 pub(super) const REPLY: u32 = 1 << 2;
 pub(super) const NEED_REPLY: u32 = 1 << 3;
 /// What all answers have behind their header.
-const ANSWER: usize = 8;
+const ANSWER: u32 = 8;
 /// The feature bit that says that there are protocol features.
 pub(super) const PROTOCOL_FEATURES: u64 = 1 << 30;
 /// The protocol feature of acknowledging all messages.
@@ -183,7 +184,7 @@ impl Frontend {
         let message = [index.to_le_bytes(), 0u32.to_le_bytes()].concat();
         let answer = self.ask(Request::GetVringBase, &message)?;
         // The lower half of what is an index, and a position.
-        match answer as u32 == index {
+        match number::halves(answer).0 == index {
             true => Ok(()),
             false => Err(BackendError::Nonsense),
         }
@@ -211,7 +212,7 @@ impl Frontend {
         fds: &[RawFd],
     ) -> Result<(), BackendError> {
         self.wait(libc::POLLOUT)?;
-        let len = data.len() as u32;
+        let len = number::length(data.len());
         let mut message = Vec::with_capacity(HEADER + data.len());
         for number in [what as u32, VERSION | flags, len] {
             message.extend_from_slice(&number.to_le_bytes());
@@ -227,7 +228,7 @@ impl Frontend {
 
     /// Takes an answer. Descriptors that come with it are closed by the kernel.
     fn answer(&mut self, to: Request) -> Result<u64, BackendError> {
-        let mut bytes = [0; HEADER + ANSWER];
+        let mut bytes = [0; HEADER + ANSWER as usize];
         let mut len = 0;
         while let Some(rest) = bytes.get_mut(len..).filter(|rest| !rest.is_empty()) {
             self.wait(libc::POLLIN)?;
@@ -242,7 +243,7 @@ impl Frontend {
         let request = u32::from_le_bytes([a, b, c, d]);
         let flags = u32::from_le_bytes([e, f, g, h]);
         let len = u32::from_le_bytes([i, j, k, l]);
-        match request == to as u32 && flags == VERSION | REPLY && len == ANSWER as u32 {
+        match request == to as u32 && flags == VERSION | REPLY && len == ANSWER {
             true => Ok(u64::from_le_bytes(answer)),
             false => Err(BackendError::Nonsense),
         }

@@ -26,7 +26,8 @@ const TAG_LEN: usize = 36;
 const CONFIG_LEN: usize = TAG_LEN + size_of::<u32>();
 const REQUEST_QUEUES: u32 = 1;
 /// The backend's socket was closed. Tokens below are of queues.
-const HUNG_UP: Token = QUEUE_SIZES.len() as Token;
+const HUNG_UP: Token = 2;
+const _: () = assert!(HUNG_UP as usize == QUEUE_SIZES.len());
 /// What the guest waits for at most when it starts or resets the device.
 const PATIENCE: Duration = Duration::from_secs(3);
 

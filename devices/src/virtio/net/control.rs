@@ -9,12 +9,12 @@ use crate::virtio::queues::Queues;
 /// Class, command, and the only arguments that are known.
 const COMMAND: usize = 4;
 
-/// How a command ended.
+/// How a command ended (`VIRTIO_NET_OK`, `VIRTIO_NET_ERR`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 enum Ack {
-    Ok = spec::VIRTIO_NET_OK as u8,
-    Error = spec::VIRTIO_NET_ERR as u8,
+    Ok = 0,
+    Error = 1,
 }
 
 impl Net {
@@ -31,7 +31,7 @@ impl Net {
                 false => Ack::Error,
             };
             let len = chain.writable.write(&[ack as u8]);
-            queues.complete(queue, chain.head, len as u32)?;
+            queues.complete(queue, chain.head, len)?;
         }
         Ok(())
     }

@@ -126,7 +126,8 @@ impl Net {
         config.extend(STATUS_LINK_UP.to_le_bytes());
         let mut queue_sizes = vec![QUEUE_SIZE; 2 * count];
         if count > 1 {
-            config.extend((count as u16).to_le_bytes()); // max_virtqueue_pairs
+            let pairs = u16::try_from(count).map_err(io::Error::other)?;
+            config.extend(pairs.to_le_bytes()); // max_virtqueue_pairs
             queue_sizes.push(CONTROL_SIZE);
         }
         Ok(Net {

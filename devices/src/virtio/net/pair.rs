@@ -101,7 +101,7 @@ impl Pair {
         for chain in self.held.drain(..count) {
             let len = chain.writable.write(rest);
             rest = rest.get(len..).unwrap_or_default();
-            queues.complete(queue, chain.head, len as u32)?;
+            queues.complete(queue, chain.head, len)?;
         }
         Ok(Received::Packet(len.saturating_sub(HEADER) as u64))
     }

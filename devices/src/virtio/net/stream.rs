@@ -17,6 +17,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::backend::Incoming;
 use super::filter::{FrameFilter, Verdict};
 use super::{HEADER, PACKET_MAX};
+use crate::number;
 use crate::virtio::chain::Chain;
 
 /// The length in front of a frame.
@@ -123,7 +124,7 @@ impl Outbox {
     fn fill(&mut self, chain: &Chain, len: usize, sent: usize) {
         self.bytes.resize(PREFIX + FRAME_MAX, 0);
         if let Some((prefix, frame)) = self.bytes.split_first_chunk_mut::<PREFIX>() {
-            *prefix = (len as u32).to_be_bytes();
+            *prefix = number::length(len).to_be_bytes();
             // What the guest takes away meanwhile is sent as it was before.
             let from = sent.saturating_sub(PREFIX);
             let rest = frame.get_mut(from..len).unwrap_or_default();
@@ -369,7 +370,7 @@ impl Stream {
 /// Sends a frame from guest memory, and its length; returns how many bytes the
 /// socket took.
 fn send_in_place(socket: &UnixStream, chain: &Chain, len: usize) -> io::Result<usize> {
-    let mut prefix = (len as u32).to_be_bytes();
+    let mut prefix = number::length(len).to_be_bytes();
     let mut vectors = [libc::iovec {
         iov_base: prefix.as_mut_ptr().cast(),
         iov_len: PREFIX,
@@ -383,7 +384,7 @@ fn send_in_place(socket: &UnixStream, chain: &Chain, len: usize) -> io::Result<u
     // SAFETY: plain bytes, for which zeroes are a value.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_iov = vectors.as_mut_ptr();
-    message.msg_iovlen = count as _;
+    message.msg_iovlen = count;
     let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
     loop {
         // SAFETY: the vectors point to a live array, and to guest memory that

@@ -57,10 +57,11 @@ impl Tap {
         }
         // SAFETY: plain bytes, for which zeroes are a value.
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-        request.ifr_ifru.ifru_flags = match attached {
+        let flags = match attached {
             true => libc::IFF_ATTACH_QUEUE,
             false => libc::IFF_DETACH_QUEUE,
-        } as libc::c_short;
+        };
+        request.ifr_ifru.ifru_flags = flags.try_into().map_err(io::Error::other)?;
         // SAFETY: reads the live request.
         if unsafe { libc::ioctl(self.file.as_raw_fd(), TUNSETQUEUE, &request) } != 0 {
             let error = io::Error::last_os_error();
@@ -136,7 +137,9 @@ impl Tap {
 
     pub fn send(&self, chain: &Chain) -> bool {
         let iovecs = chain.readable.iovecs();
-        let count = iovecs.len() as libc::c_int;
+        let Ok(count) = libc::c_int::try_from(iovecs.len()) else {
+            return false;
+        };
         // SAFETY: the vectors point to guest memory that `chain` holds. The
         // kernel copies it once, and checks the header that it copied.
         let sent = unsafe { libc::writev(self.file.as_raw_fd(), iovecs.as_ptr(), count) };

@@ -13,6 +13,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::PACKET_MAX;
 use super::backlog::{Backlog, send};
 use super::packet::{HEADER, Header, Op, Shutdown};
+use crate::number;
 use crate::virtio::chain::Buffer;
 
 /// A buffer of more parts is read or written in several goes.
@@ -62,7 +63,7 @@ pub struct Packet {
     /// With [`Op::Shutdown`].
     pub flags: Shutdown,
     /// With [`Op::Data`], how much was written behind the header.
-    pub len: usize,
+    pub len: u32,
 }
 
 impl From<Op> for Packet {
@@ -284,7 +285,7 @@ impl Connection {
     /// Bytes have left; the guest must know before it runs out of credit.
     fn forward(&mut self, len: usize) {
         // At most the buffer's size.
-        self.forwarded = self.forwarded.wrapping_add(len as u32);
+        self.forwarded = self.forwarded.wrapping_add(number::length(len));
         let behind = self.forwarded.wrapping_sub(self.told) as usize;
         if behind >= self.backlog.capacity() / CREDIT_STEP {
             self.pending.insert(Pending::CREDIT_UPDATE);
@@ -439,7 +440,7 @@ impl Connection {
     pub fn fill(&mut self, header: &mut Header) {
         self.pending.remove(Pending::CREDIT_UPDATE);
         self.told = self.forwarded;
-        header.buf_alloc = self.backlog.capacity() as u32;
+        header.buf_alloc = number::length(self.backlog.capacity());
         header.fwd_cnt = self.forwarded;
     }
 
@@ -476,7 +477,8 @@ impl Connection {
                 return self.shutdown_packet();
             }
             Ok(len) => {
-                self.sent = self.sent.wrapping_add(len as u32);
+                let len = number::length(len);
+                self.sent = self.sent.wrapping_add(len);
                 return Some(Packet {
                     len,
                     ..Op::Data.into()

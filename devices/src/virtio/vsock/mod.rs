@@ -193,7 +193,7 @@ impl Vsock {
             };
             chain.writable.write(&header.bytes());
             // At most the packet's largest size.
-            let len = HEADER as u32 + header.len;
+            let len = HEADER + header.len as usize;
             queues.complete(RECEIVE, chain.head, len)?;
             progress = true;
         }
@@ -212,7 +212,7 @@ impl Vsock {
             return Err(Broken("an event buffer must be writable and hold an event"));
         }
         self.state.ended = false;
-        queues.complete(EVENT, chain.head, event.len() as u32)
+        queues.complete(EVENT, chain.head, event.len())
     }
 }
 

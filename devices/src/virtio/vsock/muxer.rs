@@ -14,6 +14,7 @@ use super::connection::{Connection, End};
 use super::greeting::{Greeting, Heard};
 use super::packet::{HEADER, HOST_CID, Header, Op, PORT_ANY, STREAM, Shutdown};
 use super::{BUFFER, BUFFER_MIN, BUFFERS, Connector, Limits};
+use crate::number::halves;
 use crate::virtio::chain::Buffer;
 
 /// The host's ports of connections that it begins.
@@ -45,10 +46,8 @@ impl Key {
     }
 
     fn of(number: u64) -> Self {
-        Key {
-            host: (number >> 32) as u32,
-            guest: number as u32,
-        }
+        let (guest, host) = halves(number);
+        Key { host, guest }
     }
 }
 
@@ -489,14 +488,14 @@ impl Muxer {
                     dst_cid: self.cid,
                     src_port: key.host,
                     dst_port: key.guest,
-                    len: packet.len as u32,
+                    len: packet.len,
                     kind: STREAM,
                     op: packet.op as u16,
                     flags: packet.flags.bits(),
                     ..Default::default()
                 };
                 connection.fill(&mut header);
-                self.counters.received += packet.len as u64;
+                self.counters.received += u64::from(packet.len);
                 header
             });
             self.settle(key);

@@ -22,7 +22,7 @@ pub use self::threads::{Prepare, unprepared};
 pub use self::uring::restricted_ring;
 
 /// How many operations may be in flight.
-pub const DEPTH: usize = 256;
+pub const DEPTH: u16 = 256;
 
 /// An opened disk image, in the format that its owner says it has.
 #[derive(Debug)]

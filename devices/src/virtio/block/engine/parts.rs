@@ -85,9 +85,9 @@ impl Worker for Parts {
             }
         }
         let at = i64::try_from(offset - part.start).map_err(io::Error::other)?;
+        let count = libc::c_int::try_from(clipped.len()).map_err(io::Error::other)?;
         let mut read = 0;
         retry(|| {
-            let count = clipped.len() as libc::c_int;
             // SAFETY: the buffers are valid, as the caller promises, and lie within
             // what was passed; there are as many as the queue has descriptors at most.
             match unsafe { libc::preadv(part.file.as_raw_fd(), clipped.as_ptr(), count, at) } {

@@ -210,7 +210,7 @@ impl Qcow2 {
         if writable {
             // Without a count of its own header's references, an image is not
             // one that room can be found in.
-            let mut first = [0; ENTRY as usize];
+            let mut first = [0; size_of::<u64>()];
             read_at(&file, header.refcount_table, &mut first)?;
             let block = u64::from_be_bytes(first);
             if !lies_inside(block, header.cluster, header.cluster, len) {

@@ -48,7 +48,7 @@ pub fn restricted_ring(entries: u32, file: RawFd, event: RawFd) -> io::Result<Io
 impl Uring {
     pub(super) fn new(file: File) -> io::Result<Self> {
         let event = EventFd::new(EFD_NONBLOCK)?;
-        let ring = restricted_ring(DEPTH as u32, file.as_raw_fd(), event.as_raw_fd())?;
+        let ring = restricted_ring(DEPTH.into(), file.as_raw_fd(), event.as_raw_fd())?;
         Ok(Uring {
             ring,
             _file: file,
@@ -60,7 +60,8 @@ impl Uring {
     ///
     /// The buffers must stay valid until the operation is completed.
     pub(super) unsafe fn submit(&mut self, token: u64, operation: &Operation) -> io::Result<()> {
-        let (iovecs, count) = (operation.iovecs.as_ptr(), operation.iovecs.len() as u32);
+        let iovecs = operation.iovecs.as_ptr();
+        let count = u32::try_from(operation.iovecs.len()).map_err(io::Error::other)?;
         let entry = match (operation.kind, operation.kind.allocation()) {
             (_, Some((mode, len))) => opcode::Fallocate::new(FILE, len)
                 .offset(operation.offset)
