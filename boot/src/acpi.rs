@@ -149,7 +149,7 @@ fn fadt(dsdt: u64, rtc: bool) -> Vec<u8> {
 fn port(port: u16) -> GAS {
     GAS::new(
         AddressSpace::SystemIo,
-        u8::BITS as u8,
+        8, // bits
         0,
         AccessSize::ByteAccess,
         port.into(),
@@ -273,7 +273,11 @@ fn power_button() -> Vec<u8> {
 /// Microsoft's "Virtual Machine Generation ID": drivers know it by its
 /// compatible IDs, and `ADDR` tells them the address in two halves.
 fn generation_id() -> Vec<u8> {
-    let (low, high) = (VM_GENERATION as u32, (VM_GENERATION >> 32) as u32);
+    let [a, b, c, d, e, f, g, h] = VM_GENERATION.to_le_bytes();
+    let (low, high) = (
+        u32::from_le_bytes([a, b, c, d]),
+        u32::from_le_bytes([e, f, g, h]),
+    );
     bytes_of(&Device::new(
         GENERATION_ID.into(),
         vec![
@@ -343,7 +347,7 @@ fn panic_device() -> Vec<u8> {
 
 fn virtio_mmio(uid: u8, device: &MmioDevice) -> Result<Vec<u8>, AcpiError> {
     let addr = u32::try_from(device.addr).map_err(|_| AcpiError::DeviceAddress(device.addr))?;
-    let registers = Memory32Fixed::new(true, addr, VIRTIO_MMIO_SIZE as u32);
+    let registers = Memory32Fixed::new(true, addr, VIRTIO_MMIO_SIZE);
     Ok(bytes_of(&Device::new(
         Path::new(&format!("V{uid:03}")),
         vec![

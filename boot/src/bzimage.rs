@@ -66,7 +66,8 @@ pub(crate) fn load<M: GuestMemoryBackend>(
     check_fits(mem, load_at, end)?;
 
     place_kernel(mem, file, &CopyOnly, offset, load_at, len)?;
-    header.code32_start = load_at as u32;
+    header.code32_start = u32::try_from(load_at)
+        .map_err(|_| KernelError::UnsupportedBzImage("it loads above 4 GiB"))?;
     Ok(Kernel {
         entry: load_at + ENTRY_64,
         protocol: Protocol::Linux64,

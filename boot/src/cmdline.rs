@@ -30,7 +30,7 @@ pub enum CmdlineError {
 
 /// Checks that a kernel would take the command line as it is.
 pub fn validate(cmdline: &str) -> Result<(), CmdlineError> {
-    let max = CMDLINE_MAX - 1;
+    let max = CMDLINE_MAX as usize - 1;
     if cmdline.len() > max {
         let len = cmdline.len();
         return Err(CmdlineError::TooLong { len, max });
@@ -49,7 +49,7 @@ pub fn write<M: GuestMemoryBackend>(mem: &M, cmdline: &str) -> Result<(), Cmdlin
     validate(cmdline)?;
     let mut bytes = cmdline.as_bytes().to_vec();
     bytes.push(0);
-    mem.write_slice(&bytes, GuestAddress(CMDLINE))?;
+    mem.write_slice(&bytes, GuestAddress(CMDLINE.into()))?;
     Ok(())
 }
 

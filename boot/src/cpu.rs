@@ -17,7 +17,8 @@ const CODE_SELECTOR: u16 = 0x10;
 const DATA_SELECTOR: u16 = 0x18;
 const TSS_SELECTOR: u16 = 0x20;
 /// Null, null, code, data, and a task state that takes two in long mode.
-const GDT_ENTRIES: usize = 6;
+const GDT_ENTRIES: u16 = 6;
+const GDT_ENTRY_LEN: u16 = 8;
 
 const TYPE_CODE: u8 = 0xb; // execute, read, accessed
 const TYPE_DATA: u8 = 0x3; // read, write, accessed
@@ -35,8 +36,8 @@ const EFER_LMA: u64 = 1 << 10;
 const PTE_PRESENT: u64 = 1 << 0;
 const PTE_WRITABLE: u64 = 1 << 1;
 const PTE_LARGE: u64 = 1 << 7;
-const PTES: u64 = 512;
-const DIRECTORIES: u64 = 4;
+const PTES: usize = 512;
+const DIRECTORIES: usize = 4;
 const LARGE_PAGE: u64 = 2 << 20;
 
 /// A segment register, with the part that the descriptor fills in.
@@ -137,7 +138,7 @@ pub(crate) fn write_entry_state<M: GuestMemoryBackend>(
     kernel: &Kernel,
 ) -> Result<EntryState, BootError> {
     let state = entry_state(kernel);
-    let gdt: [u64; GDT_ENTRIES] = [
+    let gdt: [u64; GDT_ENTRIES as usize] = [
         0,
         0,
         state.code.descriptor(),
@@ -174,7 +175,7 @@ fn entry_state(kernel: &Kernel) -> EntryState {
         cr4: 0,
         efer: 0,
         gdt_base: GDT,
-        gdt_limit: (GDT_ENTRIES * size_of::<u64>() - 1) as u16,
+        gdt_limit: GDT_ENTRIES * GDT_ENTRY_LEN - 1,
         code,
         data,
         tss,
@@ -218,14 +219,14 @@ pub(crate) fn write_reset_vector<M: GuestMemoryBackend>(mem: &M) -> Result<(), B
 
 /// Writes page tables that map the first 4 GiB onto themselves.
 pub(crate) fn write_page_tables<M: GuestMemoryBackend>(mem: &M) -> Result<(), BootError> {
-    const TABLE: u64 = PTES * size_of::<u64>() as u64;
+    const TABLE: usize = PTES * size_of::<u64>();
     let link = PTE_PRESENT | PTE_WRITABLE;
-    let mut directories = Vec::with_capacity((DIRECTORIES * TABLE) as usize);
-    for page in 0..DIRECTORIES * PTES {
+    let mut directories = Vec::with_capacity(DIRECTORIES * TABLE);
+    for page in 0..(DIRECTORIES * PTES) as u64 {
         directories.extend((page * LARGE_PAGE | link | PTE_LARGE).to_le_bytes());
     }
-    let pointers: [u64; DIRECTORIES as usize] =
-        std::array::from_fn(|i| (PAGE_DIRECTORIES + i as u64 * TABLE) | link);
+    let pointers: [u64; DIRECTORIES] =
+        std::array::from_fn(|i| (PAGE_DIRECTORIES + (i * TABLE) as u64) | link);
     mem.write_slice(&directories, GuestAddress(PAGE_DIRECTORIES))
         .and_then(|()| mem.write_obj(pointers, GuestAddress(PDPT)))
         .and_then(|()| mem.write_obj(PDPT | link, GuestAddress(PML4)))

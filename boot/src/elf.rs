@@ -29,7 +29,7 @@ const LINUX_ALIGN: u64 = 2 << 20;
 /// Where a kernel goes that does not fit where it was linked to.
 const LOWEST: u64 = LINUX_ALIGN;
 /// No kernel has more notes than this.
-const NOTES_MAX: u64 = 64 << 10;
+const NOTES_MAX: usize = 64 << 10;
 
 pub(crate) fn load<M: GuestMemoryBackend>(
     mem: &M,
@@ -189,10 +189,11 @@ fn pvh_entry(
             segment.p_filesz,
             file_len,
         )?;
-        if segment.p_filesz > NOTES_MAX {
+        let len = usize::try_from(segment.p_filesz).ok();
+        let Some(len) = len.filter(|&len| len <= NOTES_MAX) else {
             return Err(KernelError::MalformedElf("a note segment is too large"));
-        }
-        let mut notes = vec![0; segment.p_filesz as usize];
+        };
+        let mut notes = vec![0; len];
         file.read_exact_at(&mut notes, segment.p_offset)
             .map_err(reading("notes"))?;
         // gABI: notes are aligned to 4 bytes, or to 8 when the segment is.

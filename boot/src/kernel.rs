@@ -200,9 +200,11 @@ pub(crate) fn place<M: GuestMemoryBackend>(
     };
     if mapped < len {
         let addr = addr + mapped;
+        let rest = usize::try_from(len - mapped);
+        let rest = rest.map_err(|error| PlaceError::Seek(io::Error::other(error)))?;
         file.seek(SeekFrom::Start(offset + mapped))
             .map_err(PlaceError::Seek)?;
-        mem.read_exact_volatile_from(GuestAddress(addr), file, (len - mapped) as usize)
+        mem.read_exact_volatile_from(GuestAddress(addr), file, rest)
             .map_err(|source| PlaceError::Copy(addr, source))?;
     }
     Ok(mapped)
@@ -234,7 +236,8 @@ pub(crate) fn check_fits<M: GuestMemoryBackend>(
 ) -> Result<(), KernelError> {
     let fits = end
         .checked_sub(start)
-        .is_some_and(|len| mem.check_range(GuestAddress(start), len as usize));
+        .and_then(|len| usize::try_from(len).ok())
+        .is_some_and(|len| mem.check_range(GuestAddress(start), len));
     if fits {
         Ok(())
     } else {

@@ -45,9 +45,9 @@ pub const PDPT: u64 = 0xa000;
 /// The third level: four pages, one a GiB.
 pub const PAGE_DIRECTORIES: u64 = 0xb000;
 /// The command line.
-pub const CMDLINE: u64 = 0x2_0000;
+pub const CMDLINE: u32 = 0x2_0000;
 /// The longest command line, with its NUL (Linux' `COMMAND_LINE_SIZE`).
-pub const CMDLINE_MAX: usize = 2048;
+pub const CMDLINE_MAX: u32 = 2048;
 
 /// The end of conventional memory, where the reserved area starts.
 pub const LOW_RAM_END: u64 = 0x9_fc00;
@@ -72,7 +72,7 @@ pub const MMIO_HOLE_END: u64 = 0x1_0000_0000;
 /// The first virtio-mmio device; the others follow it.
 pub const VIRTIO_MMIO_BASE: u64 = 0xd000_0000;
 /// The size of a virtio-mmio device's registers.
-pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
+pub const VIRTIO_MMIO_SIZE: u32 = 0x1000;
 /// The I/O APIC.
 pub const IOAPIC: u32 = 0xfec0_0000;
 /// The local APICs.
@@ -155,7 +155,7 @@ pub fn ram_regions(size: u64) -> Vec<(u64, u64)> {
 
 /// The address of the virtio-mmio device at `index`.
 pub fn virtio_address(index: usize) -> Option<u64> {
-    (index < VIRTIO_MAX).then(|| VIRTIO_MMIO_BASE + index as u64 * VIRTIO_MMIO_SIZE)
+    (index < VIRTIO_MAX).then(|| VIRTIO_MMIO_BASE + index as u64 * u64::from(VIRTIO_MMIO_SIZE))
 }
 
 /// The interrupt of the virtio-mmio device at `index`.

@@ -6,6 +6,15 @@
 
 #![forbid(unsafe_code)]
 #![cfg_attr(not(test), deny(clippy::indexing_slicing, clippy::string_slice))]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::cast_lossless,
+        clippy::cast_possible_truncation,
+        clippy::cast_possible_wrap,
+        clippy::cast_sign_loss
+    )
+)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
 pub mod acpi;
@@ -143,7 +152,7 @@ mod tests {
         assert_eq!(state.cr3, layout::PML4);
         assert!(state.code.l && !state.code.db);
         let mut line = [0u8; 14];
-        mem.read_slice(&mut line, GuestAddress(layout::CMDLINE))
+        mem.read_slice(&mut line, GuestAddress(layout::CMDLINE.into()))
             .unwrap();
         assert_eq!(&line, b"console=ttyS0\0");
     }

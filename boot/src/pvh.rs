@@ -20,10 +20,9 @@ pub(crate) fn write<M: GuestMemoryBackend>(
     let mut info = hvm_start_info {
         magic: XEN_HVM_START_MAGIC_VALUE,
         version: VERSION,
-        cmdline_paddr: CMDLINE,
+        cmdline_paddr: CMDLINE.into(),
         rsdp_paddr: rsdp,
         memmap_paddr: PVH_MEMORY_MAP,
-        memmap_entries: map.len() as u32,
         ..Default::default()
     };
     if let Some(initrd) = boot.initrd {
@@ -48,6 +47,7 @@ pub(crate) fn write<M: GuestMemoryBackend>(
         mem.write_obj(entry, GuestAddress(addr))
             .map_err(writing("the PVH memory map"))?;
         addr += size_of::<hvm_memmap_table_entry>() as u64;
+        info.memmap_entries += 1;
     }
     mem.write_obj(info, GuestAddress(PVH_START_INFO))
         .map_err(writing("the PVH start info"))

@@ -15,7 +15,9 @@ const NO_PCI: u8 = 0xff;
 /// The unit of counts.
 const PERIOD_MS: u32 = 1000;
 const COUNT_MIN: u32 = 1;
-const COUNT_MAX: u32 = u16::MAX as u32;
+const COUNT_MAX: u32 = 0xffff;
+/// How many entries the table has.
+const ENTRIES: u32 = 8;
 const ENABLED: u8 = 1;
 
 #[derive(Clone, Copy)]
@@ -52,7 +54,7 @@ pub(crate) fn wdat() -> Vec<u8> {
     let control = Register::Byte(WATCHDOG_CONTROL);
     let count = Register::Word(WATCHDOG_COUNT);
     let (run, stop) = (u32::from(WATCHDOG_RUN), 0);
-    let entries = [
+    let entries: [_; ENTRIES as usize] = [
         (Feed, WriteValue, Register::Byte(WATCHDOG_FEED), 1),
         // Linux asks the second of these for the time that is left.
         (QueryCurrentCountdown, ReadCountdown, count, 0),
@@ -79,18 +81,12 @@ pub(crate) fn wdat() -> Vec<u8> {
     table.append(COUNT_MAX);
     table.append(COUNT_MIN);
     table.append([ENABLED, 0, 0, 0]);
-    table.append(entries.len() as u32);
+    table.append(ENTRIES);
     for (action, instruction, register, value) in entries {
         table.append([action as u8, instruction as u8, 0, 0]);
         let (mask, gas) = match register {
-            Register::Byte(port) => (
-                u32::from(u8::MAX),
-                gas(port, u8::BITS, AccessSize::ByteAccess),
-            ),
-            Register::Word(port) => (
-                u32::from(u16::MAX),
-                gas(port, u16::BITS, AccessSize::WordAccess),
-            ),
+            Register::Byte(port) => (u32::from(u8::MAX), gas(port, 8, AccessSize::ByteAccess)),
+            Register::Word(port) => (u32::from(u16::MAX), gas(port, 16, AccessSize::WordAccess)),
         };
         table.append_slice(&bytes_of(&gas));
         table.append(value);
@@ -99,8 +95,8 @@ pub(crate) fn wdat() -> Vec<u8> {
     table.as_slice().to_vec()
 }
 
-fn gas(port: u16, bits: u32, access: AccessSize) -> GAS {
-    GAS::new(AddressSpace::SystemIo, bits as u8, 0, access, port.into())
+fn gas(port: u16, bits: u8, access: AccessSize) -> GAS {
+    GAS::new(AddressSpace::SystemIo, bits, 0, access, port.into())
 }
 
 #[cfg(test)]

@@ -34,7 +34,7 @@ fn build(kernel: &Kernel, boot: &Boot, rsdp: u64) -> Result<boot_params, BootErr
     };
     params.hdr.type_of_loader = LOADER_UNDEFINED;
     params.hdr.setup_data = 0;
-    params.hdr.cmd_line_ptr = layout::CMDLINE as u32;
+    params.hdr.cmd_line_ptr = layout::CMDLINE;
 
     if let Some(initrd) = boot.initrd {
         let end = initrd.addr.saturating_add(initrd.size);
@@ -42,21 +42,25 @@ fn build(kernel: &Kernel, boot: &Boot, rsdp: u64) -> Result<boot_params, BootErr
             Some(header) => u64::from(header.initrd_addr_max),
             None => u64::from(u32::MAX),
         };
+        let too_high = BootError::InitrdTooHigh { end, max };
+        let (Ok(image), Ok(size)) = (initrd.addr.try_into(), initrd.size.try_into()) else {
+            return Err(too_high);
+        };
         if end > max.saturating_add(1) {
-            return Err(BootError::InitrdTooHigh { end, max });
+            return Err(too_high);
         }
-        params.hdr.ramdisk_image = initrd.addr as u32;
-        params.hdr.ramdisk_size = initrd.size as u32;
+        params.hdr.ramdisk_image = image;
+        params.hdr.ramdisk_size = size;
     }
 
     let map = layout::memory_map(boot.ram_size);
-    params.e820_entries = map.len() as u8;
     for (entry, range) in params.e820_table.iter_mut().zip(&map) {
         *entry = boot_e820_entry {
             addr: range.addr,
             size: range.size,
             r#type: range.kind as u32,
         };
+        params.e820_entries += 1;
     }
     Ok(params)
 }
@@ -68,7 +72,7 @@ fn minimal_header() -> setup_header {
         version: PROTOCOL_VERSION,
         loadflags: LOADED_HIGH,
         kernel_alignment: KERNEL_ALIGNMENT,
-        cmdline_size: layout::CMDLINE_MAX as u32 - 1,
+        cmdline_size: layout::CMDLINE_MAX - 1,
         ..Default::default()
     }
 }

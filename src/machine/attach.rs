@@ -252,7 +252,7 @@ fn place(
     let transport = Arc::new(Mutex::new(transport));
     buses
         .mmio
-        .insert(addr, layout::VIRTIO_MMIO_SIZE, transport.clone())
+        .insert(addr, layout::VIRTIO_MMIO_SIZE.into(), transport.clone())
         .or_internal(&flag)?;
     Ok(Slot {
         name,
