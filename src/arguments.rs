@@ -38,7 +38,7 @@ pub fn hide_values() {
         is_value = matches!(text, b"-e" | b"--env");
         for place in hidden {
             // SAFETY: within the string, whose end is not touched.
-            unsafe { word.add(place).write(b'*' as c_char) };
+            unsafe { word.add(place).write(b'*'.cast_signed()) };
         }
     }
 }

@@ -5,6 +5,16 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+/// A time in milliseconds.
+pub fn milliseconds(time: Duration) -> u64 {
+    number(time.as_millis())
+}
+
+/// Of no time that anything here takes is it too small.
+fn number(parts: u128) -> u64 {
+    u64::try_from(parts).unwrap_or(u64::MAX)
+}
+
 /// When each phase ended, counted from the process's start.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Timeline {
@@ -132,7 +142,7 @@ pub struct TimingUs {
 
 impl From<&Timeline> for TimingUs {
     fn from(timeline: &Timeline) -> Self {
-        let us = |time: Option<Duration>| time.map(|time| time.as_micros() as u64);
+        let us = |time: Option<Duration>| time.map(|time| number(time.as_micros()));
         TimingUs {
             kvm_ready: us(timeline.kvm_ready),
             memory_mapped: us(timeline.memory_mapped),

@@ -39,16 +39,16 @@ type NameCall = unsafe extern "C" fn(libc::c_int, *const libc::sockaddr, libc::s
 fn with_name(call: NameCall, socket: &impl AsRawFd, path: &Path) -> io::Result<()> {
     // SAFETY: a structure of numbers.
     let mut address: libc::sockaddr_un = unsafe { mem::zeroed() };
-    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    address.sun_family = libc::AF_UNIX.try_into().map_err(io::Error::other)?;
     let name = path.as_os_str().as_bytes();
     // The last byte stays zero.
     if name.is_empty() || name.len() >= address.sun_path.len() {
         return Err(io::ErrorKind::InvalidFilename.into());
     }
     for (target, source) in address.sun_path.iter_mut().zip(name) {
-        *target = *source as libc::c_char;
+        *target = source.cast_signed();
     }
-    let len = mem::size_of_val(&address) as libc::socklen_t;
+    let len = libc::socklen_t::try_from(mem::size_of_val(&address)).map_err(io::Error::other)?;
     // SAFETY: an open descriptor, and an address that lives until the call returns.
     match unsafe { call(socket.as_raw_fd(), (&raw const address).cast(), len) } {
         0 => Ok(()),

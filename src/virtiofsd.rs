@@ -310,7 +310,7 @@ fn make_read_only(folder: &CString) -> io::Result<()> {
             size_of::<libc::mount_attr>(),
         )
     };
-    check(set as libc::c_int)
+    check(set.try_into().unwrap_or(-1))
 }
 
 /// Makes `setgroups` do nothing, and say that it did.
@@ -320,20 +320,28 @@ fn ignore_setgroups() -> io::Result<()> {
     /// … and the machine's kind (`AUDIT_ARCH_X86_64`).
     const KIND: u32 = 4;
     const X86_64: u32 = 0xc000_003e;
-    let load = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
-    let skip_unless = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
-    let end = (libc::BPF_RET | libc::BPF_K) as u16;
-    let step = |code, jf, k| libc::sock_filter { code, jt: 0, jf, k };
-    let mut steps = [
+    const STEPS: u16 = 6;
+    let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
+    let skip_unless = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    let end = libc::BPF_RET | libc::BPF_K;
+    let setgroups = u32::try_from(libc::SYS_setgroups).unwrap_or(u32::MAX);
+    let step = |code: u32, jf, k| libc::sock_filter {
+        // The kernel refuses what is no code.
+        code: code.try_into().unwrap_or(u16::MAX),
+        jt: 0,
+        jf,
+        k,
+    };
+    let mut steps: [_; STEPS as usize] = [
         step(load, 0, KIND),
         step(skip_unless, 3, X86_64),
         step(load, 0, NUMBER),
-        step(skip_unless, 1, libc::SYS_setgroups as u32),
+        step(skip_unless, 1, setgroups),
         step(end, 0, libc::SECCOMP_RET_ERRNO),
         step(end, 0, libc::SECCOMP_RET_ALLOW),
     ];
     let program = libc::sock_fprog {
-        len: steps.len() as u16,
+        len: STEPS,
         filter: steps.as_mut_ptr(),
     };
     // SAFETY: reads a live program, as long as said.

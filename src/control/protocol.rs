@@ -7,6 +7,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use mayfly_devices::rate_limiter::Limits;
 use serde::{Deserialize, Serialize};
 
+use crate::timing::milliseconds;
+
 /// What a VM can be asked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(
@@ -83,7 +85,7 @@ impl Event {
         let since = SystemTime::now().duration_since(UNIX_EPOCH);
         Event {
             event: event.to_owned(),
-            time_ms: since.map_or(0, |since| since.as_millis() as u64),
+            time_ms: since.map_or(0, milliseconds),
             detail,
         }
     }

@@ -62,7 +62,7 @@ pub fn open() -> Result<Kvm, OpenError> {
         _ => OpenError::Open(error.into()),
     })?;
     match kvm.get_api_version() {
-        version if version == KVM_API_VERSION as i32 => {}
+        version if u32::try_from(version) == Ok(KVM_API_VERSION) => {}
         version => return Err(OpenError::Version(version)),
     }
     match REQUIRED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {

@@ -18,7 +18,7 @@ use super::run::{Outcome, VcpuControl};
 use crate::config::{MachineConfig, WatchdogAction, check_balloon_size};
 use crate::control::{Command, Event, Reply};
 use crate::metrics::Exposition;
-use crate::timing::Timeline;
+use crate::timing::{Timeline, milliseconds};
 
 /// What a running machine is called by commands.
 pub struct Commander {
@@ -234,7 +234,7 @@ impl Commander {
                 State::Running => "running",
                 State::Paused => "paused",
             },
-            "uptime_ms": self.started.elapsed().as_millis() as u64,
+            "uptime_ms": milliseconds(self.started.elapsed()),
             "cpus": self.about.cpus,
             "memory": self.about.memory,
             "kernel": self.about.kernel,
@@ -314,7 +314,7 @@ fn balloon_info(balloon: &BalloonHandle) -> serde_json::Value {
             .into_iter()
             .map(|(name, value)| (name.to_owned(), value.into()))
             .collect();
-        let age = statistics.when.elapsed().as_millis() as u64;
+        let age = milliseconds(statistics.when.elapsed());
         all.insert("age_ms".to_owned(), age.into());
         all
     });

@@ -84,7 +84,7 @@ impl Signals {
         let size = size_of::<libc::signalfd_siginfo>();
         // SAFETY: writes at most `size` bytes to a structure of that size.
         let read = unsafe { libc::read(self.0.as_raw_fd(), info.as_mut_ptr().cast(), size) };
-        if read != size as isize {
+        if usize::try_from(read) != Ok(size) {
             return None;
         }
         // SAFETY: all of it was written.

@@ -171,7 +171,8 @@ impl Starting {
     /// Asks for the gateway's address, which it answers once it has started.
     fn greet(&mut self) -> io::Result<()> {
         let request = arp_request();
-        let mut frame = (request.len() as u32).to_be_bytes().to_vec();
+        let len = u32::try_from(request.len()).map_err(io::Error::other)?;
+        let mut frame = len.to_be_bytes().to_vec();
         frame.extend(&request);
         self.socket.set_read_timeout(Some(PATIENCE))?;
         self.socket.write_all(&frame)?;

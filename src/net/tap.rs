@@ -9,7 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use mayfly_devices::virtio::net::HEADER;
 
-use crate::failure::Failure;
+use crate::failure::{Failure, OrFail};
 use crate::machine::refusal;
 
 const DEVICE: &str = "/dev/net/tun";
@@ -53,13 +53,13 @@ fn attach(name: &str, several: bool, flag: &str) -> Result<File, Failure> {
         true => FLAGS | libc::IFF_MULTI_QUEUE,
         false => FLAGS,
     };
-    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    request.ifr_ifru.ifru_flags = flags.try_into().or_internal(flag)?;
     // SAFETY: reads and writes the live request.
     if unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, &mut request) } != 0 {
         let error = io::Error::last_os_error();
         return Err(attach_refusal(&error, flag, name, several));
     }
-    let header = HEADER as libc::c_int;
+    let header = libc::c_int::try_from(HEADER).or_internal(flag)?;
     // SAFETY: reads a live number.
     if unsafe { libc::ioctl(file.as_raw_fd(), TUNSETVNETHDRSZ, &header) } != 0 {
         return Err(Failure::host(format!(

@@ -82,10 +82,11 @@ impl Writer {
         let Some(file) = &mut self.file else {
             return Ok(());
         };
+        let len = u32::try_from(data.len()).map_err(io::Error::other)?;
         let mut piece = Vec::with_capacity(HEADER + data.len());
         piece.push(stream);
         piece.extend_from_slice(&now_ms().to_le_bytes());
-        piece.extend_from_slice(&(data.len() as u32).to_le_bytes());
+        piece.extend_from_slice(&len.to_le_bytes());
         piece.extend_from_slice(data);
         file.write_all(&piece)?;
         self.len += piece.len() as u64;

@@ -53,6 +53,11 @@ pub const STATUS_FAILED: u8 = 125;
 /// The time was over.
 pub const STATUS_TIMEOUT: u8 = 124;
 const SIGNALLED: u8 = 128;
+
+/// The status of what a signal ended.
+fn signalled(signal: i32) -> u8 {
+    u8::try_from(signal).map_or(u8::MAX, |signal| SIGNALLED.saturating_add(signal))
+}
 /// Every guest is the only one on its device.
 const CID: u32 = 3;
 /// Where the guest finds the disk for what it writes: behind the layers.
@@ -317,7 +322,7 @@ fn judge(session: &SessionEnd, ending: &Ending, name: &str, memory: &str) -> End
             memory,
         ),
         SessionEnd::Signalled(signal) => End {
-            status: u8::try_from(*signal).map_or(u8::MAX, |it| SIGNALLED.saturating_add(it)),
+            status: signalled(*signal),
             reason: None,
             last_lines: Vec::new(),
         },
@@ -336,7 +341,7 @@ fn judge(session: &SessionEnd, ending: &Ending, name: &str, memory: &str) -> End
                     format!("{name}: the guest crashed: {why}; its last lines:"),
                 )
             },
-            Outcome::Forced => said(SIGNALLED + libc::SIGKILL as u8, format!("{name} was ended")),
+            Outcome::Forced => said(signalled(libc::SIGKILL), format!("{name} was ended")),
             Outcome::Internal(why) => said(STATUS_FAILED, why.clone()),
             _ => said(*status, format!("{name}: {reason}")),
         },

@@ -13,6 +13,7 @@ use tempfile::NamedTempFile;
 
 use crate::control::Folder;
 use crate::failure::{Failure, OrFail};
+use crate::timing::milliseconds;
 
 const RECORD: &str = "vm.json";
 const LOCK: &str = "lock";
@@ -79,7 +80,7 @@ pub struct Ended {
 /// Milliseconds since 1970.
 pub fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |since| since.as_millis() as u64)
+    since.map_or(0, milliseconds)
 }
 
 /// A VM's folder.

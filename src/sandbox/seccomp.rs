@@ -11,7 +11,8 @@ use super::spawn::PANIC;
 use super::syscalls;
 
 /// The exit status of a VMM that made a forbidden system call: what a shell says of SIGSYS.
-pub const VIOLATION: u8 = 128 + libc::SIGSYS as u8;
+pub const VIOLATION: u8 = 128 + 31;
+const _: () = assert!(VIOLATION as i32 == 128 + libc::SIGSYS);
 
 /// One instruction of a filter (`struct sock_filter`).
 const INSTRUCTION: usize = size_of::<libc::sock_filter>();

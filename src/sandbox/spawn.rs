@@ -14,7 +14,8 @@ use super::{Mode, Policy};
 
 /// The exit status of a VMM that panicked: what a shell says of SIGABRT, which the first
 /// process of a PID namespace cannot send itself.
-pub const PANIC: u8 = 128 + libc::SIGABRT as u8;
+pub const PANIC: u8 = 128 + 6;
+const _: () = assert!(PANIC as i32 == 128 + libc::SIGABRT);
 
 /// Users of VMs: from here on, one for each. Nobody gives these out: they are above what
 /// systemd, containers and directories of users take.

@@ -165,7 +165,7 @@ fn upper(protocol: IpNumber, icmp: IpNumber, bytes: &[u8]) -> Option<Upper<'_>> 
                 destination: tcp.destination_port(),
                 sequence: tcp.sequence_number(),
                 acknowledged: tcp.acknowledgment_number(),
-                len: tcp.payload().len() as u32,
+                len: u32::try_from(tcp.payload().len()).ok()?,
                 syn: tcp.syn(),
                 ack: tcp.ack(),
                 fin: tcp.fin(),
