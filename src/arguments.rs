@@ -1,6 +1,11 @@
 //! The words that this process was started with, which everybody on the host can
 //! read for as long as it lives.
 
+#![allow(
+    unsafe_code,
+    reason = "words of the command line are overwritten in place"
+)]
+
 use std::ffi::{CStr, c_char, c_int};
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};

@@ -2,11 +2,10 @@
 
 use std::fmt;
 use std::fs::{self, OpenOptions};
-use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::Path;
 
 use kvm_ioctls::Kvm;
+use mayfly_devices::virtio::block::try_ring;
 use serde::Serialize;
 
 use crate::config;
@@ -140,20 +139,12 @@ fn backend(kvm: &Kvm) -> Check {
 
 fn io_uring() -> Check {
     const NAME: &str = "io_uring";
-    // The kernel's `struct io_uring_params` is 120 bytes.
-    let mut params = [0u64; 15];
-    // SAFETY: the kernel writes at most the structure's size.
-    let fd = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, params.as_mut_ptr()) };
-    match i32::try_from(fd) {
-        Ok(fd) if fd >= 0 => {
-            // SAFETY: it is new, and nothing else owns it.
-            drop(unsafe { OwnedFd::from_raw_fd(fd) });
-            ok(NAME, "allowed")
-        }
-        _ => bad(
+    match try_ring() {
+        Ok(()) => ok(NAME, "allowed"),
+        Err(error) => bad(
             NAME,
             Verdict::Missing,
-            format!("refused: {}", io::Error::last_os_error()),
+            format!("refused: {error}"),
             "disks use threads instead; to allow it: sysctl kernel.io_uring_disabled=0",
         ),
     }

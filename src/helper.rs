@@ -1,6 +1,8 @@
 //! A process beside the VM: it has one end of a socket, and ends when the other is
 //! closed, so that it never outlives the VM, however that ends.
 
+#![allow(unsafe_code, reason = "what runs between fork and exec")]
+
 use std::ffi::CStr;
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::RawFd;
@@ -75,6 +77,45 @@ fn unblock_signals() -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// Has the kernel kill a program when the thread that starts it ends.
+pub fn end_with_us(command: &mut Command) {
+    let prepare = || {
+        // SAFETY: numbers.
+        match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: what runs between fork and exec is a system call.
+    unsafe { command.pre_exec(prepare) };
+}
+
+/// Starts a program in a session of its own, with nothing open but standard streams.
+pub fn leave(command: &mut Command) {
+    let prepare = || {
+        // SAFETY: numbers; descriptors are closed by exec only.
+        unsafe {
+            libc::setsid();
+            let how = libc::CLOSE_RANGE_CLOEXEC;
+            libc::syscall(libc::SYS_close_range, FIRST, u32::MAX, how);
+        }
+        Ok(())
+    };
+    // SAFETY: what runs between fork and exec are system calls.
+    unsafe { command.pre_exec(prepare) };
+}
+
+/// Gives a descriptor to a program, which starts when there is something to read from
+/// it if it has a name to wait by.
+pub fn give(command: &mut Command, fd: RawFd, waits: Option<&'static CStr>) {
+    let prepare = move || {
+        inherit(fd)?;
+        waits.map_or(Ok(()), |name| await_use(fd, name))
+    };
+    // SAFETY: what runs between fork and exec are system calls.
+    unsafe { command.pre_exec(prepare) };
 }
 
 /// Leaves a descriptor open for the program that follows; to be called between fork
@@ -327,8 +368,7 @@ mod tests {
         // Another shell may know descriptors of one digit only.
         let mut command = Command::new("bash");
         command.args(["-c", &format!("cat <&{fd} >&2")]);
-        // SAFETY: what runs between fork and exec are system calls.
-        unsafe { command.pre_exec(move || inherit(fd).and_then(|()| await_use(fd, c"waits"))) };
+        give(&mut command, fd, Some(c"waits"));
         Helper::spawn("sh", &[], command).unwrap()
     }
 

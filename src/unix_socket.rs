@@ -3,20 +3,20 @@
 
 use std::fs::{self, File, Metadata, TryLockError};
 use std::io;
-use std::mem;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
+
 use crate::failure::{Failure, OrFail};
 use crate::machine::refusal;
 
 /// How many clients may wait; Linux takes fewer if it likes.
-const BACKLOG: libc::c_int = 1024;
+const BACKLOG: i32 = 1024;
 
 /// A folder is locked only for as long as a name is given; but anybody who may
 /// read it can lock it.
@@ -24,42 +24,19 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(3);
 
 /// A socket without a name, that does not block.
 pub fn socket() -> io::Result<OwnedFd> {
-    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-    // SAFETY: has no preconditions.
-    match unsafe { libc::socket(libc::AF_UNIX, kind, 0) } {
-        -1 => Err(io::Error::last_os_error()),
-        // SAFETY: a new descriptor, that nothing else owns.
-        fd => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
-    }
-}
-
-type NameCall = unsafe extern "C" fn(libc::c_int, *const libc::sockaddr, libc::socklen_t) -> i32;
-
-/// Calls `bind` or `connect` with a path.
-fn with_name(call: NameCall, socket: &impl AsRawFd, path: &Path) -> io::Result<()> {
-    // SAFETY: a structure of numbers.
-    let mut address: libc::sockaddr_un = unsafe { mem::zeroed() };
-    address.sun_family = libc::AF_UNIX.try_into().map_err(io::Error::other)?;
-    let name = path.as_os_str().as_bytes();
-    // The last byte stays zero.
-    if name.is_empty() || name.len() >= address.sun_path.len() {
-        return Err(io::ErrorKind::InvalidFilename.into());
-    }
-    for (target, source) in address.sun_path.iter_mut().zip(name) {
-        *target = source.cast_signed();
-    }
-    let len = libc::socklen_t::try_from(mem::size_of_val(&address)).map_err(io::Error::other)?;
-    // SAFETY: an open descriptor, and an address that lives until the call returns.
-    match unsafe { call(socket.as_raw_fd(), (&raw const address).cast(), len) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    Ok(socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        flags,
+        None,
+    )?)
 }
 
 /// Connects without waiting for the listener to accept.
 pub fn connect(path: &Path) -> io::Result<UnixStream> {
     let socket = socket()?;
-    with_name(libc::connect, &socket, path)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
     Ok(socket.into())
 }
 
@@ -107,16 +84,14 @@ impl Name {
         if check_free(path, flag)? {
             fs::remove_file(path).or_host(flag)?;
         }
-        with_name(libc::bind, socket, path).or_host(flag)?;
+        let address = SocketAddrUnix::new(path).or_host(flag)?;
+        rustix::net::bind(socket, &address).or_host(flag)?;
         let name = Name {
             path: path.to_owned(),
             identity: identity(&path.symlink_metadata().or_host(flag)?),
         };
-        // SAFETY: an open descriptor.
-        match unsafe { libc::listen(socket.as_raw_fd(), BACKLOG) } {
-            0 => Ok(name),
-            _ => Err(io::Error::last_os_error()).or_host(flag),
-        }
+        rustix::net::listen(socket, BACKLOG).or_host(flag)?;
+        Ok(name)
     }
 }
 
@@ -196,7 +171,7 @@ mod tests {
         refused(check_free(&path, "--x").err().unwrap());
         // Killed: the name stays, nobody listens.
         drop(first);
-        mem::forget(name);
+        std::mem::forget(name);
         assert!(check_free(&path, "--x").unwrap());
         let third = new();
         let name = Name::give(&third, &path, "--x").unwrap();

@@ -6,6 +6,8 @@
 //! root owns what the user owns, and nothing else. A folder that is only to be read
 //! is mounted so in there, whatever the guest or virtiofsd wish.
 
+#![allow(unsafe_code, reason = "what runs between fork and exec")]
+
 use std::ffi::CString;
 use std::fs;
 use std::io::{self, ErrorKind};

@@ -7,6 +7,8 @@ use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
+use rustix::process::{Resource, getrlimit, setrlimit};
+
 use crate::config::VsockConfig;
 use crate::failure::{Failure, OrFail};
 use crate::unix_socket::{check_free, connect, socket};
@@ -32,17 +34,14 @@ pub fn open(config: &VsockConfig) -> Result<UnixListener, Failure> {
 
 /// Connections are open files: the limit is raised as far as it may be.
 fn raise_limit() {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: writes to a live structure.
-    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } != 0 {
-        return;
-    }
-    limit.rlim_cur = limit.rlim_cur.max(limit.rlim_max.min(OPEN_FILES));
-    // SAFETY: reads a live structure. If it fails, there are fewer connections.
-    unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) };
+    let mut limit = getrlimit(Resource::Nofile);
+    // None is more than any.
+    let most = limit
+        .maximum
+        .map_or(OPEN_FILES, |most| most.min(OPEN_FILES));
+    limit.current = limit.current.map(|now| now.max(most));
+    // If it fails, there are fewer connections.
+    let _ = setrlimit(Resource::Nofile, limit);
 }
 
 #[cfg(test)]

@@ -24,6 +24,7 @@ pub mod i8042;
 pub mod line;
 mod number;
 pub mod platform;
+pub mod poll;
 pub mod pvpanic;
 pub mod rate_limiter;
 pub mod serial;

@@ -4,6 +4,7 @@
 
 use std::io;
 
+use rustix::rand::{GetRandomFlags, getrandom};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use crate::ged::GedHandle;
@@ -58,10 +59,10 @@ impl<M: GuestMemoryBackend> GenerationId<M> {
 
     fn write(&self) -> Result<(), GenerationError> {
         let mut id = [0u8; LEN];
-        // SAFETY: fills a live buffer of that length.
-        let len = unsafe { libc::getrandom(id.as_mut_ptr().cast(), LEN, 0) };
-        if usize::try_from(len) != Ok(LEN) {
-            return Err(GenerationError::Random(io::Error::last_os_error()));
+        let random = getrandom(&mut id, GetRandomFlags::empty());
+        let len = random.map_err(|error| GenerationError::Random(error.into()))?;
+        if len != LEN {
+            return Err(GenerationError::Random(io::ErrorKind::UnexpectedEof.into()));
         }
         Ok(self.memory.write_slice(&id, self.address)?)
     }

@@ -185,13 +185,7 @@ mod tests {
     }
 
     fn fires(device: &Watchdog, timeout_ms: i32) -> bool {
-        let mut entry = libc::pollfd {
-            fd: device.timer(),
-            events: libc::POLLIN,
-            revents: 0,
-        };
-        // SAFETY: one live entry.
-        unsafe { libc::poll(&mut entry, 1, timeout_ms) == 1 }
+        crate::poll::ready(device.timer(), libc::POLLIN, timeout_ms)
     }
 
     #[test]

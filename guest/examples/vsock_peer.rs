@@ -8,6 +8,8 @@
 //! | `stall LAZY COUNT ECHO` | fills COUNT connections; another one goes on    |
 //! | `broken RESET NONE`     | sends to a peer that resets, and to nobody      |
 
+#![allow(unsafe_code)]
+
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::mem;

@@ -1,11 +1,12 @@
 //! The console and the channels that came with a module.
 
 use std::fs;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
 const VIRTIO_DEVICES: &str = "/sys/bus/virtio/devices";
 /// virtio 1.2, 5.3: consoles, and the feature of those that have channels.
@@ -25,10 +26,9 @@ pub fn adopt_console() {
         .custom_flags(libc::O_NOCTTY)
         .open("/dev/console");
     let Ok(console) = console else { return };
-    for standard in [libc::STDIN_FILENO, libc::STDOUT_FILENO, libc::STDERR_FILENO] {
-        // SAFETY: an open descriptor, and one that nobody owns.
-        unsafe { libc::dup2(console.as_raw_fd(), standard) };
-    }
+    let _ = dup2_stdin(&console);
+    let _ = dup2_stdout(&console);
+    let _ = dup2_stderr(&console);
 }
 
 /// Makes `/dev/virtio-ports/NAME` for each channel, as udev does.

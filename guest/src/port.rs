@@ -1,5 +1,7 @@
 //! The VMM's own ports (see `boot/src/layout.rs`).
 
+#![allow(unsafe_code, reason = "the VMM's ports")]
+
 /// A write here marks the moment at which init was reached.
 const BOOT_MARK: u16 = 0xb04;
 const BOOT_MARK_VALUE: u8 = 0x4d;

@@ -1,6 +1,8 @@
 //! Listens for the power button: the kernel multicasts ACPI's events over
 //! generic netlink (Linux' `drivers/acpi/event.c`).
 
+#![allow(unsafe_code, reason = "netlink")]
+
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};

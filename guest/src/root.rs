@@ -9,7 +9,6 @@
 //! | `ro`, `rw`      | else writable, if the disk is                        |
 //! | `init=`         | else `/sbin/init`                                    |
 
-use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -17,6 +16,9 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
+
+use rustix::fs::statfs;
+use rustix::mount::UnmountFlags;
 
 use crate::BUSYBOX;
 use crate::system::{self, mount};
@@ -67,11 +69,7 @@ pub fn from_cmdline(cmdline: &str) -> Option<Root> {
 
 /// True in an initramfs: elsewhere, the root that is asked for is there already.
 pub fn in_initramfs() -> bool {
-    // SAFETY: a plain C structure, for which zeroes are valid.
-    let mut info: libc::statfs = unsafe { std::mem::zeroed() };
-    // SAFETY: a string and a structure that live until the call returns.
-    let result = unsafe { libc::statfs(c"/".as_ptr(), &mut info) };
-    result == 0 && [RAMFS_MAGIC, libc::TMPFS_MAGIC].contains(&info.f_type)
+    statfs("/").is_ok_and(|info| [RAMFS_MAGIC, libc::TMPFS_MAGIC].contains(&info.f_type))
 }
 /// `RAMFS_MAGIC` of `linux/magic.h`, which libc lacks.
 const RAMFS_MAGIC: libc::__fsword_t = 0x8584_58f6;
@@ -201,9 +199,7 @@ fn disk_file_systems(list: &str) -> Vec<&str> {
 }
 
 fn unmount(path: &str) -> io::Result<()> {
-    let path = CString::new(path)?;
-    // SAFETY: a string that lives until the call returns.
-    system::check(unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) }.into())
+    Ok(rustix::mount::unmount(path, UnmountFlags::DETACH)?)
 }
 
 /// Deletes all that is on one file system below a directory.

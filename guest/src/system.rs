@@ -1,5 +1,7 @@
 //! What only PID 1 does: mounts, modules, processes, power.
 
+#![allow(unsafe_code, reason = "what init asks of the kernel")]
+
 use std::ffi::CString;
 use std::fs;
 use std::io;

@@ -3,11 +3,13 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
+use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
+use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 use serde::{Deserialize, Serialize};
 
 use super::set_nonblocking;
@@ -114,8 +116,8 @@ impl Opened {
     }
 
     fn stdio() -> io::Result<Self> {
-        let input = duplicate(libc::STDIN_FILENO).ok(); // may be closed
-        let output = duplicate(libc::STDOUT_FILENO).ok().map(nonblocking);
+        let input = duplicate(io::stdin()).ok(); // may be closed
+        let output = duplicate(io::stdout()).ok().map(nonblocking);
         let terminal = match &input {
             Some(input) => RawTerminal::new(input)?,
             None => None,
@@ -133,16 +135,11 @@ impl Opened {
     }
 
     fn pty(what: &str) -> io::Result<Self> {
-        let (mut master, mut slave) = (-1, -1);
-        let null = std::ptr::null_mut();
-        // SAFETY: writes two descriptors; the other arguments may be null.
-        if unsafe { libc::openpty(&mut master, &mut slave, null, null as _, null as _) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: two new descriptors, that nothing else owns.
-        let (master, slave) =
-            unsafe { (OwnedFd::from_raw_fd(master), OwnedFd::from_raw_fd(slave)) };
-        let slave = File::from(slave);
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        let master = openpt(flags)?;
+        grantpt(&master)?;
+        unlockpt(&master)?;
+        let slave = File::from(ioctl_tiocgptpeer(&master, flags)?);
         let name = std::fs::read_link(format!("/proc/self/fd/{}", slave.as_raw_fd()))?;
         let input = File::from(master);
         set_nonblocking(&input)?;
@@ -172,10 +169,8 @@ impl Opened {
     }
 }
 
-fn duplicate(fd: RawFd) -> io::Result<File> {
-    // SAFETY: the descriptor is only borrowed for this call.
-    let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
-    fd.try_clone_to_owned().map(File::from)
+fn duplicate(stream: impl AsFd) -> io::Result<File> {
+    stream.as_fd().try_clone_to_owned().map(File::from)
 }
 
 /// A terminal's descriptor is shared with others, who want it to block: opened
@@ -192,19 +187,7 @@ fn nonblocking(output: File) -> File {
 }
 
 fn make_raw(terminal: &File) -> io::Result<()> {
-    let mut settings = std::mem::MaybeUninit::<libc::termios>::uninit();
-    let fd = terminal.as_raw_fd();
-    // SAFETY: fills in the structure, or fails.
-    if unsafe { libc::tcgetattr(fd, settings.as_mut_ptr()) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the call above succeeded.
-    let mut settings = unsafe { settings.assume_init() };
-    // SAFETY: changes a live structure.
-    unsafe { libc::cfmakeraw(&mut settings) };
-    // SAFETY: reads a live structure.
-    match unsafe { libc::tcsetattr(fd, libc::TCSANOW, &settings) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    let mut settings = tcgetattr(terminal)?;
+    settings.make_raw();
+    Ok(tcsetattr(terminal, OptionalActions::Now, &settings)?)
 }

@@ -14,6 +14,9 @@ use std::sync::{Arc, Mutex};
 
 use mayfly_devices::bus::lock;
 use mayfly_devices::line::{Line, TerminalSize};
+use mayfly_devices::poll::ready;
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::net::{RecvFlags, recv};
 use vmm_sys_util::eventfd::EventFd;
 
 use escape::{Escape, HELP, Request};
@@ -152,7 +155,7 @@ impl Console {
 
     /// The client left, but not all that it sent was taken.
     fn is_leaving(&self) -> bool {
-        let hung_up = |file: &File| poll(file.as_raw_fd(), 0, 0);
+        let hung_up = |file: &File| ready(file.as_raw_fd(), 0, 0);
         self.input.as_ref().is_some_and(hung_up) || self.input.is_some() && self.output.is_none()
     }
 
@@ -239,7 +242,7 @@ impl Console {
             }
             let done = match &mut self.output {
                 None => len,
-                Some(file) if !ready(file.as_raw_fd(), libc::POLLOUT) => {
+                Some(file) if !ready(file.as_raw_fd(), libc::POLLOUT, 0) => {
                     if self.lossy {
                         len
                     } else {
@@ -286,7 +289,7 @@ impl Console {
             let Some(file) = &mut self.input else {
                 return false;
             };
-            if !ready(file.as_raw_fd(), libc::POLLIN) {
+            if !ready(file.as_raw_fd(), libc::POLLIN, 0) {
                 return false;
             }
             if want == 0 {
@@ -334,7 +337,7 @@ impl Console {
                 let _ = self.pump_output(&*line);
                 let Some(file) = &self.output else { return };
                 if lock(&line).output().is_empty()
-                    || !poll(file.as_raw_fd(), libc::POLLOUT, PATIENCE_MS)
+                    || !ready(file.as_raw_fd(), libc::POLLOUT, PATIENCE_MS)
                 {
                     break;
                 }
@@ -344,36 +347,14 @@ impl Console {
 }
 
 fn set_nonblocking(file: &File) -> io::Result<()> {
-    // SAFETY: an open descriptor, and numbers.
-    let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
-    // SAFETY: as above.
-    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    let flags = fcntl_getfl(file)?;
+    Ok(fcntl_setfl(file, flags | OFlags::NONBLOCK)?)
 }
 
 /// A socket's peer left, or closed its half, and all that it sent was taken.
 fn is_over(socket: &File) -> bool {
-    let mut byte = 0u8;
-    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
-    // SAFETY: an open descriptor, and a byte that lives until the call returns.
-    unsafe { libc::recv(socket.as_raw_fd(), (&raw mut byte).cast(), 1, flags) == 0 }
-}
-
-fn ready(fd: RawFd, events: libc::c_short) -> bool {
-    poll(fd, events, 0)
-}
-
-/// True if the descriptor is ready, or broken: then the operation will tell.
-fn poll(fd: RawFd, events: libc::c_short, timeout_ms: i32) -> bool {
-    let mut entry = libc::pollfd {
-        fd,
-        events,
-        revents: 0,
-    };
-    // SAFETY: one live entry.
-    unsafe { libc::poll(&mut entry, 1, timeout_ms) > 0 }
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    recv(socket, &mut [0; 1], flags) == Ok((0, 0))
 }
 
 #[cfg(test)]

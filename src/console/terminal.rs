@@ -2,46 +2,39 @@
 
 use std::fs::File;
 use std::io;
-use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Mutex, Once, PoisonError};
+use std::sync::{Arc, Mutex, Once, PoisonError};
 
 use mayfly_devices::line::TerminalSize;
+use rustix::termios::{OptionalActions, OutputModes, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 
-/// The terminal to restore, where a panic finds it too.
-static SAVED: Mutex<Option<(RawFd, libc::termios)>> = Mutex::new(None);
+/// The terminal to restore, where a panic finds it too. It has a descriptor of its
+/// own: others may be closed earlier.
+static SAVED: Mutex<Option<(Arc<File>, Termios)>> = Mutex::new(None);
 static HOOK: Once = Once::new();
 
-/// A terminal in raw mode, until this is dropped. It holds a descriptor of its
-/// own: others may be closed earlier.
-pub struct RawTerminal(File);
+/// A terminal in raw mode, until this is dropped.
+pub struct RawTerminal;
 
 impl RawTerminal {
     /// Puts a terminal in raw mode; `None` if the file is not one. What is printed
     /// by others still gets its carriage returns.
     pub fn new(file: &File) -> io::Result<Option<Self>> {
-        RawTerminal::with(file, libc::OPOST | libc::ONLCR)
+        RawTerminal::with(file, OutputModes::OPOST | OutputModes::ONLCR)
     }
 
     /// The same for one that shows what another terminal prints, as it is.
     pub fn transparent(file: &File) -> io::Result<Option<Self>> {
-        RawTerminal::with(file, 0)
+        RawTerminal::with(file, OutputModes::empty())
     }
 
-    fn with(file: &File, output: libc::tcflag_t) -> io::Result<Option<Self>> {
-        let file = file.try_clone()?;
-        let fd = file.as_raw_fd();
-        let mut saved = MaybeUninit::uninit();
-        // SAFETY: fills in the structure, or fails.
-        if unsafe { libc::tcgetattr(fd, saved.as_mut_ptr()) } != 0 {
+    fn with(file: &File, output: OutputModes) -> io::Result<Option<Self>> {
+        let file = Arc::new(file.try_clone()?);
+        let Ok(saved) = tcgetattr(&file) else {
             return Ok(None);
-        }
-        // SAFETY: the call above succeeded.
-        let saved = unsafe { saved.assume_init() };
-        let mut raw = saved;
-        // SAFETY: changes a live structure.
-        unsafe { libc::cfmakeraw(&mut raw) };
-        raw.c_oflag |= output;
+        };
+        let mut raw = saved.clone();
+        raw.make_raw();
+        raw.output_modes |= output;
         HOOK.call_once(|| {
             let before = std::panic::take_hook();
             std::panic::set_hook(Box::new(move |panic| {
@@ -49,32 +42,22 @@ impl RawTerminal {
                 before(panic);
             }));
         });
-        *SAVED.lock().unwrap_or_else(PoisonError::into_inner) = Some((fd, saved));
-        let terminal = RawTerminal(file);
-        // SAFETY: reads a live structure.
-        match unsafe { libc::tcsetattr(fd, libc::TCSANOW, &raw) } {
-            0 => Ok(Some(terminal)),
-            _ => Err(io::Error::last_os_error()),
-        }
+        *SAVED.lock().unwrap_or_else(PoisonError::into_inner) = Some((file.clone(), saved));
+        let terminal = RawTerminal;
+        tcsetattr(&file, OptionalActions::Now, &raw)?;
+        Ok(Some(terminal))
     }
 }
 
 impl Drop for RawTerminal {
     fn drop(&mut self) {
-        debug_assert!(self.0.as_raw_fd() >= 0); // still open
         restore();
     }
 }
 
 /// The size of a terminal; `None` if the file is not one.
 pub fn size(file: &File) -> Option<TerminalSize> {
-    let mut size = MaybeUninit::<libc::winsize>::uninit();
-    // SAFETY: fills in the structure, or fails.
-    if unsafe { libc::ioctl(file.as_raw_fd(), libc::TIOCGWINSZ, size.as_mut_ptr()) } != 0 {
-        return None;
-    }
-    // SAFETY: the call above succeeded.
-    let size = unsafe { size.assume_init() };
+    let size = tcgetwinsize(file).ok()?;
     // Nobody has set one: nothing is known.
     (size.ws_col > 0 && size.ws_row > 0).then_some(TerminalSize {
         columns: size.ws_col,
@@ -85,8 +68,7 @@ pub fn size(file: &File) -> Option<TerminalSize> {
 /// Gives the user's terminal back as it was; for those that end the process.
 pub fn restore() {
     let saved = SAVED.try_lock().ok().and_then(|mut saved| saved.take());
-    if let Some((fd, saved)) = saved {
-        // SAFETY: reads a live structure.
-        unsafe { libc::tcsetattr(fd, libc::TCSANOW, &saved) };
+    if let Some((file, saved)) = saved {
+        let _ = tcsetattr(file, OptionalActions::Now, &saved);
     }
 }

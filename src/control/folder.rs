@@ -7,6 +7,8 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use rustix::process::geteuid;
+
 use crate::failure::{Failure, OrFail};
 use crate::unix_socket::{self, Name};
 
@@ -33,8 +35,7 @@ impl Folder {
                 .filter(|value| !value.is_empty())
                 .map(PathBuf::from)
         };
-        // SAFETY: has no preconditions.
-        let user = unsafe { libc::geteuid() };
+        let user = geteuid().as_raw();
         let path = variable("MAYFLY_RUNTIME_DIR")
             .or_else(|| variable("XDG_RUNTIME_DIR").map(|run| run.join("mayfly")))
             .unwrap_or_else(|| match user {
@@ -117,8 +118,7 @@ impl Folder {
 }
 
 fn private(metadata: &Metadata) -> bool {
-    // SAFETY: has no preconditions.
-    let user = unsafe { libc::geteuid() };
+    let user = geteuid().as_raw();
     metadata.is_dir() && metadata.uid() == user && metadata.mode() & 0o777 == PRIVATE
 }
 

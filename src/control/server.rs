@@ -2,11 +2,14 @@
 //! each client. A client may send anything, and may stop reading.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
+
+use mayfly_devices::poll::{entry, poll};
 
 use super::protocol::{Command, Event, Reply};
 use crate::unix_socket::Name;
@@ -258,14 +261,12 @@ fn tell(client: &UnixStream, events: &Receiver<Event>) -> io::Result<()> {
 
 /// The client hung up.
 fn gone(client: &UnixStream) -> bool {
-    use std::os::fd::AsRawFd;
-    let mut entry = libc::pollfd {
-        fd: client.as_raw_fd(),
-        events: 0,
-        revents: 0,
-    };
-    // SAFETY: one live entry.
-    unsafe { libc::poll(&mut entry, 1, 0) > 0 && entry.revents & libc::POLLHUP != 0 }
+    let mut entries = [entry(client.as_raw_fd(), 0)];
+    let ready = poll(&mut entries, 0).is_ok_and(|ready| ready > 0);
+    ready
+        && entries
+            .iter()
+            .any(|entry| entry.revents & libc::POLLHUP != 0)
 }
 
 #[cfg(test)]

@@ -181,44 +181,28 @@ fn meta(path: &Path, metadata: &Metadata) -> io::Result<Meta> {
 /// Extended attributes, which the standard library does not know.
 mod xattrs {
     use super::*;
+    use rustix::fs::{lgetxattr, llistxattr};
+    use rustix::io::Errno;
     use std::collections::BTreeMap;
-    use std::ffi::CString;
 
     /// Linux' own limit of a list, and of a value.
     const MAX: usize = 64 << 10;
 
     /// Those of a file, or of a link itself.
     pub fn of(path: &Path) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
-        let path = CString::new(path.as_os_str().as_bytes())?;
-        let mut list = vec![0_u8; MAX];
-        // SAFETY: a string that ends with NUL, and a buffer with its length.
-        let len = unsafe { libc::llistxattr(path.as_ptr(), list.as_mut_ptr().cast(), list.len()) };
-        let Ok(len) = usize::try_from(len) else {
-            let error = io::Error::last_os_error();
-            return match error.raw_os_error() {
-                Some(libc::EOPNOTSUPP) => Ok(BTreeMap::new()),
-                _ => Err(error),
-            };
-        };
-        list.truncate(len);
+        let mut list = Vec::with_capacity(MAX);
+        match llistxattr(path, rustix::buffer::spare_capacity(&mut list)) {
+            Ok(_) => {}
+            Err(Errno::OPNOTSUPP) => return Ok(BTreeMap::new()),
+            Err(error) => return Err(error.into()),
+        }
         let mut found = BTreeMap::new();
         for name in list
             .split(|byte| *byte == 0)
             .filter(|name| !name.is_empty())
         {
-            let key = CString::new(name)?;
-            let mut value = vec![0_u8; MAX];
-            // SAFETY: strings that end with NUL, and a buffer with its length.
-            let len = unsafe {
-                libc::lgetxattr(
-                    path.as_ptr(),
-                    key.as_ptr(),
-                    value.as_mut_ptr().cast(),
-                    value.len(),
-                )
-            };
-            if let Ok(len) = usize::try_from(len) {
-                value.truncate(len);
+            let mut value = Vec::with_capacity(MAX);
+            if lgetxattr(path, name, rustix::buffer::spare_capacity(&mut value)).is_ok() {
                 found.insert(name.to_vec(), value);
             }
         }

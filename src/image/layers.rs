@@ -12,7 +12,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::FileExt;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::thread::{self, JoinHandle};
@@ -24,6 +23,7 @@ use super::digest::{Digest, Hasher, Hashing};
 use super::progress::{Progress, Task};
 use super::tarball::{ArchiveError, Entries, Kind, Meta, Writer};
 use super::tree::{Inode, InodeKind, Tree, split};
+use crate::helper;
 
 /// Where a layer's files are in its file system: what is above is the tool's own,
 /// which gives it an owner and a time of its choice.
@@ -440,14 +440,8 @@ impl Tool {
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
-        // SAFETY: the closure calls nothing but prctl, which may be called there.
-        unsafe {
-            command.pre_exec(|| {
-                // Ctrl-C is for us, who then end it.
-                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-                Ok(())
-            })
-        };
+        // Ctrl-C is for us, who then end it.
+        helper::end_with_us(&mut command);
         let mut child = command.spawn().map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => LayerError::NoTool,
             _ => LayerError::Io(error),

@@ -1,6 +1,8 @@
 //! Guest memory: anonymous pages, with files mapped privately over them, or a
 //! memory file.
 
+#![allow(unsafe_code, reason = "guest memory is mapped")]
+
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};

@@ -1,5 +1,7 @@
 //! A virtual CPU: its first state, and running it.
 
+#![allow(unsafe_code, reason = "KVM shares a structure")]
+
 use std::cell::Cell;
 use std::ptr;
 use std::sync::Arc;

@@ -1,5 +1,7 @@
 //! The virtual machine: memory slots, interrupt controllers, notifications.
 
+#![allow(unsafe_code, reason = "KVM is given guest memory")]
+
 use std::io;
 
 use kvm_bindings::{

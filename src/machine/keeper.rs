@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::mem;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
@@ -17,6 +17,8 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use mayfly_devices::bus::lock;
+use mayfly_devices::poll::{entry, poll, ready};
+use rustix::fs::{OFlags, fcntl_setfl};
 use serde_json::{Value, json};
 
 use super::link::{Done, Errand, Link, Order, Word};
@@ -82,15 +84,13 @@ impl Process {
 
     /// Waits for its end; others may kill it meanwhile.
     fn wait(&self) -> io::Result<ExitStatus> {
-        let mut entry = libc::pollfd {
-            fd: self.exited.as_raw_fd(),
-            events: libc::POLLIN,
-            revents: 0,
-        };
-        // SAFETY: one live entry.
-        while unsafe { libc::poll(&mut entry, 1, -1) } < 0
-            && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
-        {}
+        let mut exited = [entry(self.exited.as_raw_fd(), libc::POLLIN)];
+        loop {
+            match poll(&mut exited, -1) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                _ => break,
+            }
+        }
         lock(&self.child).wait()
     }
 }
@@ -138,12 +138,9 @@ fn pass_on_words(mut said: io::PipeReader) {
     }
 }
 
-fn set_nonblocking(new: &impl AsRawFd) -> io::Result<()> {
-    // SAFETY: an open descriptor, and numbers; a new one has no other flags.
-    match unsafe { libc::fcntl(new.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+fn set_nonblocking(new: &impl AsFd) -> io::Result<()> {
+    // A new one has no other flags.
+    Ok(fcntl_setfl(new, OFlags::NONBLOCK)?)
 }
 
 impl<'a> Keeper<'a> {
@@ -310,18 +307,14 @@ impl<'a> Keeper<'a> {
     /// Does what the machine's process asks for, and hears what it says, to its end.
     fn follow(&self, clients: &Clients) -> Result<Ending, Failure> {
         let signals = self.signals.as_ref().map_or(-1, AsRawFd::as_raw_fd);
-        let mut ready =
-            [self.link().as_raw_fd(), self.errands.as_raw_fd(), signals].map(|fd| libc::pollfd {
-                fd,
-                events: libc::POLLIN,
-                revents: 0,
-            });
+        let mut ready = [self.link().as_raw_fd(), self.errands.as_raw_fd(), signals]
+            .map(|fd| entry(fd, libc::POLLIN));
         loop {
-            // SAFETY: live entries.
-            if unsafe { libc::poll(ready.as_mut_ptr(), 3, -1) } < 0
-                && io::Error::last_os_error().kind() != io::ErrorKind::Interrupted
-            {
-                return Err(io::Error::last_os_error()).or_internal(LINK);
+            match poll(&mut ready, -1) {
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => {
+                    return Err(error).or_internal(LINK);
+                }
+                _ => {}
             }
             let [said, errand, signal] = ready.map(|entry| entry.revents != 0);
             if said {
@@ -397,13 +390,7 @@ impl<'a> Keeper<'a> {
     /// Why it does not speak any more. If it lives, it says what makes no sense.
     fn died(&self) -> Failure {
         // One that has ended closed its link a moment before.
-        let mut entry = libc::pollfd {
-            fd: self.ender.0.exited.as_raw_fd(),
-            events: libc::POLLIN,
-            revents: 0,
-        };
-        // SAFETY: one live entry.
-        unsafe { libc::poll(&mut entry, 1, LAST_WORD_MS) };
+        ready(self.ender.0.exited.as_raw_fd(), libc::POLLIN, LAST_WORD_MS);
         self.ender.0.kill();
         let what = "the machine's process";
         let message = match self.ender.0.wait() {

@@ -4,11 +4,17 @@
 //! process may have been taken over by its guest: the keeper takes nothing it says
 //! for more than words.
 
-use std::io::{self, ErrorKind};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::io::{self, ErrorKind, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use rustix::io::{Errno, retry_on_intr};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketFlags,
+    SocketType, recvmsg, socketpair,
+};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -96,6 +102,12 @@ impl ScmSocket for Link {
     }
 }
 
+impl AsFd for Link {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 impl AsRawFd for Link {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
@@ -105,14 +117,8 @@ impl AsRawFd for Link {
 impl Link {
     /// Both ends.
     pub fn pair() -> io::Result<(Self, Self)> {
-        let mut fds = [-1; 2];
-        let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC;
-        // SAFETY: writes two descriptors to a live array.
-        if unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, fds.as_mut_ptr()) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: two new descriptors, that nothing else owns.
-        let [one, other] = fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+        let (kind, flags) = (SocketType::SEQPACKET, SocketFlags::CLOEXEC);
+        let (one, other) = socketpair(AddressFamily::UNIX, kind, flags, None)?;
         Ok((Link(one), Link(other)))
     }
 
@@ -135,27 +141,23 @@ impl Link {
 
     /// A thread with few system calls has this one.
     fn write(&self, text: &[u8]) -> io::Result<()> {
-        // SAFETY: an open descriptor, and live bytes.
-        retry(|| unsafe { libc::write(self.0.as_raw_fd(), text.as_ptr().cast(), text.len()) })
-            .map(drop)
+        retry_on_intr(|| rustix::io::write(&self.0, text))?;
+        Ok(())
     }
 
     /// Sends a message if that needs no waiting.
     pub fn try_send(&self, message: &impl Serialize) -> io::Result<()> {
         let text = encode(message)?;
-        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-        // SAFETY: an open descriptor, and live bytes.
-        retry(|| unsafe { libc::send(self.0.as_raw_fd(), text.as_ptr().cast(), text.len(), flags) })
-            .map(drop)
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        retry_on_intr(|| rustix::net::send(&self.0, &text, flags))?;
+        Ok(())
     }
 
     /// Waits for a message; none if the other end is closed.
     pub fn receive<T: DeserializeOwned>(&self) -> io::Result<Option<T>> {
         let mut text = vec![0; MESSAGE_MAX];
-        let (at, len) = (text.as_mut_ptr().cast(), text.len());
         // Without room for descriptors, none are taken.
-        // SAFETY: writes to a live buffer, as long as said.
-        let len = retry(|| unsafe { libc::read(self.0.as_raw_fd(), at, len) })?;
+        let len = retry_on_intr(|| rustix::io::read(&self.0, &mut text[..]))?;
         match text.get(..len) {
             None | Some([]) => Ok(None),
             Some(text) => Ok(Some(serde_json::from_slice(text)?)),
@@ -166,53 +168,39 @@ impl Link {
     /// closed is an error.
     pub fn try_receive<T: DeserializeOwned>(&self) -> io::Result<Option<T>> {
         let mut text = vec![0; MESSAGE_MAX];
-        let (at, len) = (text.as_mut_ptr().cast(), text.len());
-        // SAFETY: as above.
-        let got = retry(|| unsafe { libc::recv(self.0.as_raw_fd(), at, len, libc::MSG_DONTWAIT) });
-        match got.map(|len| text.get(..len)) {
+        let got = retry_on_intr(|| rustix::net::recv(&self.0, &mut text[..], RecvFlags::DONTWAIT));
+        match got.map(|(len, _)| text.get(..len)) {
             Ok(None | Some([])) => Err(ErrorKind::UnexpectedEof.into()),
             Ok(Some(text)) => Ok(Some(serde_json::from_slice(text)?)),
-            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(None),
-            Err(error) => Err(error),
+            Err(Errno::AGAIN) => Ok(None),
+            Err(error) => Err(error.into()),
         }
     }
 
     /// Waits for a message that brings descriptors.
     pub fn receive_with_files<T: DeserializeOwned>(&self) -> io::Result<(T, Vec<OwnedFd>)> {
         let mut text = vec![0; MESSAGE_MAX];
-        let mut files = [-1; FILES_MAX];
-        let (len, count) = loop {
-            let mut iovecs = [libc::iovec {
-                iov_base: text.as_mut_ptr().cast(),
-                iov_len: text.len(),
-            }];
-            // SAFETY: the one buffer is live and as long as said.
-            match unsafe { self.recv_with_fds(&mut iovecs, &mut files) } {
-                Ok(received) => break received,
-                Err(error) if error.errno() == libc::EINTR => {}
-                Err(error) => return Err(error.into()),
+        let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES_MAX))];
+        let mut control = RecvAncillaryBuffer::new(&mut room);
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        let received = retry_on_intr(|| {
+            recvmsg(
+                &self.0,
+                &mut [IoSliceMut::new(&mut text)],
+                &mut control,
+                flags,
+            )
+        })?;
+        let len = received.bytes;
+        let mut files = Vec::new();
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(all) = message {
+                files.extend(all);
             }
-        };
-        let files = files.iter().take(count);
-        // SAFETY: descriptors that just came, and that nothing else owns.
-        let files = files.map(|&fd| unsafe { OwnedFd::from_raw_fd(fd) });
-        let files = files.collect();
+        }
         match text.get(..len) {
             None | Some([]) => Err(ErrorKind::UnexpectedEof.into()),
             Some(text) => Ok((serde_json::from_slice(text)?, files)),
-        }
-    }
-}
-
-/// Calls until no signal interrupts.
-fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
-    loop {
-        if let Ok(done) = usize::try_from(call()) {
-            return Ok(done);
-        }
-        match io::Error::last_os_error() {
-            error if error.kind() == ErrorKind::Interrupted => {}
-            error => return Err(error),
         }
     }
 }

@@ -2,13 +2,14 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use kvm_ioctls::Kvm;
 use mayfly_devices::virtio::block::{Disk, ID_LEN, Image, Parts, Qcow2, SECTOR};
+
+use rustix::fs::{Access, OFlags, fcntl_getfl, fcntl_setfl, fstatfs};
 
 use super::build::open_kvm;
 use crate::config::{DiskConfig, Format, MachineConfig, Network};
@@ -184,17 +185,12 @@ impl Resources {
 
 /// Of an overlay, nobody tells where its files are.
 fn lies_in_memory(file: &File) -> bool {
-    let mut about = std::mem::MaybeUninit::<libc::statfs>::uninit();
-    // SAFETY: an open descriptor; fills in the structure, or fails.
-    if unsafe { libc::fstatfs(file.as_raw_fd(), about.as_mut_ptr()) } != 0 {
-        return false;
-    }
-    // SAFETY: the call succeeded.
-    let about = unsafe { about.assume_init() };
-    matches!(
-        about.f_type,
-        libc::TMPFS_MAGIC | libc::OVERLAYFS_SUPER_MAGIC | RAMFS_MAGIC
-    )
+    fstatfs(file).is_ok_and(|about| {
+        matches!(
+            about.f_type,
+            libc::TMPFS_MAGIC | libc::OVERLAYFS_SUPER_MAGIC | RAMFS_MAGIC
+        )
+    })
 }
 
 /// Opens a regular file to read it.
@@ -337,13 +333,8 @@ fn open_image(path: &Path, read_only: bool, flag: &str) -> Result<(File, u64), F
 }
 
 fn set_blocking(file: &File) -> io::Result<()> {
-    // SAFETY: an open descriptor, and numbers.
-    let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
-    // SAFETY: as above.
-    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags & !libc::O_NONBLOCK) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    let flags = fcntl_getfl(file)?;
+    Ok(fcntl_setfl(file, flags - OFlags::NONBLOCK)?)
 }
 
 /// A missing file is the user's fault, a forbidden one the host's refusal.
@@ -364,13 +355,7 @@ pub fn refusal(error: &io::Error, flag: &str) -> Failure {
 /// Checks that a file may be made or overwritten, without doing so.
 fn check_creatable(path: &Path, flag: &str) -> Result<(), Failure> {
     let access = |path: &Path| -> Result<(), Failure> {
-        let name = std::ffi::CString::new(path.as_os_str().as_encoded_bytes())
-            .map_err(|_| Failure::config(format!("{flag}: has a NUL in its name")))?;
-        // SAFETY: a string that lives until the call returns.
-        match unsafe { libc::access(name.as_ptr(), libc::W_OK) } {
-            0 => Ok(()),
-            _ => Err(refusal(&io::Error::last_os_error(), flag)),
-        }
+        rustix::fs::access(path, Access::WRITE_OK).map_err(|error| refusal(&error.into(), flag))
     };
     match path.metadata() {
         Ok(metadata) if metadata.is_dir() => Err(Failure::config(format!(

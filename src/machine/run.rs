@@ -4,15 +4,16 @@
 use std::cell::RefCell;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::thread::JoinHandleExt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use mayfly_devices::virtio::block::Prepare;
+use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 use serde::{Deserialize, Serialize};
+use vmm_sys_util::signal::Killable;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::build::{VmEvent, build, duplicate};
@@ -144,7 +145,6 @@ fn live(legacy: Legacy) -> Result<Ending, Failure> {
     // Signals are the keeper's.
     signals::leave_to_others().or_internal("blocking signals")?;
     vcpu::install_kick_handler().or_internal("installing a signal handler")?;
-    confine_memory();
     take_standard_streams(null, says).or_host("standard streams")?;
     close_strays(&inside, &strays).or_host("closing descriptors")?;
     let file_size = resources.file_size();
@@ -269,26 +269,11 @@ fn live(legacy: Legacy) -> Result<Ending, Failure> {
     })
 }
 
-/// All memory comes from one heap: another one for each thread would reserve 64 MiB.
-fn confine_memory() {
-    // SAFETY: numbers.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
-}
-
 /// The keeper's standard streams are not this process's.
 fn take_standard_streams(null: File, says: OwnedFd) -> io::Result<()> {
-    let null = null.as_raw_fd();
-    for (standard, its) in [
-        (libc::STDIN_FILENO, null),
-        (libc::STDOUT_FILENO, null),
-        (libc::STDERR_FILENO, says.as_raw_fd()),
-    ] {
-        // SAFETY: an open descriptor, and one that is not owned.
-        if unsafe { libc::dup2(its, standard) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    Ok(())
+    dup2_stdin(&null)?;
+    dup2_stdout(&null)?;
+    Ok(dup2_stderr(&says)?)
 }
 
 /// Closes what the keeper had open before it opened this machine's.
@@ -397,9 +382,7 @@ impl VcpuControl {
         for thread in threads.iter() {
             // One is enough: the handler makes KVM return even if the thread
             // is only about to enter the guest.
-            // SAFETY: the thread was not joined, so its handle is valid;
-            // the signal's handler is installed.
-            unsafe { libc::pthread_kill(thread.as_pthread_t(), vcpu::kick_signal()) };
+            let _ = thread.kill(vcpu::kick_signal());
         }
     }
 }

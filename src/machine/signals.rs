@@ -1,5 +1,7 @@
 //! Signals to a machine, as a descriptor for the event loop.
 
+#![allow(unsafe_code, reason = "masks of signals, and signalfd")]
+
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};

@@ -8,7 +8,6 @@ use std::ffi::CStr;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
@@ -20,7 +19,7 @@ use super::publish::Protocol;
 use super::user::UserNet;
 use crate::config::UserConfig;
 use crate::failure::{Failure, OrFail};
-use crate::helper::{Chatter, Helper, Ready, await_use, find_program, inherit};
+use crate::helper::{self, Chatter, Helper, Ready, find_program};
 
 const PROGRAM: &str = "passt";
 /// What a process that waits to become it is called.
@@ -70,15 +69,7 @@ pub fn start(config: &UserConfig) -> Result<Starting, Failure> {
     let mut command = Command::new(program);
     command.args(arguments(&net, config, fd));
     let later = config.publish.is_empty();
-    let prepare = move || {
-        inherit(fd)?;
-        match later {
-            true => await_use(fd, NAME),
-            false => Ok(()),
-        }
-    };
-    // SAFETY: what runs between fork and exec are system calls.
-    unsafe { command.pre_exec(prepare) };
+    helper::give(&mut command, fd, later.then_some(NAME));
     let helper = Helper::spawn(PROGRAM, CHATTER, command)
         .map_err(|error| Failure::host(format!("{flag}: starting {PROGRAM}: {error}")))?;
     Ok(Starting {

@@ -1,5 +1,7 @@
 //! TAP devices (Linux' `Documentation/networking/tuntap.rst`).
 
+#![allow(unsafe_code, reason = "the TAP's ioctls")]
+
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;

@@ -11,6 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use mayfly_devices::poll::ready;
 use mayfly_guest::copy::wire::{Incoming, Outgoing};
 use mayfly_guest::copy::{Source, copy};
 use mayfly_guest::protocol::{
@@ -73,13 +74,7 @@ pub struct Patient(pub File);
 
 impl Patient {
     fn wait(&self, events: libc::c_short) {
-        let mut entry = libc::pollfd {
-            fd: self.0.as_raw_fd(),
-            events,
-            revents: 0,
-        };
-        // SAFETY: one live entry.
-        unsafe { libc::poll(&mut entry, 1, -1) };
+        ready(self.0.as_raw_fd(), events, -1);
     }
 }
 

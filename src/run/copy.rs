@@ -116,8 +116,7 @@ fn fetch(options: &CopyOptions, vm: &str, path: &str, to: &Side) -> Result<(), F
         must_exist: false,
     });
     let keep = Keep {
-        // SAFETY: touches no memory.
-        owners: options.archive && unsafe { libc::geteuid() } == 0,
+        owners: options.archive && rustix::process::geteuid().is_root(),
         special: false,
     };
     let mut files = Files::new(place.or_config("cp")?, keep);

@@ -1,11 +1,11 @@
 //! Ending VMs from outside.
 
-use std::io;
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
 use mayfly_guest::protocol::HostMessage;
+use rustix::process::{Pid, Signal, kill_process};
 
 use super::agent::Agent;
 use super::record::{Place, State};
@@ -78,11 +78,9 @@ fn force(place: &Place) -> Result<(), Failure> {
     }
     let record = place.record()?;
     // The lock is held: the number is still that process's.
-    if let (State::Running, Ok(pid)) = (place.state(), i32::try_from(record.pid)) {
-        // SAFETY: touches no memory.
-        if unsafe { libc::kill(pid, libc::SIGKILL) } != 0 {
-            return Err(io::Error::last_os_error()).or_host(place.name());
-        }
+    let pid = i32::try_from(record.pid).ok().and_then(Pid::from_raw);
+    if let (State::Running, Some(pid)) = (place.state(), pid) {
+        kill_process(pid, Signal::KILL).or_host(place.name())?;
     }
     place.wait().map(drop)
 }

@@ -21,11 +21,11 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use mayfly_guest::protocol::{Exit, Mount, Net, PORT};
+use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 use serde_json::json;
 
 pub use self::copy::{CopyOptions, cp};
@@ -42,6 +42,7 @@ use self::volumes::Volumes;
 use crate::arguments;
 use crate::config::{FolderConfig, NetConfig, RawConfig, cache_folder, default_guest, escape};
 use crate::failure::{Failure, OrFail};
+use crate::helper;
 use crate::image::{Bars, Image, LAYER_ROOT, PullOptions, Store, data_folder};
 use crate::machine::{Ending, Keeper, Outcome};
 use crate::timing::{Timeline, TimingUs};
@@ -101,20 +102,7 @@ fn detach(name: &str) -> Result<u8, Failure> {
     command.args(words.next());
     command.args(["--detached", name]).args(words);
     command.stdin(Stdio::null()).stdout(Stdio::piped());
-    // SAFETY: only system calls between fork and exec.
-    unsafe {
-        command.pre_exec(|| {
-            libc::setsid();
-            // What the caller has open besides is not for it.
-            libc::syscall(
-                libc::SYS_close_range,
-                3,
-                u32::MAX,
-                libc::CLOSE_RANGE_CLOEXEC,
-            );
-            Ok(())
-        });
-    }
+    helper::leave(&mut command);
     let mut child = command.spawn().or_host(what)?;
     let mut said = Vec::new();
     if let Some(output) = &mut child.stdout {
@@ -139,10 +127,9 @@ fn tell_started() {
     let Ok(null) = File::options().read(true).write(true).open("/dev/null") else {
         return;
     };
-    for standard in [libc::STDIN_FILENO, libc::STDOUT_FILENO, libc::STDERR_FILENO] {
-        // SAFETY: an open descriptor, and one that is not owned.
-        unsafe { libc::dup2(null.as_raw_fd(), standard) };
-    }
+    let _ = dup2_stdin(&null);
+    let _ = dup2_stdout(&null);
+    let _ = dup2_stderr(&null);
 }
 
 fn run_here(

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
 
@@ -309,16 +310,6 @@ fn sweep(folder: &Path) {
 
 /// Renames a folder to a name that nothing has.
 fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
-    use std::ffi::CString;
-    use std::os::unix::ffi::OsStrExt;
     fs::set_permissions(from, Permissions::from_mode(0o700))?;
-    let name = |path: &Path| CString::new(path.as_os_str().as_bytes());
-    let (from, to) = (name(from)?, name(to)?);
-    let here = libc::AT_FDCWD;
-    let new = libc::RENAME_NOREPLACE;
-    // SAFETY: two strings that live until the call returns.
-    match unsafe { libc::renameat2(here, from.as_ptr(), here, to.as_ptr(), new) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    Ok(renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE)?)
 }

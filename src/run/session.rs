@@ -3,7 +3,6 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use mayfly_guest::protocol::{Exit, HostMessage};
+use rustix::net::{Shutdown, shutdown};
 
 use super::agent::{Agent, AgentError, Link, Patient, Streams};
 use super::exec::here;
@@ -145,8 +145,7 @@ impl Session {
     pub fn end(self) -> SessionEnd {
         drop(self.over);
         // Without an agent it would wait for ever.
-        // SAFETY: an open descriptor.
-        unsafe { libc::shutdown(self.listener.as_raw_fd(), libc::SHUT_RDWR) };
+        let _ = shutdown(&self.listener, Shutdown::Both);
         // Output may still wait for whoever reads it: for ever, unless it was ended.
         let mut late = Duration::ZERO;
         loop {

@@ -4,6 +4,8 @@
 use std::fs;
 use std::time::Duration;
 
+use rustix::param::{clock_ticks_per_second, page_size};
+
 use crate::sandbox::GroupUsage;
 
 /// What processes have used.
@@ -37,14 +39,7 @@ impl Usage {
 
     fn of_process(pid: u32) -> Option<Self> {
         let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // SAFETY: no memory is passed.
-        let (ticks, page) = unsafe {
-            (
-                libc::sysconf(libc::_SC_CLK_TCK),
-                libc::sysconf(libc::_SC_PAGESIZE),
-            )
-        };
-        Usage::parse(&text, ticks.cast_unsigned(), page.cast_unsigned())
+        Usage::parse(&text, clock_ticks_per_second(), page_size() as u64)
     }
 
     fn parse(text: &str, ticks: u64, page: u64) -> Option<Self> {

@@ -1,5 +1,7 @@
 //! The VMM's half: it locks itself in.
 
+#![allow(unsafe_code, reason = "a process's own limits and descriptors")]
+
 use std::fs;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, RawFd};

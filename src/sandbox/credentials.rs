@@ -1,6 +1,8 @@
 //! Users, groups and capabilities. The kernel keeps them for each thread, and glibc would
 //! change those of all: these are its system calls, for the calling thread alone.
 
+#![allow(unsafe_code, reason = "the process changes who it is")]
+
 use std::io;
 
 /// `_LINUX_CAPABILITY_VERSION_3`.

@@ -1,6 +1,8 @@
 //! System calls by role. `resources/seccomp` has the lists, and why each call is in its
 //! list; `build.rs` compiles them.
 
+#![allow(unsafe_code, reason = "filters, and the handler of what they refuse")]
+
 use std::cell::Cell;
 use std::fmt::Write;
 use std::io;

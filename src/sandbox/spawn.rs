@@ -1,5 +1,7 @@
 //! The keeper's half: the VMM's process, in namespaces of its own.
 
+#![allow(unsafe_code, reason = "fork")]
+
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -287,7 +289,8 @@ fn begin(
     (namespaces, mut report): (libc::c_int, Report),
     (keeper, wanted): (Ids, Ids),
 ) -> io::Result<Inside> {
-    // Other heaps than the process's own grow by `mprotect`, which is forbidden later.
+    // Other heaps than the process's own reserve 64 MiB for each thread, and grow by
+    // `mprotect`, which is forbidden later.
     // SAFETY: this process has one thread, and no heap but that.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     credentials::die_with_parent()?;

@@ -5,7 +5,7 @@
 //! calls, and once without it by the other layers, where these reach that far; and it must
 //! succeed without the sandbox, so that it does not fail for another reason.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+#![allow(unsafe_code, clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 mod attempts;
 mod loot;

@@ -1,7 +1,7 @@
 //! Real Debian kernels in real VMs. `scripts/test` runs this where KVM can run
 //! Linux: on the host, or in the software lab. It needs root, for namespaces.
 
-#![allow(clippy::unwrap_used, missing_docs)]
+#![allow(unsafe_code, clippy::unwrap_used, missing_docs)]
 
 mod balloon;
 mod boots;

@@ -12,6 +12,7 @@ pub mod queues;
 pub mod rng;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+mod transfer;
 mod turns;
 pub mod vsock;
 

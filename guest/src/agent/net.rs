@@ -1,5 +1,7 @@
 //! The guest's network, without a program to help (Linux' `netdevice(7)`).
 
+#![allow(unsafe_code, reason = "ioctls that set the network up")]
+
 use std::io;
 use std::mem::size_of_val;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};

@@ -1,5 +1,7 @@
 //! Starting a process: its user, its folder, its terminal or its pipes.
 
+#![allow(unsafe_code, reason = "what runs between fork and exec, and terminals")]
+
 use std::ffi::OsStr;
 use std::fs::{DirBuilder, File};
 use std::io;

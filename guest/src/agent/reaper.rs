@@ -1,6 +1,8 @@
 //! PID 1 takes in every process that ends; those that were started here are
 //! waited for.
 
+#![allow(unsafe_code, reason = "the end of processes that nobody waits for")]
+
 use std::collections::HashMap;
 use std::io;
 use std::os::unix::process::ExitStatusExt;

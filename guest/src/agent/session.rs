@@ -1,5 +1,7 @@
 //! One process and the connection that asked for it.
 
+#![allow(unsafe_code, reason = "options of sockets, and poll")]
+
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};

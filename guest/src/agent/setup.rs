@@ -1,5 +1,7 @@
 //! Makes the guest what its image says: layers, network, name, mounts.
 
+#![allow(unsafe_code, reason = "a partition, names and limits")]
+
 use std::ffi::{CString, OsStr};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};

@@ -1,5 +1,7 @@
 //! Sockets to the host (Linux' `vsock(7)`).
 
+#![allow(unsafe_code, reason = "sockets that the standard library lacks")]
+
 use std::fs::File;
 use std::io;
 use std::mem::size_of;

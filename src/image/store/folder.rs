@@ -13,6 +13,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use rustix::process::geteuid;
 use tempfile::{NamedTempFile, TempDir};
 
 use super::lock;
@@ -40,8 +41,7 @@ impl Folder {
         }
         // What is ours alone needs no check of its parts later.
         let metadata = fs::metadata(root)?;
-        // SAFETY: has no preconditions.
-        let user = unsafe { libc::geteuid() };
+        let user = geteuid().as_raw();
         if !metadata.is_dir() || metadata.uid() != user || metadata.mode() & 0o022 != 0 {
             return Err(io::Error::new(
                 io::ErrorKind::PermissionDenied,

@@ -1,5 +1,7 @@
 //! The block device (virtio 1.2, 5.2), on an image or a host's block device.
 
+#![allow(unsafe_code, reason = "I/O by pointers to guest memory")]
+
 mod engine;
 #[cfg(test)]
 mod qcow2_tests;
@@ -21,7 +23,7 @@ use super::turns::Turns;
 use super::{GuestMemory, feature};
 use crate::rate_limiter::{LimitHandle, Limits as RateLimits, RateLimiter};
 
-pub use self::engine::{Image, ImageError, Parts, Prepare, Qcow2, restricted_ring};
+pub use self::engine::{Image, ImageError, Parts, Prepare, Qcow2, restricted_ring, try_ring};
 pub use self::request::SECTOR;
 
 const QUEUE_SIZE: u16 = DEPTH;

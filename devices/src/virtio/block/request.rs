@@ -1,5 +1,7 @@
 //! A block request: hostile bytes become a checked value (virtio 1.2, 5.2.6).
 
+#![forbid(unsafe_code)]
+
 use virtio_bindings::virtio_blk as spec;
 
 use crate::virtio::chain::{Buffer, Chain};

@@ -14,6 +14,7 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::number;
+use crate::poll::{entry, poll};
 use crate::virtio::queues::Ring;
 use crate::virtio::{GuestMemory, feature};
 
@@ -251,23 +252,15 @@ impl Frontend {
 
     /// Waits until the socket is ready, or broken.
     fn wait(&self, events: libc::c_short) -> Result<(), BackendError> {
-        let mut entry = libc::pollfd {
-            fd: self.socket.as_raw_fd(),
-            events,
-            revents: 0,
-        };
         loop {
             // Rounded up: it must not become nothing.
             let left = self.left()?.as_millis().saturating_add(1);
             let left = libc::c_int::try_from(left).unwrap_or(libc::c_int::MAX);
-            // SAFETY: one live entry.
-            match unsafe { libc::poll(&mut entry, 1, left) } {
-                0 => return Err(BackendError::Silent),
-                1.. => return Ok(()),
-                _ => match io::Error::last_os_error() {
-                    error if error.kind() == io::ErrorKind::Interrupted => {}
-                    error => return Err(error.into()),
-                },
+            match poll(&mut [entry(self.socket.as_raw_fd(), events)], left) {
+                Ok(0) => return Err(BackendError::Silent),
+                Ok(_) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
             }
         }
     }

@@ -19,6 +19,7 @@ use super::filter::{FrameFilter, Verdict};
 use super::{HEADER, PACKET_MAX};
 use crate::number;
 use crate::virtio::chain::Chain;
+use crate::virtio::transfer;
 
 /// The length in front of a frame.
 const PREFIX: usize = 4;
@@ -32,8 +33,6 @@ const SLACK: usize = HEADER - PREFIX;
 const INBOX: usize = SLACK + 2 * (PREFIX + FRAME_MAX);
 /// Answers of a filter that may wait for the guest.
 const ANSWERS_MAX: usize = 64;
-/// A frame of more parts is copied.
-const PARTS: usize = 32;
 
 /// What came of a look into the inbox.
 enum Look {
@@ -370,34 +369,9 @@ impl Stream {
 /// Sends a frame from guest memory, and its length; returns how many bytes the
 /// socket took.
 fn send_in_place(socket: &UnixStream, chain: &Chain, len: usize) -> io::Result<usize> {
-    let mut prefix = number::length(len).to_be_bytes();
-    let mut vectors = [libc::iovec {
-        iov_base: prefix.as_mut_ptr().cast(),
-        iov_len: PREFIX,
-    }; PARTS + 1];
-    let (_, room) = vectors.split_at_mut(1);
-    let parts = chain.readable.vectors(HEADER, len, room);
-    if parts.iter().map(|part| part.iov_len).sum::<usize>() != len {
-        return Ok(0);
-    }
-    let count = parts.len() + 1;
-    // SAFETY: plain bytes, for which zeroes are a value.
-    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = vectors.as_mut_ptr();
-    message.msg_iovlen = count;
-    let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
-    loop {
-        // SAFETY: the vectors point to a live array, and to guest memory that
-        // `chain` holds; the kernel only reads it.
-        let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &message, flags) };
-        if let Ok(sent) = usize::try_from(sent) {
-            return Ok(sent);
-        }
-        let error = io::Error::last_os_error();
-        match error.kind() {
-            io::ErrorKind::Interrupted => {}
-            io::ErrorKind::WouldBlock => return Ok(0),
-            _ => return Err(error),
-        }
+    let prefix = number::length(len).to_be_bytes();
+    match transfer::send_behind(&prefix, socket, &chain.readable, HEADER, len) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+        sent => sent,
     }
 }

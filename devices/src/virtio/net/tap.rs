@@ -1,5 +1,7 @@
 //! A TAP device: a packet a call, with the header that the guest uses, too.
 
+#![allow(unsafe_code, reason = "the TAP's ioctls")]
+
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
@@ -10,6 +12,7 @@ use super::backend::Incoming;
 use super::{HEADER, PACKET_MAX};
 use crate::virtio::chain::Chain;
 use crate::virtio::feature;
+use crate::virtio::transfer;
 
 // Linux' `if_tun.h`.
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
@@ -136,16 +139,11 @@ impl Tap {
     }
 
     pub fn send(&self, chain: &Chain) -> bool {
-        let iovecs = chain.readable.iovecs();
-        let Ok(count) = libc::c_int::try_from(iovecs.len()) else {
-            return false;
-        };
-        // SAFETY: the vectors point to guest memory that `chain` holds. The
-        // kernel copies it once, and checks the header that it copied.
-        let sent = unsafe { libc::writev(self.file.as_raw_fd(), iovecs.as_ptr(), count) };
-        if sent < 0 {
-            log::debug!("network: sending: {}", io::Error::last_os_error());
+        // The kernel copies it once, and checks the header that it copied.
+        let sent = transfer::write(&self.file, &chain.readable);
+        if let Err(error) = &sent {
+            log::debug!("network: sending: {error}");
         }
-        sent >= 0
+        sent.is_ok()
     }
 }

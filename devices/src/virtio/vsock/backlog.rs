@@ -1,7 +1,10 @@
 //! What the guest sent and the host's peer does not take yet.
 
-use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::io::{self, IoSlice};
+use std::os::fd::AsFd;
+
+use rustix::io::retry_on_intr;
+use rustix::net::{SendFlags, sendmsg};
 
 use crate::virtio::chain::Buffer;
 
@@ -59,18 +62,14 @@ impl Backlog {
     }
 
     /// Sends what the peer takes; returns how much that was.
-    pub fn send(&mut self, peer: &impl AsRawFd) -> io::Result<usize> {
+    pub fn send(&mut self, peer: &impl AsFd) -> io::Result<usize> {
         let first = self.len.min(self.capacity - self.start);
-        let part = |bytes: &[u8]| libc::iovec {
-            iov_base: bytes.as_ptr().cast_mut().cast(),
-            iov_len: bytes.len(),
-        };
         let parts = [
-            part(self.ring.get(self.start..self.start + first).unwrap_or(&[])),
-            part(self.ring.get(..self.len - first).unwrap_or(&[])),
+            IoSlice::new(self.ring.get(self.start..self.start + first).unwrap_or(&[])),
+            IoSlice::new(self.ring.get(..self.len - first).unwrap_or(&[])),
         ];
-        // SAFETY: the parts lie in the ring, which is borrowed until the end.
-        let sent = unsafe { send(peer.as_raw_fd(), &parts) }?;
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        let sent = retry_on_intr(|| sendmsg(peer, &parts, &mut Default::default(), flags))?;
         self.len -= sent;
         self.start = (self.start + sent) % self.capacity;
         if self.len == 0 {
@@ -82,29 +81,5 @@ impl Backlog {
     /// Forgets what it holds.
     pub fn clear(&mut self) {
         *self = Backlog::new(self.capacity);
-    }
-}
-
-/// Sends to a socket, without blocking and without a signal.
-///
-/// # Safety
-///
-/// The vectors must point to memory that can be read until the call returns.
-pub unsafe fn send(socket: RawFd, vectors: &[libc::iovec]) -> io::Result<usize> {
-    // SAFETY: a structure of numbers and pointers that may be null.
-    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = vectors.as_ptr().cast_mut();
-    message.msg_iovlen = vectors.len();
-    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-    loop {
-        // SAFETY: the vectors are live, and what they point to is as the caller says.
-        let sent = unsafe { libc::sendmsg(socket, &message, flags) };
-        match usize::try_from(sent) {
-            Ok(sent) => return Ok(sent),
-            Err(_) => match io::Error::last_os_error() {
-                error if error.kind() == io::ErrorKind::Interrupted => {}
-                error => return Err(error),
-            },
-        }
     }
 }

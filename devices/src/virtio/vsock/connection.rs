@@ -8,23 +8,19 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use bitflags::bitflags;
+use rustix::io::retry_on_intr;
+use rustix::net::SendFlags;
 use vmm_sys_util::epoll::EventSet;
 
 use super::PACKET_MAX;
-use super::backlog::{Backlog, send};
+use super::backlog::Backlog;
 use super::packet::{HEADER, Header, Op, Shutdown};
 use crate::number;
 use crate::virtio::chain::Buffer;
+use crate::virtio::transfer;
 
-/// A buffer of more parts is read or written in several goes.
-const VECTORS: usize = 32;
 /// The guest is told its credit once it is behind by this part of it.
 const CREDIT_STEP: usize = 4;
-
-const NO_VECTORS: [libc::iovec; VECTORS] = [libc::iovec {
-    iov_base: std::ptr::null_mut(),
-    iov_len: 0,
-}; VECTORS];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -234,14 +230,10 @@ impl Connection {
         let mut rest = line.as_mut_slice();
         let written = writeln!(rest, "OK {port}");
         let left = rest.len();
-        let len = line.len() - left;
-        let vector = libc::iovec {
-            iov_base: line.as_mut_ptr().cast(),
-            iov_len: len,
-        };
-        // SAFETY: the line lives until the end.
-        let sent = unsafe { send(self.fd(), &[vector]) };
-        if written.is_err() || sent.ok() != Some(len) {
+        let said = line.get(..line.len() - left).unwrap_or_default();
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        let sent = retry_on_intr(|| rustix::net::send(&self.stream, said, flags));
+        if written.is_err() || sent != Ok(said.len()) {
             self.abort();
         }
     }
@@ -261,10 +253,7 @@ impl Connection {
         }
         let mut done = 0;
         while done < len && self.backlog.is_empty() {
-            let mut room = NO_VECTORS;
-            let vectors = buffer.vectors(offset + done, len - done, &mut room);
-            // SAFETY: the vectors point to guest memory that `buffer` holds.
-            match unsafe { send(self.fd(), vectors) } {
+            match transfer::send(&self.stream, buffer, offset + done, len - done) {
                 Ok(0) => break,
                 Ok(sent) => {
                     self.forward(sent);
@@ -466,10 +455,7 @@ impl Connection {
             let again = std::mem::replace(&mut self.asked, true);
             return (!again).then_some(Op::CreditRequest.into());
         }
-        let mut room = NO_VECTORS;
-        let vectors = buffer.vectors(HEADER, len, &mut room);
-        // SAFETY: the vectors point to guest memory that `buffer` holds.
-        match unsafe { receive(self.fd(), vectors) } {
+        match transfer::receive(&self.stream, buffer, HEADER, len) {
             Ok(0) if self.broken => self.abort(),
             Ok(0) => {
                 self.host_shut.insert(Shutdown::SEND);
@@ -488,30 +474,6 @@ impl Connection {
             Err(_) => self.abort(),
         }
         None
-    }
-}
-
-/// Receives from a socket, without blocking.
-///
-/// # Safety
-///
-/// The vectors must point to memory that can be written until the call returns.
-unsafe fn receive(socket: RawFd, vectors: &[libc::iovec]) -> io::Result<usize> {
-    // SAFETY: a structure of numbers and pointers that may be null.
-    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = vectors.as_ptr().cast_mut();
-    message.msg_iovlen = vectors.len();
-    let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
-    loop {
-        // SAFETY: the vectors are live, and what they point to is as the caller says.
-        let received = unsafe { libc::recvmsg(socket, &mut message, flags) };
-        match usize::try_from(received) {
-            Ok(received) => return Ok(received),
-            Err(_) => match io::Error::last_os_error() {
-                error if error.kind() == io::ErrorKind::Interrupted => {}
-                error => return Err(error),
-            },
-        }
     }
 }
 

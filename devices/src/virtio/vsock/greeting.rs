@@ -1,9 +1,10 @@
 //! What a client of the host says first: `CONNECT PORT`, and a newline.
 
 use std::io::{self, Read};
-use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
+
+use rustix::net::{RecvFlags, recv};
 
 /// `CONNECT 4294967295`, and a newline, with some room.
 const LINE_MAX: usize = 32;
@@ -61,17 +62,8 @@ impl Greeting {
     }
 
     fn peek(&self, line: &mut [u8]) -> io::Result<usize> {
-        let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
-        // SAFETY: writes at most the line's length to the line.
-        let len = unsafe {
-            libc::recv(
-                self.stream.as_raw_fd(),
-                line.as_mut_ptr().cast(),
-                line.len(),
-                flags,
-            )
-        };
-        usize::try_from(len).map_err(|_| io::Error::last_os_error())
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        Ok(recv(&self.stream, line, flags)?.0)
     }
 
     /// The stream behind the line.

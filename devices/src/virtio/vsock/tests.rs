@@ -1106,13 +1106,7 @@ fn a_client_that_waits_is_let_in_when_a_reset_made_room() {
     assert_eq!(packets.len(), 1, "{packets:?}");
     assert_eq!(packets[0].0.op, Op::Reset as u16);
     let (_, fd) = guest.driver.transport.sources()[0];
-    let mut entry = libc::pollfd {
-        fd,
-        events: libc::POLLIN,
-        revents: 0,
-    };
-    // SAFETY: one live entry.
-    assert_eq!(unsafe { libc::poll(&mut entry, 1, 1000) }, 1);
+    assert!(crate::poll::ready(fd, libc::POLLIN, 1000));
     guest.driver.transport.source_ready(0);
     let packets = guest.take();
     assert_eq!(packets.len(), 1, "{packets:?}");

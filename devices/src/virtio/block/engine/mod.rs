@@ -19,7 +19,7 @@ pub use self::qcow2::{ImageError, Qcow2};
 #[cfg(test)]
 pub use self::threads::Worker;
 pub use self::threads::{Prepare, unprepared};
-pub use self::uring::restricted_ring;
+pub use self::uring::{restricted_ring, try_ring};
 
 /// How many operations may be in flight.
 pub const DEPTH: u16 = 256;

@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Completion, Kind, Operation, retry};
 use crate::handoff::Handoff;
+use crate::poll::{entry, poll};
 
 const THREADS: usize = 4;
 
@@ -186,18 +187,7 @@ impl Threads {
     }
 
     pub(super) fn wait(&self) -> io::Result<()> {
-        let mut entry = libc::pollfd {
-            fd: self.event.as_raw_fd(),
-            events: libc::POLLIN,
-            revents: 0,
-        };
-        retry(|| {
-            // SAFETY: one live entry.
-            match unsafe { libc::poll(&mut entry, 1, -1) } {
-                -1 => Err(io::Error::last_os_error()),
-                _ => Ok(()),
-            }
-        })
+        retry(|| poll(&mut [entry(self.event.as_raw_fd(), libc::POLLIN)], -1).map(drop))
     }
 
     pub(super) fn event(&self) -> RawFd {

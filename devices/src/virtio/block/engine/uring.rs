@@ -22,6 +22,11 @@ pub struct Uring {
     event: EventFd,
 }
 
+/// Tells whether the host lets us have a ring.
+pub fn try_ring() -> io::Result<()> {
+    IoUring::new(1).map(drop)
+}
+
 /// A ring that does I/O on one file, and can never do more: what it does is seen by no
 /// filter of system calls. Kernels before 5.10 refuse it.
 pub fn restricted_ring(entries: u32, file: RawFd, event: RawFd) -> io::Result<IoUring> {

@@ -1,0 +1,110 @@
+//! System calls on guest memory, which move bytes between a buffer and the host
+//! without a copy on the way.
+
+#![allow(unsafe_code, reason = "the kernel is told where guest memory lies")]
+
+use std::io;
+use std::os::fd::AsRawFd;
+
+use super::chain::Buffer;
+
+/// A range of more parts takes several calls.
+const PARTS: usize = 32;
+const NO_PART: libc::iovec = libc::iovec {
+    iov_base: std::ptr::null_mut(),
+    iov_len: 0,
+};
+
+/// Sends a range of a buffer to a socket, without blocking and without a signal;
+/// returns how many bytes it took.
+pub fn send(
+    socket: &impl AsRawFd,
+    buffer: &Buffer,
+    offset: usize,
+    len: usize,
+) -> io::Result<usize> {
+    let mut room = [NO_PART; PARTS];
+    // SAFETY: the vectors point to guest memory that `buffer` holds.
+    unsafe { send_vectors(socket, buffer.vectors(offset, len, &mut room)) }
+}
+
+/// The same behind a prefix. Nothing is sent of a range of too many parts.
+pub fn send_behind(
+    prefix: &[u8],
+    socket: &impl AsRawFd,
+    buffer: &Buffer,
+    offset: usize,
+    len: usize,
+) -> io::Result<usize> {
+    let mut vectors = [NO_PART; PARTS + 1];
+    let (first, room) = vectors.split_at_mut(1);
+    first.fill(libc::iovec {
+        iov_base: prefix.as_ptr().cast_mut().cast(),
+        iov_len: prefix.len(),
+    });
+    let parts = buffer.vectors(offset, len, room);
+    if parts.iter().map(|part| part.iov_len).sum::<usize>() != len {
+        return Ok(0);
+    }
+    let count = parts.len() + 1;
+    // SAFETY: the vectors point to a live prefix, and to guest memory that `buffer`
+    // holds.
+    unsafe { send_vectors(socket, vectors.get(..count).unwrap_or_default()) }
+}
+
+/// Receives into a range of a buffer, without blocking; returns how many bytes came.
+pub fn receive(
+    socket: &impl AsRawFd,
+    buffer: &Buffer,
+    offset: usize,
+    len: usize,
+) -> io::Result<usize> {
+    let mut room = [NO_PART; PARTS];
+    let mut message = message(buffer.vectors(offset, len, &mut room));
+    let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+    retry(|| {
+        // SAFETY: the vectors are live, and point to guest memory that `buffer` holds.
+        unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, flags) }
+    })
+}
+
+/// Writes a whole buffer to a file in one call, as a TAP takes a packet.
+pub fn write(file: &impl AsRawFd, buffer: &Buffer) -> io::Result<usize> {
+    let vectors = buffer.iovecs();
+    let count = libc::c_int::try_from(vectors.len()).map_err(io::Error::other)?;
+    // SAFETY: the vectors point to guest memory that `buffer` holds.
+    let written = unsafe { libc::writev(file.as_raw_fd(), vectors.as_ptr(), count) };
+    usize::try_from(written).map_err(|_| io::Error::last_os_error())
+}
+
+/// # Safety
+///
+/// The vectors must point to memory that can be read until the call returns.
+unsafe fn send_vectors(socket: &impl AsRawFd, vectors: &[libc::iovec]) -> io::Result<usize> {
+    let message = message(vectors);
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    retry(|| {
+        // SAFETY: the vectors are live, and what they point to is as the caller says.
+        unsafe { libc::sendmsg(socket.as_raw_fd(), &message, flags) }
+    })
+}
+
+fn message(vectors: &[libc::iovec]) -> libc::msghdr {
+    // SAFETY: a structure of numbers and pointers that may be null.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = vectors.as_ptr().cast_mut();
+    message.msg_iovlen = vectors.len();
+    message
+}
+
+fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
+    loop {
+        match usize::try_from(call()) {
+            Ok(moved) => return Ok(moved),
+            Err(_) => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
+    }
+}
