@@ -1,5 +1,7 @@
 //! The importer of images.
 
+#![allow(unsafe_code, reason = "sets an environment variable")]
+
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
