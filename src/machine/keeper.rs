@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::mem;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
@@ -143,17 +143,94 @@ fn set_nonblocking(new: &impl AsFd) -> io::Result<()> {
     Ok(fcntl_setfl(new, OFlags::NONBLOCK)?)
 }
 
+/// Blocks signals: from here on, in all threads, one waits for who takes it.
+fn take_signals(config: &MachineConfig) -> io::Result<Option<Signals>> {
+    match config.ignores_signals {
+        true => leave_to_others().map(|()| None),
+        false => Signals::new().map(Some),
+    }
+}
+
+/// A control group for the machine's process, if it is to be in a sandbox.
+fn make_cgroup(config: &MachineConfig, resources: &Resources) -> Option<Cgroup> {
+    match config.sandbox {
+        Mode::Off => None,
+        _ => Some(Cgroup::make(&Share {
+            cpus: config.cpus,
+            memory: config.memory.size.saturating_add(resources.in_memory()),
+        })),
+    }
+}
+
+/// Puts the machine's process into its control group, which the host may not have.
+fn confine(child: &Child, cgroup: &mut Cgroup, mode: Mode) -> Result<(), Failure> {
+    cgroup.add(child.id());
+    match (mode, cgroup.status()) {
+        (Mode::Require, Status::Absent(why)) => {
+            Err(Failure::host(format!("--sandbox=require: cgroup: {why}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What this process opened for the machine's, and gives away.
+struct Given {
+    resources: Resources,
+    link: Link,
+    errands: Link,
+    strays: Vec<RawFd>,
+    null: File,
+    says: OwnedFd,
+}
+
+impl Given {
+    /// Starts the machine's process, which builds it.
+    fn spawn(
+        self,
+        config: &MachineConfig,
+        log: &logging::Started,
+        timeline: Timeline,
+    ) -> io::Result<Child> {
+        let policy = Policy {
+            // Also with a TAP, which is open already.
+            new_net: true,
+            mode: config.sandbox,
+        };
+        let keeper = std::process::id();
+        // Both have it until one of them calls it its own.
+        let mut given = Some(self);
+        let child = sandbox::spawn(&policy, |inside| match given.take() {
+            Some(its) => run::run(Legacy {
+                config,
+                resources: its.resources,
+                log,
+                timeline,
+                keeper,
+                link: Arc::new(its.link),
+                errands: its.errands,
+                inside,
+                strays: its.strays,
+                null: its.null,
+                says: its.says,
+            }),
+            None => u8::MAX,
+        })?;
+        if let Some(its) = given {
+            // The other process works with them; here nothing may be closed in
+            // order, such as an image. Its end is seen when nobody has the rest, which
+            // this drops, any more.
+            mem::forget(its.resources);
+        }
+        Ok(child)
+    }
+}
+
 impl<'a> Keeper<'a> {
     /// Opens what a machine needs, and starts its process, which builds it. May only
     /// be called while this process has one thread. Nothing of the host is changed.
     pub fn start(config: &'a MachineConfig, timeline: Timeline) -> Result<Self, Failure> {
         let log = config.log.start();
-        // Blocked from here on in all threads, a signal waits for who takes it.
-        let signals = match config.ignores_signals {
-            true => leave_to_others().map(|()| None),
-            false => Signals::new().map(Some),
-        };
-        let signals = signals.or_internal("blocking signals")?;
+        let signals = take_signals(config).or_internal("blocking signals")?;
         if config.sandbox == Mode::Off {
             eprintln!(
                 "mayfly: --sandbox=off: a guest that takes over its monitor has all that you have"
@@ -172,50 +249,19 @@ impl<'a> Keeper<'a> {
         // errands done and hears nothing of them holds up no keeper.
         set_nonblocking(&says).or_host("a pipe")?;
         set_nonblocking(&errands).or_host("a pair of sockets")?;
-        let policy = Policy {
-            // Also with a TAP, which is open already.
-            new_net: true,
-            mode: config.sandbox,
+        let mut cgroup = make_cgroup(config, &resources);
+        let given = Given {
+            resources,
+            link: its_link,
+            errands: its_errands,
+            strays,
+            null,
+            says: says.into(),
         };
-        let mut cgroup = match config.sandbox {
-            Mode::Off => None,
-            _ => Some(Cgroup::make(&Share {
-                cpus: config.cpus,
-                memory: config.memory.size.saturating_add(resources.in_memory()),
-            })),
-        };
-        let keeper = std::process::id();
-        // Both have it until one of them calls it its own.
-        let mut given = Some((resources, its_link, its_errands, strays, null, says.into()));
-        let child = sandbox::spawn(&policy, |inside| match given.take() {
-            Some((resources, link, errands, strays, null, says)) => run::run(Legacy {
-                config,
-                resources,
-                log: &log,
-                timeline,
-                keeper,
-                link: Arc::new(link),
-                errands,
-                inside,
-                strays,
-                null,
-                says,
-            }),
-            None => u8::MAX,
-        })
-        .or_host("starting the machine's process")?;
-        if let Some((resources, its_link, its_errands, strays, null, says)) = given {
-            // The other process works with them; here nothing may be closed in
-            // order, such as an image.
-            mem::forget(resources);
-            // Its end is seen when nobody has its ends any more.
-            drop((its_link, its_errands, strays, null, says));
-        }
+        let child = given.spawn(config, &log, timeline);
+        let child = child.or_host("starting the machine's process")?;
         if let Some(cgroup) = &mut cgroup {
-            cgroup.add(child.id());
-            if let (Mode::Require, Status::Absent(why)) = (config.sandbox, cgroup.status()) {
-                return Err(Failure::host(format!("--sandbox=require: cgroup: {why}")));
-            }
+            confine(&child, cgroup, config.sandbox)?;
         }
         let says = thread::Builder::new().name("stderr".into());
         let says = says.spawn(move || pass_on_words(said));
@@ -239,10 +285,16 @@ impl<'a> Keeper<'a> {
             cgroup,
             says: Some(says.or_host("starting a thread")?),
         };
-        match keeper.link().receive() {
-            Ok(Some(Word::Built)) => Ok(keeper),
+        keeper.await_built()?;
+        Ok(keeper)
+    }
+
+    /// Hears whether the machine could be built.
+    fn await_built(&self) -> Result<(), Failure> {
+        match self.link().receive() {
+            Ok(Some(Word::Built)) => Ok(()),
             Ok(Some(Word::Failed { class, message })) => Err(Failure::new(class, message)),
-            _ => Err(keeper.died()),
+            _ => Err(self.died()),
         }
     }
 
