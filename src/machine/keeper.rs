@@ -74,6 +74,7 @@ struct Process {
     /// Readable when it has ended.
     exited: OwnedFd,
     told: AtomicBool,
+    patience: Duration,
 }
 
 impl Process {
@@ -110,7 +111,7 @@ impl Ender {
         }
         let process = self.0.clone();
         let insist = move || {
-            thread::sleep(PATIENCE);
+            thread::sleep(process.patience);
             process.kill();
         };
         if thread::Builder::new().spawn(insist).is_err() {
@@ -141,6 +142,14 @@ fn pass_on_words(mut said: io::PipeReader) {
 fn set_nonblocking(new: &impl AsFd) -> io::Result<()> {
     // A new one has no other flags.
     Ok(fcntl_setfl(new, OFlags::NONBLOCK)?)
+}
+
+/// For errands: the keeper's end, and the machine's. Who has them done and hears
+/// nothing of them holds up no keeper.
+fn errands() -> io::Result<(Link, Link)> {
+    let (ours, theirs) = Link::pair()?;
+    set_nonblocking(&ours)?;
+    Ok((ours, theirs))
 }
 
 /// Blocks signals: from here on, in all threads, one waits for who takes it.
@@ -243,12 +252,10 @@ impl<'a> Keeper<'a> {
         let vsock = resources.vsock.as_ref().map(UnixListener::try_clone);
         let vsock = vsock.transpose().or_host("duplicating a descriptor")?;
         let (link, its_link) = Link::pair().or_host("a pair of sockets")?;
-        let (errands, its_errands) = Link::pair().or_host("a pair of sockets")?;
+        let (errands, its_errands) = errands().or_host("a pair of sockets")?;
         let (said, says) = io::pipe().or_host("a pipe")?;
-        // Rather than wait for who reads it, the machine loses a line; and who has
-        // errands done and hears nothing of them holds up no keeper.
+        // Rather than wait for who reads it, the machine loses a line.
         set_nonblocking(&says).or_host("a pipe")?;
-        set_nonblocking(&errands).or_host("a pair of sockets")?;
         let mut cgroup = make_cgroup(config, &resources);
         let given = Given {
             resources,
@@ -276,6 +283,7 @@ impl<'a> Keeper<'a> {
                 child: Mutex::new(child),
                 exited,
                 told: AtomicBool::new(false),
+                patience: PATIENCE,
             })),
             errands,
             vsock,
@@ -347,12 +355,18 @@ impl<'a> Keeper<'a> {
         link.send(&start, &files).or_internal(LINK)?;
         // They are the other process's: a client sees that it closes one.
         drop(files);
-        let ending = self.follow(&clients);
-        self.ender.insist();
-        let _ = self.ender.0.wait();
+        let ending = self.attend(&clients);
         clients.forget();
         drop(opened);
         server.farewell();
+        ending
+    }
+
+    /// Keeps the machine's process to its end, which comes soon after it is told.
+    fn attend(&self, clients: &Clients) -> Result<Ending, Failure> {
+        let ending = self.follow(clients);
+        self.ender.insist();
+        let _ = self.ender.0.wait();
         ending
     }
 
@@ -549,10 +563,20 @@ impl Clients {
 
 #[cfg(test)]
 mod tests {
+    use std::process::{Command as Program, Stdio};
     use std::sync::mpsc;
+    use std::time::Instant;
 
     use super::*;
+    use crate::config::RawConfig;
     use crate::control::Subscription;
+    use crate::machine::run::Outcome;
+    use crate::machine::signals::raise;
+
+    /// What a machine's process has here, rather than [`PATIENCE`].
+    const SHORT: Duration = Duration::from_millis(300);
+    /// Much more than it should take it to end, and less than [`PATIENCE`].
+    const LONG: Duration = Duration::from_secs(20);
 
     fn clients() -> (Clients, Link) {
         let (link, other) = Link::pair().unwrap();
@@ -601,6 +625,108 @@ mod tests {
         assert!(lock(&clients.state).asked.len() <= ASKED_MAX);
         let (refused, _) = ask(&clients, Command::Pause {});
         assert!(matches!(refused.recv().unwrap(), Reply::Error(_)));
+    }
+
+    /// Keeps a shell's script that stands in for a machine's process: its standard input
+    /// is the link, its standard output the one for errands, and a message is one
+    /// `printf`. Returns how it ended, after how long.
+    fn keep(
+        script: &'static str,
+        message: String,
+        act: fn(&Keeper),
+    ) -> (Result<Ending, Failure>, Duration) {
+        let (told, end) = mpsc::sync_channel(1);
+        // Signals are this thread's; and one that is held up can be told of.
+        thread::spawn(move || {
+            let mut config = RawConfig {
+                kernel: Some("k".into()),
+                ..Default::default()
+            }
+            .validate()
+            .unwrap();
+            config.log.level = log::LevelFilter::Off;
+            let signals = Signals::new().unwrap();
+            let (link, its_link) = Link::pair().unwrap();
+            let (errands, its_errands) = errands().unwrap();
+            let mut program = Program::new("sh");
+            program.args(["-c", script, "sh", &message]);
+            program.stdin(Stdio::from(OwnedFd::from(its_link)));
+            program.stdout(Stdio::from(OwnedFd::from(its_errands)));
+            let child = Child::stand_in(&mut program).unwrap();
+            // Its end is seen when nobody has its ends any more.
+            drop(program);
+            let keeper = Keeper {
+                config: &config,
+                ender: Ender(Arc::new(Process {
+                    link,
+                    exited: child.pidfd().try_clone_to_owned().unwrap(),
+                    child: Mutex::new(child),
+                    told: AtomicBool::new(false),
+                    patience: SHORT,
+                })),
+                errands,
+                vsock: None,
+                helpers: Vec::new(),
+                signals: Some(signals),
+                log: config.log.start(),
+                cgroup: None,
+                says: None,
+            };
+            let clients = Clients {
+                link: keeper.link().try_clone().unwrap(),
+                state: Mutex::default(),
+            };
+            act(&keeper);
+            let started = Instant::now();
+            let ending = keeper.attend(&clients);
+            let _ = told.send((ending, started.elapsed()));
+        });
+        end.recv_timeout(LONG).expect("the keeper is held up")
+    }
+
+    fn terminate(_: &Keeper) {
+        raise(libc::SIGTERM);
+    }
+
+    fn message(message: &impl serde::Serialize) -> String {
+        serde_json::to_string(message).unwrap()
+    }
+
+    #[test]
+    fn one_that_says_that_it_ended_ends() {
+        let word = Word::Ended(Ending {
+            outcome: Outcome::PowerOff,
+            guest_status: Some(3),
+            last_lines: Vec::new(),
+            timeline: Timeline::start(),
+        });
+        let script = "printf %s \"$1\" >&0; exec sleep 60";
+        let (ending, time) = keep(script, message(&word), |_| ());
+        assert_eq!(ending.unwrap().guest_status, Some(3));
+        assert!(time >= SHORT, "{time:?}");
+    }
+
+    #[test]
+    fn one_that_ignores_a_signal_ends() {
+        let (ending, time) = keep("exec sleep 60", String::new(), terminate);
+        let failure = ending.unwrap_err().to_string();
+        assert!(failure.contains("ended by signal 9"), "{failure}");
+        assert!(time >= SHORT, "{time:?}");
+    }
+
+    #[test]
+    fn one_that_reads_no_answers_ends() {
+        let errand = message(&Errand::EndHelper(usize::MAX));
+        let script = "while printf %s \"$1\"; do :; done";
+        let (ending, time) = keep(script, errand, |keeper| {
+            // Until there is no room for more of them.
+            let mut errand = [entry(keeper.errands.as_raw_fd(), libc::POLLIN)];
+            while poll(&mut errand, -1).is_ok() && keeper.run_errand().is_ok() {}
+            terminate(keeper);
+        });
+        let failure = ending.unwrap_err().to_string();
+        assert!(failure.contains("ended by signal 9"), "{failure}");
+        assert!(time >= SHORT, "{time:?}");
     }
 
     #[test]

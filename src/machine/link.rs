@@ -114,6 +114,13 @@ impl AsRawFd for Link {
     }
 }
 
+#[cfg(test)]
+impl From<Link> for OwnedFd {
+    fn from(link: Link) -> Self {
+        link.0
+    }
+}
+
 impl Link {
     /// Both ends.
     pub fn pair() -> io::Result<(Self, Self)> {

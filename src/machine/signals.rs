@@ -112,6 +112,13 @@ fn mask(how: libc::c_int, signals: &[libc::c_int]) -> io::Result<libc::sigset_t>
     }
 }
 
+/// Sends this thread a signal.
+#[cfg(test)]
+pub fn raise(signal: libc::c_int) {
+    // SAFETY: a number.
+    unsafe { libc::raise(signal) };
+}
+
 impl AsRawFd for Signals {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
