@@ -249,12 +249,23 @@ impl Vcpu {
     fn step(&mut self, buses: &Buses) -> Step {
         match self.fd.run() {
             Ok(VcpuExit::IoIn(port, data)) => {
+                let data = ptr::from_mut(data);
                 self.exits.count(Exit::IoIn);
-                buses.io.read(port.into(), data);
+                let size = self.port_access_size();
+                // SAFETY: KVM's memory behind `kvm_run`, which is mapped as long as `fd`;
+                // it is this thread's until the vCPU runs again.
+                for access in unsafe { &mut *data }.chunks_mut(size) {
+                    buses.io.read(port.into(), access);
+                }
             }
             Ok(VcpuExit::IoOut(port, data)) => {
+                let data = ptr::from_ref(data);
                 self.exits.count(Exit::IoOut);
-                buses.io.write(port.into(), data);
+                let size = self.port_access_size();
+                // SAFETY: as above.
+                for access in unsafe { &*data }.chunks(size) {
+                    buses.io.write(port.into(), access);
+                }
             }
             Ok(VcpuExit::MmioRead(address, data)) => {
                 self.exits.count(Exit::MmioRead);
@@ -323,6 +334,14 @@ impl Vcpu {
             },
         }
         Step::Exit
+    }
+
+    /// How wide each access is of those that the vCPU left the guest for: `rep ins` and
+    /// `rep outs` make many, of which KVM hands over several at once.
+    fn port_access_size(&mut self) -> usize {
+        // SAFETY: a number, whichever member it is; after an exit for ports it is this one.
+        let size = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.io.size };
+        usize::from(size).max(1)
     }
 
     fn location(&self) -> String {

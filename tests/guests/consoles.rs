@@ -9,7 +9,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use crate::common::{Guest, PATIENCE, random_file};
+use crate::common::{Guest, PATIENCE, random_file, test_data};
 
 /// A terminal, and what a program on it printed.
 struct Terminal {
@@ -367,4 +367,13 @@ fn connect(path: &std::path::Path) -> UnixStream {
             Err(_) => std::thread::sleep(Duration::from_millis(20)),
         }
     }
+}
+
+#[test]
+fn one_instruction_reads_and_prints_many_bytes() {
+    let guest = Guest::of_kernel(&test_data("hostile"));
+    let console = guest
+        .args(["--cmdline", "strings", "--memory", "64M"])
+        .run();
+    assert!(console.contains(&"x".repeat(16)), "{console}");
 }

@@ -3,6 +3,8 @@
 
 use core::arch::asm;
 
+use crate::layout::ARENA;
+
 const SERIAL: u16 = 0x3f8;
 
 /// An access of a port.
@@ -124,6 +126,16 @@ pub fn print(text: &str) {
         while read_port(LINE_STATUS, 1) & EMPTY == 0 {}
         write_port(SERIAL, 1, byte.into());
     }
+}
+
+/// Prints what a register of the serial port holds, as often as it was read, with an
+/// instruction for each direction.
+pub fn print_strings() {
+    const SCRATCH: u16 = SERIAL + 7;
+    const TIMES: u64 = 16;
+    write_port(SCRATCH, 1, b'x'.into());
+    read_ports(SCRATCH, 1, ARENA, TIMES);
+    write_ports(SERIAL, 1, ARENA, TIMES);
 }
 
 /// Makes the serial port as it was at first, whatever was done to it.

@@ -1,7 +1,7 @@
 //! A guest that attacks its machine: it drives each device as it should, and then not,
 //! as the numbers that follow from a seed say. On the command line: the first `seed`,
-//! their `count`, after how many of them it tells which is next (`tell`); or `flood`; or `work`, and so much
-//! that is no attack.
+//! their `count`, after how many of them it tells which is next (`tell`); or `flood`; or
+//! what is no attack: `work`, and so much, or `strings`.
 
 #![no_std]
 #![no_main]
@@ -54,6 +54,10 @@ pub fn run(zero_page: u64) -> ! {
         let mut random = Random::new(0);
         let sum = (0..work).fold(0, |sum, _| sum ^ random.next());
         io::print_number(sum);
+        end(DONE);
+    }
+    if number(cmdline, b"strings").is_some() {
+        io::print_strings();
         end(DONE);
     }
 
