@@ -228,9 +228,9 @@ struct Attack {
 
 impl Attack {
     /// Lets a guest do its seeds, and watches.
-    fn run(name: &str, first: u64, count: u64, tell: u64) -> Self {
+    fn run(name: &str, first: u64, count: u64, tell: u64, words: &str) -> Self {
         let target = Target::new(name);
-        let guest = target.guest(&format!("seed={first} count={count} tell={tell}"));
+        let guest = target.guest(&format!("seed={first} count={count} tell={tell} {words}"));
         let folder = guest.folder.path().to_owned();
         let mut vm = Controlled::start(guest, Guest::start);
         let _talk = Talk::start(&folder);
@@ -325,7 +325,7 @@ fn seeds() -> (u64, u64) {
 fn thousands_of_attacks_leave_the_monitor_well() {
     let (first, count) = seeds();
     let started = Instant::now();
-    let attack = Attack::run("hostile", first, count, TELL);
+    let attack = Attack::run("hostile", first, count, TELL, "");
     println!(
         "{count} seeds took {:.0} s; {} KiB at most; {} answers within {} ms",
         started.elapsed().as_secs_f64(),
@@ -336,7 +336,7 @@ fn thousands_of_attacks_leave_the_monitor_well() {
     let Some(fault) = attack.fault() else { return };
     // Which one was it? Those that it told of last, once more.
     let near = attack.last.unwrap_or(first);
-    let again = Attack::run("hostile", near, TELL.min(first + count - near), 1);
+    let again = Attack::run("hostile", near, TELL.min(first + count - near), 1, "");
     match again.fault() {
         Some(other) => panic!(
             "seed {} (MAYFLY_SEEDS={near}+{TELL}): {other}\nat first: {fault}",
@@ -344,6 +344,23 @@ fn thousands_of_attacks_leave_the_monitor_well() {
         ),
         None => panic!("one of the seeds {near}+{TELL}, but not by itself: {fault}"),
     }
+}
+
+/// So many seeds are done while a second CPU attacks the same devices.
+const SEEDS_BESIDE: u64 = 768;
+
+#[test]
+fn two_cpus_attack_at_once() {
+    let attack = Attack::run("both", 0, SEEDS_BESIDE, TELL, "both");
+    assert_eq!(attack.fault(), None);
+    let console = &attack.ended.stdout;
+    let (_, beside) = console.split_once("hostile: attacks beside ").unwrap();
+    let beside: u64 = beside.lines().next().unwrap().parse().unwrap();
+    println!(
+        "{SEEDS_BESIDE} seeds, and beside them {beside} attacks; {} KiB at most",
+        attack.peak >> 10
+    );
+    assert!(beside > SEEDS_BESIDE, "{beside}");
 }
 
 /// How long the flood is watched.

@@ -59,6 +59,31 @@ impl Devices {
         }
     }
 
+    /// What a CPU does that has no console, while another one attacks: it takes devices
+    /// from under the other's requests, and makes its own in the same queues. Addresses
+    /// are whole, or else this program would not last long.
+    pub fn attack_beside(&mut self, random: &mut Random) {
+        let index = random.below(self.count.max(1));
+        let Some(device) = self.get(index) else {
+            return;
+        };
+        match random.below(16) {
+            0 => start(device, random, 0),
+            1 => device.reset(),
+            2 => start(device, random, 4),
+            3 => configuration(device, random),
+            4..6 => register(device, random),
+            6..9 => bad_parts(device, random),
+            9 => device.write(ACKNOWLEDGE, device.read(INTERRUPTS)),
+            10 => device.kick(random.below(device.count + 2)),
+            _ => {
+                let (queue, parts) = request(device, random);
+                device.add(queue, &parts);
+                device.kick(queue);
+            }
+        }
+    }
+
     /// For ever, what costs the monitor most: notifications, interrupts, text, and rules
     /// broken, each of which is a message.
     pub fn flood(&mut self) -> ! {

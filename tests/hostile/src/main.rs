@@ -1,7 +1,8 @@
 //! A guest that attacks its machine: it drives each device as it should, and then not,
 //! as the numbers that follow from a seed say. On the command line: the first `seed`,
-//! their `count`, after how many of them it tells which is next (`tell`); or `flood`; or
-//! what is no attack: `work`, and so much, or `strings`.
+//! their `count`, and after how many of them it tells which is next (`tell`); or `flood`;
+//! and whether a second CPU does so, too (`both`). Or what is no attack: `work`, and so
+//! much, or `strings`.
 
 #![no_std]
 #![no_main]
@@ -13,6 +14,8 @@ mod random;
 mod requests;
 mod start;
 mod virtio;
+
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use attack::Devices;
 use random::Random;
@@ -65,6 +68,12 @@ pub fn run(zero_page: u64) -> ! {
     io::print("\nhostile: devices ");
     io::print_number(devices.count());
     io::print("\n");
+    if number(cmdline, b"both").is_some() {
+        FLOOD.store(flood, Ordering::Relaxed);
+        start::start_other();
+        // It looks for devices before anything is done to them.
+        while BESIDE.load(Ordering::Relaxed) == 0 {}
+    }
     if flood {
         devices.flood();
     }
@@ -76,8 +85,31 @@ pub fn run(zero_page: u64) -> ! {
         }
         devices.attack(seed);
     }
+    if number(cmdline, b"both").is_some() {
+        io::print("\nhostile: attacks beside ");
+        io::print_number(BESIDE.load(Ordering::Relaxed));
+    }
     io::print("\nhostile: done\n");
     end(DONE)
+}
+
+/// What the second CPU has done so far.
+static BESIDE: AtomicU64 = AtomicU64::new(0);
+/// It is to flood.
+static FLOOD: AtomicBool = AtomicBool::new(false);
+
+/// The second CPU: for ever, attacks the devices that the first one is attacking.
+pub fn beside() -> ! {
+    let mut devices = Devices::find();
+    let mut random = Random::new(u64::MAX);
+    if FLOOD.load(Ordering::Relaxed) {
+        BESIDE.store(1, Ordering::Relaxed);
+        devices.flood();
+    }
+    loop {
+        BESIDE.fetch_add(1, Ordering::Relaxed);
+        devices.attack_beside(&mut random);
+    }
 }
 
 /// Turns the machine off.

@@ -47,6 +47,49 @@ global_asm!(
     options(att_syntax)
 );
 
+// What another CPU begins with, in real mode, at the start of a page below 1 MiB (Intel SDM
+// volume 3, 9.4): straight to 64 bits, with this program's tables.
+global_asm!(
+    ".code16",
+    "trampoline:",
+    "cli",
+    "lgdtl %cs:(1f - trampoline)",
+    "mov $0x620, %eax", // PAE, OSFXSR, OSXMMEXCPT
+    "mov %eax, %cr4",
+    "mov ${tables}, %eax",
+    "mov %eax, %cr3",
+    "mov $0xc0000080, %ecx", // EFER: LME
+    "mov $0x100, %eax",
+    "xor %edx, %edx",
+    "wrmsr",
+    "mov $0x80000003, %eax", // PG, MP, PE
+    "mov %eax, %cr0",
+    "ljmpl ${code}, $2f",
+    "1:",
+    ".word {gdt_len} - 1",
+    ".long {gdt}",
+    "trampoline_end:",
+    ".code64",
+    "2:",
+    "mov ${data}, %eax",
+    "mov %eax, %ds",
+    "mov %eax, %es",
+    "mov %eax, %ss",
+    "lea {stack} + {stack_len}(%rip), %rsp",
+    "xor %ebp, %ebp",
+    "call {start}",
+    "ud2",
+    tables = sym PML4,
+    gdt = sym GDT,
+    gdt_len = const size_of::<[u64; 4]>(),
+    code = const CODE,
+    data = const DATA,
+    stack = sym OTHER_STACK,
+    stack_len = const STACK_LEN,
+    start = sym other,
+    options(att_syntax)
+);
+
 const STACK_LEN: usize = 64 << 10;
 const EXCEPTIONS: usize = 32;
 const PAGE: usize = 4096;
@@ -58,6 +101,7 @@ const DIRECTORIES: usize = 5;
 struct Page<T>(T);
 
 static mut STACK: Page<[u8; STACK_LEN]> = Page([0; STACK_LEN]);
+static mut OTHER_STACK: Page<[u8; STACK_LEN]> = Page([0; STACK_LEN]);
 static mut PML4: Page<[u64; ENTRIES]> = Page([0; ENTRIES]);
 static mut PDPT: Page<[u64; ENTRIES]> = Page([0; ENTRIES]);
 static mut DIRECTORY: Page<[[u64; ENTRIES]; DIRECTORIES]> = Page([[0; ENTRIES]; DIRECTORIES]);
@@ -69,6 +113,7 @@ const PRESENT_WRITABLE: u64 = 0b11;
 const LARGE: u64 = 1 << 7;
 const LARGE_PAGE: u64 = 2 << 20;
 const CODE: u64 = 0x10;
+const DATA: u64 = 0x18;
 /// Present, and an interrupt gate (Intel SDM volume 3, 6.14.1).
 const GATE: u64 = 0x8e00;
 
@@ -81,6 +126,8 @@ struct Pointer {
 
 unsafe extern "C" {
     static exceptions: [u8; 16 * EXCEPTIONS];
+    static trampoline: u8;
+    static trampoline_end: u8;
 }
 
 extern "C" fn start(zero_page: u64) -> ! {
@@ -103,14 +150,48 @@ extern "C" fn start(zero_page: u64) -> ! {
             let low = at & 0xffff | CODE << 16 | GATE << 32 | (at >> 16 & 0xffff) << 48;
             (*addr_of_mut!(IDT)).0[vector] = [low, at >> 32];
         }
-        let pointer = |base: u64, len: usize| Pointer {
-            limit: len as u16 - 1,
-            base,
+        let pointer = Pointer {
+            limit: (size_of_val(&*addr_of!(GDT.0)) - 1) as u16,
+            base: addr_of!(GDT) as u64,
         };
-        asm!("lgdt [{}]", in(reg) &pointer(addr_of!(GDT) as u64, size_of_val(&*addr_of!(GDT.0))));
-        asm!("lidt [{}]", in(reg) &pointer(addr_of!(IDT) as u64, size_of_val(&*addr_of!(IDT.0))));
+        asm!("lgdt [{}]", in(reg) &pointer);
     }
+    take_exceptions();
     crate::run(zero_page)
+}
+
+fn take_exceptions() {
+    let pointer = Pointer {
+        limit: (size_of::<[[u64; 2]; EXCEPTIONS]>() - 1) as u16,
+        base: addr_of!(IDT) as u64,
+    };
+    // SAFETY: `start` has made the table.
+    unsafe { asm!("lidt [{}]", in(reg) &pointer) };
+}
+
+/// Starts the other CPU, which runs [`crate::beside`].
+pub fn start_other() {
+    const PAGE: u64 = 0x4_0000; // where nothing is
+    const APIC: u64 = 0xfee0_0000;
+    const SPURIOUS: u64 = APIC + 0xf0;
+    const ENABLED: u32 = 0x1ff;
+    const COMMAND: u64 = APIC + 0x300;
+    const TO_THE_SECOND: u32 = 1 << 24;
+    const INIT: u32 = 0x4500;
+    const STARTUP: u32 = 0x4600;
+    let (from, end) = (addr_of!(trampoline) as u64, addr_of!(trampoline_end) as u64);
+    io::copy(PAGE, from, end - from);
+    // Until the first APIC is turned on, KVM does not know of the others.
+    io::write32(SPURIOUS, ENABLED);
+    for command in [INIT, STARTUP | (PAGE >> 12) as u32] {
+        io::write32(COMMAND + 0x10, TO_THE_SECOND);
+        io::write32(COMMAND, command);
+    }
+}
+
+extern "C" fn other() -> ! {
+    take_exceptions();
+    crate::beside()
 }
 
 /// Nothing here causes one: a device has written over this program.
