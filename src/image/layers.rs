@@ -131,6 +131,17 @@ impl Folder {
 }
 
 impl Record {
+    /// What it takes away from layers below.
+    pub fn whiteouts(&self) -> impl Iterator<Item = Vec<u8>> {
+        self.whiteouts.iter().map(|path| unescaped(path))
+    }
+
+    /// Folders of which it shows nothing that is below.
+    pub fn opaque_folders(&self) -> impl Iterator<Item = Vec<u8>> {
+        let opaque = self.folders.iter().filter(|(_, folder)| folder.opaque);
+        opaque.map(|(path, _)| unescaped(path))
+    }
+
     fn new(diff_id: Digest, tree: &Tree) -> Self {
         let mut implied = Vec::new();
         let mut folders = BTreeMap::new();

@@ -16,6 +16,7 @@ mod registry;
 mod store;
 pub(crate) mod tarball;
 pub(crate) mod tree;
+mod unpack;
 
 pub use config::{ImageConfig, RootFs, RunConfig};
 pub use digest::{Digest, NotADigest};

@@ -35,7 +35,8 @@ pub(super) use lock::take_file;
 pub use removal::Pruned;
 
 const NAMES: &str = "names.json";
-const RECORD_FILE: &str = "layer.json";
+/// What is to be known of a layer.
+pub(super) const RECORD_FILE: &str = "layer.json";
 
 /// An image that is complete on disk, and stays there as long as this does, unless
 /// it is one of a list.
