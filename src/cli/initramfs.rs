@@ -24,6 +24,9 @@ pub struct Args {
     /// A module to pack beside those for mayfly's devices (repeatable)
     #[arg(long, value_name = "NAME", requires = "modules")]
     module: Vec<String>,
+    /// Pack no modules but those
+    #[arg(long, requires = "module")]
+    no_default_modules: bool,
     /// Keep the modules' signatures, for a kernel that insists on them; the guest
     /// loads such modules more slowly
     #[arg(long, requires = "modules")]
@@ -47,14 +50,17 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         archive.file("init", 0o755, &data).or_config("--init")?;
     }
     if let Some(folder) = &args.modules {
-        let mut names = DEFAULT_MODULES.to_vec();
+        let (mut names, later) = match args.no_default_modules {
+            true => (Vec::new(), &[][..]),
+            false => (DEFAULT_MODULES.to_vec(), &LATER_MODULES[..]),
+        };
         names.extend(args.module.iter().map(String::as_str));
         let form = match args.signed {
             true => ModuleForm::Signed,
             false => ModuleForm::Slim,
         };
         archive
-            .modules(folder, &names, &LATER_MODULES, form)
+            .modules(folder, &names, later, form)
             .or_config(format_args!("--modules {}", folder.display()))?;
     }
     for pair in &args.add {

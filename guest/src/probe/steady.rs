@@ -1,0 +1,160 @@
+//! What usual work costs: CPU, system calls, page faults, files.
+//!
+//! Each is done again and again for a while, three times; the median counts. Nothing is
+//! of a fixed size, so that slow machines need no longer than fast ones.
+
+#![allow(unsafe_code, reason = "system calls are what is measured")]
+
+use std::fs::{self, File};
+use std::hint::black_box;
+use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+const ROUNDS: usize = 3;
+const WHILE: Duration = Duration::from_millis(60);
+/// A step of the CPU's loop, and what is read and written at once.
+const STEPS: u64 = 100_000;
+const BLOCK: usize = 256 << 10;
+const FILE_SIZE: usize = 8 << 20;
+const PAGES: usize = 2048;
+const PAGE_SIZE: usize = 4096;
+const MIB: f64 = 1_048_576.0;
+
+/// Does all of it, and returns a JSON array. Words: `root=DIR` is where the root's files
+/// are, if not in `/`; `volume=DIR` also measures files there.
+pub fn measure(words: &[String]) -> String {
+    let mut figures = vec![
+        figure("cpu", "ns", median(cpu)),
+        figure("syscall", "ns", median(system_call)),
+        figure("fault", "ns", median(page_fault)),
+    ];
+    // A folder that can't be written to has no figures.
+    let mut files = |prefix: &str, folder: &Path| {
+        let path = folder.join(".mayfly-trial");
+        if let Ok((write, read)) = file_rates(&path) {
+            figures.push(figure(&format!("{prefix}_write"), "MiB/s", write));
+            figures.push(figure(&format!("{prefix}_read"), "MiB/s", read));
+        }
+        let _ = fs::remove_file(&path);
+    };
+    let word = |name: &str| words.iter().find_map(|word| word.strip_prefix(name));
+    files("root", Path::new(word("root=").unwrap_or("/")));
+    if let Some(folder) = word("volume=") {
+        files("volume", Path::new(folder));
+    }
+    format!("[{}]", figures.join(","))
+}
+
+fn figure(name: &str, unit: &str, value: f64) -> String {
+    format!(r#"{{"name":"{name}","value":{value:.3},"unit":"{unit}"}}"#)
+}
+
+fn median(mut once: impl FnMut() -> f64) -> f64 {
+    let mut values: Vec<f64> = (0..ROUNDS).map(|_| once()).collect();
+    values.sort_by(f64::total_cmp);
+    values[ROUNDS / 2]
+}
+
+/// Repeats some work, and returns how often, and for how long.
+fn repeated(mut work: impl FnMut()) -> (f64, Duration) {
+    let start = Instant::now();
+    let mut count = 0.0;
+    loop {
+        work();
+        count += 1.0;
+        let elapsed = start.elapsed();
+        if elapsed >= WHILE {
+            return (count, elapsed);
+        }
+    }
+}
+
+fn nanoseconds(count: f64, time: Duration) -> f64 {
+    time.as_secs_f64() * 1e9 / count
+}
+
+/// Nanoseconds for 100 000 steps of a random number generator.
+fn cpu() -> f64 {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let (count, time) = repeated(|| {
+        for _ in 0..STEPS {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+        }
+        black_box(state);
+    });
+    nanoseconds(count, time)
+}
+
+/// Nanoseconds for the cheapest system call, there and back.
+fn system_call() -> f64 {
+    const CALLS: u32 = 100;
+    let (count, time) = repeated(|| {
+        for _ in 0..CALLS {
+            // SAFETY: takes nothing, changes nothing.
+            unsafe { libc::syscall(libc::SYS_getppid) };
+        }
+    });
+    nanoseconds(count * f64::from(CALLS), time)
+}
+
+/// Nanoseconds for the first write to a page.
+fn page_fault() -> f64 {
+    let mut spent = Duration::ZERO;
+    let mut faults = 0.0;
+    while spent < WHILE {
+        let len = PAGES * PAGE_SIZE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping, wherever there is room.
+        let memory = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, -1, 0) };
+        if memory == libc::MAP_FAILED {
+            return f64::NAN;
+        }
+        // SAFETY: of the mapping just made, which nothing else uses. Huge pages would
+        // make one fault of many.
+        unsafe { libc::madvise(memory, len, libc::MADV_NOHUGEPAGE) };
+        let start = Instant::now();
+        for page in 0..PAGES {
+            // SAFETY: within the mapping, which is writable.
+            unsafe { memory.cast::<u8>().add(page * PAGE_SIZE).write_volatile(1) };
+        }
+        spent += start.elapsed();
+        faults += PAGES as f64;
+        // SAFETY: of the mapping, which nothing refers to any more.
+        unsafe { libc::munmap(memory, len) };
+    }
+    nanoseconds(faults, spent)
+}
+
+/// MiB a second: written and synced, then read with an empty page cache, as far as the
+/// file system has one beneath.
+fn file_rates(path: &Path) -> io::Result<(f64, f64)> {
+    let mut block = vec![0x5a_u8; BLOCK];
+    let mut writes = Vec::new();
+    let mut reads = Vec::new();
+    for _ in 0..ROUNDS {
+        let mut file = File::create(path)?;
+        let start = Instant::now();
+        for _ in 0..FILE_SIZE / BLOCK {
+            file.write_all(&block)?;
+        }
+        file.sync_data()?;
+        writes.push(FILE_SIZE as f64 / MIB / start.elapsed().as_secs_f64());
+        let mut file = File::open(path)?;
+        // SAFETY: an open descriptor; the call is advice.
+        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        let start = Instant::now();
+        while file.read(&mut block)? > 0 {}
+        reads.push(FILE_SIZE as f64 / MIB / start.elapsed().as_secs_f64());
+    }
+    let mut writes = writes.into_iter();
+    let mut reads = reads.into_iter();
+    Ok((
+        median(|| writes.next().unwrap_or(f64::NAN)),
+        median(|| reads.next().unwrap_or(f64::NAN)),
+    ))
+}
