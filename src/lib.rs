@@ -15,6 +15,7 @@
 
 pub mod arguments;
 pub mod cli;
+pub mod compare;
 pub mod config;
 pub mod console;
 pub mod control;

@@ -288,7 +288,7 @@ impl Stamps {
 }
 
 /// A time as RFC 3339 has it.
-fn date(time_ms: u64) -> String {
+pub(crate) fn date(time_ms: u64) -> String {
     let (seconds, ms) = (time_ms / 1000, time_ms % 1000);
     let (mut days, rest) = (seconds / 86_400, seconds % 86_400);
     // The calendar is the same every 400 years.

@@ -1,0 +1,289 @@
+//! What a comparison found: every raw sample, and what follows from it.
+//!
+//! It is what `--json` prints; the table, the page and the CSV are made of nothing else.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::statistics::Summary;
+
+/// The version of the record: another one if a field changes its meaning.
+pub const FORMAT: u32 = 1;
+
+/// Moments in an instance's life, in their order. A phase is what ends with one; where an
+/// engine does not let one be seen, its phase is part of the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mark {
+    /// The launcher's own program runs.
+    Launched,
+    /// The sandbox, or the VM with its kernel in memory, is there.
+    Built,
+    /// The guest's kernel is entered.
+    Kernel,
+    /// The guest's init is reached.
+    Init,
+    /// The command's first instruction (its first word has arrived at the host).
+    Command,
+    /// The command ended (its last word has arrived at the host).
+    Exit,
+    /// The launcher ended, and nothing is left.
+    Gone,
+}
+
+impl Mark {
+    /// All of them.
+    pub const ALL: [Mark; 7] = [
+        Mark::Launched,
+        Mark::Built,
+        Mark::Kernel,
+        Mark::Init,
+        Mark::Command,
+        Mark::Exit,
+        Mark::Gone,
+    ];
+
+    /// What the phase that ends with it is called.
+    pub fn phase(self) -> &'static str {
+        match self {
+            Mark::Launched => "launcher",
+            Mark::Built => "build",
+            Mark::Kernel => "enter",
+            Mark::Init => "kernel",
+            Mark::Command => "init",
+            Mark::Exit => "command",
+            Mark::Gone => "teardown",
+        }
+    }
+}
+
+/// One instance, from its launch to its end.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Sample {
+    /// Which round of the comparison, from 0.
+    pub round: u32,
+    /// The how many-th launch of the comparison, from 0.
+    pub position: u32,
+    /// When what was seen, in nanoseconds since the launch. Only of an instance that
+    /// came to its end does [`Mark::Gone`] exist.
+    pub marks_ns: BTreeMap<Mark, u64>,
+    /// The launcher's exit status; 128 and more for signals.
+    pub status: Option<i32>,
+    /// Why it does not count.
+    pub error: Option<String>,
+}
+
+impl Sample {
+    /// The phases, in order, in nanoseconds. Their sum is the total.
+    pub fn phases(&self) -> Vec<(Mark, u64)> {
+        let mut last = 0;
+        let mut phases = Vec::new();
+        for (&mark, &at) in &self.marks_ns {
+            phases.push((mark, at.saturating_sub(last)));
+            last = last.max(at);
+        }
+        phases
+    }
+
+    /// From the launch to the end, in nanoseconds, if it counts.
+    pub fn total(&self) -> Option<u64> {
+        match self.error {
+            None => self.marks_ns.get(&Mark::Gone).copied(),
+            Some(_) => None,
+        }
+    }
+
+    /// From the launch to the command's first instruction, in nanoseconds, if it counts.
+    pub fn start(&self) -> Option<u64> {
+        self.total()
+            .and_then(|_| self.marks_ns.get(&Mark::Command).copied())
+    }
+}
+
+/// What stands between the command and the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// Nothing.
+    Process,
+    /// Namespaces, on the host's kernel.
+    Container,
+    /// A machine, with a kernel of its own.
+    Vm,
+}
+
+/// Memory of instances that idle, all together, in KiB.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MemoryPoint {
+    /// How many instances.
+    pub instances: u32,
+    /// Theirs alone.
+    pub private_kib: u64,
+    /// Shared with whomever.
+    pub shared_kib: u64,
+    /// Proportional set size: what is shared counts in parts. The guest's memory is in it.
+    pub pss_kib: u64,
+}
+
+/// Many instances at once.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Load {
+    /// How many were launched at once.
+    pub at_once: u32,
+    /// From the launch to the command's first instruction, each, in nanoseconds.
+    pub starts_ns: Vec<u64>,
+    /// The same, summed up.
+    pub start: Option<Summary>,
+    /// Instances that came to their command, by the time until the last one did.
+    pub starts_per_second: f64,
+    /// How many failed.
+    pub failed: u32,
+}
+
+/// One figure of the steady state.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Figure {
+    /// What was done: `cpu`, `syscall`, `fault`, `root_read`, `root_write`,
+    /// `volume_read`, `volume_write`.
+    pub name: String,
+    /// The median of the probe's rounds.
+    pub value: f64,
+    /// `ns` (less is better), or `MiB/s` (more is).
+    pub unit: String,
+}
+
+/// What can be seen from inside.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Isolation {
+    /// `uname -r` inside.
+    pub kernel: String,
+    /// It is the host's own.
+    pub host_kernel: bool,
+    /// How many kinds of system calls of the command reach the host's kernel.
+    pub host_syscalls: Option<u32>,
+    /// How many kinds of system calls the process makes that serves the guest, at most.
+    pub monitor_syscalls: Option<u32>,
+    /// Device nodes below `/dev`.
+    pub devices: Vec<String>,
+    /// The command's effective capabilities, by their names.
+    pub capabilities: Vec<String>,
+    /// Whether capabilities count in a user namespace of its own only.
+    pub own_user_namespace: bool,
+    /// The namespaces that are the host's own.
+    pub host_namespaces: Vec<String>,
+    /// What `/proc` tells of the host: `memory`, `cpus`, `command line`, `modules`, `processes`.
+    pub sees_of_host: Vec<String>,
+    /// seccomp's mode: 0 none, 2 a filter.
+    pub seccomp: u32,
+}
+
+/// One engine's part.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EngineReport {
+    /// As `--engines` takes it.
+    pub name: String,
+    /// What it is.
+    pub kind: Kind,
+    /// As it says itself.
+    pub version: Option<String>,
+    /// Why it is not compared: it is missing, or cannot run here.
+    pub missing: Option<String>,
+    /// What was launched, exactly; `{id}` stands for what differs from run to run.
+    pub command_line: Vec<String>,
+    /// Which network it gives by default.
+    pub network: String,
+    /// What one must know to read its figures.
+    pub notes: Vec<String>,
+    /// In the order in which they were taken.
+    pub samples: Vec<Sample>,
+    /// Each phase of all samples that count.
+    pub phases: BTreeMap<Mark, Summary>,
+    /// From launch to command.
+    pub start: Option<Summary>,
+    /// From launch to end.
+    pub total: Option<Summary>,
+    /// Instances that idle.
+    pub memory: Vec<MemoryPoint>,
+    /// Many at once.
+    pub load: Option<Load>,
+    /// What it costs while it runs.
+    pub steady: Vec<Figure>,
+    /// What can be seen from inside.
+    pub isolation: Option<Isolation>,
+}
+
+/// The machine it ran on.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Host {
+    /// `uname -r`
+    pub kernel: String,
+    /// The CPU's name.
+    pub cpu: String,
+    /// How many are online.
+    pub cpus: u32,
+    /// In MiB.
+    pub memory_mib: u64,
+    /// The distribution's name.
+    pub system: String,
+    /// It is itself a VM, or emulated: what `systemd-detect-virt` would call it.
+    pub virtualised: Option<String>,
+    /// Started by root.
+    pub root: bool,
+}
+
+/// What ran everywhere.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Workload {
+    /// As it was named.
+    pub image: String,
+    /// The digest of its configuration.
+    pub image_id: String,
+    /// What the marker started; empty: only the marker ran.
+    pub command: Vec<String>,
+    /// vCPUs, or CPUs.
+    pub cpus: u32,
+    /// In MiB.
+    pub memory_mib: u64,
+}
+
+/// Whether files were in the host's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PageCache {
+    /// They were, after the warm-up.
+    Warm,
+    /// The host forgot them before each run.
+    Dropped,
+}
+
+/// A whole comparison.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// [`FORMAT`]
+    pub format: u32,
+    /// mayfly's version.
+    pub mayfly: String,
+    /// When it began, in milliseconds since 1970.
+    pub started_ms: u64,
+    /// What decides the order of runs.
+    pub seed: u64,
+    /// Runs of each engine that were wanted.
+    pub runs: u32,
+    /// Runs of each engine before those, which do not count.
+    pub warmup: u32,
+    /// What was in memory.
+    pub page_cache: PageCache,
+    /// It was ended before it was through.
+    pub interrupted: bool,
+    /// Where.
+    pub host: Host,
+    /// What.
+    pub workload: Workload,
+    /// Who.
+    pub engines: Vec<EngineReport>,
+    /// The order of the runs that count: places in `engines`.
+    pub order: Vec<u32>,
+    /// What makes figures doubtful.
+    pub warnings: Vec<String>,
+}

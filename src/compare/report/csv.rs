@@ -1,0 +1,121 @@
+//! Every sample as a line, for spreadsheets and programs.
+
+use super::Error;
+use crate::compare::model::{Kind, Mark, Report, Sample};
+
+/// A line for each sample, in the order in which they were taken; times are nanoseconds.
+/// What an engine does not let be seen is empty.
+pub fn csv(report: &Report) -> Result<String, Error> {
+    let mut out = ::csv::WriterBuilder::new()
+        .terminator(::csv::Terminator::CRLF)
+        .from_writer(Vec::new());
+
+    let fixed = ["engine", "kind", "round", "position"].map(str::to_owned);
+    let marks = Mark::ALL.map(|it| format!("{}_at_ns", name(it)));
+    let phases = Mark::ALL.map(|it| format!("{}_phase_ns", it.phase()));
+    let last = ["start_ns", "total_ns", "status", "error"].map(str::to_owned);
+    out.write_record(fixed.iter().chain(&marks).chain(&phases).chain(&last))?;
+
+    let mut samples: Vec<_> = (report.engines.iter())
+        .flat_map(|engine| engine.samples.iter().map(move |it| (engine, it)))
+        .collect();
+    samples.sort_by_key(|(_, it)| it.position);
+    for (engine, sample) in samples {
+        let kind = match engine.kind {
+            Kind::Process => "process",
+            Kind::Container => "container",
+            Kind::Vm => "vm",
+        };
+        let mut line = vec![engine.name.clone(), kind.to_owned()];
+        line.extend([sample.round, sample.position].map(|it| it.to_string()));
+        line.extend(Mark::ALL.map(|it| text(sample.marks_ns.get(&it).copied())));
+        line.extend(Mark::ALL.map(|it| text(phase(sample, it))));
+        line.extend([sample.start(), sample.total()].map(text));
+        line.push(sample.status.map_or_else(String::new, |it| it.to_string()));
+        line.push(sample.error.clone().unwrap_or_default());
+        out.write_record(&line)?;
+    }
+    let written = out
+        .into_inner()
+        .map_err(|error| ::csv::Error::from(error.into_error()))?;
+    // All that went in was text.
+    Ok(String::from_utf8_lossy(&written).into_owned())
+}
+
+fn text(ns: Option<u64>) -> String {
+    ns.map_or_else(String::new, |it| it.to_string())
+}
+
+fn phase(sample: &Sample, wanted: Mark) -> Option<u64> {
+    let found = sample
+        .phases()
+        .into_iter()
+        .find(|&(mark, _)| mark == wanted);
+    found.map(|(_, ns)| ns)
+}
+
+fn name(mark: Mark) -> &'static str {
+    match mark {
+        Mark::Launched => "launched",
+        Mark::Built => "built",
+        Mark::Kernel => "kernel",
+        Mark::Init => "init",
+        Mark::Command => "command",
+        Mark::Exit => "exit",
+        Mark::Gone => "gone",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compare::report::testing::{engine, record, report};
+
+    fn rows(text: &str) -> Vec<::csv::StringRecord> {
+        let mut reader = ::csv::Reader::from_reader(text.as_bytes());
+        reader.records().collect::<Result<_, _>>().unwrap()
+    }
+
+    #[test]
+    fn a_line_for_each_sample_in_their_order() {
+        let record = record();
+        let text = csv(&record).unwrap();
+        let rows = rows(&text);
+        let engines: Vec<&str> = rows.iter().map(|it| &it[0]).collect();
+        let order: Vec<&str> = (record.order.iter())
+            .map(|&it| record.engines[it as usize].name.as_str())
+            .collect();
+        assert_eq!(engines, order);
+        assert!(text.starts_with("engine,kind,round,position,launched_at_ns,built_at_ns,"));
+    }
+
+    #[test]
+    fn phases_add_up_to_the_total_and_what_fails_has_none() {
+        let number = |text: &str| text.parse::<u64>().unwrap_or(0);
+        let mut failed = 0;
+        for row in &rows(&csv(&record()).unwrap()) {
+            let phases: u64 = (11..18).map(|it| number(&row[it])).sum();
+            if row[21].is_empty() {
+                assert_eq!(phases, number(&row[19]), "{row:?}");
+                assert_eq!(row[8], row[18], "the start is when the command was there");
+            } else {
+                assert_eq!((&row[18], &row[19], &row[20]), ("", "", "1"));
+                failed += 1;
+            }
+        }
+        assert_eq!(failed, 2);
+    }
+
+    #[test]
+    fn foreign_text_stays_in_its_field() {
+        let mut engine = engine("a,\"b\"\r\n=c", Kind::Vm, &[&[(Mark::Gone, 5)]]);
+        engine.samples[0].error = Some("no, \"never\"".to_owned());
+        let text = csv(&report(vec![engine])).unwrap();
+        assert!(text.contains("\r\n\"a,\"\"b\"\"\r\n=c\",vm,0,0,"), "{text}");
+        let rows = rows(&text);
+        assert_eq!(
+            (&rows[0][0], &rows[0][21]),
+            ("a,\"b\"\r\n=c", "no, \"never\"")
+        );
+    }
+}

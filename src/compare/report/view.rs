@@ -1,0 +1,287 @@
+//! What all forms of a report derive from its record.
+
+use crate::compare::model::{EngineReport, Figure, Kind, Mark, MemoryPoint, Report};
+use crate::compare::statistics::Summary;
+
+/// The engines that were compared: the fastest to the command's first instruction first,
+/// then the fastest to the end; last those of which no run counts.
+pub fn ranked(report: &Report) -> Vec<&EngineReport> {
+    let mut engines: Vec<_> = report
+        .engines
+        .iter()
+        .filter(|it| it.missing.is_none())
+        .collect();
+    let median = |of: &Option<Summary>| of.map_or(u64::MAX, |it| it.median);
+    engines.sort_by_key(|it| (it.start.is_none(), median(&it.start), median(&it.total)));
+    engines
+}
+
+/// The first of them, if it is of this kind.
+pub fn fastest(report: &Report, kind: Option<Kind>) -> Option<(&EngineReport, Summary)> {
+    ranked(report)
+        .into_iter()
+        .filter(|it| kind.is_none_or(|kind| it.kind == kind))
+        .find_map(|it| Some((it, it.start?)))
+}
+
+/// Those that are not there, and why.
+pub fn missing(report: &Report) -> impl Iterator<Item = (&EngineReport, &str)> {
+    let why = |it| {
+        let it: &EngineReport = it;
+        Some((it, it.missing.as_deref()?))
+    };
+    report.engines.iter().filter_map(why)
+}
+
+/// How many runs do not count, of how many, and what the first of those says.
+pub fn failures(engine: &EngineReport) -> Option<(usize, usize, &str)> {
+    let mut errors = engine.samples.iter().filter_map(|it| it.error.as_deref());
+    let first = errors.next()?;
+    Some((1 + errors.count(), engine.samples.len(), first))
+}
+
+/// How many times as long one takes as another.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Ratio {
+    /// Of their medians.
+    pub of: f64,
+    /// Its deviation, as theirs propagate.
+    pub deviation: f64,
+}
+
+/// See [`Ratio`].
+pub fn ratio(of: &Summary, to: &Summary) -> Ratio {
+    let median = |it: &Summary| (it.median as f64).max(1.0);
+    let relative = |it: &Summary| it.deviation / median(it);
+    let ratio = median(of) / median(to);
+    Ratio {
+        of: ratio,
+        deviation: ratio * relative(of).hypot(relative(to)),
+    }
+}
+
+/// Whether two differ by more than chance would rarely bring about: by more than three
+/// standard errors of their means' difference.
+pub fn differ(one: &Summary, other: &Summary) -> bool {
+    let error = |it: &Summary| it.deviation / f64::from(it.count.max(1)).sqrt();
+    // Of a single run, no deviation is known.
+    one.count.min(other.count) > 1
+        && (one.mean - other.mean).abs() > 3.0 * error(one).hypot(error(other))
+}
+
+/// A part of an engine's bar.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Part {
+    /// The phase, or the last of several that are not told apart,
+    pub mark: Mark,
+    /// of which this is the first.
+    pub first: Mark,
+    /// How long it takes.
+    pub summary: Summary,
+    /// Where it begins and ends, in nanoseconds. The whole is as long as the median from
+    /// launch to end, and divided as the phases' medians are: those do not add up to it.
+    pub from: f64,
+    /// See `from`.
+    pub to: f64,
+}
+
+impl Part {
+    /// It is several phases.
+    pub fn together(&self) -> bool {
+        self.first != self.mark
+    }
+
+    /// What it is called.
+    pub fn name(&self) -> String {
+        match self.together() {
+            true => format!("{} to {}", self.first.phase(), self.mark.phase()),
+            false => self.mark.phase().to_owned(),
+        }
+    }
+}
+
+/// An engine's bar.
+pub fn bar(engine: &EngineReport) -> Vec<Part> {
+    let Some(total) = engine.total else {
+        return Vec::new();
+    };
+    let sum: f64 = engine.phases.values().map(|it| it.median as f64).sum();
+    let scale = total.median as f64 / sum.max(1.0);
+    let mut at = 0.0;
+    let mut seen = None;
+    let part = |(&mark, &summary): (&Mark, &Summary)| {
+        let from = at;
+        at += summary.median as f64 * scale;
+        let missed = |it: &Mark| Some(*it) > seen && *it <= mark && has(engine.kind, *it);
+        let first = Mark::ALL.into_iter().find(missed).unwrap_or(mark);
+        seen = Some(mark);
+        Part {
+            mark,
+            first,
+            summary,
+            from,
+            to: at,
+        }
+    };
+    engine.phases.iter().map(part).collect()
+}
+
+/// Whether there is such a moment at all, seen or not.
+fn has(kind: Kind, mark: Mark) -> bool {
+    match kind {
+        Kind::Process => mark >= Mark::Command,
+        Kind::Container => !matches!(mark, Mark::Kernel | Mark::Init),
+        Kind::Vm => true,
+    }
+}
+
+/// The phases that any of them lets be seen, in order.
+pub fn marks(engines: &[&EngineReport]) -> Vec<Mark> {
+    let seen = |mark: &Mark| engines.iter().any(|it| it.phases.contains_key(mark));
+    Mark::ALL.into_iter().filter(seen).collect()
+}
+
+/// The points of an engine's memory, the fewest instances first.
+pub fn memory(engine: &EngineReport) -> Vec<MemoryPoint> {
+    let mut points = engine.memory.clone();
+    points.sort_by_key(|it| it.instances);
+    points.dedup_by_key(|it| it.instances);
+    points
+}
+
+/// What each further instance costs, in KiB of PSS: from the first point to the last.
+pub fn further(points: &[MemoryPoint]) -> Option<f64> {
+    let (first, last) = (points.first()?, points.last()?);
+    let more = last
+        .instances
+        .checked_sub(first.instances)
+        .filter(|&it| it > 0)?;
+    Some((last.pss_kib as f64 - first.pss_kib as f64) / f64::from(more))
+}
+
+/// A figure of the steady state, of all engines.
+pub struct Column<'a> {
+    /// As the record has it.
+    pub name: &'a str,
+    /// In which all of them are shown.
+    pub unit: &'a str,
+    recorded: &'a str,
+    per_unit: f64,
+}
+
+impl Column<'_> {
+    /// An engine's.
+    pub fn value(&self, engine: &EngineReport) -> Option<f64> {
+        let same = |it: &&Figure| it.name == self.name && it.unit == self.recorded;
+        let found = engine.steady.iter().find(same)?;
+        Some(found.value / self.per_unit)
+    }
+
+    /// The best of these engines'.
+    pub fn best(&self, engines: &[&EngineReport]) -> Option<f64> {
+        let values = engines.iter().filter_map(|it| self.value(it));
+        match self.recorded {
+            "ns" => values.min_by(f64::total_cmp),
+            _ => values.max_by(f64::total_cmp),
+        }
+    }
+}
+
+/// The steady state's figures, in the order of their first mention.
+pub fn steady<'a>(engines: &[&'a EngineReport]) -> Vec<Column<'a>> {
+    let mut columns: Vec<Column> = Vec::new();
+    for Figure { name, unit, .. } in engines.iter().flat_map(|it| &it.steady) {
+        if columns
+            .iter()
+            .any(|it| it.name == name && it.recorded == unit)
+        {
+            continue;
+        }
+        let mut column = Column {
+            name,
+            unit,
+            recorded: unit,
+            per_unit: 1.0,
+        };
+        if unit == "ns" {
+            let least = column.best(engines).unwrap_or(0.0);
+            (column.unit, column.per_unit) = match least {
+                1e6.. => ("ms", 1e6),
+                1e3.. => ("µs", 1e3),
+                _ => ("ns", 1.0),
+            };
+        }
+        columns.push(column);
+    }
+    columns
+}
+
+/// What people call it, beside its name.
+pub fn kind(engine: &EngineReport) -> &'static str {
+    match (engine.kind, engine.name.as_str()) {
+        (Kind::Process, "process") => "the floor",
+        (Kind::Container, "container") => "built in",
+        (Kind::Process, _) => "process",
+        (Kind::Container, _) => "container",
+        (Kind::Vm, _) => "VM",
+    }
+}
+
+/// What a figure of the steady state is called.
+pub fn figure_name(name: &str) -> String {
+    match name {
+        "cpu" => "CPU loop",
+        "syscall" => "system call",
+        "fault" => "page fault",
+        "root_read" => "root read",
+        "root_write" => "root write",
+        "volume_read" => "volume read",
+        "volume_write" => "volume write",
+        other => other,
+    }
+    .to_owned()
+}
+
+/// What seccomp's modes are called.
+pub fn seccomp(mode: u32) -> String {
+    match mode {
+        0 => "none".to_owned(),
+        1 => "strict".to_owned(),
+        2 => "filter".to_owned(),
+        other => format!("mode {other}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compare::report::testing::engine;
+
+    #[test]
+    fn a_column_has_one_unit_and_its_best() {
+        let figure = |name: &str, value, unit: &str| Figure {
+            name: name.to_owned(),
+            value,
+            unit: unit.to_owned(),
+        };
+        let [mut one, mut other] = ["one", "other"].map(|it| engine(it, Kind::Vm, &[]));
+        one.steady = vec![
+            figure("cpu", 311_716.0, "ns"),
+            figure("root_read", 728.0, "MiB/s"),
+        ];
+        other.steady = vec![
+            figure("cpu", 2e6, "ns"),
+            figure("root_read", 901.0, "MiB/s"),
+        ];
+        let engines = [&one, &other];
+        let columns = steady(&engines);
+        let [cpu, read] = columns.as_slice() else {
+            panic!("two figures");
+        };
+        assert_eq!((cpu.unit, cpu.value(&other)), ("µs", Some(2000.0)));
+        assert_eq!(
+            (cpu.best(&engines), read.best(&engines)),
+            (Some(311.716), Some(901.0))
+        );
+    }
+}
