@@ -69,7 +69,7 @@ pub fn find_program(name: &str) -> Option<PathBuf> {
 }
 
 /// The VM's main thread takes signals by other means, which is not for others.
-fn unblock_signals() -> io::Result<()> {
+pub fn unblock_signals() -> io::Result<()> {
     // SAFETY: all zeroes are the empty set of signals.
     let none: libc::sigset_t = unsafe { std::mem::zeroed() };
     // SAFETY: reads a live set, and keeps no old one.

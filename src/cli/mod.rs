@@ -1,6 +1,7 @@
 //! The command line: one file a verb, raw flags only.
 
 pub mod boot;
+pub mod compare_container;
 pub mod config;
 pub mod ctl;
 pub mod doctor;
@@ -56,6 +57,9 @@ enum Verb {
     Kernel(kernel::Args),
     /// Build an initramfs
     Initramfs(initramfs::Args),
+    /// Run one container of a comparison
+    #[command(hide = true)]
+    CompareContainer(compare_container::Args),
 }
 
 const EXIT_CODES: &str = "\
@@ -75,6 +79,7 @@ Exit codes:
 
 /// Runs what the command line asks for.
 pub fn run() -> ExitCode {
+    let launched = crate::compare::container::now();
     let timeline = crate::timing::Timeline::start();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -93,6 +98,7 @@ pub fn run() -> ExitCode {
         Some(Verb::Doctor(args)) => doctor::run(args),
         Some(Verb::Kernel(args)) => kernel::run(args),
         Some(Verb::Initramfs(args)) => initramfs::run(args),
+        Some(Verb::CompareContainer(args)) => return compare_container::run(&args, launched),
     };
     result.unwrap_or_else(|failure| {
         report(&failure);

@@ -4,7 +4,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use vmm_sys_util::signal::create_sigset;
 
@@ -55,6 +55,12 @@ impl Signals {
     /// The same, for those that are for the guest's command.
     pub fn passed_on() -> io::Result<Self> {
         Signals::take(&PASSED_ON, 0)
+    }
+
+    /// The same, for those that end a comparison, and the ends of its children.
+    pub fn of_children() -> io::Result<Self> {
+        let signals = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGCHLD];
+        Signals::take(&signals, libc::SFD_NONBLOCK)
     }
 
     fn take(signals: &[libc::c_int], flags: libc::c_int) -> io::Result<Self> {
@@ -109,6 +115,12 @@ fn mask(how: libc::c_int, signals: &[libc::c_int]) -> io::Result<libc::sigset_t>
     match unsafe { libc::pthread_sigmask(how, &set, std::ptr::null_mut()) } {
         0 => Ok(set),
         error => Err(io::Error::from_raw_os_error(error)),
+    }
+}
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

@@ -4,7 +4,10 @@
 
 use std::fs;
 use std::io::ErrorKind;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::Status;
 
@@ -22,6 +25,9 @@ const OVERHEAD_PER_CPU: u64 = 4 << 20;
 /// Threads beside the vCPUs: the event loop's, those of disks, the kernel's for
 /// io_uring.
 const THREADS: u64 = 128;
+
+/// A controller, a file of it, and what it is to hold.
+type Setting = (&'static str, &'static str, String);
 
 /// What a machine may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,9 +55,9 @@ impl Share {
         THREADS + u64::from(self.cpus)
     }
 
-    /// Files of version 2; those of one controller.
-    fn v2(&self) -> [(&'static str, &'static str, String); 4] {
-        [
+    /// Files of version 2.
+    fn v2(&self) -> Vec<Setting> {
+        vec![
             ("memory", "memory.max", self.memory_limit().to_string()),
             ("cpu", "cpu.max", format!("{} {PERIOD_US}", self.quota_us())),
             ("pids", "pids.max", self.threads().to_string()),
@@ -60,10 +66,10 @@ impl Share {
     }
 
     /// Files of version 1.
-    fn v1(&self) -> [(&'static str, &'static str, String); 6] {
+    fn v1(&self) -> Vec<Setting> {
         let memory = self.memory_limit().to_string();
         let shares = 1024 * u64::from(self.cpus);
-        [
+        vec![
             ("memory", "memory.limit_in_bytes", memory),
             ("cpu", "cpu.cfs_period_us", PERIOD_US.to_string()),
             ("cpu", "cpu.cfs_quota_us", self.quota_us().to_string()),
@@ -74,13 +80,78 @@ impl Share {
     }
 }
 
+/// What a container may have, each if it is limited at all.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Bounds {
+    /// CPUs.
+    pub cpus: Option<f64>,
+    /// Bytes of memory, and as many of swap: Docker's default.
+    pub memory: Option<u64>,
+    /// Processes and threads.
+    pub pids: Option<u64>,
+}
+
+impl Bounds {
+    fn quota_us(&self) -> Option<u64> {
+        // A quota of less than a millisecond is refused.
+        let seconds = |cpus| Duration::from_micros(PERIOD_US).as_secs_f64() * cpus;
+        let quota = Duration::try_from_secs_f64(seconds(self.cpus?)).ok()?;
+        u64::try_from(quota.as_micros())
+            .ok()
+            .map(|quota| quota.max(1000))
+    }
+
+    /// Files of version 2.
+    fn v2(&self) -> Vec<Setting> {
+        let memory = self.memory.map(|it| it.to_string());
+        let quota = self.quota_us().map(|quota| format!("{quota} {PERIOD_US}"));
+        let all = [
+            ("memory", "memory.max", memory.clone()),
+            ("memory", "memory.swap.max", memory),
+            ("cpu", "cpu.max", quota),
+            ("pids", "pids.max", self.pids.map(|it| it.to_string())),
+        ];
+        wanted(all)
+    }
+
+    /// Files of version 1.
+    fn v1(&self) -> Vec<Setting> {
+        let memory = self.memory.map(|it| it.to_string());
+        let with_swap = self.memory.map(|it| it.saturating_mul(2).to_string());
+        let period = self.cpus.map(|_| PERIOD_US.to_string());
+        let all = [
+            ("memory", "memory.limit_in_bytes", memory),
+            ("memory", "memory.memsw.limit_in_bytes", with_swap),
+            ("cpu", "cpu.cfs_period_us", period),
+            (
+                "cpu",
+                "cpu.cfs_quota_us",
+                self.quota_us().map(|it| it.to_string()),
+            ),
+            ("pids", "pids.max", self.pids.map(|it| it.to_string())),
+        ];
+        wanted(all)
+    }
+}
+
+/// The settings that have a value.
+fn wanted<const N: usize>(all: [(&'static str, &'static str, Option<String>); N]) -> Vec<Setting> {
+    let set = all.into_iter();
+    set.filter_map(|(controller, file, value)| Some((controller, file, value?)))
+        .collect()
+}
+
 /// Those that a host should have; the weight of block I/O few have.
 const CONTROLLERS: [&str; 3] = ["memory", "cpu", "pids"];
+/// Those that are turned on for groups below.
+const TURNED_ON: [&str; 4] = ["memory", "cpu", "pids", "io"];
 
 /// A machine's groups, removed with this.
 #[derive(Debug)]
 pub struct Cgroup {
     folders: Vec<PathBuf>,
+    /// The one of version 2, if there are no others.
+    only: Option<PathBuf>,
     limited: Vec<&'static str>,
     status: Status,
 }
@@ -88,13 +159,30 @@ pub struct Cgroup {
 impl Cgroup {
     /// Makes groups with limits, as far as the host lets this user.
     pub fn make(share: &Share) -> Self {
-        Cgroup::make_in(share, &Hierarchies::find())
+        let name = format!("{PREFIX}{}", std::process::id());
+        let files = (share.v2(), share.v1());
+        Cgroup::make_in(&name, &files, &CONTROLLERS, &Hierarchies::find())
     }
 
-    fn make_in(share: &Share, hierarchies: &Hierarchies) -> Self {
-        let name = format!("{PREFIX}{}", std::process::id());
+    /// Makes a container's groups, with a name of its own if it has none.
+    pub fn bounded(name: Option<&str>, bounds: &Bounds) -> Self {
+        let files = (bounds.v2(), bounds.v1());
+        let needed: Vec<_> = files.0.iter().map(|(controller, ..)| *controller).collect();
+        let own = format!("{PREFIX}{}", std::process::id());
+        let name = name.unwrap_or(&own);
+        Cgroup::make_in(name, &files, &needed, &Hierarchies::find())
+    }
+
+    /// Makes groups with settings of versions 2 and 1; some controllers are needed.
+    fn make_in(
+        name: &str,
+        (v2, v1): &(Vec<Setting>, Vec<Setting>),
+        needed: &[&'static str],
+        hierarchies: &Hierarchies,
+    ) -> Self {
         let mut made = Cgroup {
             folders: Vec::new(),
+            only: None,
             limited: Vec::new(),
             status: Status::Active,
         };
@@ -111,10 +199,10 @@ impl Cgroup {
         };
         let mut refused = None;
         if let Some(own) = &hierarchies.unified {
-            match place(own).and_then(|parent| make_folder(&parent, &name)) {
+            match place(own).and_then(|parent| make_folder(&parent, name)) {
                 Ok(folder) => {
-                    for (controller, file, value) in share.v2() {
-                        if folder.join(file).exists() && limit(&folder, file, &value) {
+                    for (controller, file, value) in v2 {
+                        if folder.join(file).exists() && limit(&folder, file, value) {
                             made.limited.push(controller);
                         }
                     }
@@ -124,13 +212,12 @@ impl Cgroup {
             }
         }
         for (controller, own) in &hierarchies.legacy {
-            let files = share.v1();
-            let files = files.iter().filter(|(of, ..)| of == controller);
+            let files = v1.iter().filter(|(of, ..)| of == controller);
             let files: Vec<_> = files.collect();
             if files.is_empty() {
                 continue;
             }
-            match make_folder(own, &name) {
+            match make_folder(own, name) {
                 Ok(folder) => {
                     for (of, file, value) in files {
                         if folder.join(file).exists() && limit(&folder, file, value) {
@@ -144,10 +231,18 @@ impl Cgroup {
                 Err(why) => refused = refused.or(Some(why)),
             }
         }
-        let missing: Vec<_> = CONTROLLERS
-            .into_iter()
+        if let [only] = &made.folders[..]
+            && hierarchies.unified.is_some()
+            && hierarchies.legacy.is_empty()
+        {
+            made.only = Some(only.clone());
+        }
+        let mut missing: Vec<_> = needed
+            .iter()
+            .copied()
             .filter(|controller| !made.limited.contains(controller))
             .collect();
+        missing.dedup();
         if !missing.is_empty() {
             let why = refused.or(refusal).unwrap_or_else(|| {
                 "this host has not turned these controllers on for this user".to_owned()
@@ -170,6 +265,14 @@ impl Cgroup {
                 self.status = Status::Absent(format!("{}: {error}", path.display()));
             }
         }
+    }
+
+    /// The folder of a group that a process can be made in, rather than put into later.
+    pub fn entrance(&self) -> Option<OwnedFd> {
+        let mut options = fs::OpenOptions::new();
+        let flags = libc::O_PATH | libc::O_DIRECTORY;
+        let folder = options.read(true).custom_flags(flags);
+        Some(folder.open(self.only.as_ref()?).ok()?.into())
     }
 
     /// Whether there are limits.
@@ -326,7 +429,7 @@ fn place((top, own): &(PathBuf, PathBuf)) -> Result<PathBuf, String> {
         }
         match fs::OpenOptions::new().write(true).open(&procs) {
             Ok(_) => {
-                for (controller, ..) in (Share { cpus: 1, memory: 0 }).v2() {
+                for controller in TURNED_ON {
                     // What can't be turned on has no files later.
                     let turn_on = format!("+{controller}");
                     let _ = fs::write(folder.join("cgroup.subtree_control"), turn_on);
@@ -421,7 +524,12 @@ mod tests {
 
     #[test]
     fn what_a_host_does_not_offer_is_said() {
-        let mut made = Cgroup::make_in(&SHARE, &Hierarchies::default());
+        let mut made = Cgroup::make_in(
+            "x",
+            &(SHARE.v2(), SHARE.v1()),
+            &CONTROLLERS,
+            &Hierarchies::default(),
+        );
         made.add(1);
         let Status::Absent(why) = made.status() else {
             panic!();

@@ -63,6 +63,11 @@ pub fn die_with_parent() -> io::Result<()> {
 pub fn become_user(ids: Ids) -> io::Result<()> {
     // Without the privilege there are no capabilities to keep.
     let _ = prctl(libc::PR_SET_SECUREBITS, NO_SETUID_FIXUP);
+    set_user(ids)
+}
+
+/// Becomes a user without other groups. Root that becomes another loses its capabilities.
+pub fn set_user(ids: Ids) -> io::Result<()> {
     let none = std::ptr::null::<libc::gid_t>();
     // SAFETY: an empty list.
     let dropped = check(unsafe { libc::syscall(libc::SYS_setgroups, 0usize, none) });
@@ -76,6 +81,18 @@ pub fn become_user(ids: Ids) -> io::Result<()> {
     check(unsafe { libc::syscall(libc::SYS_setresgid, gid, gid, gid) })?;
     // SAFETY: numbers.
     check(unsafe { libc::syscall(libc::SYS_setresuid, uid, uid, uid) })
+}
+
+/// No program that the thread runs has other capabilities than those of a set of bits.
+pub fn bound_capabilities(kept: u64) -> io::Result<()> {
+    for capability in (0..CAPABILITIES).filter(|number| kept >> number & 1 == 0) {
+        match prctl(libc::PR_CAPBSET_DROP, capability) {
+            // The kernel has no more of them.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => break,
+            dropped => dropped?,
+        }
+    }
+    Ok(())
 }
 
 /// Gives up all capabilities and the ways to more; fails if any is left.

@@ -6,10 +6,10 @@
 
 mod cgroup;
 mod close;
-mod credentials;
+pub(crate) mod credentials;
 mod jail;
 mod layers;
-mod seccomp;
+pub(crate) mod seccomp;
 mod spawn;
 mod syscalls;
 
@@ -18,12 +18,13 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::cgroup::{Cgroup, GroupUsage, Share};
+pub use self::cgroup::{Bounds, Cgroup, GroupUsage, Share};
 pub use self::close::{Keep, Limits, descriptors};
 pub use self::jail::{Gate, Jail, Pending, Role};
 pub use self::layers::{Layer, Report, Status};
-pub use self::seccomp::VIOLATION;
+pub use self::seccomp::{VIOLATION, calls_max};
 pub use self::spawn::{Child, Inside, PANIC, probe, spawn};
+pub(crate) use self::spawn::{divide, wait};
 
 /// What `--sandbox` says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

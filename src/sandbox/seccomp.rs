@@ -27,6 +27,13 @@ const EVENT_LOOP: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/event-loop.b
 const VCPU: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/vcpu.bpf"));
 const IO: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/io.bpf"));
 
+/// How many system calls the thread that has most of them may make.
+pub fn calls_max() -> Option<u32> {
+    include_str!(concat!(env!("OUT_DIR"), "/system_calls_max"))
+        .parse()
+        .ok()
+}
+
 thread_local! {
     /// Who this thread is, for the handler: it may not ask for it any more.
     static SELF: Cell<Option<(Role, [u8; NAME])>> = const { Cell::new(None) };
@@ -54,6 +61,12 @@ pub fn confine(role: Role) -> io::Result<()> {
         Role::Vcpu => VCPU,
         Role::Io => IO,
     };
+    install(bytes)
+}
+
+/// Filters the calling thread's system calls from here on, by a compiled list. Without
+/// CAP_SYS_ADMIN, or a promise of no new privileges, the kernel refuses.
+pub fn install(bytes: &[u8]) -> io::Result<()> {
     let mut filter: Vec<libc::sock_filter> = bytes
         .as_chunks::<INSTRUCTION>()
         .0

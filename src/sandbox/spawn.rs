@@ -23,6 +23,9 @@ const _: () = assert!(PANIC as i32 == 128 + libc::SIGABRT);
 /// systemd, containers and directories of users take.
 const VM_UIDS: u32 = 0x7100_0000;
 
+/// `linux/sched.h`: past what libc's type for flags holds.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
 /// The namespaces, and their layers. The first owns the others.
 const NAMESPACES: [(libc::c_int, Layer); 7] = [
     (libc::CLONE_NEWUSER, Layer::UserNamespace),
@@ -84,10 +87,7 @@ impl Drop for NoReturn {
 /// The caller has one thread: of all others the VMM would have the locks, but not the
 /// threads that open them.
 pub fn spawn(policy: &Policy, child: impl FnOnce(Inside) -> u8) -> io::Result<Child> {
-    if fs::read_dir("/proc/self/task")?.count() != 1 {
-        let why = "a process is divided while it has one thread";
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
-    }
+    alone()?;
     let wanted = namespaces(policy);
     let (theirs, mut ours) = pipe()?;
     let keeper = Ids::current();
@@ -131,6 +131,41 @@ pub fn spawn(policy: &Policy, child: impl FnOnce(Inside) -> u8) -> io::Result<Ch
     let [a, b, c, d] = mapped.1.to_le_bytes();
     ours.write_all(&[mapped.0 as u8, a, b, c, d])?;
     Ok(child)
+}
+
+/// Divides this process, which has one thread, as [`spawn`] does: the second is in new
+/// namespaces and in a control group of version 2, if one is given and takes it. It runs
+/// `child` and ends with the status that this returns. Returns its number and whether it
+/// is in the group.
+pub(crate) fn divide(
+    namespaces: libc::c_int,
+    group: Option<BorrowedFd>,
+    child: impl FnOnce() -> u8,
+) -> io::Result<(libc::pid_t, bool)> {
+    alone()?;
+    let (cloned, grouped) = match group.map(|group| clone_into(namespaces, group)) {
+        Some(Ok(cloned)) => (cloned, true),
+        // An old kernel, or a group that may not have it.
+        Some(Err(_)) | None => (clone(namespaces)?, false),
+    };
+    let Some((pid, _pidfd)) = cloned else {
+        let _guard = NoReturn;
+        let status = child();
+        // SAFETY: ends the process; nothing runs after.
+        unsafe { libc::_exit(status.into()) };
+    };
+    Ok((pid, grouped))
+}
+
+/// Fails if this process has more than one thread.
+fn alone() -> io::Result<()> {
+    match fs::read_dir("/proc/self/task")?.count() {
+        1 => Ok(()),
+        _ => {
+            let why = "a process is divided while it has one thread";
+            Err(io::Error::new(io::ErrorKind::InvalidInput, why))
+        }
+    }
 }
 
 /// How all layers fare on this host, shown by a VMM without a machine.
@@ -226,13 +261,8 @@ fn attempt(flags: libc::c_int) -> io::Result<()> {
 
 /// Divides this process in two, the second in new namespaces; `None` is in that one.
 fn clone(namespaces: libc::c_int) -> io::Result<Option<(libc::pid_t, OwnedFd)>> {
-    let mut flags = namespaces | libc::CLONE_PIDFD | libc::SIGCHLD;
-    // glibc keeps the thread's id in memory, and has the kernel clear it there.
-    let mut tid: *mut libc::pid_t = std::ptr::null_mut();
-    // SAFETY: fills in a live pointer, or fails.
-    if unsafe { libc::prctl(libc::PR_GET_TID_ADDRESS, &raw mut tid) } == 0 && !tid.is_null() {
-        flags |= libc::CLONE_CHILD_SETTID | libc::CLONE_CHILD_CLEARTID;
-    }
+    let (tid, tid_flags) = tid_address();
+    let flags = namespaces | libc::CLONE_PIDFD | libc::SIGCHLD | tid_flags;
     let mut pidfd: libc::c_int = -1;
     let no_stack = 0usize;
     // SAFETY: without CLONE_VM the child has a copy of all memory and of this stack. This
@@ -248,6 +278,43 @@ fn clone(namespaces: libc::c_int) -> io::Result<Option<(libc::pid_t, OwnedFd)>> 
             0usize,
         )
     };
+    cloned(pid, pidfd)
+}
+
+/// The same, the second in a control group from its start: it is not moved, for which the
+/// kernel has all processes wait.
+fn clone_into(
+    namespaces: libc::c_int,
+    group: BorrowedFd,
+) -> io::Result<Option<(libc::pid_t, OwnedFd)>> {
+    let (tid, tid_flags) = tid_address();
+    let flags = namespaces | libc::CLONE_PIDFD | tid_flags;
+    let mut pidfd: libc::c_int = -1;
+    // SAFETY: all zeroes are a value of it.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = u64::from(flags.cast_unsigned()) | CLONE_INTO_CGROUP;
+    args.exit_signal = libc::SIGCHLD as u64;
+    args.pidfd = (&raw mut pidfd).addr() as u64;
+    args.child_tid = tid.addr() as u64;
+    args.cgroup = u64::from(group.as_raw_fd().cast_unsigned());
+    let size = size_of::<libc::clone_args>();
+    // SAFETY: as in `clone`; the arguments are live, and point to what is.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size) };
+    cloned(pid, pidfd)
+}
+
+/// Where glibc keeps the thread's id, and has the kernel clear it, and the flags for that.
+fn tid_address() -> (*mut libc::pid_t, libc::c_int) {
+    let mut tid: *mut libc::pid_t = std::ptr::null_mut();
+    // SAFETY: fills in a live pointer, or fails.
+    match unsafe { libc::prctl(libc::PR_GET_TID_ADDRESS, &raw mut tid) } {
+        0 if !tid.is_null() => (tid, libc::CLONE_CHILD_SETTID | libc::CLONE_CHILD_CLEARTID),
+        _ => (std::ptr::null_mut(), 0),
+    }
+}
+
+/// What a call returned that divides the process.
+fn cloned(pid: libc::c_long, pidfd: libc::c_int) -> io::Result<Option<(libc::pid_t, OwnedFd)>> {
     match pid {
         ..0 => Err(io::Error::last_os_error()),
         0 => Ok(None),
@@ -410,7 +477,8 @@ impl Drop for Child {
     }
 }
 
-fn wait(pid: libc::pid_t, options: libc::c_int) -> io::Result<Option<ExitStatus>> {
+/// Waits for a child's end; `None` if it has not, and one does not want to wait.
+pub(crate) fn wait(pid: libc::pid_t, options: libc::c_int) -> io::Result<Option<ExitStatus>> {
     loop {
         let mut status = 0;
         // SAFETY: fills in a live number.

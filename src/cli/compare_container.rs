@@ -1,0 +1,32 @@
+//! `mayfly compare-container`: not for people; `mayfly compare` starts it.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use crate::compare::container::{self, NO_CONTAINER, Spec};
+use crate::failure::{Failure, OrFail};
+
+/// Raw flags.
+#[derive(clap::Args)]
+pub struct Args {
+    /// What the container is, as JSON
+    spec: PathBuf,
+}
+
+/// Runs the container. The exit code is its command's.
+pub fn run(args: &Args, launched: u64) -> ExitCode {
+    match status(args, launched) {
+        Ok(status) => ExitCode::from(status),
+        Err(failure) => {
+            super::report(&format_args!("compare-container: {failure}"));
+            ExitCode::from(NO_CONTAINER)
+        }
+    }
+}
+
+fn status(args: &Args, launched: u64) -> Result<u8, Failure> {
+    let text = fs::read(&args.spec).or_config(args.spec.display())?;
+    let spec: Spec = serde_json::from_slice(&text).or_config(args.spec.display())?;
+    container::run(&spec, launched)
+}

@@ -1,0 +1,254 @@
+//! Instances that run at the same time.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Signal, WaitOptions, kill_process, wait};
+
+use super::super::model::Mark;
+use super::super::processes;
+use super::super::undo::{run_quietly, undo};
+use super::{Instance, Launch, Sign, now, readable};
+use crate::machine::Signals;
+
+/// One that is told to end has so long.
+const FAREWELL: Duration = Duration::from_secs(10);
+const SIGNALLED: i32 = 128;
+
+/// Why a batch did not come to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum BatchError {
+    /// The user, or our other half, wants an end.
+    #[error("interrupted")]
+    Interrupted,
+    /// It took too long.
+    #[error("not within {} s", .0.as_secs())]
+    Late(Duration),
+    /// The host.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+}
+
+/// Instances that run at the same time.
+#[derive(Default)]
+pub struct Batch {
+    /// In the order of their launch.
+    pub instances: Vec<Instance>,
+}
+
+/// What ends a comparison early.
+pub struct Ends {
+    /// SIGINT, SIGTERM, SIGHUP; and SIGCHLD, as launchers end.
+    pub signals: Signals,
+    /// Is closed when our other half is gone.
+    pub other_half: OwnedFd,
+}
+
+impl Batch {
+    /// Launches one more.
+    pub fn launch(&mut self, launch: Launch) -> io::Result<()> {
+        self.instances.push(Instance::launch(launch)?);
+        Ok(())
+    }
+
+    /// Watches until all are as far as that.
+    pub fn until(
+        &mut self,
+        ends: &Ends,
+        patience: Duration,
+        reached: impl Fn(&Instance) -> bool,
+    ) -> Result<(), BatchError> {
+        let deadline = now() + u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX / 2);
+        while !self.instances.iter().all(&reached) {
+            let left = deadline.saturating_sub(now());
+            if left == 0 {
+                return Err(BatchError::Late(patience));
+            }
+            self.turn(ends, Duration::from_nanos(left))?;
+        }
+        Ok(())
+    }
+
+    /// Watches for a while.
+    pub fn rest(&mut self, ends: &Ends, time: Duration) -> Result<(), BatchError> {
+        match self.until(ends, time, |_| false) {
+            Err(BatchError::Late(_)) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// What was launched.
+    pub fn launches(&self) -> impl Iterator<Item = &Launch> {
+        self.instances.iter().map(|it| &it.launch)
+    }
+
+    /// Waits for one thing to happen, and takes it.
+    pub fn turn(&mut self, ends: &Ends, patience: Duration) -> Result<(), BatchError> {
+        #[derive(Clone, Copy)]
+        enum What {
+            Output,
+            Errors,
+            Files,
+            Sign(usize),
+        }
+        let mut whats = Vec::new();
+        let mut polls = vec![
+            PollFd::new(&ends.signals, PollFlags::IN),
+            PollFd::new(&ends.other_half, PollFlags::IN),
+        ];
+        for (index, instance) in self.instances.iter().enumerate() {
+            let mut add = |fd, what| {
+                polls.push(PollFd::from_borrowed_fd(fd, PollFlags::IN));
+                whats.push((index, what));
+            };
+            if let Some(output) = &instance.output {
+                add(output.as_fd(), What::Output);
+            }
+            if let Some(errors) = &instance.errors {
+                add(errors.as_fd(), What::Errors);
+            }
+            if let Some(inotify) = &instance.inotify {
+                add(inotify.as_fd(), What::Files);
+            }
+            for (place, sign) in instance.launch.signs.iter().enumerate() {
+                if let Sign::Byte(fd, _) | Sign::Lines(fd) = sign {
+                    add(fd.as_fd(), What::Sign(place));
+                }
+            }
+        }
+        let patience = Timespec::try_from(patience).ok();
+        match poll(&mut polls, patience.as_ref()) {
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => return Ok(()),
+            Err(error) => return Err(BatchError::Io(error.into())),
+        }
+        let at = now();
+        let ready: Vec<bool> = polls
+            .iter()
+            .map(|poll| !poll.revents().is_empty())
+            .collect();
+        if ready.get(1) == Some(&true) {
+            return Err(BatchError::Interrupted);
+        }
+        for (&(index, what), _) in whats
+            .iter()
+            .zip(ready.iter().skip(2))
+            .filter(|(_, ready)| **ready)
+        {
+            let Some(instance) = self.instances.get_mut(index) else {
+                continue;
+            };
+            match what {
+                What::Output => instance.take_output(at),
+                What::Errors => instance.take_errors(),
+                What::Files => instance.take_files(at),
+                What::Sign(place) => {
+                    if !instance.take_sign(place, at) {
+                        // Nothing more comes of it.
+                        instance.launch.signs.remove(place);
+                        break;
+                    }
+                }
+            }
+        }
+        if ready.first() == Some(&true) {
+            while let Some(signal) = ends.signals.next() {
+                if signal != libc::SIGCHLD {
+                    return Err(BatchError::Interrupted);
+                }
+            }
+            self.reap(at);
+        }
+        Ok(())
+    }
+
+    /// Takes the ends of launchers, and of those that they left to us. False if there is
+    /// nobody left.
+    fn reap(&mut self, at: u64) -> bool {
+        loop {
+            match wait(WaitOptions::NOHANG) {
+                Ok(None) => return true,
+                Ok(Some((pid, status))) => {
+                    let signal = || status.terminating_signal().map(|it| SIGNALLED + it);
+                    let code = status.exit_status().or_else(signal);
+                    if let Some(instance) = self.instances.iter_mut().find(|it| it.pid == pid) {
+                        // What it said before is there.
+                        while instance.output.is_some() && readable(instance.output.as_ref()) {
+                            instance.take_output(at);
+                        }
+                        instance.status = code;
+                        instance.take_mayfly_record();
+                    }
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(_) => return false,
+            }
+        }
+    }
+
+    /// Waits until all launchers ended and nobody is left, which is the last mark.
+    pub fn wait_for_end(&mut self, ends: &Ends, patience: Duration) -> Result<(), BatchError> {
+        self.until(ends, patience, Instance::ended)?;
+        let deadline = now() + u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX / 2);
+        while self.reap(now()) {
+            let left = deadline.saturating_sub(now());
+            if left == 0 {
+                return Err(BatchError::Late(patience));
+            }
+            self.turn(ends, Duration::from_nanos(left))?;
+        }
+        let at = now();
+        for instance in &mut self.instances {
+            // What is still in the pipe, as nobody writes to it any more.
+            while instance.output.is_some() {
+                instance.take_output(at);
+            }
+            while instance.errors.is_some() {
+                instance.take_errors();
+            }
+            instance.mark(Mark::Gone, at);
+        }
+        Ok(())
+    }
+
+    /// Asks all to end that have not.
+    pub fn ask_to_end(&self) {
+        for instance in self.instances.iter().filter(|it| !it.ended()) {
+            match instance.launch.stop.as_deref() {
+                Some([program, arguments @ ..]) => drop(run_quietly(program, arguments)),
+                _ => drop(kill_process(instance.pid, Signal::TERM)),
+            }
+        }
+    }
+
+    /// Ends all, whatever they do, and removes what they leave.
+    pub fn end(mut self, ends: &Ends) {
+        self.ask_to_end();
+        let orderly = self.wait_for_end(ends, FAREWELL);
+        if orderly.is_err() {
+            self.end_by_force();
+        }
+    }
+
+    fn end_by_force(&mut self) {
+        processes::kill_descendants();
+        self.instances.iter().for_each(|it| undo(&it.launch.undo));
+        processes::kill_descendants();
+        self.reap(now());
+    }
+
+    /// Ends by force those that did not come to their end, as a failure.
+    pub fn abandon(mut self) -> Vec<Instance> {
+        self.end_by_force();
+        let at = now();
+        for instance in &mut self.instances {
+            while instance.errors.is_some() && readable(instance.errors.as_ref()) {
+                instance.take_errors();
+            }
+            instance.take_output(at);
+        }
+        self.instances
+    }
+}

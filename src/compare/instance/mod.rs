@@ -1,0 +1,448 @@
+//! Instances of engines: launched, watched on one clock, ended.
+
+#![allow(
+    unsafe_code,
+    reason = "what runs between fork and exec, and the scheduler"
+)]
+
+mod batch;
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::inotify;
+use rustix::process::Pid;
+use rustix::time::{ClockId, clock_gettime};
+
+pub use self::batch::{Batch, BatchError, Ends};
+use super::model::{Mark, Sample};
+use super::undo::undo;
+use crate::helper::{inherit, unblock_signals};
+
+/// Before each of the probe's records (see `guest/src/probe`).
+const RECORD: u8 = 0x1e;
+/// Of what an instance prints, so much is looked at at once; of its errors, so much is kept.
+const CHUNK: usize = 16 << 10;
+const ERRORS_MAX: usize = 4 << 10;
+/// A record is shorter than this.
+const RECORD_MAX: usize = 64 << 10;
+const NANOSECONDS: u64 = 1_000_000_000;
+
+/// The clock of all marks: `CLOCK_MONOTONIC`, in nanoseconds.
+pub fn now() -> u64 {
+    let time = clock_gettime(ClockId::Monotonic);
+    let part = |value: i64| u64::try_from(value).unwrap_or(0);
+    part(time.tv_sec) * NANOSECONDS + part(time.tv_nsec)
+}
+
+/// Lets this thread run as soon as it wakes, so that a busy machine does not make marks
+/// late, where the host allows it. Who is launched runs as usual.
+pub fn hurry() {
+    let how = libc::sched_param { sched_priority: 1 };
+    // SAFETY: reads a live structure.
+    unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, &how) };
+}
+
+/// How a mark shows, besides those that the probe says.
+#[derive(Debug)]
+pub enum Sign {
+    /// A file or folder appears. What its folder lies in exists; the folder itself may
+    /// appear, too.
+    File(PathBuf, Mark),
+    /// A byte arrives.
+    Byte(OwnedFd, Mark),
+    /// Lines arrive: a mark's name and its time, if that is not now (`built`, `built 123`);
+    /// or `note TEXT`.
+    Lines(OwnedFd),
+    /// The launcher's last line is mayfly's record.
+    Record,
+}
+
+/// What is launched.
+#[derive(Debug, Default)]
+pub struct Launch {
+    /// The program and its arguments.
+    pub command: Vec<OsString>,
+    /// What is added to the environment.
+    pub env: Vec<(String, OsString)>,
+    /// What the probe's records begin with.
+    pub nonce: String,
+    /// What to look at.
+    pub signs: Vec<Sign>,
+    /// Stay open for the launcher.
+    pub inherited: Vec<OwnedFd>,
+    /// What asks it to end; else SIGTERM does.
+    pub stop: Option<Vec<OsString>>,
+    /// The launcher's status is not the command's.
+    pub own_status: bool,
+    /// What removes it, whatever happened to its launcher.
+    pub undo: Vec<Vec<OsString>>,
+}
+
+/// One that was launched.
+#[derive(Debug)]
+pub struct Instance {
+    launch: Launch,
+    /// Of the launcher.
+    pub pid: Pid,
+    started: u64,
+    output: Option<File>,
+    errors: Option<File>,
+    inotify: Option<OwnedFd>,
+    unread: Vec<u8>,
+    complaint: Vec<u8>,
+    /// Times of the clock.
+    marks: BTreeMap<Mark, u64>,
+    /// The launcher's status, once it ended.
+    status: Option<i32>,
+    /// The probe's.
+    command_status: Option<i32>,
+    /// What the probe found out.
+    pub data: Option<String>,
+    /// What is to be known of it.
+    pub notes: Vec<String>,
+}
+
+impl Instance {
+    /// Launches one.
+    fn launch(launch: Launch) -> io::Result<Self> {
+        let [program, arguments @ ..] = launch.command.as_slice() else {
+            return Err(io::Error::other("no command"));
+        };
+        let mut inotify = None;
+        for sign in &launch.signs {
+            if let Sign::File(path, _) = sign {
+                if inotify.is_none() {
+                    let flags = inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK;
+                    inotify = Some(inotify::init(flags)?);
+                }
+                let watched = inotify.as_ref().is_some_and(|it: &OwnedFd| {
+                    watch(it, path) || path.parent().is_some_and(|parent| watch(it, parent))
+                });
+                if !watched {
+                    return Err(io::Error::other(format!(
+                        "{}: can't be watched",
+                        path.display()
+                    )));
+                }
+            }
+        }
+        let (output, their_output) = io::pipe()?;
+        let (errors, their_errors) = io::pipe()?;
+        let mut command = Command::new(program);
+        command
+            .args(arguments)
+            .envs(launch.env.iter().map(|(name, value)| (name, value)))
+            .stdin(Stdio::null())
+            .stdout(their_output)
+            .stderr(their_errors);
+        let inherited: Vec<_> = launch.inherited.iter().map(AsRawFd::as_raw_fd).collect();
+        // A terminal's Ctrl-C is for us: who is ended is ended in order.
+        // SAFETY: what runs between fork and exec are system calls.
+        unsafe {
+            command.pre_exec(move || {
+                unblock_signals()?;
+                rustix::process::setsid()?;
+                inherited.iter().copied().try_for_each(inherit)
+            });
+        }
+        let started = now();
+        let child = command.spawn()?;
+        let pid = Pid::from_child(&child);
+        Ok(Instance {
+            launch: Launch {
+                // The other ends are the launcher's alone.
+                inherited: Vec::new(),
+                ..launch
+            },
+            pid,
+            started,
+            output: Some(OwnedFd::from(output).into()),
+            errors: Some(OwnedFd::from(errors).into()),
+            inotify,
+            unread: Vec::new(),
+            complaint: Vec::new(),
+            marks: BTreeMap::new(),
+            status: None,
+            command_status: None,
+            data: None,
+            notes: Vec::new(),
+        })
+    }
+
+    /// The mark was seen.
+    pub fn has(&self, mark: Mark) -> bool {
+        self.marks.contains_key(&mark)
+    }
+
+    /// The launcher ended.
+    pub fn ended(&self) -> bool {
+        self.status.is_some()
+    }
+
+    /// When it was launched, by the clock.
+    pub fn launched(&self) -> u64 {
+        self.started
+    }
+
+    /// When a mark was seen, by the clock.
+    pub fn at(&self, mark: Mark) -> Option<u64> {
+        self.marks.get(&mark).copied()
+    }
+
+    /// When a mark was seen, in nanoseconds since the launch.
+    pub fn since_launch(&self, mark: Mark) -> Option<u64> {
+        Some(self.marks.get(&mark)?.saturating_sub(self.started))
+    }
+
+    /// Removes what it left, as it did not end as it should.
+    pub fn undo(&self) {
+        undo(&self.launch.undo);
+    }
+
+    /// Why it is no sample: it did not do what it should.
+    pub fn error(&self) -> Option<String> {
+        let said = String::from_utf8_lossy(&self.complaint);
+        let said = said.trim();
+        let because = |what: String| match said.is_empty() {
+            true => what,
+            false => format!("{what}: {}", said.replace('\n', "; ")),
+        };
+        match (self.status, self.command_status) {
+            (None, _) => Some(because("it did not end".into())),
+            (Some(status), None) if !self.has(Mark::Command) => Some(because(format!(
+                "the command did not begin (status {status})"
+            ))),
+            (_, Some(126 | 127)) => Some(because("the command could not be run".into())),
+            (Some(status), None) => Some(because(format!(
+                "the command did not end (status {status})"
+            ))),
+            (Some(status), Some(own)) if status != own && !self.launch.own_status => Some(because(
+                format!("the launcher's status is {status}, the command's {own}"),
+            )),
+            (Some(_), Some(_)) if !self.has(Mark::Gone) => {
+                Some(because("what it started did not end".into()))
+            }
+            (Some(_), Some(_)) => None,
+        }
+    }
+
+    /// As a sample of a comparison.
+    pub fn sample(&self, round: u32, position: u32) -> Sample {
+        let mut next = u64::MAX;
+        let mut marks_ns = BTreeMap::new();
+        for &mark in self.marks.keys().rev() {
+            // A sign that came late was true before what followed.
+            let at = self.since_launch(mark).unwrap_or(0).min(next);
+            marks_ns.insert(mark, at);
+            next = at;
+        }
+        Sample {
+            round,
+            position,
+            marks_ns,
+            status: self.status,
+            error: self.error(),
+        }
+    }
+
+    fn mark(&mut self, mark: Mark, at: u64) {
+        self.marks.entry(mark).or_insert(at);
+    }
+
+    fn take_output(&mut self, at: u64) {
+        let mut chunk = vec![0; CHUNK];
+        match self.output.as_mut().map(|output| output.read(&mut chunk)) {
+            Some(Ok(len)) if len > 0 => {
+                self.unread
+                    .extend_from_slice(chunk.get(..len).unwrap_or(&[]));
+                self.take_records(at);
+            }
+            Some(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+            _ => self.output = None,
+        }
+    }
+
+    /// Finds records between whatever else the command prints. A terminal between it and
+    /// us may have put a return before the line's end.
+    fn take_records(&mut self, at: u64) {
+        loop {
+            let Some(start) = self.unread.iter().position(|&byte| byte == RECORD) else {
+                // Perhaps mayfly's own record.
+                let keep = self.unread.len().saturating_sub(RECORD_MAX);
+                self.unread.drain(..keep);
+                return;
+            };
+            let rest = self.unread.get(start..).unwrap_or(&[]);
+            let Some(end) = rest.iter().position(|&byte| byte == b'\n') else {
+                if rest.len() > RECORD_MAX {
+                    self.unread.clear();
+                }
+                return;
+            };
+            let line = rest.get(1..end).unwrap_or(&[]);
+            let line = String::from_utf8_lossy(line).trim_end().to_owned();
+            self.unread.drain(..=start + end);
+            let words = line
+                .strip_prefix("mayfly ")
+                .and_then(|line| line.strip_prefix(self.launch.nonce.as_str()));
+            match words.map(|words| {
+                words
+                    .trim_start()
+                    .split_once(' ')
+                    .unwrap_or((words.trim(), ""))
+            }) {
+                Some(("started", "")) => self.mark(Mark::Command, at),
+                Some(("ended", status)) => {
+                    self.mark(Mark::Exit, at);
+                    self.command_status = status.parse().ok();
+                }
+                Some(("data", data)) => {
+                    self.data = Some(data.to_owned());
+                    self.command_status = Some(0);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn take_errors(&mut self) {
+        let mut chunk = vec![0; CHUNK];
+        match self.errors.as_mut().map(|errors| errors.read(&mut chunk)) {
+            Some(Ok(len)) if len > 0 => {
+                let room = ERRORS_MAX.saturating_sub(self.complaint.len());
+                let taken = chunk.get(..len.min(room)).unwrap_or(&[]);
+                self.complaint.extend_from_slice(taken);
+            }
+            Some(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+            _ => self.errors = None,
+        }
+    }
+
+    /// Takes what a sign's descriptor has; returns whether more may come.
+    fn take_sign(&mut self, index: usize, at: u64) -> bool {
+        let mut chunk = [0; 1024];
+        let Some(sign) = self.launch.signs.get(index) else {
+            return false;
+        };
+        match sign {
+            Sign::Byte(fd, mark) => {
+                let mark = *mark;
+                let came = rustix::io::read(fd, &mut chunk).is_ok_and(|len| len > 0);
+                if came {
+                    self.mark(mark, at);
+                }
+                false
+            }
+            Sign::Lines(fd) => {
+                let Ok(len @ 1..) = rustix::io::read(fd, &mut chunk) else {
+                    return false;
+                };
+                let text = String::from_utf8_lossy(chunk.get(..len).unwrap_or(&[])).into_owned();
+                for line in text.lines() {
+                    match line.split_once(' ').unwrap_or((line, "")) {
+                        ("note", text) => self.notes.push(text.to_owned()),
+                        (word, time) => {
+                            let named = |mark: &Mark| {
+                                serde_json::to_value(mark).is_ok_and(|name| name == word)
+                            };
+                            let mark = Mark::ALL.into_iter().find(named);
+                            let time = if time.is_empty() {
+                                Ok(at)
+                            } else {
+                                time.parse()
+                            };
+                            if let (Some(mark), Ok(time)) = (mark, time) {
+                                self.mark(mark, time);
+                            }
+                        }
+                    }
+                }
+                true
+            }
+            Sign::File(..) | Sign::Record => false,
+        }
+    }
+
+    /// Looks which of the awaited files are there.
+    fn take_files(&mut self, at: u64) {
+        let Some(inotify) = &self.inotify else {
+            return;
+        };
+        let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
+        let mut events = inotify::Reader::new(inotify, &mut buffer);
+        let mut names = Vec::new();
+        while let Ok(event) = events.next() {
+            names.extend(event.file_name().map(|name| name.to_bytes().to_vec()));
+            if events.is_buffer_empty() {
+                break;
+            }
+        }
+        let mut seen = Vec::new();
+        for sign in &self.launch.signs {
+            if let Sign::File(path, mark) = sign {
+                let name = path.file_name().unwrap_or_default().as_bytes();
+                let came = names.iter().any(|other| other == name);
+                // A folder that has appeared since is watched before its file is looked for.
+                let there = || watch(inotify, path) && path.exists();
+                if !self.marks.contains_key(mark) && (came || there()) {
+                    seen.push(*mark);
+                }
+            }
+        }
+        for mark in seen {
+            self.mark(mark, at);
+        }
+    }
+
+    /// What mayfly itself says of its phases, in its last line.
+    fn take_mayfly_record(&mut self) {
+        let wanted = self
+            .launch
+            .signs
+            .iter()
+            .any(|it| matches!(it, Sign::Record));
+        let text = String::from_utf8_lossy(&self.unread).into_owned();
+        let record = text.lines().rev().find(|line| line.starts_with('{'));
+        let record: Option<serde_json::Value> =
+            record.and_then(|line| serde_json::from_str(line).ok());
+        let Some(record) = record.filter(|_| wanted) else {
+            return;
+        };
+        let Some(start) = record["started_us"].as_u64() else {
+            return;
+        };
+        self.mark(Mark::Launched, start * 1000);
+        let phases = [
+            (Mark::Built, "kernel_loaded"),
+            (Mark::Kernel, "vcpus_started"),
+            (Mark::Init, "guest_init"),
+        ];
+        for (mark, name) in phases {
+            if let Some(time) = record["timing_us"][name].as_u64() {
+                self.mark(mark, (start + time) * 1000);
+            }
+        }
+    }
+}
+
+/// Learns of what appears beside a path; false if its folder is not there.
+fn watch(inotify: &OwnedFd, path: &Path) -> bool {
+    let events = inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO;
+    let folder = path.parent();
+    folder.is_some_and(|folder| inotify::add_watch(inotify, folder, events).is_ok())
+}
+
+fn readable(file: Option<&File>) -> bool {
+    let Some(file) = file else { return false };
+    let mut polls = [PollFd::new(file, PollFlags::IN)];
+    poll(&mut polls, Some(&Timespec::default())).is_ok_and(|count| count > 0)
+}
