@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::{Duration, Instant};
 
+use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 /// A time in milliseconds.
@@ -56,6 +57,17 @@ impl Timeline {
     /// The time of an instant.
     pub fn at(&self, instant: Instant) -> Option<Duration> {
         Some(instant.saturating_duration_since(self.start))
+    }
+
+    /// The start, in microseconds of `CLOCK_MONOTONIC`.
+    pub fn started_us(&self) -> u64 {
+        let now = clock_gettime(ClockId::Monotonic);
+        let now = Duration::new(
+            u64::try_from(now.tv_sec).unwrap_or(0),
+            u32::try_from(now.tv_nsec).unwrap_or(0),
+        );
+        let started = now.saturating_sub(self.start.elapsed());
+        u64::try_from(started.as_micros()).unwrap_or(u64::MAX)
     }
 
     fn phases(&self) -> [(&'static str, Option<Duration>); 6] {

@@ -1,6 +1,7 @@
 //! The command line: one file a verb, raw flags only.
 
 pub mod boot;
+pub mod compare;
 pub mod compare_container;
 pub mod config;
 pub mod ctl;
@@ -39,6 +40,8 @@ enum Verb {
     Run(Box<run::Args>),
     #[command(flatten)]
     Vms(vms::Verb),
+    /// Measure VMs and containers side by side, on this machine
+    Compare(Box<compare::Args>),
     /// Boot a kernel (the default verb)
     Boot(Box<boot::Args>),
     /// Command a running VM
@@ -88,6 +91,7 @@ pub fn run() -> ExitCode {
     let result = match cli.verb {
         None => boot::run(boot::Args::bare(), timeline),
         Some(Verb::Boot(args)) => boot::run(*args, timeline),
+        Some(Verb::Compare(args)) => compare::run(*args),
         Some(Verb::Ctl(args)) => ctl::run(args),
         Some(Verb::List(args)) => list::run(args),
         Some(Verb::Config(args)) => config::run(args),

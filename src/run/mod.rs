@@ -232,6 +232,7 @@ fn run_machine(
     owned: &Owned,
     timeline: Timeline,
 ) -> Result<End, Failure> {
+    let started_us = timeline.started_us();
     let place = &owned.place;
     let name = plan.name.clone();
     let memory = options.memory.clone();
@@ -264,6 +265,7 @@ fn run_machine(
             "name": name,
             "exit_code": end.status,
             "reason": end.reason,
+            "started_us": started_us,
             "timing_us": TimingUs::from(&ending.timeline),
         });
         let _ = writeln!(io::stdout(), "{record}");

@@ -6,6 +6,7 @@
 mod balloon;
 mod boots;
 mod common;
+mod compare;
 mod consoles;
 mod control;
 mod copies;

@@ -1,0 +1,175 @@
+//! `mayfly compare`
+
+use std::fs;
+use std::io::{self, IsTerminal};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use clap::ValueEnum;
+
+use crate::compare::{self, ENGINES, Measure, Options, Outcome, report};
+use crate::config::parse_size;
+use crate::failure::{Failure, OrFail};
+
+const EXAMPLES: &str = "\
+Examples:
+  mayfly compare
+  mayfly compare debian -- python3 -c 'print(1)'
+  mayfly compare --engines mayfly,container,podman --runs 30 --html report.html
+  mayfly compare --measure start --runs 100 --csv samples.csv demo
+
+Engines that are not installed are listed as missing. docs/comparing.md says how it is
+measured, and how to read it.";
+
+/// A plain number of memory's size counts MiB.
+const MIB: u32 = 20;
+const WIDTH: usize = 80;
+const WIDTH_MAX: usize = 120;
+const INTERRUPTED: u8 = 130;
+
+/// Flags.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// What runs everywhere, as `mayfly run` takes it
+    #[arg(value_name = "IMAGE", default_value = "demo")]
+    image: String,
+    /// The command, behind -- [default: only the marker, which ends at once]
+    #[arg(value_name = "COMMAND", last = true)]
+    command: Vec<String>,
+    /// How many runs of each engine count
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    runs: u32,
+    /// How many come before, and do not
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=1000))]
+    warmup: u32,
+    /// Whom to compare, of process, container, mayfly, runc, crun, podman, docker, qemu,
+    /// firecracker, cloud-hypervisor; NAME=PROGRAM is one of your own [default: all that
+    /// are here]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = engine)]
+    engines: Vec<String>,
+    /// What to look at [default: all]
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    measure: Vec<Measure>,
+    /// How many to start at once
+    #[arg(long, value_name = "K", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=200))]
+    parallel: u32,
+    /// CPUs of each instance
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=32))]
+    cpus: u32,
+    /// Memory of each instance
+    #[arg(long, short, value_name = "SIZE", default_value = "512M")]
+    memory: String,
+    /// What decides the order of runs [default: the time]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// Let the host forget all files before each run (root only)
+    #[arg(long)]
+    drop_caches: bool,
+    /// How long one instance may take, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    patience: u64,
+    /// Only see to it that the image is there
+    #[arg(long, hide = true)]
+    only_obtain: bool,
+    /// Write every sample, and what it was taken on
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write a page to look at
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Write the samples as a table
+    #[arg(long, value_name = "FILE")]
+    csv: Option<PathBuf>,
+}
+
+/// Compares, and shows what was found.
+pub fn run(args: Args) -> Result<ExitCode, Failure> {
+    let memory = parse_size(&args.memory, MIB);
+    let memory =
+        memory.map_err(|error| Failure::config(format!("--memory {}: {error}", args.memory)))?;
+    if args.drop_caches && !rustix::process::geteuid().is_root() {
+        return Err(Failure::config("--drop-caches: only root may"));
+    }
+    if args.only_obtain {
+        return compare::obtain(&args.image).map(|_| ExitCode::SUCCESS);
+    }
+    // What cannot be written is told before, not after minutes.
+    for path in [&args.json, &args.html, &args.csv].into_iter().flatten() {
+        writable(path)?;
+    }
+    let time = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    let options = Options {
+        image: args.image,
+        command: args.command,
+        runs: args.runs,
+        warmup: args.warmup,
+        engines: args.engines,
+        measures: match args.measure.is_empty() {
+            true => Measure::value_variants().to_vec(),
+            false => args.measure,
+        },
+        parallel: args.parallel,
+        cpus: args.cpus,
+        memory_mib: memory >> MIB,
+        seed: args.seed.unwrap_or(u64::from(time.subsec_nanos())),
+        drop_caches: args.drop_caches,
+        patience: Duration::from_secs(args.patience),
+    };
+    let report = match compare::compare(&options)? {
+        Outcome::Status(status) => return Ok(ExitCode::from(status)),
+        Outcome::Report(report) => report,
+    };
+    let what = "the report";
+    if let Some(path) = &args.json {
+        write(path, &report::json(&report).or_internal(what)?)?;
+    }
+    if let Some(path) = &args.csv {
+        write(path, &report::csv(&report).or_internal(what)?)?;
+    }
+    if let Some(path) = &args.html {
+        write(path, &report::html(&report).or_internal(what)?)?;
+    }
+    let terminal = io::stdout().is_terminal();
+    let width = if terminal { columns() } else { WIDTH };
+    let colour = terminal && std::env::var_os("NO_COLOR").is_none();
+    super::print(report::table(&report, width, colour).trim_end())?;
+    Ok(match report.interrupted {
+        true => ExitCode::from(INTERRUPTED),
+        false => ExitCode::SUCCESS,
+    })
+}
+
+fn engine(text: &str) -> Result<String, String> {
+    let own = text.split_once('=').is_some_and(|(name, program)| {
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+        !name.is_empty() && name.bytes().all(plain) && !program.is_empty()
+    });
+    match own || ENGINES.contains(&text) {
+        true => Ok(text.to_owned()),
+        false => Err(format!(
+            "there are {}, and NAME=PROGRAM",
+            ENGINES.join(", ")
+        )),
+    }
+}
+
+fn columns() -> usize {
+    let size = rustix::termios::tcgetwinsize(io::stdout());
+    match size.map(|size| usize::from(size.ws_col)) {
+        Ok(columns @ 1..) => columns.min(WIDTH_MAX),
+        _ => WIDTH,
+    }
+}
+
+fn writable(path: &Path) -> Result<(), Failure> {
+    let file = fs::OpenOptions::new().append(true).create(true).open(path);
+    file.map(drop).or_config(path.display())
+}
+
+fn write(path: &Path, text: &str) -> Result<(), Failure> {
+    fs::write(path, text).or_host(path.display())
+}

@@ -1,0 +1,75 @@
+//! The container that mayfly itself makes: Docker's defaults, and nothing installed.
+
+use std::env;
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use super::{About, Engine, Job, Place, VOLUME, words};
+use crate::compare::container::Spec;
+use crate::compare::instance::{Launch, Sign};
+use crate::compare::model::Kind;
+use crate::failure::{Failure, OrFail};
+
+pub struct Container;
+
+impl Engine for Container {
+    fn about(&self) -> About {
+        About {
+            kind: Kind::Container,
+            version: Some(env!("CARGO_PKG_VERSION").into()),
+            network: "loopback".into(),
+            notes: Vec::new(),
+        }
+    }
+
+    fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Failure> {
+        let what = "a container";
+        let (read, write) = io::pipe().or_host(what)?;
+        let write = OwnedFd::from(write);
+        let volume = job.volume.iter();
+        let spec = Spec {
+            root: place.root.clone(),
+            writable: job.folder.join("writable"),
+            args: job.command(),
+            env: place.env.clone(),
+            hostname: job.id.clone(),
+            cpus: Some(f64::from(place.cpus)),
+            memory: Some(place.memory_mib << 20),
+            cgroup: Some(job.id.clone()),
+            volumes: volume
+                .map(|host| (host.clone(), VOLUME.into(), false))
+                .collect(),
+            marks: Some(write.as_raw_fd()),
+            ..Spec::default()
+        };
+        fs::create_dir(&spec.writable).or_host(what)?;
+        let path = job.folder.join("spec.json");
+        fs::write(&path, serde_json::to_vec(&spec).or_internal(what)?).or_host(what)?;
+        let program = env::current_exe().or_host(what)?;
+        let mut command = vec![program.into_os_string()];
+        command.extend(words(["compare-container", &path.to_string_lossy()]));
+        // A launcher that is killed leaves its control group.
+        let remove_group = words([
+            "find",
+            "/sys/fs/cgroup",
+            "-depth",
+            "-type",
+            "d",
+            "-name",
+            &job.id,
+            "-exec",
+            "rmdir",
+            "{}",
+            ";",
+        ]);
+        Ok(Launch {
+            command,
+            undo: vec![remove_group],
+            nonce: job.nonce.clone(),
+            signs: vec![Sign::Lines(read.into())],
+            inherited: vec![write],
+            ..Launch::default()
+        })
+    }
+}

@@ -1,0 +1,227 @@
+//! Other monitors of VMs: QEMU's microvm, Firecracker, Cloud Hypervisor. All boot the kernel
+//! that mayfly boots, with our init, and the image's files on a disk.
+
+use std::ffi::OsString;
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use rustix::fs::{Mode, OFlags};
+use serde_json::json;
+
+use super::{About, Engine, Job, PROBE, Place, first_line, program, words};
+use crate::compare::instance::{Launch, Sign};
+use crate::compare::model::{Kind, Mark};
+use crate::failure::{Failure, OrFail};
+
+/// What each of their kernels is told; the console is the one that each recommends.
+const COMMON: &str = "quiet panic=-1 root=/dev/vda rootfstype=squashfs ro";
+
+pub struct Machine {
+    kind: Monitor,
+    program: PathBuf,
+    version: Option<String>,
+    kernel: PathBuf,
+    initrd: PathBuf,
+    disk: PathBuf,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Monitor {
+    Qemu,
+    Firecracker,
+    CloudHypervisor,
+}
+
+impl Machine {
+    pub fn find(name: &str, place: &Place) -> Result<Self, String> {
+        let (kind, program) = match name {
+            "qemu" => (Monitor::Qemu, program("qemu-system-x86_64")?),
+            "firecracker" => (Monitor::Firecracker, program("firecracker")?),
+            _ => (Monitor::CloudHypervisor, program("cloud-hypervisor")?),
+        };
+        crate::machine::open_kvm().map_err(|failure| failure.to_string())?;
+        let (kernel, initrd) = place.guest.clone().ok_or("there is no kernel for it")?;
+        Ok(Machine {
+            kind,
+            version: first_line(&program, &["--version"]),
+            program,
+            kernel,
+            initrd,
+            disk: disk(place)?,
+        })
+    }
+}
+
+/// The image's files as a read-only file system, made once for all of them, compressed as
+/// mayfly's layers are.
+fn disk(place: &Place) -> Result<PathBuf, String> {
+    let disk = place.folder.join("root.squashfs");
+    if disk.exists() {
+        return Ok(disk);
+    }
+    let output = Command::new("mksquashfs")
+        .arg(&place.root)
+        .arg(&disk)
+        .args(["-comp", "lz4", "-noappend", "-no-progress", "-quiet"])
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| format!("mksquashfs (package squashfs-tools): {error}"))?;
+    match output.status.success() {
+        true => Ok(disk),
+        false => Err(format!(
+            "mksquashfs: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        )),
+    }
+}
+
+impl Engine for Machine {
+    fn about(&self) -> About {
+        About {
+            kind: Kind::Vm,
+            version: self.version.clone(),
+            network: "none".into(),
+            notes: vec!["mayfly's kernel and init, the image's files on a read-only disk".into()],
+        }
+    }
+
+    fn has_volumes(&self) -> bool {
+        false
+    }
+
+    fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Failure> {
+        let mut cmdline = format!("{COMMON} init={PROBE}");
+        cmdline.push_str(match self.kind {
+            Monitor::Qemu => " console=ttyS0 reboot=t",
+            Monitor::Firecracker => " console=ttyS0 reboot=k pci=off",
+            Monitor::CloudHypervisor => " console=hvc0 reboot=t",
+        });
+        for variable in &place.env {
+            // The kernel gives its init what it does not know itself.
+            if variable.starts_with("PATH=") {
+                cmdline.extend([" ", variable]);
+            }
+        }
+        // The probe is the first process there, and ends the machine.
+        let guest_words = [job.nonce.as_str(), "restart"].into_iter();
+        for word in ["--"]
+            .into_iter()
+            .chain(guest_words)
+            .chain(job.words.iter().map(String::as_str))
+        {
+            // The kernel takes quotes as a shell does, but none within.
+            if word.contains('"') {
+                return Err(Failure::config(format!(
+                    "{word}: a kernel's command line cannot have quotes"
+                )));
+            }
+            let quote = if word.contains(char::is_whitespace) {
+                "\""
+            } else {
+                ""
+            };
+            cmdline.extend([" ", quote, word, quote]);
+        }
+        let text = |path: &PathBuf| path.to_string_lossy().into_owned();
+        let (kernel, initrd, disk) = (text(&self.kernel), text(&self.initrd), text(&self.disk));
+        let mut command: Vec<OsString> = vec![self.program.clone().into_os_string()];
+        let (cpus, memory) = (place.cpus.to_string(), place.memory_mib.to_string());
+        let mut signs = Vec::new();
+        match self.kind {
+            Monitor::Qemu => {
+                // Our init writes a byte to a port.
+                let mark = job.folder.join("mark");
+                signs.push(Sign::Byte(fifo(&mark)?, Mark::Init));
+                command.extend(words([
+                    "-M",
+                    "microvm,x-option-roms=off,pit=off,pic=off,rtc=on,isa-serial=on",
+                    "-accel",
+                    "kvm",
+                    "-cpu",
+                    "host",
+                    "-smp",
+                    &cpus,
+                    "-m",
+                    &memory,
+                    "-nodefaults",
+                    "-no-user-config",
+                    "-display",
+                    "none",
+                    "-no-reboot",
+                    "-global",
+                    "virtio-mmio.force-legacy=false",
+                ]));
+                command.extend(words([
+                    "-kernel", &kernel, "-initrd", &initrd, "-append", &cmdline,
+                ]));
+                command.extend(words([
+                    "-serial",
+                    "stdio",
+                    "-chardev",
+                    &format!("file,id=mark,path={}", mark.display()),
+                    "-device",
+                    "isa-debugcon,iobase=0xb04,chardev=mark",
+                    "-drive",
+                    &format!("id=root,file={disk},format=raw,readonly=on,if=none"),
+                    "-device",
+                    "virtio-blk-device,drive=root",
+                ]));
+            }
+            Monitor::Firecracker => {
+                let config = json!({
+                    "boot-source": {
+                        "kernel_image_path": kernel, "initrd_path": initrd, "boot_args": cmdline,
+                    },
+                    "drives": [{
+                        "drive_id": "root", "path_on_host": disk,
+                        "is_root_device": false, "is_read_only": true,
+                    }],
+                    "machine-config": {
+                        "vcpu_count": place.cpus, "mem_size_mib": place.memory_mib,
+                    },
+                });
+                let path = job.folder.join("firecracker.json");
+                fs::write(&path, config.to_string()).or_host(path.display())?;
+                command.extend(words([
+                    "--no-api",
+                    "--id",
+                    &job.id,
+                    "--config-file",
+                    &path.to_string_lossy(),
+                ]));
+            }
+            Monitor::CloudHypervisor => {
+                command.extend(words(["--kernel", &kernel, "--initramfs", &initrd]));
+                command.extend(words(["--cmdline", &cmdline]));
+                command.extend(words(["--cpus", &format!("boot={cpus}")]));
+                command.extend(words(["--memory", &format!("size={memory}M")]));
+                command.extend(words(["--disk", &format!("path={disk},readonly=on")]));
+                command.extend(words(["--console", "tty", "--serial", "off"]));
+            }
+        }
+        Ok(Launch {
+            command,
+            nonce: job.nonce.clone(),
+            signs,
+            own_status: true,
+            ..Launch::default()
+        })
+    }
+}
+
+/// Makes a pipe with a name, and opens its end for reading: who writes need not wait.
+fn fifo(path: &PathBuf) -> Result<OwnedFd, Failure> {
+    let what = path.display();
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        path,
+        rustix::fs::FileType::Fifo,
+        Mode::from_raw_mode(0o600),
+        0,
+    )
+    .or_host(&what)?;
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, Mode::empty()).or_host(what)
+}

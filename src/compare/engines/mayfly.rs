@@ -1,0 +1,71 @@
+//! mayfly: `mayfly run`, as users run it.
+
+use std::env;
+use std::path::PathBuf;
+
+use super::{About, Engine, Job, Place, VOLUME, words};
+use crate::compare::instance::{Launch, Sign};
+use crate::compare::model::Kind;
+use crate::failure::Failure;
+use crate::net::passt;
+
+pub struct Mayfly {
+    program: PathBuf,
+    network: &'static str,
+}
+
+impl Mayfly {
+    pub fn find(_: &Place) -> Result<Self, String> {
+        crate::machine::open_kvm().map_err(|failure| failure.to_string())?;
+        Ok(Mayfly {
+            program: env::current_exe().map_err(|error| format!("mayfly: {error}"))?,
+            network: match passt::program() {
+                Some(_) => "user",
+                None => "none",
+            },
+        })
+    }
+}
+
+impl Engine for Mayfly {
+    fn about(&self) -> About {
+        About {
+            kind: Kind::Vm,
+            version: Some(env!("CARGO_PKG_VERSION").into()),
+            network: match self.network {
+                "user" => "user network (passt)".into(),
+                _ => "none".into(),
+            },
+            notes: match self.network {
+                "user" => Vec::new(),
+                _ => vec!["without a network, as passt is not installed".into()],
+            },
+        }
+    }
+
+    fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Failure> {
+        let mut command = vec![self.program.clone().into_os_string()];
+        let (cpus, memory) = (place.cpus.to_string(), format!("{}M", place.memory_mib));
+        command.extend(words(["run", "--rm", "--json", "--name", &job.id]));
+        command.extend(words([
+            "--cpus",
+            &cpus,
+            "--memory",
+            &memory,
+            "--net",
+            self.network,
+        ]));
+        if let Some(volume) = &job.volume {
+            command.extend(words(["-v", &format!("{}:{VOLUME}", volume.display())]));
+        }
+        command.push(place.image.clone().into());
+        command.extend(job.command().into_iter().map(Into::into));
+        Ok(Launch {
+            command,
+            env: vec![("XDG_DATA_HOME".into(), place.data.clone().into())],
+            nonce: job.nonce.clone(),
+            signs: vec![Sign::Record],
+            ..Launch::default()
+        })
+    }
+}

@@ -1,0 +1,43 @@
+//! Nothing at all: a process of the host, as the floor.
+
+use super::{About, Engine, Job, PROBE, Place, VOLUME};
+use crate::compare::instance::Launch;
+use crate::compare::model::Kind;
+use crate::failure::Failure;
+
+pub struct Process;
+
+impl Engine for Process {
+    fn about(&self) -> About {
+        About {
+            kind: Kind::Process,
+            version: None,
+            network: "the host's".into(),
+            notes: vec!["the command is the host's own, not the image's".into()],
+        }
+    }
+
+    fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Failure> {
+        let mut command = job.command();
+        if job.words.first().is_some_and(|verb| verb == "steady") {
+            command.push(format!("root={}", place.root.display()));
+        }
+        // It sees the host's root.
+        for word in &mut command {
+            if let (Some(rest), Some(volume)) = (word.strip_prefix("volume="), &job.volume)
+                && rest == VOLUME
+            {
+                *word = format!("volume={}", volume.display());
+            }
+        }
+        let mut command: Vec<_> = command.into_iter().map(Into::into).collect();
+        if let Some(program) = command.first_mut() {
+            *program = place.root.join(PROBE.trim_start_matches('/')).into();
+        }
+        Ok(Launch {
+            command,
+            nonce: job.nonce.clone(),
+            ..Launch::default()
+        })
+    }
+}

@@ -1,0 +1,71 @@
+//! What all engines are given: the image's files, with the probe between them.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+use super::engines::{PROBE, Place};
+use super::guard::Scene;
+use super::{Options, guest_folder};
+use crate::config::default_guest;
+use crate::failure::{Failure, OrFail};
+use crate::image::{Bars, Image, PullOptions, RunConfig, Store};
+
+/// The name of the image that mayfly runs, in a store of its own.
+const NAME: &str = "compared";
+const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Folders that engines mount something at.
+const MOUNT_POINTS: [&str; 7] = ["proc", "sys", "dev", "run", "tmp", "etc", ".mayfly-volume"];
+
+/// Gets the image, from wherever it is.
+pub fn obtain(name: &str) -> Result<Image, Failure> {
+    Store::open_default()?.obtain(name, &PullOptions::default(), &Bars::new())
+}
+
+/// Gets the image, unpacks it, and puts it where each engine wants it.
+pub fn prepare(options: &Options, scene: &Scene) -> Result<(Place, Image), Failure> {
+    let image = obtain(&options.image)?;
+    let root = scene.folder.join("root");
+    image.unpack(&root)?;
+    for folder in MOUNT_POINTS {
+        let path = root.join(folder);
+        // A link may lead outside.
+        if fs::symlink_metadata(&path).is_err() {
+            fs::create_dir(&path).or_host(path.display())?;
+        }
+    }
+    let probe = guest_folder().map(|folder| folder.join("probe"));
+    let probe = probe.filter(|path| path.exists()).ok_or_else(|| {
+        Failure::config("no program to compare with: scripts/mayfly makes it, with the kernel")
+    })?;
+    let inside = root.join(PROBE.trim_start_matches('/'));
+    if fs::symlink_metadata(&inside).is_ok() {
+        fs::remove_file(&inside).or_host(inside.display())?;
+    }
+    fs::copy(&probe, &inside).or_host(inside.display())?;
+    fs::set_permissions(&inside, fs::Permissions::from_mode(0o755)).or_host(inside.display())?;
+
+    let config = RunConfig {
+        env: match image.config.config.env.is_empty() {
+            true => vec![PATH.to_owned()],
+            false => image.config.config.env.clone(),
+        },
+        ..RunConfig::default()
+    };
+    let data = scene.folder.join("data");
+    let store = Store::open(&data.join("mayfly"))?;
+    let name = NAME.parse().or_internal(NAME)?;
+    store.import(&root, Some(&name), config.clone(), &Bars::new())?;
+    let initrd = guest_folder().map(|folder| folder.join("compare.cpio"));
+    let guest = default_guest().zip(initrd.filter(|path| path.exists()));
+    let place = Place {
+        folder: scene.folder.clone(),
+        root,
+        data,
+        image: NAME.to_owned(),
+        env: config.env,
+        cpus: options.cpus,
+        memory_mib: options.memory_mib,
+        guest: guest.map(|((kernel, _), initrd)| (kernel, initrd)),
+    };
+    Ok((place, image))
+}

@@ -1,0 +1,517 @@
+//! `mayfly compare` without a VM: real processes and containers on this host.
+//!
+//! Run by scripts/test, as root, one by one. Engines with VMs are compared in
+//! `tests/guests/compare.rs`.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs, unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use mayfly::compare::model::{EngineReport, Mark, Report};
+use mayfly::compare::statistics::Summary;
+
+/// A word that no other process has, and a time that no test takes.
+const LONG: &str = "98765";
+const PATIENCE: Duration = Duration::from_secs(60);
+const NAP: Duration = Duration::from_millis(50);
+/// What a known answer may be off by.
+const ACCURACY_MS: f64 = 2.0;
+/// All comparisons' folders, instances and control groups begin so.
+const PREFIX: &str = "mayfly-compare-";
+
+fn mayfly() -> Command {
+    let program = std::env::var_os("MAYFLY_BIN").expect("MAYFLY_BIN: run scripts/test");
+    let mut command = Command::new(program);
+    command.arg("compare").stdin(Stdio::null());
+    command
+}
+
+/// A comparison of these engines, and where its record is.
+struct Comparison {
+    folder: tempfile::TempDir,
+    command: Command,
+}
+
+impl Comparison {
+    fn of(engines: &str, flags: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = mayfly();
+        command.args(["--engines", engines, "--json"]);
+        command.arg(folder.path().join("record.json")).args(flags);
+        Comparison { folder, command }
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn record(&self) -> Report {
+        let text = fs::read(self.file("record.json")).unwrap();
+        serde_json::from_slice(&text).unwrap()
+    }
+
+    fn run(&mut self) -> (Output, Report) {
+        let output = self.command.output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        (output, self.record())
+    }
+
+    fn start(&mut self) -> Child {
+        let output = [Stdio::null(), Stdio::null()];
+        let [output, errors] = output;
+        self.command.stdout(output).stderr(errors).spawn().unwrap()
+    }
+}
+
+/// Waits for what must come.
+fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < PATIENCE, "{what}: not within a minute");
+        thread::sleep(NAP);
+    }
+}
+
+/// What a comparison would leave: folders, processes, mounts, control groups.
+fn leftovers() -> Vec<String> {
+    let mut found = Vec::new();
+    for folder in [Path::new("/run"), &std::env::temp_dir()] {
+        for entry in fs::read_dir(folder).unwrap().flatten() {
+            if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+                found.push(entry.path().display().to_string());
+            }
+        }
+    }
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let words = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let words = String::from_utf8_lossy(&words).replace('\0', " ");
+        if words.contains(PREFIX) || words.contains(LONG) {
+            found.push(words);
+        }
+    }
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    found.extend(
+        mounts
+            .lines()
+            .filter(|line| line.contains(PREFIX))
+            .map(str::to_owned),
+    );
+    let groups = Command::new("find")
+        .args([
+            "/sys/fs/cgroup",
+            "-type",
+            "d",
+            "-name",
+            &format!("{PREFIX}*"),
+        ])
+        .output()
+        .unwrap();
+    found.extend(
+        String::from_utf8_lossy(&groups.stdout)
+            .lines()
+            .map(str::to_owned),
+    );
+    found
+}
+
+fn nothing_is_left() {
+    let mut last = Vec::new();
+    let start = Instant::now();
+    loop {
+        last.clone_from(&leftovers());
+        if last.is_empty() {
+            return;
+        }
+        assert!(start.elapsed() < PATIENCE, "left behind: {last:#?}");
+        thread::sleep(NAP);
+    }
+}
+
+fn children(pid: u32) -> Vec<u32> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        let parent = stat
+            .rsplit_once(") ")
+            .and_then(|(_, rest)| rest.split(' ').nth(1));
+        if parent == Some(pid.to_string().as_str()) {
+            found.push(entry.file_name().to_str().unwrap().parse().unwrap());
+        }
+    }
+    found
+}
+
+fn kill(pid: u32, signal: i32) {
+    let pid = i32::try_from(pid).unwrap();
+    // SAFETY: numbers.
+    assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
+}
+
+/// Waits until containers run the long command.
+fn running(instances: usize) {
+    until("the command runs", || {
+        let words = |entry: fs::DirEntry| fs::read(entry.path().join("cmdline")).ok();
+        let all = fs::read_dir("/proc").unwrap().flatten().filter_map(words);
+        let long = format!("sleep\0{LONG}\0");
+        all.filter(|words| words == long.as_bytes()).count() >= instances
+    });
+}
+
+fn engine<'a>(report: &'a Report, name: &str) -> &'a EngineReport {
+    let found = report.engines.iter().find(|engine| engine.name == name);
+    let found = found.unwrap_or_else(|| panic!("{name} is not in the record"));
+    assert_eq!(found.missing, None, "{name}");
+    found
+}
+
+/// The middle, found in another way than the product does.
+fn median(mut times: Vec<u64>) -> u64 {
+    while times.len() > 2 {
+        let (min, max) = (*times.iter().min().unwrap(), *times.iter().max().unwrap());
+        times.remove(times.iter().position(|it| *it == min).unwrap());
+        times.remove(times.iter().position(|it| *it == max).unwrap());
+    }
+    times.iter().sum::<u64>() / times.len() as u64
+}
+
+fn check(summary: &Summary, times: &[u64]) {
+    assert_eq!(summary.count as usize, times.len());
+    assert_eq!(summary.median, median(times.to_vec()));
+    assert_eq!(summary.min, *times.iter().min().unwrap());
+    assert_eq!(summary.max, *times.iter().max().unwrap());
+    let mean = times.iter().map(|&it| it as f64).sum::<f64>() / times.len() as f64;
+    assert!((summary.mean - mean).abs() < 1.0, "{} {mean}", summary.mean);
+}
+
+#[test]
+fn a_report_adds_up() {
+    let mut comparison = Comparison::of(
+        "process,container,runc",
+        &["--runs", "5", "--seed", "7", "--measure", "start"],
+    );
+    for kind in ["csv", "html"] {
+        let path = comparison.file(kind);
+        comparison.command.arg(format!("--{kind}")).arg(path);
+    }
+    let (output, report) = comparison.run();
+    for name in ["process", "container", "runc"] {
+        let engine = engine(&report, name);
+        assert_eq!(engine.samples.len(), 5);
+        assert!(!engine.command_line.is_empty());
+        let mut totals = Vec::new();
+        let mut starts = Vec::new();
+        let mut phases = BTreeMap::<Mark, Vec<u64>>::new();
+        for sample in &engine.samples {
+            assert_eq!((sample.status, &sample.error), (Some(0), &None));
+            let total = sample.marks_ns[&Mark::Gone];
+            let parts = sample.phases();
+            assert_eq!(parts.iter().map(|(_, time)| time).sum::<u64>(), total);
+            parts
+                .iter()
+                .for_each(|(mark, time)| phases.entry(*mark).or_default().push(*time));
+            totals.push(total);
+            starts.push(sample.marks_ns[&Mark::Command]);
+        }
+        check(&engine.total.unwrap(), &totals);
+        check(&engine.start.unwrap(), &starts);
+        assert!(engine.phases.keys().eq(phases.keys()));
+        engine
+            .phases
+            .iter()
+            .for_each(|(mark, summary)| check(summary, &phases[mark]));
+    }
+    // A container is more than a process.
+    let start = |name| engine(&report, name).start.unwrap().min;
+    assert!(start("process") < start("container") && start("process") < start("runc"));
+    let marks = &engine(&report, "container").samples[0].marks_ns;
+    assert!(marks.contains_key(&Mark::Launched) && marks.contains_key(&Mark::Built));
+    let table = String::from_utf8(output.stdout).unwrap();
+    let place = |name: &str| {
+        table
+            .find(name)
+            .unwrap_or_else(|| panic!("{name}: {table}"))
+    };
+    assert!(place("process") < place("container") && place("process") < place("runc"));
+    let rows = fs::read_to_string(comparison.file("csv")).unwrap();
+    assert_eq!(rows.lines().count(), 1 + 15);
+    let page = fs::read_to_string(comparison.file("html")).unwrap();
+    assert!(page.contains("<svg") && page.contains("runc"));
+    nothing_is_left();
+}
+
+#[test]
+fn a_seed_is_an_order() {
+    let orders = ["3", "3", "4"].map(|seed| {
+        let flags = [
+            "--runs",
+            "6",
+            "--warmup",
+            "0",
+            "--seed",
+            seed,
+            "--measure",
+            "start",
+        ];
+        let (_, report) = Comparison::of("process,container,runc", &flags).run();
+        let order = report.order.clone();
+        for round in order.chunks(3) {
+            let mut sorted = round.to_vec();
+            sorted.sort_unstable();
+            assert_eq!(sorted, [0, 1, 2]);
+        }
+        // What was launched when is what the order says.
+        for (position, &index) in (0..).zip(&order) {
+            let samples = &report.engines[index as usize].samples;
+            let taken = samples.iter().any(|sample| sample.position == position);
+            assert!(taken, "{position} in {order:?}");
+        }
+        order
+    });
+    assert_eq!(orders[0], orders[1]);
+    assert_ne!(orders[0], orders[2]);
+}
+
+/// Milliseconds of each phase of the engine whose answer is known.
+const KNOWN: [(Mark, u32); 7] = [
+    (Mark::Launched, 20),
+    (Mark::Built, 35),
+    (Mark::Kernel, 10),
+    (Mark::Init, 15),
+    (Mark::Command, 40),
+    (Mark::Exit, 25),
+    (Mark::Gone, 30),
+];
+
+/// An engine that sleeps so long in each phase, or not at all.
+fn sleeper(folder: &Path, name: &str, slow: bool) -> String {
+    let mut script = "#!/bin/bash\nnonce=$3\n".to_owned();
+    for (mark, time) in KNOWN {
+        let time = if slow { time } else { 0 };
+        script += &format!("sleep 0.{time:03}\n");
+        script += &match mark {
+            Mark::Command => "printf '\\036mayfly %s started\\n' $nonce\n".to_owned(),
+            Mark::Exit => "printf '\\036mayfly %s ended 0\\n' $nonce\n".to_owned(),
+            Mark::Gone => "exit 0\n".to_owned(),
+            _ => {
+                let word = serde_json::to_value(mark).unwrap();
+                format!("echo {} >&$MAYFLY_MARKS\n", word.as_str().unwrap())
+            }
+        };
+    }
+    let path = folder.join(name);
+    fs::write(&path, script).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    format!("{name}={}", path.display())
+}
+
+/// What the script itself needs is known from one that does not sleep.
+#[test]
+fn a_known_answer_is_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let engines = [("slow", true), ("quick", false)];
+    let engines = engines.map(|(name, slow)| sleeper(folder.path(), name, slow));
+    let flags = ["--runs", "20", "--measure", "start"];
+    let (_, report) = Comparison::of(&engines.join(","), &flags).run();
+    let middle = |name, mark| {
+        let summary: Summary = engine(&report, name).phases[&mark];
+        summary.median as f64 / 1e6
+    };
+    for (mark, expected) in KNOWN {
+        let found = middle("slow", mark) - middle("quick", mark);
+        let off = (found - f64::from(expected)).abs();
+        assert!(off < ACCURACY_MS, "{mark:?}: {found} ms, not {expected} ms");
+    }
+}
+
+#[test]
+fn what_is_seen_from_inside_is_true() {
+    let flags = ["--runs", "1", "--measure", "isolation,steady,memory,load"];
+    let (_, report) = Comparison::of("process,container,runc", &flags).run();
+    let facts = |name| engine(&report, name).isolation.clone().unwrap();
+    let (process, container, runc) = (facts("process"), facts("container"), facts("runc"));
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    for facts in [&process, &container, &runc] {
+        assert_eq!(facts.kernel, release.trim());
+        assert!(facts.host_kernel);
+    }
+    assert_eq!(process.host_namespaces.len(), 7);
+    assert!(
+        container.host_namespaces.len() <= 1,
+        "{:?}",
+        container.host_namespaces
+    );
+    assert!(container.own_user_namespace && container.seccomp == 2);
+    assert_eq!(container.capabilities.len(), 14);
+    assert_eq!((runc.seccomp, runc.capabilities.len()), (0, 3));
+    let syscalls = |facts: &mayfly::compare::model::Isolation| facts.host_syscalls.unwrap();
+    assert!(
+        syscalls(&container) + 50 < syscalls(&process),
+        "{container:?} {process:?}"
+    );
+    assert_eq!(syscalls(&runc), syscalls(&process));
+    assert!(container.devices.len() < 20, "{:?}", container.devices);
+    assert!(!container.sees_of_host.contains(&"processes".to_owned()));
+    for name in ["process", "container", "runc"] {
+        let engine = engine(&report, name);
+        let figure = |name: &str| {
+            let found = engine.steady.iter().find(|figure| figure.name == name);
+            found
+                .unwrap_or_else(|| panic!("{name}: {:?}", engine.steady))
+                .value
+        };
+        for name in ["cpu", "syscall", "fault", "volume_read", "volume_write"] {
+            assert!(figure(name) > 0.0);
+        }
+        let points: Vec<u32> = engine.memory.iter().map(|point| point.instances).collect();
+        assert_eq!(points, [1, 2, 5, 10]);
+        assert!(
+            engine
+                .memory
+                .windows(2)
+                .all(|two| two[0].pss_kib < two[1].pss_kib)
+        );
+        let load = engine.load.as_ref().unwrap();
+        assert_eq!((load.failed, load.starts_ns.len()), (0, 4));
+        assert!(load.starts_per_second > 0.0);
+    }
+    nothing_is_left();
+}
+
+#[test]
+fn a_command_runs_and_its_status_is_seen() {
+    let flags = [
+        "--runs",
+        "2",
+        "--measure",
+        "start",
+        "--",
+        "sh",
+        "-c",
+        "sleep 0.2; exit 3",
+    ];
+    let (_, report) = Comparison::of("container,runc", &flags).run();
+    for name in ["container", "runc"] {
+        for sample in &engine(&report, name).samples {
+            assert_eq!((sample.status, &sample.error), (Some(3), &None));
+            let command = sample.marks_ns[&Mark::Exit] - sample.marks_ns[&Mark::Command];
+            assert!(command >= 200_000_000, "{command}");
+        }
+    }
+}
+
+#[test]
+fn who_is_not_here_is_missing() {
+    let flags = ["--runs", "1", "--measure", "start"];
+    let mut comparison = Comparison::of("process,runc,firecracker", &flags);
+    comparison
+        .command
+        .env("PATH", "/usr/bin/nowhere:/bin/nowhere");
+    let output = comparison.command.output().unwrap();
+    // Without squashfs-tools there is no image.
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("squashfs-tools"));
+    let folder = tempfile::tempdir().unwrap();
+    for tool in ["unsquashfs", "sqfstar"] {
+        let path = std::env::split_paths(&std::env::var_os("PATH").unwrap())
+            .map(|folder| folder.join(tool))
+            .find(|path| path.exists());
+        std::os::unix::fs::symlink(path.unwrap(), folder.path().join(tool)).unwrap();
+    }
+    comparison.command.env("PATH", folder.path());
+    let (output, report) = comparison.run();
+    for name in ["runc", "firecracker"] {
+        let engine = report
+            .engines
+            .iter()
+            .find(|engine| engine.name == name)
+            .unwrap();
+        assert_eq!(
+            engine.missing.as_deref(),
+            Some(format!("{name} is not installed").as_str())
+        );
+        assert!(engine.samples.is_empty() && engine.total.is_none());
+    }
+    let table = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(table.contains("runc is not installed"), "{table}");
+}
+
+#[test]
+fn an_interrupted_comparison_keeps_what_it_has() {
+    let flags = ["--runs", "1000", "--measure", "start"];
+    let mut comparison = Comparison::of("process,container", &flags);
+    let mut child = comparison.start();
+    thread::sleep(Duration::from_secs(5));
+    kill(child.id(), libc::SIGINT);
+    let status = child.wait().unwrap();
+    assert_eq!(status.code(), Some(130));
+    let report = comparison.record();
+    assert!(report.interrupted);
+    let taken = engine(&report, "process").samples.len();
+    assert!((1..1000).contains(&taken), "{taken}");
+    nothing_is_left();
+}
+
+/// Whoever is killed, the other cleans up.
+#[test]
+fn killed_it_leaves_nothing() {
+    for second in [false, true] {
+        for engine in ["container", "runc"] {
+            let flags = ["--runs", "1", "--measure", "start", "--", "sleep", LONG];
+            let mut comparison = Comparison::of(engine, &flags);
+            let mut child = comparison.start();
+            running(1);
+            let victim = match second {
+                false => child.id(),
+                true => *children(child.id()).first().unwrap(),
+            };
+            kill(victim, libc::SIGKILL);
+            let status = child.wait().unwrap();
+            match second {
+                false => assert_eq!(status.signal(), Some(libc::SIGKILL)),
+                true => assert_eq!(status.code(), Some(128 + libc::SIGKILL)),
+            }
+            nothing_is_left();
+        }
+    }
+}
+
+/// Both are killed: the next comparison cleans up.
+#[test]
+fn the_next_one_removes_what_was_left() {
+    let flags = ["--runs", "1", "--measure", "start", "--", "sleep", LONG];
+    let mut comparison = Comparison::of("runc", &flags);
+    let mut child = comparison.start();
+    running(1);
+    let second = *children(child.id()).first().unwrap();
+    kill(child.id(), libc::SIGSTOP);
+    kill(second, libc::SIGKILL);
+    kill(child.id(), libc::SIGKILL);
+    child.wait().unwrap();
+    assert!(!leftovers().is_empty());
+    Comparison::of("process", &["--runs", "1", "--measure", "start"]).run();
+    nothing_is_left();
+}
+
+#[test]
+fn what_cannot_be_is_told() {
+    for (args, status, said) in [
+        (&["--engines", "vmware"][..], 2, "NAME=PROGRAM"),
+        (&["--json", "/nowhere/record"][..], 2, "/nowhere/record"),
+        (&["--memory", "much"][..], 2, "--memory much"),
+        (&["./no-such-image"][..], 2, "no-such-image"),
+        (&["--runs", "0"][..], 2, "--runs"),
+    ] {
+        let output = mayfly().args(args).output().unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(status), "{args:?}: {errors}");
+        assert!(errors.contains(said), "{args:?}: {errors}");
+    }
+    nothing_is_left();
+}
