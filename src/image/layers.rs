@@ -69,6 +69,9 @@ pub struct Record {
     pub opaque: bool,
     /// Folders that it has files for and does not describe.
     implied: Vec<String>,
+    /// Of those, the ones of which it shows nothing that is below.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    implied_opaque: Vec<String>,
     /// What it takes away.
     whiteouts: BTreeSet<String>,
     /// The folders that it describes.
@@ -138,12 +141,15 @@ impl Record {
 
     /// Folders of which it shows nothing that is below.
     pub fn opaque_folders(&self) -> impl Iterator<Item = Vec<u8>> {
-        let opaque = self.folders.iter().filter(|(_, folder)| folder.opaque);
-        opaque.map(|(path, _)| unescaped(path))
+        let described = self.folders.iter().filter(|(_, folder)| folder.opaque);
+        let described = described.map(|(path, _)| path);
+        described
+            .chain(&self.implied_opaque)
+            .map(|path| unescaped(path))
     }
 
-    fn new(diff_id: Digest, tree: &Tree) -> Self {
-        let mut implied = Vec::new();
+    pub(super) fn new(diff_id: Digest, tree: &Tree) -> Self {
+        let (mut implied, mut implied_opaque) = (Vec::new(), Vec::new());
         let mut folders = BTreeMap::new();
         let mut hides = false;
         for (path, _, inode) in tree.names() {
@@ -154,7 +160,12 @@ impl Record {
             {
                 hides |= path.is_empty() && opaque;
                 match silent {
-                    true => implied.push(escaped(path)),
+                    true => {
+                        if opaque {
+                            implied_opaque.push(escaped(path));
+                        }
+                        implied.push(escaped(path));
+                    }
                     false => {
                         folders.insert(escaped(path), Folder::new(&inode.meta, opaque));
                     }
@@ -167,6 +178,7 @@ impl Record {
             empty: tree.is_empty(),
             opaque: hides,
             implied,
+            implied_opaque,
             whiteouts: tree.whiteouts().map(escaped).collect(),
             folders,
         }

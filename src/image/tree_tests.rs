@@ -4,6 +4,8 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::*;
+use crate::image::digest::Digest;
+use crate::image::layers::Record;
 use crate::image::tarball::Writer;
 
 /// A path, a kind and a mode.
@@ -222,4 +224,19 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn a_folder_that_hides_is_known_whether_it_is_described_or_not() {
+    let tree = tree(&[
+        (b"a", Kind::Folder, 0o755),
+        (b"a/.wh..wh..opq", Kind::File, 0o644),
+        (b"b/c/.wh..wh..opq", Kind::File, 0o644),
+        (b"d/.wh.e", Kind::File, 0o644),
+    ])
+    .unwrap();
+    let record = Record::new(Digest::of(b""), &tree);
+    let folders: Vec<_> = record.opaque_folders().collect();
+    assert_eq!(folders, [b"a".to_vec(), b"b/c".to_vec()]);
+    assert_eq!(record.whiteouts().collect::<Vec<_>>(), [b"d/e".to_vec()]);
 }
