@@ -15,6 +15,8 @@ use crate::machine::Signals;
 
 /// One that is told to end has so long.
 const FAREWELL: Duration = Duration::from_secs(10);
+/// What a launcher leaves running may take so long to end after it.
+const LINGER: Duration = Duration::from_secs(10);
 const SIGNALLED: i32 = 128;
 
 /// Why a batch did not come to its end.
@@ -191,11 +193,11 @@ impl Batch {
     /// Waits until all launchers ended and nobody is left, which is the last mark.
     pub fn wait_for_end(&mut self, ends: &Ends, patience: Duration) -> Result<(), BatchError> {
         self.until(ends, patience, Instance::ended)?;
-        let deadline = now() + u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX / 2);
+        let deadline = now() + u64::try_from(LINGER.as_nanos()).unwrap_or(u64::MAX / 2);
         while self.reap(now()) {
             let left = deadline.saturating_sub(now());
             if left == 0 {
-                return Err(BatchError::Late(patience));
+                return Err(BatchError::Late(LINGER));
             }
             self.turn(ends, Duration::from_nanos(left))?;
         }
