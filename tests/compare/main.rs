@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
@@ -66,7 +66,16 @@ impl Comparison {
     fn start(&mut self) -> Child {
         let output = [Stdio::null(), Stdio::null()];
         let [output, errors] = output;
-        self.command.stdout(output).stderr(errors).spawn().unwrap()
+        self.command.stdout(output).stderr(errors);
+        // A shell that starts this in the background has it ignore Ctrl-C.
+        // SAFETY: a system call between fork and exec.
+        unsafe {
+            self.command.pre_exec(|| {
+                libc::signal(libc::SIGINT, libc::SIG_DFL);
+                Ok(())
+            });
+        }
+        self.command.spawn().unwrap()
     }
 }
 
