@@ -1,4 +1,4 @@
-//! What the guest's agent shares with the host: the words they use, and the
+//! What the guest's programs share with the host: the words they use, and the
 //! copying of files.
 
 #![forbid(unsafe_code)]
@@ -14,4 +14,5 @@
 )]
 
 pub mod copy;
+pub mod facts;
 pub mod protocol;

@@ -1,24 +1,8 @@
 //! What can be seen from inside an instance, beside what can be seen outside.
 
-use serde::Deserialize;
+use mayfly_guest::facts::Facts;
 
 use super::model::{EngineReport, Isolation, Kind};
-
-/// What the probe says of where it is (`guest/src/probe/facts.rs`).
-#[derive(Clone, Debug, Deserialize)]
-pub struct Facts {
-    kernel: String,
-    namespaces: Vec<(String, String)>,
-    capabilities: u64,
-    seccomp: u32,
-    devices: Vec<String>,
-    memory_kib: u64,
-    cpus: u32,
-    command_line: String,
-    modules: u32,
-    processes: u32,
-    syscalls: Option<u32>,
-}
 
 /// Puts what is seen inside beside what is seen outside.
 pub fn isolation(report: &EngineReport, facts: &Facts, host: &Facts) -> Isolation {

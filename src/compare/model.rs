@@ -213,6 +213,49 @@ pub struct EngineReport {
     pub isolation: Option<Isolation>,
 }
 
+impl EngineReport {
+    /// One that is not compared.
+    pub fn absent(name: &str, why: String) -> Self {
+        EngineReport {
+            name: name.to_owned(),
+            kind: match name {
+                "process" => Kind::Process,
+                "mayfly" | "qemu" | "firecracker" | "cloud-hypervisor" => Kind::Vm,
+                _ => Kind::Container,
+            },
+            version: None,
+            missing: Some(why),
+            command_line: Vec::new(),
+            network: String::new(),
+            notes: Vec::new(),
+            samples: Vec::new(),
+            phases: Default::default(),
+            start: None,
+            total: None,
+            memory: Vec::new(),
+            load: None,
+            steady: Vec::new(),
+            isolation: None,
+        }
+    }
+
+    /// Makes what is summed up follow from the samples that count.
+    pub fn sum_up(&mut self) {
+        let counted = || self.samples.iter().filter(|it| it.total().is_some());
+        let of = |times: Vec<u64>| Summary::of(&times);
+        let mut phases: BTreeMap<Mark, Vec<u64>> = BTreeMap::new();
+        for (mark, ns) in counted().flat_map(Sample::phases) {
+            phases.entry(mark).or_default().push(ns);
+        }
+        let start = of(counted().filter_map(Sample::start).collect());
+        let total = of(counted().filter_map(Sample::total).collect());
+        self.phases = (phases.into_iter())
+            .filter_map(|(mark, times)| Some((mark, of(times)?)))
+            .collect();
+        (self.start, self.total) = (start, total);
+    }
+}
+
 /// The machine it ran on.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Host {

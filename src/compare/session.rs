@@ -6,8 +6,10 @@ use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use mayfly_guest::facts::Facts;
+
 use super::engines::{self, Engine, Job, Place, VOLUME};
-use super::facts::{Facts, isolation};
+use super::facts::isolation;
 use super::guard::Scene;
 use super::instance::{Batch, BatchError, Ends, Instance, Launch};
 use super::model::{EngineReport, FORMAT, Figure, Kind, Load, Mark, PageCache, Report, Workload};
@@ -113,7 +115,7 @@ impl<'a> Session<'a> {
                     report: blank(name, engine.as_ref()),
                     engine,
                 }),
-                Err(why) => session.missing.push(absent(name, why)),
+                Err(why) => session.missing.push(EngineReport::absent(name, why)),
             }
         }
         Ok(session)
@@ -142,7 +144,7 @@ impl<'a> Session<'a> {
             let about = part.engine.about();
             part.report.network = about.network;
             part.report.notes.splice(0..0, about.notes);
-            sum_up(&mut part.report);
+            part.report.sum_up();
             let starts: Vec<u64> = part
                 .report
                 .samples
@@ -258,7 +260,7 @@ impl<'a> Session<'a> {
     fn look_around(&mut self) -> Result<(), Stop> {
         let words = vec!["facts".to_owned()];
         let host = Part {
-            report: absent("process", String::new()),
+            report: EngineReport::absent("process", String::new()),
             engine: engines::find("process", &self.place).map_err(Failure::host)?,
         };
         self.parts.push(host);
@@ -589,52 +591,6 @@ fn blank(name: &str, engine: &dyn Engine) -> EngineReport {
         kind: about.kind,
         version: about.version,
         missing: None,
-        ..absent(name, String::new())
-    }
-}
-
-fn absent(name: &str, why: String) -> EngineReport {
-    EngineReport {
-        name: name.to_owned(),
-        kind: match name {
-            "process" => Kind::Process,
-            "mayfly" | "qemu" | "firecracker" | "cloud-hypervisor" => Kind::Vm,
-            _ => Kind::Container,
-        },
-        version: None,
-        missing: Some(why),
-        command_line: Vec::new(),
-        network: String::new(),
-        notes: Vec::new(),
-        samples: Vec::new(),
-        phases: Default::default(),
-        start: None,
-        total: None,
-        memory: Vec::new(),
-        load: None,
-        steady: Vec::new(),
-        isolation: None,
-    }
-}
-
-fn sum_up(report: &mut EngineReport) {
-    let good: Vec<_> = report
-        .samples
-        .iter()
-        .filter(|it| it.total().is_some())
-        .collect();
-    let starts: Vec<u64> = good.iter().filter_map(|it| it.start()).collect();
-    let totals: Vec<u64> = good.iter().filter_map(|it| it.total()).collect();
-    report.start = Summary::of(&starts);
-    report.total = Summary::of(&totals);
-    let phases: Vec<_> = good.iter().flat_map(|it| it.phases()).collect();
-    for mark in Mark::ALL {
-        let times = phases
-            .iter()
-            .filter(|(it, _)| *it == mark)
-            .map(|(_, time)| *time);
-        if let Some(summary) = Summary::of(&times.collect::<Vec<_>>()) {
-            report.phases.insert(mark, summary);
-        }
+        ..EngineReport::absent(name, String::new())
     }
 }

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::mpsc;
 use std::thread;
 
-use serde::Serialize;
+use mayfly_guest::facts::Facts;
 
 /// System calls have numbers up to here (6.12 ends at 462).
 const SYSCALLS: u32 = 470;
@@ -20,22 +20,6 @@ const UNUSED: std::ops::RangeInclusive<u32> = 335..=423;
 const MAGIC: u32 = 0x6d61_7966;
 /// What a call that was let through returns.
 const REACHED: i32 = 3999;
-
-#[derive(Serialize)]
-struct Facts {
-    kernel: String,
-    namespaces: Vec<(String, String)>,
-    capabilities: u64,
-    seccomp: u32,
-    devices: Vec<String>,
-    memory_kib: u64,
-    cpus: u32,
-    command_line: String,
-    modules: u32,
-    processes: u32,
-    /// How many kinds of system calls no filter refuses.
-    syscalls: Option<u32>,
-}
 
 /// Looks around, and returns a JSON object.
 pub fn collect() -> String {

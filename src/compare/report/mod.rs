@@ -44,7 +44,7 @@ mod tests {
         let record = record();
         for engine in &record.engines {
             let mut again = engine.clone();
-            sum_up(&mut again);
+            again.sum_up();
             // JSON's doubles are read to the last digit but one.
             let exact = |it: &Option<crate::compare::statistics::Summary>| {
                 it.map(|it| (it.count, it.median, it.p99, it.outliers))

@@ -48,31 +48,13 @@ pub fn engine(name: &str, kind: Kind, samples: &[&[(Mark, u64)]]) -> EngineRepor
         steady: Vec::new(),
         isolation: None,
     };
-    sum_up(&mut engine);
+    engine.sum_up();
     engine
 }
 
 /// An engine that is not there.
 pub fn absent(name: &str, why: &str) -> EngineReport {
-    let mut engine = engine(name, Kind::Container, &[]);
-    engine.missing = Some(why.to_owned());
-    engine
-}
-
-/// Makes an engine's summaries follow from its samples.
-pub fn sum_up(engine: &mut EngineReport) {
-    let counted = || engine.samples.iter().filter(|it| it.total().is_some());
-    let of = |times: Vec<u64>| Summary::of(&times);
-    let mut phases: BTreeMap<Mark, Vec<u64>> = BTreeMap::new();
-    for (mark, ns) in counted().flat_map(Sample::phases) {
-        phases.entry(mark).or_default().push(ns);
-    }
-    let start = of(counted().filter_map(Sample::start).collect());
-    let total = of(counted().filter_map(Sample::total).collect());
-    engine.phases = (phases.into_iter())
-        .filter_map(|(mark, times)| Some((mark, of(times)?)))
-        .collect();
-    (engine.start, engine.total) = (start, total);
+    EngineReport::absent(name, why.to_owned())
 }
 
 /// Where any record is drawn from: every number, every text.

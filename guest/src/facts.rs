@@ -1,0 +1,31 @@
+//! What can be seen of the host from where a command runs: the probe of a comparison says
+//! it, as JSON.
+
+use serde::{Deserialize, Serialize};
+
+/// What there is to see.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Facts {
+    /// `uname -r`
+    pub kernel: String,
+    /// Namespaces' kinds, and what the kernel calls them.
+    pub namespaces: Vec<(String, String)>,
+    /// The effective ones, a bit each.
+    pub capabilities: u64,
+    /// seccomp's mode.
+    pub seccomp: u32,
+    /// Paths of device nodes.
+    pub devices: Vec<String>,
+    /// All there is, in KiB.
+    pub memory_kib: u64,
+    /// How many.
+    pub cpus: u32,
+    /// The kernel's.
+    pub command_line: String,
+    /// How many are loaded.
+    pub modules: u32,
+    /// How many can be seen.
+    pub processes: u32,
+    /// How many kinds of system calls no filter refuses.
+    pub syscalls: Option<u32>,
+}
