@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use linux_loader::bootparam::{LOADED_HIGH, XLF_KERNEL_64, boot_params, setup_header};
 use vm_memory::{ByteValued, GuestMemoryBackend};
 
-use crate::kernel::{CopyOnly, Kernel, KernelError, Protocol, check_fits, place_kernel, reading};
+use crate::kernel::{Kernel, KernelError, Protocol, check_fits, place_kernel, reading};
 use crate::layout::HIMEM_START;
 
 /// The setup header is at the same offset in the file as in `boot_params`.
@@ -65,7 +65,7 @@ pub(crate) fn load<M: GuestMemoryBackend>(
         .max(load_at + len);
     check_fits(mem, load_at, end)?;
 
-    place_kernel(mem, file, &CopyOnly, offset, load_at, len)?;
+    place_kernel(mem, file, offset, load_at, len)?;
     header.code32_start = u32::try_from(load_at)
         .map_err(|_| KernelError::UnsupportedBzImage("it loads above 4 GiB"))?;
     Ok(Kernel {
@@ -74,7 +74,6 @@ pub(crate) fn load<M: GuestMemoryBackend>(
         start: load_at,
         end,
         header: Some(header),
-        mapped: 0,
     })
 }
 
@@ -141,13 +140,13 @@ mod tests {
     }
 
     fn load_bytes(bytes: &[u8], want: Option<Protocol>) -> Result<Kernel, KernelError> {
-        kernel::load(&memory(RAM), &mut file_of(bytes), &CopyOnly, want)
+        kernel::load(&memory(RAM), &mut file_of(bytes), want)
     }
 
     #[test]
     fn loads_at_1_mib_and_reserves_what_it_unpacks_to() {
         let mem = memory(RAM);
-        let kernel = kernel::load(&mem, &mut file_of(&image(header())), &CopyOnly, None).unwrap();
+        let kernel = kernel::load(&mem, &mut file_of(&image(header())), None).unwrap();
         assert_eq!((kernel.entry, kernel.end), (0x10_0200, 0x180_0000));
         let byte = |addr| mem.read_obj::<u8>(GuestAddress(addr)).unwrap();
         assert_eq!(

@@ -245,7 +245,6 @@ mod tests {
             start: 0,
             end: 0,
             header: None,
-            mapped: 0,
         }
     }
 

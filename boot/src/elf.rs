@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use linux_loader::elf::{Elf64_Ehdr, Elf64_Nhdr, Elf64_Phdr, PT_LOAD, PT_NOTE};
 use vm_memory::{ByteValued, GuestMemoryBackend};
 
-use crate::kernel::{Kernel, KernelError, MapFile, Protocol, check_fits, place_kernel, reading};
+use crate::kernel::{Kernel, KernelError, Protocol, check_fits, place_kernel, reading};
 use crate::layout::HIMEM_START;
 
 /// `e_ident`, System V gABI chapter 4: class, byte order.
@@ -35,7 +35,6 @@ pub(crate) fn load<M: GuestMemoryBackend>(
     mem: &M,
     file: &mut File,
     file_len: u64,
-    mapper: &dyn MapFile,
     want: Option<Protocol>,
 ) -> Result<Kernel, KernelError> {
     let header = read_header(file, file_len)?;
@@ -67,13 +66,11 @@ pub(crate) fn load<M: GuestMemoryBackend>(
         return Err(KernelError::EntryOutside(entry));
     }
 
-    let mut mapped = 0;
     for segment in loadable(&segments) {
         // What is behind p_filesz is zero, as fresh guest memory is.
-        mapped += place_kernel(
+        place_kernel(
             mem,
             file,
-            mapper,
             segment.p_offset,
             segment.p_paddr - shift,
             segment.p_filesz,
@@ -85,7 +82,6 @@ pub(crate) fn load<M: GuestMemoryBackend>(
         start: start - shift,
         end: end - shift,
         header: None,
-        mapped,
     })
 }
 
@@ -246,10 +242,8 @@ fn within(what: &'static str, offset: u64, len: u64, have: u64) -> Result<(), Ke
 mod tests {
     use super::*;
     use crate::kernel::tests::{file_of, memory};
-    use crate::kernel::{self, CopyOnly};
+    use crate::kernel::{self};
     use proptest::prelude::*;
-    use std::cell::RefCell;
-    use std::io;
     use vm_memory::{Bytes, GuestAddress};
 
     const ENTRY: u64 = 0x20_0010;
@@ -313,14 +307,14 @@ mod tests {
     }
 
     fn load_bytes(bytes: &[u8], want: Option<Protocol>) -> Result<Kernel, KernelError> {
-        kernel::load(&memory(RAM), &mut file_of(bytes), &CopyOnly, want)
+        kernel::load(&memory(RAM), &mut file_of(bytes), want)
     }
 
     #[test]
     fn the_note_chooses_pvh_and_the_caller_may_choose_otherwise() {
         let kernel = load_bytes(&image(true), None).unwrap();
         assert_eq!((kernel.protocol, kernel.entry), (Protocol::Pvh, PVH));
-        assert_eq!((kernel.end, kernel.mapped), (0x20_4000, 0));
+        assert_eq!(kernel.end, 0x20_4000);
         let kernel = load_bytes(&image(true), Some(Protocol::Linux64)).unwrap();
         assert_eq!((kernel.protocol, kernel.entry), (Protocol::Linux64, ENTRY));
         let kernel = load_bytes(&image(false), None).unwrap();
@@ -331,23 +325,12 @@ mod tests {
         ));
     }
 
-    struct Recorder(RefCell<Vec<(u64, u64, u64)>>);
-    impl MapFile for Recorder {
-        fn map_file(&self, _: &File, offset: u64, addr: u64, len: u64) -> io::Result<bool> {
-            self.0.borrow_mut().push((offset, addr, len));
-            Ok(true)
-        }
-    }
-
     #[test]
-    fn whole_pages_are_mapped_and_the_tail_is_copied() {
-        let recorder = Recorder(RefCell::default());
+    fn what_is_behind_the_file_stays_zero() {
         let mem = memory(RAM);
-        let kernel = kernel::load(&mem, &mut file_of(&image(true)), &recorder, None).unwrap();
-        assert_eq!(kernel.mapped, 0x1000);
-        assert_eq!(recorder.0.into_inner(), [(0x1000, 0x20_0000, 0x1000)]);
+        kernel::load(&mem, &mut file_of(&image(true)), None).unwrap();
         let byte = |addr| mem.read_obj::<u8>(GuestAddress(addr)).unwrap();
-        assert_eq!((byte(0x20_0fff), byte(0x20_1000)), (0, 0xbb));
+        assert_eq!((byte(0x20_0fff), byte(0x20_1000)), (0xaa, 0xbb));
         assert_eq!((byte(0x20_17ff), byte(0x20_1800)), (0xbb, 0));
     }
 
@@ -375,7 +358,7 @@ mod tests {
     fn a_kernel_linked_beyond_memory_moves_down() {
         let bytes = image_at(0x100_0000);
         let mem = memory(RAM);
-        let kernel = kernel::load(&mem, &mut file_of(&bytes), &CopyOnly, None).unwrap();
+        let kernel = kernel::load(&mem, &mut file_of(&bytes), None).unwrap();
         assert_eq!(kernel.protocol, Protocol::Linux64);
         assert_eq!((kernel.start, kernel.end), (0x20_0000, 0x20_4000));
         assert_eq!(kernel.entry, 0x20_0010);
@@ -388,12 +371,7 @@ mod tests {
 
     #[test]
     fn a_kernel_larger_than_memory_is_refused() {
-        let result = kernel::load(
-            &memory(0x20_1000),
-            &mut file_of(&image(true)),
-            &CopyOnly,
-            None,
-        );
+        let result = kernel::load(&memory(0x20_1000), &mut file_of(&image(true)), None);
         assert!(matches!(result, Err(KernelError::DoesNotFit { .. })));
     }
 

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::kernel::{MapFile, PlaceError, place};
+use crate::kernel::{PlaceError, place};
 use crate::layout::{HIMEM_START, MMIO_HOLE_START, PAGE_SIZE};
 
 /// The highest byte that Linux on x86 accepts for an initial RAM disk (its
@@ -55,9 +55,6 @@ pub enum InitrdError {
     /// The file could not be read.
     #[error("reading the initial RAM disk")]
     Read(#[source] io::Error),
-    /// Mapping it over guest memory failed.
-    #[error("mapping the initial RAM disk into guest memory")]
-    Map(#[source] io::Error),
     /// Copying it to guest memory failed.
     #[error("copying the initial RAM disk into guest memory")]
     Copy(#[source] vm_memory::GuestMemoryError),
@@ -120,7 +117,6 @@ fn check(file: &File, len: u64) -> Result<(), InitrdError> {
 pub fn load<M: GuestMemoryBackend>(
     mem: &M,
     file: &mut File,
-    mapper: &dyn MapFile,
     kernel: Range<u64>,
 ) -> Result<Initrd, InitrdError> {
     let size = file.metadata().map_err(InitrdError::Read)?.len();
@@ -138,10 +134,9 @@ pub fn load<M: GuestMemoryBackend>(
         .or_else(|| fits(HIMEM_START, kernel.start.min(limit)))
         .ok_or(InitrdError::DoesNotFit { size, start, end })?;
     check(file, size)?;
-    place(mem, file, mapper, 0, addr, size).map_err(|error| match error {
-        PlaceError::Map(source) => InitrdError::Map(source),
+    place(mem, file, 0, addr, size).map_err(|error| match error {
         PlaceError::Seek(source) => InitrdError::Read(source),
-        PlaceError::Copy(_, source) => InitrdError::Copy(source),
+        PlaceError::Copy(source) => InitrdError::Copy(source),
     })?;
     Ok(Initrd { addr, size })
 }
@@ -161,7 +156,6 @@ fn low_ram_end<M: GuestMemoryBackend>(mem: &M) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::CopyOnly;
     use crate::kernel::tests::{file_of, memory};
     use vm_memory::Bytes;
 
@@ -169,7 +163,7 @@ mod tests {
     fn lies_page_aligned_at_the_top() {
         let mem = memory(4 << 20);
         let data = [&[0x1f, 0x8b], [7; 4998].as_slice()].concat();
-        let initrd = load(&mem, &mut file_of(&data), &CopyOnly, 0..0x20_0000).unwrap();
+        let initrd = load(&mem, &mut file_of(&data), 0..0x20_0000).unwrap();
         assert_eq!((initrd.addr, initrd.size), ((4 << 20) - 0x2000, 5000));
         let byte = |at| mem.read_obj::<u8>(GuestAddress(initrd.addr + at)).unwrap();
         assert_eq!((byte(0), byte(4999), byte(5000)), (0x1f, 7, 0));
@@ -179,16 +173,16 @@ mod tests {
     fn refuses_nothing_and_too_much() {
         let mem = memory(4 << 20);
         assert!(matches!(
-            load(&mem, &mut file_of(&[]), &CopyOnly, 0..0),
+            load(&mem, &mut file_of(&[]), 0..0),
             Err(InitrdError::Empty)
         ));
         for (size, kernel_end) in [(5 << 20, 0), (0x1001, (4 << 20) - 0x1000), (1, u64::MAX)] {
             assert!(matches!(
-                load(&mem, &mut file_of(&vec![0; size]), &CopyOnly, 0..kernel_end),
+                load(&mem, &mut file_of(&vec![0; size]), 0..kernel_end),
                 Err(InitrdError::DoesNotFit { .. })
             ));
         }
-        let at_the_end = load(&mem, &mut file_of(b"BZh"), &CopyOnly, 0..(4 << 20) - 0x1000);
+        let at_the_end = load(&mem, &mut file_of(b"BZh"), 0..(4 << 20) - 0x1000);
         assert!(at_the_end.is_ok());
     }
 
@@ -197,7 +191,7 @@ mod tests {
         let mem = memory(8 << 20);
         let data = [b"BZh".as_slice(), &[0; 0x1000]].concat();
         let kernel = 0x40_0000..0x80_0000;
-        let initrd = load(&mem, &mut file_of(&data), &CopyOnly, kernel).unwrap();
+        let initrd = load(&mem, &mut file_of(&data), kernel).unwrap();
         assert_eq!(initrd.addr, 0x40_0000 - 0x2000);
     }
 

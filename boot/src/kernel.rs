@@ -7,32 +7,7 @@ use std::os::unix::fs::FileExt;
 use linux_loader::bootparam::setup_header;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use crate::layout::PAGE_SIZE;
 use crate::{bzimage, elf};
-
-/// Puts a file's pages into guest memory without copying them.
-pub trait MapFile {
-    /// Maps `len` bytes of the file privately over guest memory. All three
-    /// numbers are multiples of the page size. `Ok(false)` means that this is
-    /// not possible and the caller copies instead.
-    fn map_file(
-        &self,
-        file: &File,
-        file_offset: u64,
-        guest_addr: u64,
-        len: u64,
-    ) -> io::Result<bool>;
-}
-
-/// A mapper that always leaves its caller to copy.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct CopyOnly;
-
-impl MapFile for CopyOnly {
-    fn map_file(&self, _: &File, _: u64, _: u64, _: u64) -> io::Result<bool> {
-        Ok(false)
-    }
-}
 
 /// How a kernel is entered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,8 +31,6 @@ pub struct Kernel {
     pub end: u64,
     /// The setup header that a bzImage carries.
     pub header: Option<setup_header>,
-    /// How many bytes were mapped rather than copied.
-    pub mapped: u64,
 }
 
 /// Why a kernel could not be loaded.
@@ -112,15 +85,6 @@ pub enum KernelError {
         #[source]
         source: io::Error,
     },
-    /// Mapping the file over guest memory failed.
-    #[error("mapping the kernel into guest memory at {addr:#x}")]
-    Map {
-        /// The guest's address.
-        addr: u64,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
     /// Copying the file to guest memory failed.
     #[error("copying the kernel into guest memory at {addr:#x}")]
     Copy {
@@ -141,12 +105,11 @@ const BZIMAGE_MAGIC_OFFSET: u64 = 0x202;
 pub fn load<M: GuestMemoryBackend>(
     mem: &M,
     file: &mut File,
-    mapper: &dyn MapFile,
     want: Option<Protocol>,
 ) -> Result<Kernel, KernelError> {
     let len = file.metadata().map_err(reading("size"))?.len();
     if magic_at(file, 0, len)? == Some(ELF_MAGIC) {
-        elf::load(mem, file, len, mapper, want)
+        elf::load(mem, file, len, want)
     } else if magic_at(file, BZIMAGE_MAGIC_OFFSET, len)? == Some(BZIMAGE_MAGIC) {
         bzimage::load(mem, file, len, want)
     } else {
@@ -170,61 +133,41 @@ pub(crate) fn reading(what: &'static str) -> impl FnOnce(io::Error) -> KernelErr
 
 /// Why [`place`] failed.
 pub(crate) enum PlaceError {
-    Map(io::Error),
     Seek(io::Error),
-    Copy(u64, vm_memory::GuestMemoryError),
+    Copy(vm_memory::GuestMemoryError),
 }
 
-/// Puts `len` bytes of the file at a guest address: whole pages mapped where
-/// that is possible, the rest copied. Returns how many bytes were mapped.
+/// Copies `len` bytes of the file to a guest address. It is not mapped there: a guest
+/// writes to most pages of its kernel, so that few would stay shared, and each would cost
+/// two faults in nested paging, where fresh memory has one for a huge page.
 /// The caller has checked that the range is RAM.
 pub(crate) fn place<M: GuestMemoryBackend>(
     mem: &M,
     file: &mut File,
-    mapper: &dyn MapFile,
     offset: u64,
     addr: u64,
     len: u64,
-) -> Result<u64, PlaceError> {
-    let whole = len - len % PAGE_SIZE;
-    let congruent = offset.is_multiple_of(PAGE_SIZE) && addr.is_multiple_of(PAGE_SIZE);
-    let mapped = if whole > 0
-        && congruent
-        && mapper
-            .map_file(file, offset, addr, whole)
-            .map_err(PlaceError::Map)?
-    {
-        whole
-    } else {
-        0
-    };
-    if mapped < len {
-        let addr = addr + mapped;
-        let rest = usize::try_from(len - mapped);
-        let rest = rest.map_err(|error| PlaceError::Seek(io::Error::other(error)))?;
-        file.seek(SeekFrom::Start(offset + mapped))
-            .map_err(PlaceError::Seek)?;
-        mem.read_exact_volatile_from(GuestAddress(addr), file, rest)
-            .map_err(|source| PlaceError::Copy(addr, source))?;
-    }
-    Ok(mapped)
+) -> Result<(), PlaceError> {
+    let len = usize::try_from(len).map_err(|error| PlaceError::Seek(io::Error::other(error)))?;
+    file.seek(SeekFrom::Start(offset))
+        .map_err(PlaceError::Seek)?;
+    mem.read_exact_volatile_from(GuestAddress(addr), file, len)
+        .map_err(PlaceError::Copy)
 }
 
 pub(crate) fn place_kernel<M: GuestMemoryBackend>(
     mem: &M,
     file: &mut File,
-    mapper: &dyn MapFile,
     offset: u64,
     addr: u64,
     len: u64,
-) -> Result<u64, KernelError> {
-    place(mem, file, mapper, offset, addr, len).map_err(|error| match error {
-        PlaceError::Map(source) => KernelError::Map { addr, source },
+) -> Result<(), KernelError> {
+    place(mem, file, offset, addr, len).map_err(|error| match error {
         PlaceError::Seek(source) => KernelError::Read {
             what: "contents",
             source,
         },
-        PlaceError::Copy(addr, source) => KernelError::Copy { addr, source },
+        PlaceError::Copy(source) => KernelError::Copy { addr, source },
     })
 }
 
@@ -265,7 +208,7 @@ pub(crate) mod tests {
     #[test]
     fn other_files_are_not_kernels() {
         for bytes in [&b""[..], b"\x7f", b"#!/bin/sh\n", &[0; 4096]] {
-            let result = load(&memory(1 << 21), &mut file_of(bytes), &CopyOnly, None);
+            let result = load(&memory(1 << 21), &mut file_of(bytes), None);
             assert!(matches!(result, Err(KernelError::NotAKernel)));
         }
     }

@@ -37,7 +37,7 @@ use vm_memory::GuestMemoryBackend;
 pub use acpi::MmioDevice;
 pub use cpu::EntryState;
 pub use initrd::Initrd;
-pub use kernel::{Kernel, KernelError, MapFile, Protocol};
+pub use kernel::{Kernel, KernelError, Protocol};
 
 /// What the guest is told about its machine.
 #[derive(Clone, Copy, Debug)]
@@ -129,7 +129,6 @@ mod tests {
             start: 0,
             end: 0x200_0000,
             header: None,
-            mapped: 0,
         }
     }
 

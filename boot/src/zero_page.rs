@@ -89,7 +89,6 @@ mod tests {
             start: 0,
             end: 0,
             header,
-            mapped: 0,
         }
     }
 

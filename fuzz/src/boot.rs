@@ -1,7 +1,6 @@
 //! What is read of kernels and initial RAM disks, and what is written for them.
 
 use arbitrary::Arbitrary;
-use mayfly_boot::kernel::CopyOnly;
 use mayfly_boot::{Boot, Initrd, Kernel, MmioDevice, Protocol, finish, initrd, kernel, payload};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
@@ -16,7 +15,7 @@ pub fn load_kernel(bytes: &[u8]) {
     let mut file = crate::file(bytes);
     for want in [None, Some(Protocol::Linux64), Some(Protocol::Pvh)] {
         let memory = memory(RAM);
-        let Ok(kernel) = kernel::load(&memory, &mut file, &CopyOnly, want) else {
+        let Ok(kernel) = kernel::load(&memory, &mut file, want) else {
             continue;
         };
         assert!(
@@ -45,7 +44,7 @@ pub fn load_kernel(bytes: &[u8]) {
 pub fn load_initrd(bytes: &[u8]) {
     let mut file = crate::file(bytes);
     let kernel = 0x20_0000..0x40_0000;
-    let loaded = initrd::load(&memory(RAM), &mut file, &CopyOnly, kernel.clone());
+    let loaded = initrd::load(&memory(RAM), &mut file, kernel.clone());
     if let Ok(Initrd { addr, size }) = loaded {
         assert_eq!(size, bytes.len() as u64);
         assert!(addr + size <= RAM && (addr >= kernel.end || addr + size <= kernel.start));
@@ -88,7 +87,6 @@ pub fn describe(machine: Machine) {
         start: 0,
         end: 0x200_0000,
         header: None,
-        mapped: 0,
     };
     let boot = Boot {
         cmdline: &machine.cmdline,

@@ -1,5 +1,4 @@
-//! Guest memory: anonymous pages, with files mapped privately over them, or a
-//! memory file.
+//! Guest memory: anonymous pages, or a memory file.
 
 #![allow(unsafe_code, reason = "guest memory is mapped")]
 
@@ -7,14 +6,13 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-use mayfly_boot::{MapFile, layout};
+use mayfly_boot::layout;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestRegionCollectionError,
-    GuestRegionMmap, MmapRegion,
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionCollectionError, GuestRegionMmap,
+    MmapRegion,
 };
 
-use super::reclaim::MappedFiles;
 use crate::config::{HugePages, MemoryConfig};
 
 /// The guest's memory, everywhere in mayfly.
@@ -117,7 +115,6 @@ pub fn prefault(memory: &GuestMemory) -> io::Result<()> {
 }
 
 /// Leaves a guest's memory out of core dumps: it holds what the user keeps secret.
-/// Called when all files are mapped.
 pub fn exclude_from_dumps(memory: &GuestMemory) -> io::Result<()> {
     memory
         .iter()
@@ -133,65 +130,9 @@ fn advise(region: &MmapRegion<()>, advice: libc::c_int) -> io::Result<()> {
     }
 }
 
-/// Maps files over a guest's memory.
-pub struct FileMapper<'a> {
-    /// The memory.
-    pub memory: &'a GuestMemory,
-    /// Where it is noted.
-    pub files: &'a MappedFiles,
-}
-
-impl MapFile for FileMapper<'_> {
-    fn map_file(&self, file: &File, offset: u64, addr: u64, len: u64) -> io::Result<bool> {
-        let invalid = |error: GuestMemoryError| io::Error::new(io::ErrorKind::InvalidInput, error);
-        let bytes = usize::try_from(len).map_err(io::Error::other)?;
-        // Whoever shares the memory must see what is loaded, and huge pages
-        // cannot be replaced one by one: copy instead.
-        if self
-            .memory
-            .iter()
-            .any(|region| region.file_offset().is_some())
-        {
-            return Ok(false);
-        }
-        // The range must lie in one region, so that it lies in one mapping.
-        let slice = self
-            .memory
-            .get_slice(GuestAddress(addr), bytes)
-            .map_err(invalid)?;
-        let host = slice.ptr_guard_mut();
-        let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
-        // SAFETY: replaces pages that lie within our own mapping of guest
-        // memory, as `slice` shows, by private pages of the file. Nothing in
-        // Rust refers to their content: guest memory is only copied.
-        let mapped = unsafe {
-            libc::mmap(
-                host.as_ptr().cast(),
-                bytes,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
-                file.as_raw_fd(),
-                offset,
-            )
-        };
-        match mapped {
-            libc::MAP_FAILED => match io::Error::last_os_error() {
-                // A file system that does not map: copy instead.
-                error if error.raw_os_error() == Some(libc::ENODEV) => Ok(false),
-                error => Err(error),
-            },
-            _ => {
-                self.files.add(addr, len);
-                Ok(true)
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
     use vm_memory::Bytes;
 
     fn config(shared: bool) -> MemoryConfig {
@@ -200,10 +141,6 @@ mod tests {
             shared,
             ..Default::default()
         }
-    }
-
-    fn mapper<'a>(memory: &'a GuestMemory, files: &'a MappedFiles) -> FileMapper<'a> {
-        FileMapper { memory, files }
     }
 
     #[test]
@@ -227,38 +164,7 @@ mod tests {
         std::os::unix::fs::FileExt::read_exact_at(file, &mut byte, 0x5000).unwrap();
         assert_eq!(byte, [7]);
         assert!(file.set_len(0).is_err());
-        let other = tempfile::tempfile().unwrap();
-        let mapped = mapper(&memory, &MappedFiles::default()).map_file(&other, 0, 0x5000, 0x1000);
-        assert!(!mapped.unwrap());
         prefault(&memory).unwrap();
         assert_eq!(memory.read_obj::<u8>(GuestAddress(0x5000)).unwrap(), 7);
-    }
-
-    #[test]
-    fn a_mapped_file_shows_in_guest_memory_and_is_never_written() {
-        let memory = guest_memory(&config(false)).unwrap();
-        let mut file = tempfile::tempfile().unwrap();
-        file.write_all(&[7; 0x2000]).unwrap();
-        assert!(
-            mapper(&memory, &MappedFiles::default())
-                .map_file(&file, 0x1000, 0x5000, 0x1000)
-                .unwrap()
-        );
-        let at = GuestAddress(0x5000);
-        assert_eq!(memory.read_obj::<u8>(at).unwrap(), 7);
-        memory.write_obj(9u8, at).unwrap();
-        let mut byte = [0];
-        std::os::unix::fs::FileExt::read_exact_at(&file, &mut byte, 0x1000).unwrap();
-        assert_eq!(byte, [7]);
-    }
-
-    #[test]
-    fn files_are_not_mapped_outside_of_memory() {
-        let memory = guest_memory(&config(false)).unwrap();
-        let file = tempfile::tempfile().unwrap();
-        let files = MappedFiles::default();
-        let mapper = mapper(&memory, &files);
-        assert!(mapper.map_file(&file, 0, 0xff000, 0x2000).is_err());
-        assert!(mapper.map_file(&file, 0, u64::MAX - 0xfff, 0x1000).is_err());
     }
 }

@@ -24,7 +24,7 @@ use crate::config::{HostEnd, MachineConfig, NetConfig, Network};
 use crate::console::Connection;
 use crate::failure::{Failure, OrFail};
 use crate::kvm::memory::GuestMemory;
-use crate::kvm::reclaim::{MappedFiles, Reclaimer};
+use crate::kvm::reclaim::Reclaimer;
 use crate::kvm::vcpu::Buses;
 use crate::kvm::vm::Vm;
 use crate::virtiofsd::Served;
@@ -99,7 +99,7 @@ pub fn attach(
     resources: &mut Resources,
     serial: (Arc<Mutex<Serial>>, EventFd),
     vm: &Vm,
-    (memory, files): (&GuestMemory, &MappedFiles),
+    memory: &GuestMemory,
     (errands, prepare): (&Arc<Errands>, &Prepare),
     buses: &mut Buses,
 ) -> Result<Attached, Failure> {
@@ -155,7 +155,7 @@ pub fn attach(
     devices.add("rng", "the entropy device", Rng::new(random));
     let mut balloon = None;
     if let Some(from) = &config.balloon {
-        let reclaimer = Reclaimer::new(memory, &config.memory, files);
+        let reclaimer = Reclaimer::new(memory, &config.memory);
         let device = Balloon::new(reclaimer, from.abilities, from.size).or_host("--balloon")?;
         balloon = Some(device.handle());
         devices.add("balloon", "--balloon", device);

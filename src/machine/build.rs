@@ -21,9 +21,8 @@ use crate::config::MachineConfig;
 use crate::console::Connection;
 use crate::failure::{Failure, OrFail};
 use crate::kvm::gate::Gate;
-use crate::kvm::memory::{FileMapper, exclude_from_dumps, guest_memory, prefault};
+use crate::kvm::memory::{GuestMemory, exclude_from_dumps, guest_memory, prefault};
 use crate::kvm::probe::{self, Backend};
-use crate::kvm::reclaim::MappedFiles;
 use crate::kvm::vcpu::{Buses, Vcpu, VcpuEnd};
 use crate::kvm::vm::{self, Vm};
 use crate::timing::Timeline;
@@ -113,13 +112,12 @@ pub fn build(
     let watchdog = config.watchdog.is_some();
     let gate = Arc::new(Gate::new(config.cpus.into()));
     let platform = platform::attach(&vm, &memory, &mut buses, &notifier, &gate, watchdog)?;
-    let files = MappedFiles::default();
     let attached = attach::attach(
         config,
         &mut resources,
         serial,
         &vm,
-        (&memory, &files),
+        &memory,
         (errands, prepare),
         &mut buses,
     )?;
@@ -130,11 +128,7 @@ pub fn build(
     } = attached;
     let virtio: Vec<MmioDevice> = slots.iter().map(|slot| slot.place).collect();
 
-    let mapper = FileMapper {
-        memory: &memory,
-        files: &files,
-    };
-    let entry = load(config, &mut resources, &mapper, &virtio)?;
+    let entry = load(config, &mut resources, &memory, &virtio)?;
     if config.memory.prefault {
         prefault(&memory).or_host(memory_flag(config))?;
     }
@@ -187,11 +181,10 @@ pub fn open_kvm() -> Result<Kvm, Failure> {
 fn load(
     config: &MachineConfig,
     resources: &mut Resources,
-    mapper: &FileMapper,
+    memory: &GuestMemory,
     virtio: &[MmioDevice],
 ) -> Result<mayfly_boot::EntryState, Failure> {
-    let memory = mapper.memory;
-    let loaded = kernel::load(memory, &mut resources.kernel, mapper, config.protocol);
+    let loaded = kernel::load(memory, &mut resources.kernel, config.protocol);
     let flag = match loaded {
         Err(KernelError::DoesNotFit { .. }) => {
             format!("{}: {}", memory_flag(config), config.kernel_flag)
@@ -201,7 +194,7 @@ fn load(
     let kernel = loaded.or_config(flag)?;
     let initrd = match (&config.initrd, &mut resources.initrd) {
         (Some(path), Some(file)) => Some(
-            initrd::load(memory, file, mapper, kernel.start..kernel.end)
+            initrd::load(memory, file, kernel.start..kernel.end)
                 .or_config(format_args!("--initrd {}", path.display()))?,
         ),
         _ => None,
