@@ -5,9 +5,10 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ptr::null_mut;
 
 use mayfly_boot::layout;
-use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionCollectionError, GuestRegionMmap,
     MmapRegion,
@@ -28,7 +29,7 @@ pub enum MemoryError {
         size: u64,
         /// The cause.
         #[source]
-        source: MmapRegionError,
+        source: io::Error,
     },
     /// There is no file for it.
     #[error("making a memory file")]
@@ -41,34 +42,52 @@ pub enum MemoryError {
     Layout(#[from] GuestRegionCollectionError),
 }
 
-/// Reserves memory, laid out around the hole for devices. A page costs host
-/// memory only once the guest touches it.
+/// What a huge page's address is a multiple of, in the guest and here: only where both
+/// agree, KVM maps it as one. Linux does so by itself from 6.7 on.
+const ALIGNMENT: usize = 2 << 20;
+
+/// Reserves memory, laid out around the hole for devices, until the process ends. A page
+/// costs host memory only once the guest touches it.
 pub fn guest_memory(config: &MemoryConfig) -> Result<GuestMemory, MemoryError> {
     let file = match config.hugepages.is_some() || config.shared {
         true => Some(memory_file(config).map_err(MemoryError::File)?),
         false => None,
     };
+    let alignment = match config.hugepages {
+        Some(pages) => usize::try_from(pages.bytes()).unwrap_or(ALIGNMENT),
+        None => ALIGNMENT,
+    };
     let mut regions = Vec::new();
     let mut offset = 0;
     for (start, len) in layout::ram_regions(config.size) {
         let bytes = usize::try_from(len).map_err(|_| MemoryError::Address(start))?;
-        let builder = MmapRegionBuilder::new(bytes)
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(match (&file, config.shared) {
+        let (prot, flags) = (
+            libc::PROT_READ | libc::PROT_WRITE,
+            match (&file, config.shared) {
                 (None, _) => libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE,
                 (Some(_), true) => libc::MAP_SHARED,
                 (Some(_), false) => libc::MAP_PRIVATE,
-            });
-        let builder = match &file {
-            None => builder,
+            },
+        );
+        let file = match &file {
+            None => None,
             Some(file) => {
                 let file = file.try_clone().map_err(MemoryError::File)?;
-                builder.with_file_offset(FileOffset::new(file, offset))
+                Some(FileOffset::new(file, offset))
             }
         };
+        let failed = |source| MemoryError::Map { size: len, source };
+        let host = map_aligned(bytes, alignment, prot, flags, file.as_ref()).map_err(failed)?;
+        // SAFETY: a mapping of that size, made just now, that stays.
+        let mut builder = unsafe { MmapRegionBuilder::new(bytes).with_raw_mmap_pointer(host) }
+            .with_mmap_prot(prot)
+            .with_mmap_flags(flags);
+        if let Some(file) = file {
+            builder = builder.with_file_offset(file);
+        }
         let mapping: MmapRegion<()> = builder
             .build()
-            .map_err(|source| MemoryError::Map { size: len, source })?;
+            .map_err(|error| failed(io::Error::other(error)))?;
         if config.hugepages.is_none() {
             // Advice: a kernel without transparent huge pages may refuse it.
             let _ = advise(&mapping, libc::MADV_HUGEPAGE);
@@ -80,6 +99,51 @@ pub fn guest_memory(config: &MemoryConfig) -> Result<GuestMemory, MemoryError> {
         offset += len;
     }
     Ok(GuestMemory::from_regions(regions)?)
+}
+
+/// Maps memory at a multiple of `alignment`.
+fn map_aligned(
+    bytes: usize,
+    alignment: usize,
+    prot: libc::c_int,
+    flags: libc::c_int,
+    file: Option<&FileOffset>,
+) -> io::Result<*mut u8> {
+    let mapped = |address: *mut libc::c_void| match address {
+        libc::MAP_FAILED => Err(io::Error::last_os_error()),
+        address => Ok(address.cast::<u8>()),
+    };
+    let room = bytes
+        .checked_add(alignment)
+        .ok_or(io::ErrorKind::OutOfMemory)?;
+    let reserve = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: takes addresses that nothing uses.
+    let start = mapped(unsafe { libc::mmap(null_mut(), room, libc::PROT_NONE, reserve, -1, 0) })?;
+    let before = start.addr().wrapping_neg() % alignment;
+    let (fd, offset) = match file {
+        Some(file) => (
+            file.file().as_raw_fd(),
+            libc::off_t::try_from(file.start()).map_err(io::Error::other)?,
+        ),
+        None => (-1, 0),
+    };
+    // SAFETY: `before` is less than `alignment`, so all three pieces lie in the
+    // reservation, which nobody else knows: the outer two go, the middle one is replaced.
+    unsafe {
+        let ours = start.add(before);
+        libc::munmap(ours.add(bytes).cast(), alignment - before);
+        if before > 0 {
+            libc::munmap(start.cast(), before);
+        }
+        mapped(libc::mmap(
+            ours.cast(),
+            bytes,
+            prot,
+            flags | libc::MAP_FIXED,
+            fd,
+            offset,
+        ))
+    }
 }
 
 /// A file in memory of the guest's size.
@@ -133,13 +197,28 @@ fn advise(region: &MmapRegion<()>, advice: libc::c_int) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::Bytes;
+    use vm_memory::{Bytes, GuestMemoryRegion};
 
     fn config(shared: bool) -> MemoryConfig {
         MemoryConfig {
             size: 1 << 20,
             shared,
             ..Default::default()
+        }
+    }
+
+    #[test]
+    fn huge_pages_of_the_guest_are_huge_pages_here() {
+        for shared in [false, true] {
+            let memory = guest_memory(&MemoryConfig {
+                size: layout::MMIO_HOLE_START + (6 << 20),
+                ..config(shared)
+            })
+            .unwrap();
+            for region in memory.iter() {
+                assert_eq!(region.as_ptr().addr() % ALIGNMENT, 0);
+                memory.write_obj(7u8, region.last_addr()).unwrap();
+            }
         }
     }
 
