@@ -425,10 +425,11 @@ impl<'a> Session<'a> {
 
     /// Lets each do usual work.
     fn work(&mut self) -> Result<(), Stop> {
-        let volume = self.scene.folder.join("volume");
-        fs::create_dir_all(&volume).or_host(volume.display())?;
         for index in 0..self.parts.len() {
             self.tell(&format!("at work: {}", self.parts[index].report.name));
+            // What one leaves there is nothing to another.
+            let volume = self.scene.folder.join(format!("volume-{index}"));
+            fs::create_dir(&volume).or_host(volume.display())?;
             let mut words = vec!["steady".to_owned()];
             let volume = self.parts[index]
                 .engine

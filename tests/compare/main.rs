@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -41,10 +41,15 @@ struct Comparison {
 
 impl Comparison {
     fn of(engines: &str, flags: &[&str]) -> Self {
+        Comparison::of_image(Path::new("demo"), engines, flags)
+    }
+
+    fn of_image(image: &Path, engines: &str, flags: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut command = mayfly();
         command.args(["--engines", engines, "--json"]);
-        command.arg(folder.path().join("record.json")).args(flags);
+        command.arg(folder.path().join("record.json"));
+        command.arg(image).args(flags);
         Comparison { folder, command }
     }
 
@@ -255,6 +260,38 @@ fn a_report_adds_up() {
     nothing_is_left();
 }
 
+/// A program on its own as an image, with what a test adds to it.
+fn image(spoil: impl FnOnce(&Path)) -> tempfile::TempDir {
+    let image = tempfile::tempdir().unwrap();
+    fs::set_permissions(image.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::create_dir(image.path().join("bin")).unwrap();
+    fs::copy("/bin/busybox", image.path().join("bin/busybox")).unwrap();
+    for name in ["chmod", "echo", "mv", "sh", "sleep", "touch"] {
+        symlink("busybox", image.path().join("bin").join(name)).unwrap();
+    }
+    spoil(image.path());
+    image
+}
+
+/// Links of an image lead nowhere on the host.
+#[test]
+fn an_image_cannot_have_files_of_the_host_written() {
+    let host = tempfile::tempdir().unwrap();
+    let victim = host.path().join("victim");
+    fs::write(&victim, "safe").unwrap();
+    let image = image(|root| {
+        for name in [".mayfly-trial", ".mayfly-probe", ".mayfly-volume"] {
+            symlink(&victim, root.join(name)).unwrap();
+        }
+    });
+    let flags = ["--runs", "1", "--measure", "steady"];
+    let (_, report) = Comparison::of_image(image.path(), "process", &flags).run();
+    assert!(!engine(&report, "process").steady.is_empty());
+    assert_eq!(fs::read_to_string(&victim).unwrap(), "safe");
+    assert_eq!(fs::read_dir(host.path()).unwrap().count(), 1);
+    nothing_is_left();
+}
+
 #[test]
 fn a_seed_is_an_order() {
     let orders = ["3", "3", "4"].map(|seed| {
@@ -431,7 +468,7 @@ fn who_is_not_here_is_missing() {
         let path = std::env::split_paths(&std::env::var_os("PATH").unwrap())
             .map(|folder| folder.join(tool))
             .find(|path| path.exists());
-        std::os::unix::fs::symlink(path.unwrap(), folder.path().join(tool)).unwrap();
+        symlink(path.unwrap(), folder.path().join(tool)).unwrap();
     }
     comparison.command.env("PATH", folder.path());
     let (output, report) = comparison.run();

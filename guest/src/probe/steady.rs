@@ -5,9 +5,9 @@
 
 #![allow(unsafe_code, reason = "system calls are what is measured")]
 
-use std::fs::{self, File};
+use std::fs::{self, OpenOptions};
 use std::hint::black_box;
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -22,8 +22,8 @@ const PAGES: usize = 2048;
 const PAGE_SIZE: usize = 4096;
 const MIB: f64 = 1_048_576.0;
 
-/// Does all of it, and returns a JSON array. Words: `root=DIR` is where the root's files
-/// are, if not in `/`; `volume=DIR` also measures files there.
+/// Does all of it, and returns a JSON array. Words: `root=DIR` is a folder of the root's
+/// file system, if not `/`; `volume=DIR` also measures files there.
 pub fn measure(words: &[String]) -> String {
     let mut figures = vec![
         figure("cpu", "ns", median(cpu)),
@@ -37,7 +37,6 @@ pub fn measure(words: &[String]) -> String {
             figures.push(figure(&format!("{prefix}_write"), "MiB/s", write));
             figures.push(figure(&format!("{prefix}_read"), "MiB/s", read));
         }
-        let _ = fs::remove_file(&path);
     };
     let word = |name: &str| words.iter().find_map(|word| word.strip_prefix(name));
     files("root", Path::new(word("root=").unwrap_or("/")));
@@ -137,19 +136,22 @@ fn file_rates(path: &Path) -> io::Result<(f64, f64)> {
     let mut writes = Vec::new();
     let mut reads = Vec::new();
     for _ in 0..ROUNDS {
-        let mut file = File::create(path)?;
+        // Never what an image or another instance has put there: it may be a link.
+        let mut how = OpenOptions::new();
+        let mut file = how.read(true).write(true).create_new(true).open(path)?;
         let start = Instant::now();
         for _ in 0..FILE_SIZE / BLOCK {
             file.write_all(&block)?;
         }
         file.sync_data()?;
         writes.push(FILE_SIZE as f64 / MIB / start.elapsed().as_secs_f64());
-        let mut file = File::open(path)?;
+        file.rewind()?;
         // SAFETY: an open descriptor; the call is advice.
         unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
         let start = Instant::now();
         while file.read(&mut block)? > 0 {}
         reads.push(FILE_SIZE as f64 / MIB / start.elapsed().as_secs_f64());
+        fs::remove_file(path)?;
     }
     let mut writes = writes.into_iter();
     let mut reads = reads.into_iter();

@@ -20,7 +20,8 @@ impl Engine for Process {
     fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Failure> {
         let mut command = job.command();
         if job.words.first().is_some_and(|verb| verb == "steady") {
-            command.push(format!("root={}", place.root.display()));
+            // Not the image's own folder: what it has there may lead anywhere.
+            command.push(format!("root={}", job.folder.display()));
         }
         // It sees the host's root.
         for word in &mut command {
