@@ -12,6 +12,7 @@ mod host;
 mod instance;
 pub mod model;
 mod order;
+mod overlay;
 mod prepare;
 mod processes;
 pub mod report;

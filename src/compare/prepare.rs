@@ -60,6 +60,7 @@ pub fn prepare(options: &Options, scene: &Scene) -> Result<(Place, Image), Failu
     let place = Place {
         folder: scene.folder.clone(),
         root,
+        probe,
         data,
         image: NAME.to_owned(),
         env: config.env,

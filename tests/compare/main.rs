@@ -292,6 +292,32 @@ fn an_image_cannot_have_files_of_the_host_written() {
     nothing_is_left();
 }
 
+/// What a container writes, neither the host executes nor another one sees.
+#[test]
+fn a_container_cannot_change_the_image() {
+    let host = tempfile::tempdir().unwrap();
+    let proof = host.path().join("proof");
+    let image = image(|_| {});
+    let script = format!(
+        "[ ! -e /spoilt ] && touch /spoilt && echo '#!/bin/sh' >/new && \
+         echo 'touch {}' >>/new && chmod 755 /new && mv /new /.mayfly-probe",
+        proof.display()
+    );
+    let flags = ["--runs", "2", "--measure", "start,isolation", "--"];
+    let flags = [&flags[..], &["sh", "-c", &script]].concat();
+    let engines = ["runc", "container"];
+    let (_, report) = Comparison::of_image(image.path(), &engines.join(","), &flags).run();
+    for name in engines {
+        let engine = engine(&report, name);
+        assert!(engine.isolation.is_some(), "{engine:?}");
+        for sample in &engine.samples {
+            assert_eq!((sample.status, &sample.error), (Some(0), &None), "{name}");
+        }
+    }
+    assert!(!proof.exists());
+    nothing_is_left();
+}
+
 #[test]
 fn a_seed_is_an_order() {
     let orders = ["3", "3", "4"].map(|seed| {

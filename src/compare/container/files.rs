@@ -12,7 +12,6 @@ use std::ffi::{CStr, CString};
 use std::fs::{self, OpenOptions};
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{OpenOptionsExt, symlink};
 use std::path::Path;
 
@@ -28,6 +27,7 @@ use rustix::process::pivot_root;
 use super::Spec;
 use super::ids::Mapping;
 use super::process::check;
+use crate::compare::overlay;
 use crate::failure::{Failure, OrFail};
 
 /// What Docker makes invisible.
@@ -187,22 +187,7 @@ fn root(spec: &Spec, note: &mut dyn FnMut(&str)) -> Result<(), Failure> {
 }
 
 fn overlay(spec: &Spec) -> io::Result<()> {
-    let mut options = Vec::new();
-    let mut add = |name: &str, path: &Path| {
-        options.extend(name.bytes());
-        for &byte in path.as_os_str().as_bytes() {
-            if matches!(byte, b'\\' | b':' | b',') {
-                options.push(b'\\');
-            }
-            options.push(byte);
-        }
-    };
-    add("lowerdir=", &spec.root);
-    add(",upperdir=", &spec.writable.join("upper"));
-    add(",workdir=", &spec.writable.join("work"));
-    // The only attributes that a user namespace may have (Linux 5.11).
-    options.extend(b",userxattr");
-    let options = CString::new(options)?;
+    let options = overlay::options(&spec.root, &spec.writable)?;
     mount(
         "overlay",
         &spec.root,

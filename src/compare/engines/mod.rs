@@ -41,8 +41,10 @@ pub const VOLUME: &str = "/.mayfly-volume";
 pub struct Place {
     /// For what comes and goes.
     pub folder: PathBuf,
-    /// The image's files, with the probe.
+    /// The image's files, with the probe. What runs in a container must not write there.
     pub root: PathBuf,
+    /// The probe itself, which no image or container can have changed.
+    pub probe: PathBuf,
     /// What mayfly knows as `XDG_DATA_HOME`, with the same files as an image.
     pub data: PathBuf,
     /// That image's name.

@@ -1,6 +1,6 @@
 //! Nothing at all: a process of the host, as the floor.
 
-use super::{About, Engine, Job, PROBE, Place, VOLUME};
+use super::{About, Engine, Job, Place, VOLUME};
 use crate::compare::instance::Launch;
 use crate::compare::model::Kind;
 use crate::failure::Failure;
@@ -33,7 +33,7 @@ impl Engine for Process {
         }
         let mut command: Vec<_> = command.into_iter().map(Into::into).collect();
         if let Some(program) = command.first_mut() {
-            *program = place.root.join(PROBE.trim_start_matches('/')).into();
+            *program = place.probe.clone().into();
         }
         Ok(Launch {
             command,

@@ -24,6 +24,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 pub use self::batch::{Batch, BatchError, Ends};
 use super::model::{Mark, Sample};
+use super::overlay::Overlay;
 use super::undo::undo;
 use crate::helper::{inherit, unblock_signals};
 
@@ -85,6 +86,8 @@ pub struct Launch {
     pub own_status: bool,
     /// What removes it, whatever happened to its launcher.
     pub undo: Vec<Vec<OsString>>,
+    /// What the launcher finds mounted.
+    pub overlay: Option<Overlay>,
 }
 
 /// One that was launched.
@@ -113,7 +116,7 @@ pub struct Instance {
 
 impl Instance {
     /// Launches one.
-    fn launch(launch: Launch) -> io::Result<Self> {
+    fn launch(mut launch: Launch) -> io::Result<Self> {
         let [program, arguments @ ..] = launch.command.as_slice() else {
             return Err(io::Error::other("no command"));
         };
@@ -145,12 +148,14 @@ impl Instance {
             .stdout(their_output)
             .stderr(their_errors);
         let inherited: Vec<_> = launch.inherited.iter().map(AsRawFd::as_raw_fd).collect();
+        let overlay = launch.overlay.take();
         // A terminal's Ctrl-C is for us: who is ended is ended in order.
         // SAFETY: what runs between fork and exec are system calls.
         unsafe {
             command.pre_exec(move || {
                 unblock_signals()?;
                 rustix::process::setsid()?;
+                overlay.as_ref().map_or(Ok(()), Overlay::mount)?;
                 inherited.iter().copied().try_for_each(inherit)
             });
         }
