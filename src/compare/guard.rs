@@ -7,15 +7,17 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags, fstat, openat};
+use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{
     Pid, Signal, WaitOptions, geteuid, getpid, kill_process, set_child_subreaper, setpgid, waitpid,
 };
 
 use super::processes::kill_descendants;
+use super::removal::{empty, open};
 use super::undo::undo;
 use crate::failure::{Failure, OrFail};
 use crate::machine::Signals;
@@ -30,6 +32,8 @@ const PREFIX: &str = "mayfly-compare-";
 pub struct Scene {
     /// Where it is.
     pub folder: PathBuf,
+    /// The folder itself: once it is removed, another user may make one of that name.
+    handle: OwnedFd,
     _lock: File,
 }
 
@@ -45,16 +49,13 @@ impl Scene {
                 .file_name()
                 .as_encoded_bytes()
                 .starts_with(PREFIX.as_bytes());
-            // Others may write here, too, and what is undone are commands.
-            let own = entry.metadata().is_ok_and(|found| {
-                found.is_dir() && found.uid() == geteuid().as_raw() && found.mode() & 0o022 == 0
-            });
             if named
-                && own
-                && let Ok(lock) = File::open(entry.path().join(LOCK))
+                && let Ok(folder) = open(&entry.path())
+                && is_own(&folder)
+                && let Ok(lock) = open_in(&folder, LOCK)
                 && lock.try_lock().is_ok()
             {
-                clear(&entry.path());
+                clear(&entry.path(), &folder);
             }
         }
         let what = || above.display().to_string();
@@ -63,6 +64,7 @@ impl Scene {
             .tempdir_in(&above)
             .or_host(what())?
             .keep();
+        let handle = open(&folder).or_host(what())?;
         // It has its name when it is locked.
         let unnamed = folder.join("lock.new");
         let lock = File::create(&unnamed).or_host(what())?;
@@ -70,6 +72,7 @@ impl Scene {
         fs::rename(unnamed, folder.join(LOCK)).or_host(what())?;
         Ok(Scene {
             folder,
+            handle,
             _lock: lock,
         })
     }
@@ -93,7 +96,7 @@ impl Scene {
     /// Ends and removes all.
     pub fn clear(&self) {
         kill_descendants();
-        clear(&self.folder);
+        clear(&self.folder, &self.handle);
     }
 }
 
@@ -107,37 +110,40 @@ fn above() -> PathBuf {
         .unwrap_or_else(std::env::temp_dir)
 }
 
-fn clear(folder: &Path) {
-    let journal = fs::read(folder.join(JOURNAL)).unwrap_or_default();
-    let commands: Vec<Vec<String>> = serde_json::from_slice(&journal).unwrap_or_default();
+/// Others may write beside it, and what is undone are commands.
+fn is_own(folder: &OwnedFd) -> bool {
+    fstat(folder)
+        .is_ok_and(|found| found.st_uid == geteuid().as_raw() && found.st_mode & 0o022 == 0)
+}
+
+fn open_in(folder: &OwnedFd, name: &str) -> io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(openat(folder, name, flags, Mode::empty())?.into())
+}
+
+/// Removes what is left of a comparison: `handle` is its folder, `folder` where that was.
+fn clear(folder: &Path, handle: &OwnedFd) {
+    let journal = open_in(handle, JOURNAL).and_then(io::read_to_string);
+    let commands = journal.map(|journal| serde_json::from_str(&journal));
+    let commands: Vec<Vec<String>> = commands.ok().and_then(Result::ok).unwrap_or_default();
     let words = |command: Vec<String>| command.into_iter().map(Into::into).collect();
     undo(&commands.into_iter().map(words).collect::<Vec<_>>());
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let inside = mounts.lines().filter_map(|line| line.split(' ').nth(4));
     for mount in inside.filter(|mount| Path::new(mount).starts_with(folder)) {
-        let flags = rustix::mount::UnmountFlags::DETACH;
-        let _ = rustix::mount::unmount(mount, flags);
+        let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
+        let _ = unmount(mount, flags);
     }
-    remove_folder(folder);
-}
-
-/// Removes a folder, whatever its folders' modes.
-pub fn remove_folder(folder: &Path) {
-    if fs::remove_dir_all(folder).is_err() {
-        // Overlays keep one that nobody may read.
-        make_removable(folder);
-        let _ = fs::remove_dir_all(folder);
+    let _ = empty(handle.as_fd());
+    let still = open(folder).is_ok_and(|there| identity(&there) == identity(handle));
+    if still {
+        let _ = fs::remove_dir(folder);
     }
 }
 
-fn make_removable(folder: &Path) {
-    use std::os::unix::fs::PermissionsExt;
-    let _ = fs::set_permissions(folder, fs::Permissions::from_mode(0o700));
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            make_removable(&entry.path());
-        }
-    }
+fn identity(folder: &OwnedFd) -> Option<(u64, u64)> {
+    let found = fstat(folder).ok()?;
+    Some((found.st_dev, found.st_ino))
 }
 
 /// Divides the process, while it has one thread. The second gets a descriptor that is closed

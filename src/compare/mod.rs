@@ -15,6 +15,7 @@ mod order;
 mod overlay;
 mod prepare;
 mod processes;
+mod removal;
 pub mod report;
 mod session;
 pub mod statistics;

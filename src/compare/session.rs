@@ -13,6 +13,7 @@ use super::facts::isolation;
 use super::guard::Scene;
 use super::instance::{Batch, BatchError, Ends, Instance, Launch};
 use super::model::{EngineReport, FORMAT, Figure, Kind, Load, Mark, PageCache, Report, Workload};
+use super::removal::remove_folder;
 use super::statistics::{Summary, noise};
 use super::{Measure, Options, host, order, prepare, processes};
 use crate::failure::{Failure, OrFail};
@@ -570,7 +571,7 @@ impl<'a> Session<'a> {
                 .as_encoded_bytes()
                 .starts_with(b"instance-")
             {
-                super::guard::remove_folder(&entry.path());
+                let _ = remove_folder(&entry.path());
             }
         }
         Ok(())

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -568,6 +569,40 @@ fn the_next_one_removes_what_was_left() {
     child.wait().unwrap();
     assert!(!leftovers().is_empty());
     Comparison::of("process", &["--runs", "1", "--measure", "start"]).run();
+    nothing_is_left();
+}
+
+/// Where its folder was, anybody may have made one by the time the last half ends.
+#[test]
+fn a_folder_in_its_place_is_left_alone() {
+    let proof = tempfile::tempdir().unwrap();
+    let flags = ["--runs", "1", "--measure", "start"];
+    let mut comparison = Comparison::of("process", &flags);
+    // It cannot end until its table is read.
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    rustix::io::ioctl_fionbio(&writer, true).unwrap();
+    while (&writer).write(&[0; 4096]).is_ok() {}
+    rustix::io::ioctl_fionbio(&writer, false).unwrap();
+    comparison.command.stdout(writer).stderr(Stdio::null());
+    let mut child = comparison.command.spawn().unwrap();
+    drop(comparison.command);
+    let folder = || leftovers().into_iter().find(|it| it.starts_with('/'));
+    until("its folder appears", || folder().is_some());
+    let place = folder().unwrap();
+    until("its folder is removed", || folder().is_none());
+
+    let elsewhere = proof.path().join("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    fs::set_permissions(&elsewhere, fs::Permissions::from_mode(0o755)).unwrap();
+    let evil = serde_json::json!([["touch", proof.path().join("proof")]]);
+    fs::create_dir(&place).unwrap();
+    fs::write(Path::new(&place).join("undo.json"), evil.to_string()).unwrap();
+    symlink(&elsewhere, Path::new(&place).join("link")).unwrap();
+    std::io::copy(&mut reader, &mut std::io::sink()).unwrap();
+    assert!(child.wait().unwrap().success());
+    assert_eq!(fs::read_dir(&place).unwrap().count(), 2);
+    assert!(!proof.path().join("proof").exists());
+    fs::remove_dir_all(place).unwrap();
     nothing_is_left();
 }
 
