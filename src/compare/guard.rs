@@ -16,7 +16,7 @@ use rustix::process::{
     Pid, Signal, WaitOptions, geteuid, getpid, kill_process, set_child_subreaper, setpgid, waitpid,
 };
 
-use super::processes::kill_descendants;
+use super::processes::{descendants, kill_descendants};
 use super::removal::{empty, open};
 use super::undo::undo;
 use crate::failure::{Failure, OrFail};
@@ -34,6 +34,8 @@ pub struct Scene {
     pub folder: PathBuf,
     /// The folder itself: once it is removed, another user may make one of that name.
     handle: OwnedFd,
+    /// Who was below the first half before: a shell that executed it may have left some.
+    others: Vec<Pid>,
     _lock: File,
 }
 
@@ -73,6 +75,7 @@ impl Scene {
         Ok(Scene {
             folder,
             handle,
+            others: descendants(getpid()),
             _lock: lock,
         })
     }
@@ -95,7 +98,7 @@ impl Scene {
 
     /// Ends and removes all.
     pub fn clear(&self) {
-        kill_descendants();
+        kill_descendants(&self.others);
         clear(&self.folder, &self.handle);
     }
 }
@@ -148,7 +151,7 @@ fn identity(folder: &OwnedFd) -> Option<(u64, u64)> {
 
 /// Divides the process, while it has one thread. The second gets a descriptor that is closed
 /// when the first is gone, and goes on; the first returns the second's status.
-pub fn divide() -> Result<Result<OwnedFd, u8>, Failure> {
+pub fn divide(scene: &Scene) -> Result<Result<OwnedFd, u8>, Failure> {
     let what = "starting the comparison";
     let (theirs, ours) = io::pipe().or_host(what)?;
     set_child_subreaper(Some(getpid())).or_host(what)?;
@@ -166,7 +169,7 @@ pub fn divide() -> Result<Result<OwnedFd, u8>, Failure> {
             drop(theirs);
             let status = follow(child);
             // What it left, if it was killed, is ours.
-            kill_descendants();
+            kill_descendants(&scene.others);
             drop(ours);
             Ok(Err(status))
         }

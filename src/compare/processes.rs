@@ -42,11 +42,12 @@ pub fn descendants(of: Pid) -> Vec<Pid> {
     found.into_iter().filter_map(Pid::from_raw).collect()
 }
 
-/// Kills all of ours, until there is none.
-pub fn kill_descendants() {
+/// Kills all of ours but some, until there are no others.
+pub fn kill_descendants(spared: &[Pid]) {
     for _ in 0..ATTEMPTS {
         while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {}
-        let all = descendants(getpid());
+        let mut all = descendants(getpid());
+        all.retain(|pid| !spared.contains(pid));
         if all.is_empty() {
             return;
         }

@@ -555,6 +555,24 @@ fn killed_it_leaves_nothing() {
     }
 }
 
+/// A shell may have left it some.
+#[test]
+fn children_that_it_had_before_are_not_ended() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("log");
+    let script = r#"
+        exec > >(cat >/dev/null; sleep 1; echo whole >"$1")
+        shift
+        exec "$@" compare --engines process --runs 1 --measure start"#;
+    let mut command = Command::new("bash");
+    command.args(["-c", script, "bash"]).arg(&log);
+    command.arg(std::env::var_os("MAYFLY_BIN").unwrap());
+    assert!(command.status().unwrap().success());
+    until("its reader ends", || log.exists());
+    assert_eq!(fs::read_to_string(&log).unwrap(), "whole\n");
+    nothing_is_left();
+}
+
 /// Both are killed: the next comparison cleans up.
 #[test]
 fn the_next_one_removes_what_was_left() {

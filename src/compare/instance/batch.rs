@@ -235,9 +235,9 @@ impl Batch {
     }
 
     fn end_by_force(&mut self) {
-        processes::kill_descendants();
+        processes::kill_descendants(&[]);
         self.instances.iter().for_each(|it| undo(&it.launch.undo));
-        processes::kill_descendants();
+        processes::kill_descendants(&[]);
         self.reap(now());
     }
 
