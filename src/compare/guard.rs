@@ -5,6 +5,7 @@
 
 #![allow(unsafe_code, reason = "fork")]
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -16,7 +17,7 @@ use rustix::process::{
     Pid, Signal, WaitOptions, geteuid, getpid, kill_process, set_child_subreaper, setpgid, waitpid,
 };
 
-use super::processes::{descendants, kill_descendants};
+use super::processes::{descendants, kill_descendants, kill_marked};
 use super::removal::{empty, open};
 use super::undo::undo;
 use crate::failure::{Failure, OrFail};
@@ -26,6 +27,8 @@ use crate::machine::Signals;
 const JOURNAL: &str = "undo.json";
 const LOCK: &str = "lock";
 const PREFIX: &str = "mayfly-compare-";
+/// A variable of all that is launched, so that it is found when nobody is left who knows it.
+const MARK: &str = "MAYFLY_COMPARISON";
 
 /// A folder for one comparison, which its end removes with all that belongs to it.
 #[derive(Debug)]
@@ -40,7 +43,7 @@ pub struct Scene {
 }
 
 /// What removes an instance: commands.
-pub type Undo = Vec<Vec<std::ffi::OsString>>;
+pub type Undo = Vec<Vec<OsString>>;
 
 impl Scene {
     /// Makes one, and removes those of comparisons that were killed.
@@ -57,6 +60,7 @@ impl Scene {
                 && let Ok(lock) = open_in(&folder, LOCK)
                 && lock.try_lock().is_ok()
             {
+                kill_marked(MARK, &name(&entry.path()));
                 clear(&entry.path(), &folder);
             }
         }
@@ -80,12 +84,17 @@ impl Scene {
         })
     }
 
+    /// The variable by which what is launched is found.
+    pub fn mark(&self) -> (String, OsString) {
+        (MARK.into(), name(&self.folder).into())
+    }
+
     /// Notes what removes the instances that are about to be launched.
     pub fn note(&self, commands: &Undo) -> Result<(), Failure> {
         let words: Vec<Vec<String>> = commands
             .iter()
             .map(|command| {
-                let text = |word: &std::ffi::OsString| word.to_string_lossy().into_owned();
+                let text = |word: &OsString| word.to_string_lossy().into_owned();
                 command.iter().map(text).collect()
             })
             .collect();
@@ -111,6 +120,11 @@ fn above() -> PathBuf {
     };
     run.filter(|path| path.is_dir())
         .unwrap_or_else(std::env::temp_dir)
+}
+
+fn name(folder: &Path) -> String {
+    let name = folder.file_name().unwrap_or_default();
+    name.to_string_lossy().into_owned()
 }
 
 /// Others may write beside it, and what is undone are commands.

@@ -535,7 +535,8 @@ impl<'a> Session<'a> {
             id,
         };
         let part = &mut self.parts[index];
-        let launch = part.engine.launch(&self.place, &job)?;
+        let mut launch = part.engine.launch(&self.place, &job)?;
+        launch.env.push(self.scene.mark());
         if part.report.command_line.is_empty() {
             let text = launch
                 .command

@@ -573,21 +573,40 @@ fn children_that_it_had_before_are_not_ended() {
     nothing_is_left();
 }
 
-/// Both are killed: the next comparison cleans up.
+/// Both are killed: what was launched ends, too, and the next comparison cleans up.
 #[test]
 fn the_next_one_removes_what_was_left() {
-    let flags = ["--runs", "1", "--measure", "start", "--", "sleep", LONG];
-    let mut comparison = Comparison::of("runc", &flags);
-    let mut child = comparison.start();
-    running(1);
-    let second = *children(child.id()).first().unwrap();
-    kill(child.id(), libc::SIGSTOP);
-    kill(second, libc::SIGKILL);
-    kill(child.id(), libc::SIGKILL);
-    child.wait().unwrap();
-    assert!(!leftovers().is_empty());
-    Comparison::of("process", &["--runs", "1", "--measure", "start"]).run();
-    nothing_is_left();
+    let own = tempfile::tempdir().unwrap();
+    let script = own.path().join("own");
+    // Nothing ends with this one but itself.
+    let text = format!("#!/bin/sh\nsetsid sleep {LONG} &\nsleep {LONG}\n");
+    fs::write(&script, text).unwrap();
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    let own = format!("own={}", script.display());
+    for engine in ["runc", "process", "container", &own] {
+        let flags = ["--runs", "1", "--measure", "start", "--", "sleep", LONG];
+        let mut comparison = Comparison::of(engine, &flags);
+        let mut child = comparison.start();
+        running(1);
+        let second = *children(child.id()).first().unwrap();
+        kill(child.id(), libc::SIGSTOP);
+        kill(second, libc::SIGKILL);
+        kill(child.id(), libc::SIGKILL);
+        child.wait().unwrap();
+        assert!(!leftovers().is_empty());
+        if ["process", "container"].contains(&engine) {
+            // A group that a dying process is in cannot be removed.
+            let has_processes = |group: &String| {
+                fs::read(Path::new(group).join("cgroup.procs")).is_ok_and(|it| !it.is_empty())
+            };
+            until("the command ends", || {
+                let left = leftovers();
+                !left.iter().any(|it| it.contains(LONG) || has_processes(it))
+            });
+        }
+        Comparison::of("process", &["--runs", "1", "--measure", "start"]).run();
+        nothing_is_left();
+    }
 }
 
 /// Where its folder was, anybody may have made one by the time the last half ends.

@@ -17,7 +17,7 @@ mod facts;
 mod steady;
 
 use std::io::{self, Write};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, ExitCode};
 
 /// Comes before each record (ASCII's record separator).
@@ -80,12 +80,23 @@ fn usage() -> ExitCode {
     ExitCode::from(STATUS_FAILED)
 }
 
+#[allow(unsafe_code, reason = "what runs between fork and exec")]
 /// Runs the command, and waits for it. Its status is as a shell's.
 fn run(words: &[String]) -> u8 {
     let [program, arguments @ ..] = words else {
         return 0;
     };
-    match Command::new(program).args(arguments).status() {
+    let mut command = Command::new(program);
+    command.args(arguments);
+    // As a process of the host there is nobody else to end it.
+    // SAFETY: between fork and exec there is a system call that takes numbers.
+    unsafe {
+        command.pre_exec(|| {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            Ok(())
+        });
+    }
+    match command.status() {
         Ok(status) => {
             let signal = || status.signal().map(|signal| STATUS_SIGNAL + signal);
             let code = status.code().or_else(signal).unwrap_or(STATUS_SIGNAL);

@@ -19,7 +19,7 @@ use std::process::{Command, Stdio};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify;
-use rustix::process::Pid;
+use rustix::process::{Pid, Signal, getpid, getppid};
 use rustix::time::{ClockId, clock_gettime};
 
 pub use self::batch::{Batch, BatchError, Ends};
@@ -149,12 +149,18 @@ impl Instance {
             .stderr(their_errors);
         let inherited: Vec<_> = launch.inherited.iter().map(AsRawFd::as_raw_fd).collect();
         let overlay = launch.overlay.take();
-        // A terminal's Ctrl-C is for us: who is ended is ended in order.
+        let parent = getpid();
+        // A terminal's Ctrl-C is for us: who is ended is ended in order. And if both of our
+        // halves are killed, nobody else ends it.
         // SAFETY: what runs between fork and exec are system calls.
         unsafe {
             command.pre_exec(move || {
                 unblock_signals()?;
                 rustix::process::setsid()?;
+                rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+                if getppid() != Some(parent) {
+                    return Err(io::ErrorKind::BrokenPipe.into());
+                }
                 overlay.as_ref().map_or(Ok(()), Overlay::mount)?;
                 inherited.iter().copied().try_for_each(inherit)
             });
