@@ -80,8 +80,8 @@ fn usage() -> ExitCode {
     ExitCode::from(STATUS_FAILED)
 }
 
-#[allow(unsafe_code, reason = "what runs between fork and exec")]
 /// Runs the command, and waits for it. Its status is as a shell's.
+#[allow(unsafe_code, reason = "what runs between fork and exec")]
 fn run(words: &[String]) -> u8 {
     let [program, arguments @ ..] = words else {
         return 0;
