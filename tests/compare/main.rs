@@ -555,6 +555,20 @@ fn killed_it_leaves_nothing() {
     }
 }
 
+/// It does not read for ever what is written for ever.
+#[test]
+fn a_flood_is_no_hang() {
+    let flags = ["--runs", "1", "--measure", "start", "--"];
+    let flags = [&flags[..], &["sh", "-c", "yes & exit 0"]].concat();
+    let mut comparison = Comparison::of("process", &flags);
+    let mut child = comparison.start();
+    until("it ends", || child.try_wait().unwrap().is_some());
+    let report = comparison.record();
+    let missing = report.engines.first().unwrap().missing.clone();
+    assert!(missing.unwrap().contains("did not end"));
+    nothing_is_left();
+}
+
 /// A shell may have left it some.
 #[test]
 fn children_that_it_had_before_are_not_ended() {

@@ -10,7 +10,7 @@ use rustix::process::{Signal, WaitOptions, kill_process, wait};
 use super::super::model::Mark;
 use super::super::processes;
 use super::super::undo::{run_quietly, undo};
-use super::{Instance, Launch, Sign, now, readable};
+use super::{Instance, Launch, Sign, now};
 use crate::machine::Signals;
 
 /// One that is told to end has so long.
@@ -177,9 +177,7 @@ impl Batch {
                     let code = status.exit_status().or_else(signal);
                     if let Some(instance) = self.instances.iter_mut().find(|it| it.pid == pid) {
                         // What it said before is there.
-                        while instance.output.is_some() && readable(instance.output.as_ref()) {
-                            instance.take_output(at);
-                        }
+                        instance.take_rest(at);
                         instance.status = code;
                         instance.take_mayfly_record();
                     }
@@ -203,13 +201,7 @@ impl Batch {
         }
         let at = now();
         for instance in &mut self.instances {
-            // What is still in the pipe, as nobody writes to it any more.
-            while instance.output.is_some() {
-                instance.take_output(at);
-            }
-            while instance.errors.is_some() {
-                instance.take_errors();
-            }
+            instance.take_rest(at);
             instance.mark(Mark::Gone, at);
         }
         Ok(())
@@ -246,10 +238,7 @@ impl Batch {
         self.end_by_force();
         let at = now();
         for instance in &mut self.instances {
-            while instance.errors.is_some() && readable(instance.errors.as_ref()) {
-                instance.take_errors();
-            }
-            instance.take_output(at);
+            instance.take_rest(at);
         }
         self.instances
     }

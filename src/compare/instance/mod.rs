@@ -17,8 +17,8 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify;
+use rustix::io::ioctl_fionread;
 use rustix::process::{Pid, Signal, getpid, getppid};
 use rustix::time::{ClockId, clock_gettime};
 
@@ -265,6 +265,16 @@ impl Instance {
         }
     }
 
+    /// Takes what has arrived of what it prints.
+    fn take_rest(&mut self, at: u64) {
+        for _ in 0..reads(self.output.as_ref()) {
+            self.take_output(at);
+        }
+        for _ in 0..reads(self.errors.as_ref()) {
+            self.take_errors();
+        }
+    }
+
     fn mark(&mut self, mark: Mark, at: u64) {
         self.marks.entry(mark).or_insert(at);
     }
@@ -452,8 +462,9 @@ fn watch(inotify: &OwnedFd, path: &Path) -> bool {
     folder.is_some_and(|folder| inotify::add_watch(inotify, folder, events).is_ok())
 }
 
-fn readable(file: Option<&File>) -> bool {
-    let Some(file) = file else { return false };
-    let mut polls = [PollFd::new(file, PollFlags::IN)];
-    poll(&mut polls, Some(&Timespec::default())).is_ok_and(|count| count > 0)
+/// How often a pipe has to be read for what it has now; whoever still writes to it may do
+/// so for ever.
+fn reads(file: Option<&File>) -> usize {
+    let held = file.and_then(|file| ioctl_fionread(file).ok()).unwrap_or(0);
+    usize::try_from(held).unwrap_or(0).div_ceil(CHUNK)
 }
