@@ -3,7 +3,7 @@
 //! The first, which the user started, waits. The second compares. What either leaves
 //! becomes the other's child or, if both are killed, is found by the next comparison.
 
-#![allow(unsafe_code, reason = "fork")]
+#![allow(unsafe_code, reason = "fork, and what goes before")]
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -161,6 +161,12 @@ fn clear(folder: &Path, handle: &OwnedFd) {
 fn identity(folder: &OwnedFd) -> Option<(u64, u64)> {
     let found = fstat(folder).ok()?;
     Some((found.st_dev, found.st_ino))
+}
+
+/// Has the kernel keep the ends of children, should who started us have ignored them.
+pub fn await_children() {
+    // SAFETY: no handler is installed.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
 }
 
 /// Divides the process, while it has one thread. The second gets a descriptor that is closed

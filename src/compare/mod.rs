@@ -85,6 +85,7 @@ pub enum Outcome {
 
 /// Compares. To be called while there is one thread.
 pub fn compare(options: &Options) -> Result<Outcome, Failure> {
+    guard::await_children();
     let scene = Scene::create()?;
     let other_half = match guard::divide(&scene)? {
         Ok(other_half) => other_half,

@@ -569,6 +569,22 @@ fn a_flood_is_no_hang() {
     nothing_is_left();
 }
 
+#[test]
+fn who_starts_it_may_ignore_the_ends_of_children() {
+    let mut comparison = Comparison::of("process", &["--runs", "1", "--measure", "start"]);
+    // SAFETY: a system call between fork and exec.
+    unsafe {
+        comparison.command.pre_exec(|| {
+            libc::signal(libc::SIGCHLD, libc::SIG_IGN);
+            Ok(())
+        });
+    }
+    let mut child = comparison.command.stdout(Stdio::null()).spawn().unwrap();
+    until("it ends", || child.try_wait().unwrap().is_some());
+    assert_eq!(engine(&comparison.record(), "process").samples.len(), 1);
+    nothing_is_left();
+}
+
 /// A shell may have left it some.
 #[test]
 fn children_that_it_had_before_are_not_ended() {
