@@ -182,7 +182,12 @@ fn root(spec: &Spec, note: &mut dyn FnMut(&str)) -> Result<(), Failure> {
     note(&format!(
         "/: read-only, as there is no overlayfs: {refused}"
     ));
-    let bound = copy(&spec.root, true).and_then(|root| attach_at(&root, &spec.root));
+    let bound = copy(&spec.root, false).and_then(|root| {
+        // An image's devices would be the host's.
+        let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NODEV;
+        restrict(root.as_raw_fd(), c"", attributes)?;
+        attach_at(&root, &spec.root)
+    });
     bound.or_host(spec.root.display())
 }
 
@@ -332,8 +337,13 @@ fn copy(path: &Path, read_only: bool) -> io::Result<OwnedFd> {
 
 /// Nothing at and below a mount can be changed through it.
 fn make_read_only(folder: libc::c_int, path: &CStr) -> io::Result<()> {
+    restrict(folder, path, MountAttrFlags::MOUNT_ATTR_RDONLY)
+}
+
+/// Takes something from a mount and those below it.
+fn restrict(folder: libc::c_int, path: &CStr, attributes: MountAttrFlags) -> io::Result<()> {
     let attributes = libc::mount_attr {
-        attr_set: MountAttrFlags::MOUNT_ATTR_RDONLY.bits().into(),
+        attr_set: attributes.bits().into(),
         attr_clr: 0,
         propagation: 0,
         userns_fd: 0,
