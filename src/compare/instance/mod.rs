@@ -101,6 +101,8 @@ pub struct Instance {
     errors: Option<File>,
     inotify: Option<OwnedFd>,
     unread: Vec<u8>,
+    /// The last line that might be mayfly's own record.
+    last: Option<String>,
     complaint: Vec<u8>,
     /// Times of the clock.
     marks: BTreeMap<Mark, u64>,
@@ -180,6 +182,7 @@ impl Instance {
             errors: Some(OwnedFd::from(errors).into()),
             inotify,
             unread: Vec::new(),
+            last: None,
             complaint: Vec::new(),
             marks: BTreeMap::new(),
             status: None,
@@ -295,43 +298,42 @@ impl Instance {
     /// Finds records between whatever else the command prints. A terminal between it and
     /// us may have put a return before the line's end.
     fn take_records(&mut self, at: u64) {
-        loop {
-            let Some(start) = self.unread.iter().position(|&byte| byte == RECORD) else {
-                // Perhaps mayfly's own record.
-                let keep = self.unread.len().saturating_sub(RECORD_MAX);
-                self.unread.drain(..keep);
-                return;
-            };
-            let rest = self.unread.get(start..).unwrap_or(&[]);
-            let Some(end) = rest.iter().position(|&byte| byte == b'\n') else {
-                if rest.len() > RECORD_MAX {
-                    self.unread.clear();
-                }
-                return;
-            };
-            let line = rest.get(1..end).unwrap_or(&[]);
-            let line = String::from_utf8_lossy(line).trim_end().to_owned();
-            self.unread.drain(..=start + end);
-            let words = line
-                .strip_prefix("mayfly ")
-                .and_then(|line| line.strip_prefix(self.launch.nonce.as_str()));
-            match words.map(|words| {
-                words
-                    .trim_start()
-                    .split_once(' ')
-                    .unwrap_or((words.trim(), ""))
-            }) {
-                Some(("started", "")) => self.mark(Mark::Command, at),
-                Some(("ended", status)) => {
-                    self.mark(Mark::Exit, at);
-                    self.command_status = status.parse().ok();
-                }
-                Some(("data", data)) => {
-                    self.data = Some(data.to_owned());
-                    self.command_status = Some(0);
-                }
-                _ => {}
+        let unread = std::mem::take(&mut self.unread);
+        let mut lines = unread.split(|&byte| byte == b'\n');
+        let mut rest = lines.next_back().unwrap_or_default().to_vec();
+        for line in lines {
+            // What the command printed may end in such a byte, too.
+            let start = line.iter().rposition(|&byte| byte == RECORD);
+            let line = line.get(start.map_or(0, |start| start + 1)..);
+            let line = String::from_utf8_lossy(line.unwrap_or_default());
+            let line = line.trim_end();
+            match start.and_then(|_| line.strip_prefix("mayfly ")) {
+                Some(words) => self.take_record(words, at),
+                None if line.starts_with('{') => self.last = Some(line.to_owned()),
+                None => {}
             }
+        }
+        let keep = rest.len().saturating_sub(RECORD_MAX);
+        rest.drain(..keep);
+        self.unread = rest;
+    }
+
+    fn take_record(&mut self, words: &str, at: u64) {
+        let Some(words) = words.strip_prefix(self.launch.nonce.as_str()) else {
+            return;
+        };
+        let words = words.trim_start();
+        match words.split_once(' ').unwrap_or((words, "")) {
+            ("started", "") => self.mark(Mark::Command, at),
+            ("ended", status) => {
+                self.mark(Mark::Exit, at);
+                self.command_status = status.parse().ok();
+            }
+            ("data", data) => {
+                self.data = Some(data.to_owned());
+                self.command_status = Some(0);
+            }
+            _ => {}
         }
     }
 
@@ -431,8 +433,7 @@ impl Instance {
             .signs
             .iter()
             .any(|it| matches!(it, Sign::Record));
-        let text = String::from_utf8_lossy(&self.unread).into_owned();
-        let record = text.lines().rev().find(|line| line.starts_with('{'));
+        let record = self.last.as_deref();
         let record: Option<serde_json::Value> =
             record.and_then(|line| serde_json::from_str(line).ok());
         let Some(record) = record.filter(|_| wanted) else {
@@ -467,4 +468,66 @@ fn watch(inotify: &OwnedFd, path: &Path) -> bool {
 fn reads(file: Option<&File>) -> usize {
     let held = file.and_then(|file| ioctl_fionread(file).ok()).unwrap_or(0);
     usize::try_from(held).unwrap_or(0).div_ceil(CHUNK)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One whose launcher ends at once.
+    fn instance(signs: Vec<Sign>) -> Instance {
+        let launch = Launch {
+            command: vec!["true".into()],
+            nonce: "12".into(),
+            signs,
+            ..Launch::default()
+        };
+        Instance::launch(launch).unwrap()
+    }
+
+    fn after(output: &str) -> Instance {
+        let mut instance = instance(vec![Sign::Record]);
+        instance.unread = output.as_bytes().to_vec();
+        instance.take_records(7);
+        instance.take_mayfly_record();
+        instance
+    }
+
+    #[test]
+    fn what_a_command_prints_hides_no_record() {
+        let own = "{\"started_us\": 3, \"timing_us\": {}}\n";
+        for printed in [
+            "",
+            "text\n",
+            "text",
+            "\x1e",
+            "\n\x1e",
+            "\x1emayfly 12 ",
+            "\x1emayfly 34 ended 5\n",
+            "{\n",
+        ] {
+            let all =
+                format!("\x1emayfly 12 started\r\n{printed}\x1emayfly 12 ended 3\r\n\x1e{own}");
+            let instance = after(&all);
+            assert!(
+                instance.has(Mark::Command) && instance.has(Mark::Exit),
+                "{printed:?}"
+            );
+            assert_eq!(instance.command_status, Some(3), "{printed:?}");
+            assert_eq!(instance.at(Mark::Launched), Some(3000), "{printed:?}");
+        }
+        // However much it is, and wherever it is cut.
+        let mut instance = instance(Vec::new());
+        for chunk in [
+            "\x1e".repeat(3 * RECORD_MAX).as_str(),
+            "\x1emayf",
+            "ly 12 ended 4",
+            "\n",
+        ] {
+            instance.unread.extend_from_slice(chunk.as_bytes());
+            instance.take_records(7);
+            assert!(instance.unread.len() <= RECORD_MAX);
+        }
+        assert_eq!(instance.command_status, Some(4));
+    }
 }
