@@ -35,6 +35,8 @@ const CHUNK: usize = 16 << 10;
 const ERRORS_MAX: usize = 4 << 10;
 /// A record is shorter than this.
 const RECORD_MAX: usize = 64 << 10;
+/// Of marks that an engine tells, a line is shorter than this.
+const LINE_MAX: usize = 4 << 10;
 const NANOSECONDS: u64 = 1_000_000_000;
 
 /// The clock of all marks: `CLOCK_MONOTONIC`, in nanoseconds.
@@ -103,6 +105,8 @@ pub struct Instance {
     unread: Vec<u8>,
     /// The last line that might be mayfly's own record.
     last: Option<String>,
+    /// The start of a line of marks.
+    line: Vec<u8>,
     complaint: Vec<u8>,
     /// Times of the clock.
     marks: BTreeMap<Mark, u64>,
@@ -183,6 +187,7 @@ impl Instance {
             inotify,
             unread: Vec::new(),
             last: None,
+            line: Vec::new(),
             complaint: Vec::new(),
             marks: BTreeMap::new(),
             status: None,
@@ -366,32 +371,40 @@ impl Instance {
                 false
             }
             Sign::Lines(fd) => {
-                let Ok(len @ 1..) = rustix::io::read(fd, &mut chunk) else {
-                    return false;
-                };
-                let text = String::from_utf8_lossy(chunk.get(..len).unwrap_or(&[])).into_owned();
-                for line in text.lines() {
-                    match line.split_once(' ').unwrap_or((line, "")) {
-                        ("note", text) => self.notes.push(text.to_owned()),
-                        (word, time) => {
-                            let named = |mark: &Mark| {
-                                serde_json::to_value(mark).is_ok_and(|name| name == word)
-                            };
-                            let mark = Mark::ALL.into_iter().find(named);
-                            let time = if time.is_empty() {
-                                Ok(at)
-                            } else {
-                                time.parse()
-                            };
-                            if let (Some(mark), Ok(time)) = (mark, time) {
-                                self.mark(mark, time);
-                            }
-                        }
-                    }
+                let read = rustix::io::read(fd, &mut chunk);
+                let len = read.as_ref().map_or(0, |&len| len);
+                self.line.extend_from_slice(chunk.get(..len).unwrap_or(&[]));
+                if len == 0 && !self.line.is_empty() {
+                    // The last one may lack its end.
+                    self.line.push(b'\n');
                 }
-                true
+                while let Some(end) = self.line.iter().position(|&byte| byte == b'\n') {
+                    let line: Vec<u8> = self.line.drain(..=end).collect();
+                    self.take_line(String::from_utf8_lossy(&line).trim_end(), at);
+                }
+                if self.line.len() > LINE_MAX {
+                    self.line.clear();
+                }
+                len > 0
             }
             Sign::File(..) | Sign::Record => false,
+        }
+    }
+
+    fn take_line(&mut self, line: &str, at: u64) {
+        match line.split_once(' ').unwrap_or((line, "")) {
+            ("note", text) => self.notes.push(text.to_owned()),
+            (word, time) => {
+                let named = |mark: &Mark| serde_json::to_value(mark).is_ok_and(|name| name == word);
+                let mark = Mark::ALL.into_iter().find(named);
+                let time = match time {
+                    "" => Ok(at),
+                    time => time.parse(),
+                };
+                if let (Some(mark), Ok(time)) = (mark, time) {
+                    self.mark(mark, time);
+                }
+            }
         }
     }
 
@@ -473,6 +486,7 @@ fn reads(file: Option<&File>) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write;
 
     /// One whose launcher ends at once.
     fn instance(signs: Vec<Sign>) -> Instance {
@@ -529,5 +543,26 @@ mod tests {
             assert!(instance.unread.len() <= RECORD_MAX);
         }
         assert_eq!(instance.command_status, Some(4));
+    }
+
+    #[test]
+    fn a_line_may_come_in_pieces() {
+        let (read, mut write) = io::pipe().unwrap();
+        let mut instance = instance(vec![Sign::Lines(read.into())]);
+        for (piece, at) in [
+            ("note a", 1),
+            ("b\nbui", 2),
+            ("lt 12", 3),
+            ("34\nker", 4),
+            ("nel", 5),
+        ] {
+            write.write_all(piece.as_bytes()).unwrap();
+            assert!(instance.take_sign(0, at));
+        }
+        drop(write);
+        assert!(!instance.take_sign(0, 6));
+        assert_eq!(instance.notes, ["ab"]);
+        assert_eq!(instance.at(Mark::Built), Some(1234));
+        assert_eq!(instance.at(Mark::Kernel), Some(6));
     }
 }
