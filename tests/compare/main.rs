@@ -457,6 +457,21 @@ fn what_is_seen_from_inside_is_true() {
     nothing_is_left();
 }
 
+/// As many as may be asked for, of an engine whose files are watched.
+#[test]
+fn a_hundred_and_more_can_be_at_once() {
+    let flags = ["--parallel", "130", "--measure", "load", "--memory", "64M"];
+    let (_, report) = Comparison::of("runc", &flags).run();
+    let load = engine(&report, "runc").load.clone().unwrap();
+    assert_eq!(
+        (load.at_once, load.failed),
+        (130, 0),
+        "{:?}",
+        engine(&report, "runc").notes
+    );
+    nothing_is_left();
+}
+
 #[test]
 fn a_command_runs_and_its_status_is_seen() {
     let flags = [

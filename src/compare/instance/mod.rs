@@ -6,23 +6,23 @@
 )]
 
 mod batch;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use rustix::fs::inotify;
 use rustix::io::ioctl_fionread;
 use rustix::process::{Pid, Signal, getpid, getppid};
 use rustix::time::{ClockId, clock_gettime};
 
 pub use self::batch::{Batch, BatchError, Ends};
+use self::watch::Watch;
 use super::model::{Mark, Sample};
 use super::overlay::Overlay;
 use super::undo::undo;
@@ -101,7 +101,6 @@ pub struct Instance {
     started: u64,
     output: Option<File>,
     errors: Option<File>,
-    inotify: Option<OwnedFd>,
     unread: Vec<u8>,
     /// The last line that might be mayfly's own record.
     last: Option<String>,
@@ -122,26 +121,13 @@ pub struct Instance {
 
 impl Instance {
     /// Launches one.
-    fn launch(mut launch: Launch) -> io::Result<Self> {
+    fn launch(mut launch: Launch, watch: &mut Watch) -> io::Result<Self> {
         let [program, arguments @ ..] = launch.command.as_slice() else {
             return Err(io::Error::other("no command"));
         };
-        let mut inotify = None;
         for sign in &launch.signs {
             if let Sign::File(path, _) = sign {
-                if inotify.is_none() {
-                    let flags = inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK;
-                    inotify = Some(inotify::init(flags)?);
-                }
-                let watched = inotify.as_ref().is_some_and(|it: &OwnedFd| {
-                    watch(it, path) || path.parent().is_some_and(|parent| watch(it, parent))
-                });
-                if !watched {
-                    return Err(io::Error::other(format!(
-                        "{}: can't be watched",
-                        path.display()
-                    )));
-                }
+                watch.await_path(path)?;
             }
         }
         let (output, their_output) = io::pipe()?;
@@ -184,7 +170,6 @@ impl Instance {
             started,
             output: Some(OwnedFd::from(output).into()),
             errors: Some(OwnedFd::from(errors).into()),
-            inotify,
             unread: Vec::new(),
             last: None,
             line: Vec::new(),
@@ -409,29 +394,14 @@ impl Instance {
     }
 
     /// Looks which of the awaited files are there.
-    fn take_files(&mut self, at: u64) {
-        let Some(inotify) = &self.inotify else {
-            return;
-        };
-        let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
-        let mut events = inotify::Reader::new(inotify, &mut buffer);
-        let mut names = Vec::new();
-        while let Ok(event) = events.next() {
-            names.extend(event.file_name().map(|name| name.to_bytes().to_vec()));
-            if events.is_buffer_empty() {
-                break;
-            }
-        }
+    fn take_files(&mut self, watch: &mut Watch, appeared: &[PathBuf], at: u64) {
         let mut seen = Vec::new();
         for sign in &self.launch.signs {
-            if let Sign::File(path, mark) = sign {
-                let name = path.file_name().unwrap_or_default().as_bytes();
-                let came = names.iter().any(|other| other == name);
-                // A folder that has appeared since is watched before its file is looked for.
-                let there = || watch(inotify, path) && path.exists();
-                if !self.marks.contains_key(mark) && (came || there()) {
-                    seen.push(*mark);
-                }
+            if let Sign::File(path, mark) = sign
+                && !self.marks.contains_key(mark)
+                && watch.is_there(path, appeared)
+            {
+                seen.push(*mark);
             }
         }
         for mark in seen {
@@ -469,13 +439,6 @@ impl Instance {
     }
 }
 
-/// Learns of what appears beside a path; false if its folder is not there.
-fn watch(inotify: &OwnedFd, path: &Path) -> bool {
-    let events = inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO;
-    let folder = path.parent();
-    folder.is_some_and(|folder| inotify::add_watch(inotify, folder, events).is_ok())
-}
-
 /// How often a pipe has to be read for what it has now; whoever still writes to it may do
 /// so for ever.
 fn reads(file: Option<&File>) -> usize {
@@ -496,7 +459,7 @@ mod tests {
             signs,
             ..Launch::default()
         };
-        Instance::launch(launch).unwrap()
+        Instance::launch(launch, &mut Watch::new().unwrap()).unwrap()
     }
 
     fn after(output: &str) -> Instance {
