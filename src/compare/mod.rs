@@ -77,8 +77,8 @@ pub struct Options {
 
 /// What a process is to do with a comparison.
 pub enum Outcome {
-    /// It is the one that compared: this is what it found.
-    Report(Box<model::Report>),
+    /// It is the one that compared: this is what it found, and what ended it early.
+    Report(Box<model::Report>, Option<Failure>),
     /// It only waited for that one, whose status this is.
     Status(u8),
 }
@@ -102,7 +102,7 @@ pub fn compare(options: &Options) -> Result<Outcome, Failure> {
     let session = Session::new(options, &scene, ends);
     let report = session.and_then(|mut session| session.run());
     scene.clear();
-    report.map(|report| Outcome::Report(Box::new(report)))
+    report.map(|(report, failure)| Outcome::Report(Box::new(report), failure))
 }
 
 /// The folder in which the probe lies, and what others boot.

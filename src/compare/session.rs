@@ -122,12 +122,13 @@ impl<'a> Session<'a> {
         Ok(session)
     }
 
-    /// Runs it all, and returns what it found, also if it was ended early.
-    pub fn run(&mut self) -> Result<Report, Failure> {
+    /// Runs it all, and returns what it found, also if a failure ended it early.
+    pub fn run(&mut self) -> Result<(Report, Option<Failure>), Failure> {
         let stop = self.take_all().err();
         for part in &self.parts {
             super::undo::undo(&part.engine.undo());
         }
+        let mut failed = None;
         match stop {
             None => {}
             Some(Stop::Interrupted) => self.report.interrupted = true,
@@ -138,6 +139,7 @@ impl<'a> Session<'a> {
                 // What was measured is worth more than the rest.
                 self.report.interrupted = true;
                 self.report.warnings.push(failure.to_string());
+                failed = Some(failure);
             }
         }
         self.tell("");
@@ -158,7 +160,7 @@ impl<'a> Session<'a> {
         }
         let reports = self.parts.drain(..).map(|part| part.report);
         self.report.engines = reports.chain(self.missing.drain(..)).collect();
-        Ok(self.report.clone())
+        Ok((self.report.clone(), failed))
     }
 
     fn take_all(&mut self) -> Result<(), Stop> {

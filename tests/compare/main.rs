@@ -546,6 +546,42 @@ fn an_interrupted_comparison_keeps_what_it_has() {
     nothing_is_left();
 }
 
+/// Nobody takes minutes for nothing.
+#[test]
+fn what_fails_at_the_end_takes_nothing_along() {
+    let flags = ["--runs", "1", "--measure", "start", "--json", "/dev/full"];
+    let folder = tempfile::tempdir().unwrap();
+    let rows = folder.path().join("rows");
+    let mut command = mayfly();
+    command.args(["--engines", "process"]).args(flags);
+    let output = command.arg("--csv").arg(&rows).output().unwrap();
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("/dev/full"));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("process"));
+    assert_eq!(fs::read_to_string(&rows).unwrap().lines().count(), 2);
+
+    // An engine that is gone from its second run on.
+    let own = sleeper(folder.path(), "own", false);
+    let script = folder.path().join("own");
+    let text = fs::read_to_string(&script).unwrap();
+    let last = "[ ! -e $0.tried ] || rm $0\ntouch $0.tried\nexit 0";
+    fs::write(&script, text.replace("exit 0", last)).unwrap();
+    let flags = ["--runs", "3", "--warmup", "0", "--measure", "start"];
+    let mut comparison = Comparison::of(&own, &flags);
+    let output = comparison.command.output().unwrap();
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("own"));
+    let report = comparison.record();
+    assert!(report.interrupted);
+    assert_eq!(engine(&report, "own").samples.len(), 1);
+
+    // What is never written is never made.
+    let mut comparison = Comparison::of_image(Path::new("./no-such-image"), "process", &[]);
+    assert_eq!(comparison.command.output().unwrap().status.code(), Some(2));
+    assert!(!comparison.file("record.json").exists());
+    nothing_is_left();
+}
+
 /// Whoever is killed, the other cleans up.
 #[test]
 fn killed_it_leaves_nothing() {
