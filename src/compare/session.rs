@@ -267,11 +267,25 @@ impl<'a> Session<'a> {
             engine: engines::find("process", &self.place).map_err(Failure::host)?,
         };
         self.parts.push(host);
-        let facts = self.one(self.parts.len() - 1, &words, None);
+        let instance = self.one(self.parts.len() - 1, &words, None);
         self.parts.pop();
-        self.host = facts?
-            .data
-            .and_then(|data| serde_json::from_str(&data).ok());
+        let facts = match instance {
+            Ok(instance) => {
+                let error = instance
+                    .error()
+                    .unwrap_or_else(|| "nothing was said".into());
+                instance.data.ok_or(error)
+            }
+            Err(Stop::Failed(failure)) => Err(failure.to_string()),
+            Err(stop) => return Err(stop),
+        };
+        match facts {
+            Ok(data) => self.host = serde_json::from_str(&data).ok(),
+            Err(why) => self
+                .report
+                .warnings
+                .push(format!("isolation: the host could not be looked at: {why}")),
+        }
         for index in 0..self.parts.len() {
             self.tell(&format!("isolation: {}", self.parts[index].report.name));
             let instance = self.one(index, &words, None)?;

@@ -546,6 +546,28 @@ fn an_interrupted_comparison_keeps_what_it_has() {
     nothing_is_left();
 }
 
+/// Where the host executes no probe, what others are is still found.
+#[test]
+fn a_host_that_cannot_be_looked_at_is_no_end() {
+    let cache = PathBuf::from(std::env::var_os("MAYFLY_CACHE").unwrap());
+    let own = tempfile::tempdir().unwrap();
+    let probe = own.path().join("default/probe");
+    fs::create_dir(probe.parent().unwrap()).unwrap();
+    fs::copy(cache.join("default/probe"), &probe).unwrap();
+    fs::set_permissions(&probe, fs::Permissions::from_mode(0o644)).unwrap();
+    let flags = ["--runs", "1", "--measure", "start,isolation"];
+    let mut comparison = Comparison::of("process,container", &flags);
+    comparison.command.env("MAYFLY_CACHE", own.path());
+    let (_, report) = comparison.run();
+    assert_eq!(engine(&report, "container").samples.len(), 1);
+    let told = report
+        .warnings
+        .iter()
+        .any(|it| it.contains("the host could not be looked at"));
+    assert!(told, "{report:?}");
+    nothing_is_left();
+}
+
 /// Nobody takes minutes for nothing.
 #[test]
 fn what_fails_at_the_end_takes_nothing_along() {
