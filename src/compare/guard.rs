@@ -5,13 +5,15 @@
 
 #![allow(unsafe_code, reason = "fork, and what goes before")]
 
+use std::cell::OnceCell;
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags, fstat, openat};
+use rustix::fs::{Mode, OFlags, StatVfsMountFlags, fstat, openat, statvfs};
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{
     Pid, Signal, WaitOptions, geteuid, getpid, kill_process, set_child_subreaper, setpgid, waitpid,
@@ -26,6 +28,9 @@ use crate::machine::Signals;
 /// Names what is to be undone.
 const JOURNAL: &str = "undo.json";
 const LOCK: &str = "lock";
+/// Where files lie that are too many for memory.
+const DISK: &str = "/var/tmp";
+const MIB: u32 = 20;
 const PREFIX: &str = "mayfly-compare-";
 /// A variable of all that is launched, so that it is found when nobody is left who knows it.
 const MARK: &str = "MAYFLY_COMPARISON";
@@ -40,6 +45,8 @@ pub struct Scene {
     /// Who was below the first half before: a shell that executed it may have left some.
     others: Vec<Pid>,
     _lock: File,
+    /// The lock of what belongs to it on a disk.
+    disk: OnceCell<File>,
 }
 
 /// What removes an instance: commands.
@@ -48,40 +55,58 @@ pub type Undo = Vec<Vec<OsString>>;
 impl Scene {
     /// Makes one, and removes those of comparisons that were killed.
     pub fn create() -> Result<Self, Failure> {
-        let above = above();
-        for entry in fs::read_dir(&above).into_iter().flatten().flatten() {
-            let named = entry
-                .file_name()
-                .as_encoded_bytes()
-                .starts_with(PREFIX.as_bytes());
-            if named
-                && let Ok(folder) = open(&entry.path())
-                && is_own(&folder)
-                && let Ok(lock) = open_in(&folder, LOCK)
-                && lock.try_lock().is_ok()
-            {
-                kill_marked(MARK, &name(&entry.path()));
-                clear(&entry.path(), &folder);
-            }
-        }
+        let mut places = places();
+        places.iter().for_each(|place| sweep(place));
+        sweep(Path::new(DISK));
+        places.retain(|place| may_execute(place));
+        let above = places.first().ok_or_else(|| {
+            Failure::host("there is no folder for temporary files whose programs may run")
+        })?;
         let what = || above.display().to_string();
         let folder = tempfile::Builder::new()
             .prefix(PREFIX)
-            .tempdir_in(&above)
+            .tempdir_in(above)
             .or_host(what())?
             .keep();
         let handle = open(&folder).or_host(what())?;
-        // It has its name when it is locked.
-        let unnamed = folder.join("lock.new");
-        let lock = File::create(&unnamed).or_host(what())?;
-        lock.lock().or_host(what())?;
-        fs::rename(unnamed, folder.join(LOCK)).or_host(what())?;
+        let lock = lock(&folder).or_host(what())?;
         Ok(Scene {
             folder,
             handle,
             others: descendants(getpid()),
             _lock: lock,
+            disk: OnceCell::new(),
         })
+    }
+
+    /// A folder that is removed with this, and has room for so many bytes: in memory or, so
+    /// that they do not fill it, on a disk.
+    pub fn folder_for(&self, bytes: u64) -> Result<PathBuf, Failure> {
+        if bytes <= room(&self.folder) {
+            return Ok(self.folder.clone());
+        }
+        let spare = room(Path::new(DISK));
+        if bytes > spare {
+            return Err(Failure::host(format!(
+                "the image may need {} MiB, and {DISK} has {} to spare",
+                bytes >> MIB,
+                spare >> MIB
+            )));
+        }
+        self.on_disk()
+    }
+
+    fn on_disk(&self) -> Result<PathBuf, Failure> {
+        let folder = on_disk(&self.folder);
+        let what = || folder.display().to_string();
+        if !may_execute(Path::new(DISK)) {
+            return Err(Failure::host(format!("{DISK}: its programs may not run")));
+        }
+        let mut builder = DirBuilder::new();
+        builder.mode(0o700).create(&folder).or_host(what())?;
+        let lock = lock(&folder).or_host(what())?;
+        self.disk.get_or_init(|| lock);
+        Ok(folder)
     }
 
     /// The variable by which what is launched is found.
@@ -112,14 +137,58 @@ impl Scene {
     }
 }
 
-/// Where such folders lie: in memory, as overlays need a file system that holds them.
-fn above() -> PathBuf {
+/// Where such folders may lie, best first: in memory, as overlays need a file system that
+/// holds them.
+fn places() -> Vec<PathBuf> {
     let run = match geteuid().is_root() {
         true => Some(PathBuf::from("/run")),
         false => std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from),
     };
-    run.filter(|path| path.is_dir())
-        .unwrap_or_else(std::env::temp_dir)
+    let others = ["/dev/shm".into(), std::env::temp_dir()];
+    let places = run.into_iter().chain(others);
+    places.filter(|path| path.is_dir()).collect()
+}
+
+/// Debian mounts `/run` so that nothing there is executed.
+fn may_execute(folder: &Path) -> bool {
+    let found = statvfs(folder);
+    found.is_ok_and(|it| !it.f_flag.contains(StatVfsMountFlags::NOEXEC))
+}
+
+/// How many bytes may be put there: half of what is free, as others need some, too.
+fn room(folder: &Path) -> u64 {
+    let found = statvfs(folder);
+    found.map_or(0, |it| it.f_bavail.saturating_mul(it.f_frsize) / 2)
+}
+
+/// Locks a folder, which has the lock's name only then.
+fn lock(folder: &Path) -> io::Result<File> {
+    let unnamed = folder.join("lock.new");
+    let lock = File::create(&unnamed)?;
+    lock.lock()?;
+    fs::rename(unnamed, folder.join(LOCK))?;
+    Ok(lock)
+}
+
+/// Removes what comparisons left that were killed.
+fn sweep(above: &Path) {
+    for entry in fs::read_dir(above).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if name(&path).starts_with(PREFIX)
+            && let Ok(folder) = open(&path)
+            && is_own(&folder)
+            && let Ok(lock) = open_in(&folder, LOCK)
+            && lock.try_lock().is_ok()
+        {
+            kill_marked(MARK, &name(&path));
+            clear(&path, &folder);
+        }
+    }
+}
+
+/// What belongs to a folder, and lies on a disk.
+fn on_disk(folder: &Path) -> PathBuf {
+    Path::new(DISK).join(name(folder))
 }
 
 fn name(folder: &Path) -> String {
@@ -150,6 +219,15 @@ fn clear(folder: &Path, handle: &OwnedFd) {
     for mount in inside.filter(|mount| Path::new(mount).starts_with(folder)) {
         let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
         let _ = unmount(mount, flags);
+    }
+    // One of that name and owner can only be ours.
+    let disk = on_disk(folder);
+    if disk != folder
+        && let Ok(handle) = open(&disk)
+        && is_own(&handle)
+    {
+        let _ = empty(handle.as_fd());
+        let _ = fs::remove_dir(disk);
     }
     let _ = empty(handle.as_fd());
     let still = open(folder).is_ok_and(|there| identity(&there) == identity(handle));

@@ -10,6 +10,9 @@ use crate::config::default_guest;
 use crate::failure::{Failure, OrFail};
 use crate::image::{Bars, Image, PullOptions, RunConfig, Store};
 
+/// The image's files are there themselves and, at times, as an archive, as mayfly's layer
+/// and as a disk.
+const COPIES: u64 = 4;
 /// The name of the image that mayfly runs, in a store of its own.
 const NAME: &str = "compared";
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -24,7 +27,8 @@ pub fn obtain(name: &str) -> Result<Image, Failure> {
 /// Gets the image, unpacks it, and puts it where each engine wants it.
 pub fn prepare(options: &Options, scene: &Scene) -> Result<(Place, Image), Failure> {
     let image = obtain(&options.image)?;
-    let root = scene.folder.join("root");
+    let files = scene.folder_for(image.size.saturating_mul(COPIES))?;
+    let root = files.join("root");
     image.unpack(&root)?;
     for folder in MOUNT_POINTS {
         let path = root.join(folder);
@@ -51,7 +55,7 @@ pub fn prepare(options: &Options, scene: &Scene) -> Result<(Place, Image), Failu
         },
         ..RunConfig::default()
     };
-    let data = scene.folder.join("data");
+    let data = files.join("data");
     let store = Store::open(&data.join("mayfly"))?;
     let name = NAME.parse().or_internal(NAME)?;
     store.import(&root, Some(&name), config.clone(), &Bars::new())?;

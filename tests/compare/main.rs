@@ -97,7 +97,7 @@ fn until(what: &str, mut condition: impl FnMut() -> bool) {
 /// What a comparison would leave: folders, processes, mounts, control groups.
 fn leftovers() -> Vec<String> {
     let mut found = Vec::new();
-    for folder in [Path::new("/run"), &std::env::temp_dir()] {
+    for folder in ["/run", "/tmp", "/var/tmp", "/dev/shm"] {
         for entry in fs::read_dir(folder).unwrap().flatten() {
             if entry.file_name().to_string_lossy().starts_with(PREFIX) {
                 found.push(entry.path().display().to_string());
@@ -272,6 +272,28 @@ fn image(spoil: impl FnOnce(&Path)) -> tempfile::TempDir {
     }
     spoil(image.path());
     image
+}
+
+/// Debian's `/run` executes nothing, and is small.
+#[test]
+fn what_the_host_has_in_memory_may_be_little() {
+    let image = image(|root| fs::write(root.join("large"), vec![0x5a; 8 << 20]).unwrap());
+    for options in ["noexec", "size=16m"] {
+        let flags = ["--runs", "1", "--measure", "start"];
+        let mut comparison = Comparison::of_image(image.path(), "process,container,runc", &flags);
+        let script = "mount -t tmpfs -o $0 tmpfs /run && \"$@\"; status=$?; \
+                      ls -A /run /var/tmp | grep ^mayfly-compare && exit 99; exit $status";
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", script, options]);
+        command.arg(comparison.command.get_program());
+        command.args(comparison.command.get_args());
+        comparison.command = command;
+        let (_, report) = comparison.run();
+        for name in ["process", "container", "runc"] {
+            assert_eq!(engine(&report, name).samples.len(), 1, "{options}");
+        }
+        nothing_is_left();
+    }
 }
 
 /// Links of an image lead nowhere on the host.

@@ -57,7 +57,7 @@ impl Machine {
 /// The image's files as a read-only file system, made once for all of them, compressed as
 /// mayfly's layers are.
 fn disk(place: &Place) -> Result<PathBuf, String> {
-    let disk = place.folder.join("root.squashfs");
+    let disk = place.root.with_extension("squashfs");
     if disk.exists() {
         return Ok(disk);
     }
