@@ -509,6 +509,19 @@ mod tests {
     }
 
     #[test]
+    fn what_comes_for_ever_is_not_read_for_ever() {
+        let mut instance = instance(Vec::new());
+        instance.output = Some(File::open("/dev/zero").unwrap());
+        instance.take_rest(7);
+        let (read, mut write) = io::pipe().unwrap();
+        write.write_all(b"\x1emayfly 12 ended 0\n").unwrap();
+        instance.output = Some(OwnedFd::from(read).into());
+        // Somebody may write yet.
+        instance.take_rest(8);
+        assert_eq!(instance.at(Mark::Exit), Some(8));
+    }
+
+    #[test]
     fn a_line_may_come_in_pieces() {
         let (read, mut write) = io::pipe().unwrap();
         let mut instance = instance(vec![Sign::Lines(read.into())]);
