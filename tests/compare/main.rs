@@ -680,6 +680,37 @@ fn who_starts_it_may_ignore_the_ends_of_children() {
     nothing_is_left();
 }
 
+/// What runc has begun with when it is killed, it does not know itself.
+#[test]
+fn groups_of_a_launcher_that_hangs_are_removed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = std::env::var_os("PATH").unwrap();
+    let mut all = std::env::split_paths(&path).map(|it| it.join("runc"));
+    let runc = all.find(|it| it.exists()).unwrap();
+    let script = format!(
+        "#!/bin/sh\ncase \"$*\" in *\" run \"*)\n\
+         for id; do :; done\n\
+         mkdir /sys/fs/cgroup/$id /sys/fs/cgroup/cpu/$id 2>/dev/null\n\
+         exec sleep {LONG};;\n\
+         esac\nexec {} \"$@\"\n",
+        runc.display()
+    );
+    let own = folder.path().join("runc");
+    fs::write(&own, script).unwrap();
+    fs::set_permissions(&own, fs::Permissions::from_mode(0o755)).unwrap();
+    let flags = ["--runs", "1", "--measure", "start", "--patience", "1"];
+    let mut comparison = Comparison::of("runc", &flags);
+    let folders = [folder.path().to_owned()];
+    let folders = folders.into_iter().chain(std::env::split_paths(&path));
+    comparison
+        .command
+        .env("PATH", std::env::join_paths(folders).unwrap());
+    let (_, report) = comparison.run();
+    let missing = report.engines.first().unwrap().missing.clone();
+    assert!(missing.unwrap().contains("did not begin"));
+    nothing_is_left();
+}
+
 /// A shell may have left it some.
 #[test]
 fn children_that_it_had_before_are_not_ended() {

@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use super::{About, Engine, Job, Place, VOLUME, words};
+use super::{About, Engine, Job, Place, VOLUME, remove_groups, words};
 use crate::compare::container::Spec;
 use crate::compare::instance::{Launch, Sign};
 use crate::compare::model::Kind;
@@ -49,23 +49,9 @@ impl Engine for Container {
         let program = env::current_exe().or_host(what)?;
         let mut command = vec![program.into_os_string()];
         command.extend(words(["compare-container", &path.to_string_lossy()]));
-        // A launcher that is killed leaves its control group.
-        let remove_group = words([
-            "find",
-            "/sys/fs/cgroup",
-            "-depth",
-            "-type",
-            "d",
-            "-name",
-            &job.id,
-            "-exec",
-            "rmdir",
-            "{}",
-            ";",
-        ]);
         Ok(Launch {
             command,
-            undo: vec![remove_group],
+            undo: vec![remove_groups(&job.id)],
             nonce: job.nonce.clone(),
             signs: vec![Sign::Lines(read.into())],
             inherited: vec![write],

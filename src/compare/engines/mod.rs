@@ -166,6 +166,23 @@ fn first_line(program: &Path, arguments: &[&str]) -> Option<String> {
     line.filter(|_| output.status.success())
 }
 
+/// Removes the control groups of an instance, which a launcher that is killed leaves.
+fn remove_groups(id: &str) -> Vec<OsString> {
+    words([
+        "find",
+        "/sys/fs/cgroup",
+        "-depth",
+        "-type",
+        "d",
+        "-name",
+        id,
+        "-exec",
+        "rmdir",
+        "{}",
+        ";",
+    ])
+}
+
 fn words<const N: usize>(words: [&str; N]) -> Vec<OsString> {
     words.into_iter().map(OsString::from).collect()
 }

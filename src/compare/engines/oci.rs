@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
-use super::{About, Engine, Job, Place, VOLUME, first_line, program, words};
+use super::{About, Engine, Job, Place, VOLUME, first_line, program, remove_groups, words};
 use crate::compare::instance::{Launch, Sign};
 use crate::compare::model::{Kind, Mark};
 use crate::compare::overlay::Overlay;
@@ -130,7 +130,8 @@ impl Engine for Oci {
                 Sign::File(state.join(&job.id), Mark::Launched),
                 Sign::File(state.join(&job.id).join(created), Mark::Built),
             ],
-            undo: vec![undo],
+            // What it has not noted yet it does not delete.
+            undo: vec![undo, remove_groups(&job.id)],
             overlay,
             ..Launch::default()
         })
