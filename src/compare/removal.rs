@@ -112,7 +112,7 @@ mod tests {
             symlink(&outside, root.join(name).join("link")).unwrap();
         }
         for name in ["closed/within", "closed"] {
-            fs::set_permissions(root.join(name), Permissions::from_mode(0)).unwrap();
+            fs::set_permissions(root.join(name), Permissions::from_mode(0o000)).unwrap();
         }
         // Deeper than a path can say, and than there are descriptors.
         let mut deepest = open(&root).unwrap();
