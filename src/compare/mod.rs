@@ -13,6 +13,7 @@ mod instance;
 pub mod model;
 mod order;
 mod overlay;
+mod peer;
 mod prepare;
 mod processes;
 mod removal;

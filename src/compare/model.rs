@@ -4,6 +4,8 @@
 
 use std::collections::BTreeMap;
 
+pub use mayfly_guest::peer::Way;
+pub use mayfly_guest::steady::Figure;
 use serde::{Deserialize, Serialize};
 
 use super::statistics::Summary;
@@ -141,18 +143,6 @@ pub struct Load {
     pub failed: u32,
 }
 
-/// One figure of the steady state.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Figure {
-    /// What was done: `cpu`, `syscall`, `fault`, `root_read`, `root_write`,
-    /// `volume_read`, `volume_write`.
-    pub name: String,
-    /// The median of the probe's rounds.
-    pub value: f64,
-    /// `ns` (less is better), or `MiB/s` (more is).
-    pub unit: String,
-}
-
 /// What can be seen from inside.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Isolation {
@@ -209,6 +199,8 @@ pub struct EngineReport {
     pub load: Option<Load>,
     /// What it costs while it runs.
     pub steady: Vec<Figure>,
+    /// By which way its TCP went to the host, if that was looked at.
+    pub tcp: Option<Way>,
     /// What can be seen from inside.
     pub isolation: Option<Isolation>,
 }
@@ -235,6 +227,7 @@ impl EngineReport {
             memory: Vec::new(),
             load: None,
             steady: Vec::new(),
+            tcp: None,
             isolation: None,
         }
     }

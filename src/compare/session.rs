@@ -7,12 +7,15 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mayfly_guest::facts::Facts;
+use mayfly_guest::peer::Way;
+use mayfly_guest::steady::Steady;
 
 use super::engines::{self, Engine, Job, Place, VOLUME};
 use super::facts::isolation;
 use super::guard::Scene;
 use super::instance::{Batch, BatchError, Ends, Instance, Launch};
-use super::model::{EngineReport, FORMAT, Figure, Kind, Load, Mark, PageCache, Report, Workload};
+use super::model::{EngineReport, FORMAT, Kind, Load, Mark, PageCache, Report, Workload};
+use super::peer::Peer;
 use super::removal::remove_folder;
 use super::statistics::{Summary, noise};
 use super::{Measure, Options, host, order, prepare, processes};
@@ -455,14 +458,30 @@ impl<'a> Session<'a> {
             if volume.is_some() {
                 words.push(format!("volume={VOLUME}"));
             }
+            // It listens as long as this engine is at work.
+            let peer = Peer::start(self.parts[index].engine.origin());
+            match &peer {
+                Ok(peer) => words.push(peer.meeting().to_string()),
+                Err(error) => {
+                    let note = format!("TCP could not be measured: {error}");
+                    self.parts[index].report.notes.push(note);
+                }
+            }
             let instance = self.one(index, &words, volume)?;
-            let figures: Option<Vec<Figure>> = instance
+            drop(peer);
+            let found: Option<Steady> = instance
                 .data
                 .as_ref()
                 .and_then(|data| serde_json::from_str(data).ok());
             let report = &mut self.parts[index].report;
-            match (figures, instance.error()) {
-                (Some(figures), _) => report.steady = figures,
+            match (found, instance.error()) {
+                (Some(Steady { figures, tcp }), _) => {
+                    if let Some(Way::Lost(why)) = &tcp {
+                        let note = format!("TCP could not be measured: {why}");
+                        report.notes.push(note);
+                    }
+                    (report.steady, report.tcp) = (figures, tcp);
+                }
                 (None, error) => report.notes.push(format!(
                     "it could not be seen at work: {}",
                     error.unwrap_or_else(|| "it said nothing".into())

@@ -15,7 +15,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use mayfly::compare::model::{EngineReport, Mark, Report};
+use mayfly::compare::model::{EngineReport, Mark, Report, Way};
 use mayfly::compare::statistics::Summary;
 
 /// A word that no other process has, and a time that no test takes.
@@ -400,8 +400,13 @@ fn sleeper(folder: &Path, name: &str, slow: bool) -> String {
             }
         };
     }
+    self::script(folder, name, &script)
+}
+
+/// An engine of one's own.
+fn script(folder: &Path, name: &str, text: &str) -> String {
     let path = folder.join(name);
-    fs::write(&path, script).unwrap();
+    fs::write(&path, text).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     format!("{name}={}", path.display())
 }
@@ -491,6 +496,116 @@ fn a_hundred_and_more_can_be_at_once() {
         "{:?}",
         engine(&report, "runc").notes
     );
+    nothing_is_left();
+}
+
+/// An engine whose instances have a network of their own, and the host at its other end.
+const BRIDGED: &str = "#!/bin/sh -e
+root=$1; shift
+inside=mayfly-bridged-$$
+ip netns add $inside
+ip link add mayfly$$ type veth peer name eth0 netns $inside
+ip addr add 10.201.7.1/24 dev mayfly$$
+ip link set mayfly$$ up
+ip -n $inside addr add 10.201.7.2/24 dev eth0
+ip -n $inside link set eth0 up
+ip -n $inside route add default via 10.201.7.1
+status=0
+nsenter --net=/run/netns/$inside chroot $root \"$@\" || status=$?
+ip netns delete $inside
+exit $status
+";
+
+/// A network namespace, gone with this.
+struct Network(String);
+
+impl Network {
+    fn new() -> Self {
+        let network = Network(format!("mayfly-test-{}", std::process::id()));
+        network.ip(&["netns", "add", &network.0]);
+        for what in ["link set lo up", "addr add 10.201.8.1/32 dev lo"] {
+            let words: Vec<&str> = what.split(' ').collect();
+            network.ip(&[&["-n", &network.0], &words[..]].concat());
+        }
+        network
+    }
+
+    fn ip(&self, words: &[&str]) {
+        assert!(Command::new("ip").args(words).status().unwrap().success());
+    }
+
+    fn inside(&self, command: &Command) -> Command {
+        let mut inside = Command::new("nsenter");
+        inside.arg(format!("--net=/run/netns/{}", self.0));
+        inside.arg(command.get_program()).args(command.get_args());
+        inside
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        let _ = Command::new("ip")
+            .args(["netns", "delete", &self.0])
+            .status();
+    }
+}
+
+#[test]
+fn tcp_goes_by_the_network_that_there_is() {
+    let network = Network::new();
+    let folder = tempfile::tempdir().unwrap();
+    let bridged = script(folder.path(), "bridged", BRIDGED);
+    let engines = format!("process,container,runc,{bridged}");
+    let mut comparison = Comparison::of(&engines, &["--runs", "1", "--measure", "steady"]);
+    comparison.command = network.inside(&comparison.command);
+    for kind in ["csv", "html"] {
+        let path = comparison.file(kind);
+        comparison.command.arg(format!("--{kind}")).arg(path);
+    }
+    let (output, report) = comparison.run();
+    let figures = |name: &str| -> Vec<f64> {
+        let steady = engine(&report, name).steady.iter();
+        let tcp = steady.filter(|it| it.name.starts_with("tcp_"));
+        tcp.map(|it| it.value).collect()
+    };
+    for (name, way) in [
+        ("process", Way::Loopback),
+        ("container", Way::None),
+        ("runc", Way::None),
+        ("bridged", Way::Network),
+    ] {
+        let engine = engine(&report, name);
+        assert_eq!(
+            engine.tcp.as_ref(),
+            Some(&way),
+            "{name}: {:?}",
+            engine.notes
+        );
+        let count = if way == Way::None { 0 } else { 3 };
+        assert_eq!(figures(name).len(), count, "{name}");
+        assert!(figures(name).iter().all(|&it| it > 0.0), "{name}");
+    }
+    // There is no figure where there is no network, not even a zero.
+    let table = String::from_utf8(output.stdout).unwrap();
+    let block = table.split("\n\n").find(|it| it.contains("tcp round trip"));
+    let block = block.unwrap_or_else(|| panic!("{table}"));
+    let row = block.lines().find(|it| it.starts_with("container"));
+    assert_eq!(row.unwrap().matches("none").count(), 3, "{table}");
+    assert!(
+        block.replace('\n', " ").contains("No network by default: "),
+        "{table}"
+    );
+    let rows = fs::read_to_string(comparison.file("csv")).unwrap();
+    let of = |name: &str| {
+        let lines = rows
+            .lines()
+            .filter(|it| it.starts_with(&format!("{name},")));
+        lines.filter(|it| it.contains(",tcp_")).count()
+    };
+    assert_eq!((of("process"), of("container")), (3, 0), "{rows}");
+    let page = fs::read_to_string(comparison.file("html")).unwrap();
+    assert!(page.contains("TCP there and back (µs)"));
+    assert!(page.contains("<span class=\"quiet\">none</span>"));
     nothing_is_left();
 }
 

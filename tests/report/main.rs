@@ -221,6 +221,7 @@ fn a_page_of_little_is_sound() {
             memory: Vec::new(),
             load: None,
             steady: Vec::new(),
+            tcp: None,
             isolation: None,
             ..engine.clone()
         };

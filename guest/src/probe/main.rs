@@ -15,6 +15,7 @@
 
 mod facts;
 mod steady;
+mod tcp;
 
 use std::io::{self, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -75,7 +76,7 @@ fn main() -> ExitCode {
 
 fn usage() -> ExitCode {
     eprintln!(
-        "usage: mayfly-probe NONCE run [COMMAND…] | hold | steady [root=DIR] [volume=DIR] | facts"
+        "usage: mayfly-probe NONCE run [COMMAND…] | hold | steady [root=DIR] [volume=DIR] [tcp=…] | facts"
     );
     ExitCode::from(STATUS_FAILED)
 }

@@ -1,4 +1,4 @@
-//! What usual work costs: CPU, system calls, page faults, files.
+//! What usual work costs: CPU, system calls, page faults, files, TCP.
 //!
 //! Each is done again and again for a while, three times; the median counts. Nothing is
 //! of a fixed size, so that slow machines need no longer than fast ones.
@@ -12,7 +12,12 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-const ROUNDS: usize = 3;
+use mayfly_guest::peer::Meeting;
+use mayfly_guest::steady::{Figure, Steady};
+
+use super::tcp;
+
+pub const ROUNDS: usize = 3;
 const WHILE: Duration = Duration::from_millis(60);
 /// A step of the CPU's loop, and what is read and written at once.
 const STEPS: u64 = 100_000;
@@ -20,10 +25,11 @@ const BLOCK: usize = 256 << 10;
 const FILE_SIZE: usize = 8 << 20;
 const PAGES: usize = 2048;
 const PAGE_SIZE: usize = 4096;
-const MIB: f64 = 1_048_576.0;
+pub const MIB: f64 = 1_048_576.0;
 
-/// Does all of it, and returns a JSON array. Words: `root=DIR` is a folder of the root's
-/// file system, if not `/`; `volume=DIR` also measures files there.
+/// Does all of it, and returns a JSON object. Words: `root=DIR` is a folder of the root's
+/// file system, if not `/`; `volume=DIR` also measures files there; `tcp=…` also measures TCP
+/// (see `mayfly_guest::peer`).
 pub fn measure(words: &[String]) -> String {
     let mut figures = vec![
         figure("cpu", "ns", median(cpu)),
@@ -43,21 +49,33 @@ pub fn measure(words: &[String]) -> String {
     if let Some(folder) = word("volume=") {
         files("volume", Path::new(folder));
     }
-    format!("[{}]", figures.join(","))
+    let meeting: Option<Meeting> = words.iter().find_map(|word| word.parse().ok());
+    let tcp = meeting.map(|meeting| {
+        let (more, way) = tcp::measure(&meeting);
+        figures.extend(more);
+        way
+    });
+    // What could not be measured is no number.
+    figures.retain(|figure| figure.value.is_finite());
+    serde_json::to_string(&Steady { figures, tcp }).unwrap_or_default()
 }
 
-fn figure(name: &str, unit: &str, value: f64) -> String {
-    format!(r#"{{"name":"{name}","value":{value:.3},"unit":"{unit}"}}"#)
+pub fn figure(name: &str, unit: &str, value: f64) -> Figure {
+    Figure {
+        name: name.to_owned(),
+        value,
+        unit: unit.to_owned(),
+    }
 }
 
-fn median(mut once: impl FnMut() -> f64) -> f64 {
+pub fn median(mut once: impl FnMut() -> f64) -> f64 {
     let mut values: Vec<f64> = (0..ROUNDS).map(|_| once()).collect();
     values.sort_by(f64::total_cmp);
     values[ROUNDS / 2]
 }
 
 /// Repeats some work, and returns how often, and for how long.
-fn repeated(mut work: impl FnMut()) -> (f64, Duration) {
+pub fn repeated(mut work: impl FnMut()) -> (f64, Duration) {
     let start = Instant::now();
     let mut count = 0.0;
     loop {
@@ -70,7 +88,7 @@ fn repeated(mut work: impl FnMut()) -> (f64, Duration) {
     }
 }
 
-fn nanoseconds(count: f64, time: Duration) -> f64 {
+pub fn nanoseconds(count: f64, time: Duration) -> f64 {
     time.as_secs_f64() * 1e9 / count
 }
 

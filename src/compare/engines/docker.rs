@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use super::{About, Engine, Job, Place, VOLUME, first_line, program, words};
 use crate::compare::instance::{Launch, Sign};
 use crate::compare::model::{Kind, Mark};
+use crate::compare::peer::Origin;
 use crate::failure::Failure;
 
 pub struct Docker {
@@ -99,6 +100,13 @@ impl Engine for Docker {
 
     fn ask_less(&mut self) -> bool {
         std::mem::take(&mut self.network)
+    }
+
+    fn origin(&self) -> Origin {
+        match self.network {
+            true => Origin::Anywhere,
+            false => Origin::Host,
+        }
     }
 
     fn can_be_weighed(&self) -> bool {

@@ -18,6 +18,9 @@ use crate::failure::{Failure, OrFail};
 /// What each of their kernels is told; the console is the one that each recommends.
 const COMMON: &str = "quiet panic=-1 root=/dev/vda rootfstype=squashfs ro";
 
+/// What QEMU's user network has for its guest, by default.
+const SLIRP: &str = "ip=10.0.2.15::10.0.2.2:255.255.255.0::eth0:off";
+
 pub struct Machine {
     kind: Monitor,
     program: PathBuf,
@@ -25,6 +28,8 @@ pub struct Machine {
     kernel: PathBuf,
     initrd: PathBuf,
     disk: PathBuf,
+    /// QEMU can be a network's other side by itself; others need a device of the host's.
+    network: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -50,6 +55,7 @@ impl Machine {
             kernel,
             initrd,
             disk: disk(place)?,
+            network: kind == Monitor::Qemu,
         })
     }
 }
@@ -79,12 +85,24 @@ fn disk(place: &Place) -> Result<PathBuf, String> {
 
 impl Engine for Machine {
     fn about(&self) -> About {
+        let mut notes =
+            vec!["mayfly's kernel and init, the image's files on a read-only disk".into()];
+        if self.kind == Monitor::Qemu && !self.network {
+            notes.push("without a network, as it failed with one".into());
+        }
         About {
             kind: Kind::Vm,
             version: self.version.clone(),
-            network: "none".into(),
-            notes: vec!["mayfly's kernel and init, the image's files on a read-only disk".into()],
+            network: match self.network {
+                true => "user network (slirp)".into(),
+                false => "none".into(),
+            },
+            notes,
         }
+    }
+
+    fn ask_less(&mut self) -> bool {
+        std::mem::take(&mut self.network)
     }
 
     fn has_volumes(&self) -> bool {
@@ -98,6 +116,9 @@ impl Engine for Machine {
             Monitor::Firecracker => " console=ttyS0 reboot=k pci=off",
             Monitor::CloudHypervisor => " console=hvc0 reboot=t",
         });
+        if self.network {
+            cmdline.extend([" ", SLIRP]);
+        }
         for variable in &place.env {
             // The kernel gives its init what it does not know itself.
             if variable.starts_with("PATH=") {
@@ -168,6 +189,10 @@ impl Engine for Machine {
                     "-device",
                     "virtio-blk-device,drive=root",
                 ]));
+                if self.network {
+                    command.extend(words(["-netdev", "user,id=net"]));
+                    command.extend(words(["-device", "virtio-net-device,netdev=net"]));
+                }
             }
             Monitor::Firecracker => {
                 let config = json!({

@@ -15,6 +15,7 @@ use std::process::{Command, Stdio};
 
 use super::instance::Launch;
 use super::model::Kind;
+use super::peer::Origin;
 use crate::failure::Failure;
 
 /// All there are, as `--engines` takes them.
@@ -114,6 +115,11 @@ pub trait Engine {
     /// It can give an instance a folder of the host.
     fn has_volumes(&self) -> bool {
         true
+    }
+
+    /// Where its instances' connections to the host come from.
+    fn origin(&self) -> Origin {
+        Origin::Host
     }
 
     /// Its processes are below ours.

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use super::{About, Engine, Job, Place};
 use crate::compare::instance::{Launch, Sign};
 use crate::compare::model::Kind;
+use crate::compare::peer::Origin;
 use crate::failure::{Failure, OrFail};
 
 pub struct Own {
@@ -44,6 +45,11 @@ impl Engine for Own {
             inherited: vec![write],
             ..Launch::default()
         })
+    }
+
+    /// Who knows?
+    fn origin(&self) -> Origin {
+        Origin::Anywhere
     }
 
     fn has_volumes(&self) -> bool {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use super::{About, Engine, Job, Place, VOLUME, first_line, program, words};
 use crate::compare::instance::{Launch, Sign};
 use crate::compare::model::{Kind, Mark};
+use crate::compare::peer::Origin;
 use crate::failure::Failure;
 
 pub struct Podman {
@@ -44,6 +45,11 @@ impl Podman {
     }
 }
 
+/// Its network is one for root, and another for others.
+fn bridged() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
 impl Engine for Podman {
     fn about(&self) -> About {
         let mut notes = Vec::new();
@@ -57,7 +63,8 @@ impl Engine for Podman {
             kind: Kind::Container,
             version: self.version.clone(),
             network: match self.network {
-                true => "its default".into(),
+                true if bridged() => "its default (a bridge)".into(),
+                true => "its default (of a user's own sockets)".into(),
                 false => "none".into(),
             },
             notes,
@@ -101,6 +108,13 @@ impl Engine for Podman {
             undo: vec![undo],
             ..Launch::default()
         })
+    }
+
+    fn origin(&self) -> Origin {
+        match self.network && bridged() {
+            true => Origin::Anywhere,
+            false => Origin::Host,
+        }
     }
 
     fn ask_less(&mut self) -> bool {

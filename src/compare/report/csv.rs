@@ -1,10 +1,11 @@
 //! Every sample as a line, for spreadsheets and programs.
 
 use super::Error;
-use crate::compare::model::{Kind, Mark, Report, Sample};
+use crate::compare::model::{EngineReport, Figure, Kind, Mark, Report, Sample};
 
 /// A line for each sample, in the order in which they were taken; times are nanoseconds.
-/// What an engine does not let be seen is empty.
+/// What an engine does not let be seen is empty. Then a line for each figure of the steady
+/// state, of which only the engine and the last columns are filled.
 pub fn csv(report: &Report) -> Result<String, Error> {
     let mut out = ::csv::WriterBuilder::new()
         .terminator(::csv::Terminator::CRLF)
@@ -13,33 +14,50 @@ pub fn csv(report: &Report) -> Result<String, Error> {
     let fixed = ["engine", "kind", "round", "position"].map(str::to_owned);
     let marks = Mark::ALL.map(|it| format!("{}_at_ns", name(it)));
     let phases = Mark::ALL.map(|it| format!("{}_phase_ns", it.phase()));
-    let last = ["start_ns", "total_ns", "status", "error"].map(str::to_owned);
-    out.write_record(fixed.iter().chain(&marks).chain(&phases).chain(&last))?;
+    let last = [
+        "start_ns", "total_ns", "status", "error", "figure", "value", "unit",
+    ];
+    let last = last.map(str::to_owned);
+    let heads = fixed.iter().chain(&marks).chain(&phases).chain(&last);
+    let columns = heads.clone().count();
+    out.write_record(heads)?;
 
     let mut samples: Vec<_> = (report.engines.iter())
         .flat_map(|engine| engine.samples.iter().map(move |it| (engine, it)))
         .collect();
     samples.sort_by_key(|(_, it)| it.position);
     for (engine, sample) in samples {
-        let kind = match engine.kind {
-            Kind::Process => "process",
-            Kind::Container => "container",
-            Kind::Vm => "vm",
-        };
-        let mut line = vec![engine.name.clone(), kind.to_owned()];
+        let mut line = vec![engine.name.clone(), kind(engine).to_owned()];
         line.extend([sample.round, sample.position].map(|it| it.to_string()));
         line.extend(Mark::ALL.map(|it| text(sample.marks_ns.get(&it).copied())));
         line.extend(Mark::ALL.map(|it| text(phase(sample, it))));
         line.extend([sample.start(), sample.total()].map(text));
         line.push(sample.status.map_or_else(String::new, |it| it.to_string()));
         line.push(sample.error.clone().unwrap_or_default());
+        line.resize(columns, String::new());
         out.write_record(&line)?;
+    }
+    for engine in &report.engines {
+        for Figure { name, value, unit } in &engine.steady {
+            let mut line = vec![engine.name.clone(), kind(engine).to_owned()];
+            line.resize(columns - 3, String::new());
+            line.extend([name.clone(), value.to_string(), unit.clone()]);
+            out.write_record(&line)?;
+        }
     }
     let written = out
         .into_inner()
         .map_err(|error| ::csv::Error::from(error.into_error()))?;
     // All that went in was text.
     Ok(String::from_utf8_lossy(&written).into_owned())
+}
+
+fn kind(engine: &EngineReport) -> &'static str {
+    match engine.kind {
+        Kind::Process => "process",
+        Kind::Container => "container",
+        Kind::Vm => "vm",
+    }
 }
 
 fn text(ns: Option<u64>) -> String {
@@ -71,9 +89,16 @@ mod tests {
     use super::*;
     use crate::compare::report::testing::{engine, record, report};
 
-    fn rows(text: &str) -> Vec<::csv::StringRecord> {
+    fn lines(text: &str) -> Vec<::csv::StringRecord> {
         let mut reader = ::csv::Reader::from_reader(text.as_bytes());
         reader.records().collect::<Result<_, _>>().unwrap()
+    }
+
+    /// Those of samples.
+    fn rows(text: &str) -> Vec<::csv::StringRecord> {
+        let mut lines = lines(text);
+        lines.retain(|it| it[22].is_empty());
+        lines
     }
 
     #[test]
@@ -104,6 +129,22 @@ mod tests {
             }
         }
         assert_eq!(failed, 2);
+    }
+
+    #[test]
+    fn a_line_for_each_figure_behind_them() {
+        let record = record();
+        let all = lines(&csv(&record).unwrap());
+        let samples: usize = record.engines.iter().map(|it| it.samples.len()).sum();
+        let figures: usize = record.engines.iter().map(|it| it.steady.len()).sum();
+        assert_eq!(all.len(), samples + figures);
+        let first = &record.engines[0].steady[0];
+        let line: Vec<&str> = all[samples].iter().filter(|it| !it.is_empty()).collect();
+        let value = first.value.to_string();
+        assert_eq!(
+            line,
+            ["process", "process", &first.name, &value, &first.unit]
+        );
     }
 
     #[test]

@@ -41,7 +41,7 @@ pub fn table(report: &Report, width: usize, colour: bool) -> String {
         page.blank();
         page.heading(grid.title);
         page.grid(&grid);
-        if let Some(note) = grid.note {
+        if let Some(note) = &grid.note {
             page.dim_paragraph(note);
         }
     }
@@ -295,7 +295,7 @@ fn steady(engines: &[&EngineReport]) -> Grid {
     let row = |engine: &&&EngineReport| {
         let value = |it: &view::Column| {
             it.value(engine)
-                .map_or_else(|| "–".to_owned(), units::digits)
+                .map_or_else(|| it.without(engine).to_owned(), units::digits)
         };
         [printable(&engine.name)]
             .into_iter()
@@ -304,7 +304,7 @@ fn steady(engines: &[&EngineReport]) -> Grid {
     };
     Grid {
         title: "While it runs: MiB/s (more is better), or times (less is)",
-        note: None,
+        note: view::networks(engines),
         heads: ["engine".to_owned()]
             .into_iter()
             .chain(columns.iter().map(head))
@@ -345,7 +345,8 @@ fn isolation(engines: &[&EngineReport]) -> Grid {
         title: "Isolation, seen from inside",
         note: Some(
             "¹ Kinds of system calls of the command that reach the host's kernel. ² Namespaces \
-             of seven that are the host's own. ³ Facts of the host that /proc tells.",
+             of seven that are the host's own. ³ Facts of the host that /proc tells."
+                .to_owned(),
         ),
         heads: [
             "engine",
@@ -366,7 +367,7 @@ fn isolation(engines: &[&EngineReport]) -> Grid {
 /// Rows of cells: names at the left, numbers at the right.
 struct Grid {
     title: &'static str,
-    note: Option<&'static str>,
+    note: Option<String>,
     heads: Vec<String>,
     rows: Vec<Vec<String>>,
 }

@@ -46,6 +46,7 @@ pub fn engine(name: &str, kind: Kind, samples: &[&[(Mark, u64)]]) -> EngineRepor
         memory: Vec::new(),
         load: None,
         steady: Vec::new(),
+        tcp: None,
         isolation: None,
     };
     engine.sum_up();
@@ -158,6 +159,12 @@ impl Source {
                 name: it.text(),
                 value: it.float(),
                 unit: it.text(),
+            }),
+            tcp: self.maybe(|it| match it.below(4) {
+                0 => Way::Loopback,
+                1 => Way::Network,
+                2 => Way::None,
+                _ => Way::Lost(it.text()),
             }),
             isolation: self.maybe(|it| Isolation {
                 kernel: it.text(),

@@ -1,6 +1,7 @@
 //! What all forms of a report derive from its record.
 
-use crate::compare::model::{EngineReport, Figure, Kind, Mark, MemoryPoint, Report};
+use super::units::{list, printable};
+use crate::compare::model::{EngineReport, Figure, Kind, Mark, MemoryPoint, Report, Way};
 use crate::compare::statistics::Summary;
 
 /// The engines that were compared: the fastest to the command's first instruction first,
@@ -159,6 +160,9 @@ pub fn further(points: &[MemoryPoint]) -> Option<f64> {
     Some((last.pss_kib as f64 - first.pss_kib as f64) / f64::from(more))
 }
 
+/// What the names of figures begin with that need a network.
+const TCP: &str = "tcp_";
+
 /// A figure of the steady state, of all engines.
 pub struct Column<'a> {
     /// As the record has it.
@@ -175,6 +179,14 @@ impl Column<'_> {
         let same = |it: &&Figure| it.name == self.name && it.unit == self.recorded;
         let found = engine.steady.iter().find(same)?;
         Some(found.value / self.per_unit)
+    }
+
+    /// What is shown instead: that it has none is a fact, and not the same as unknown.
+    pub fn without(&self, engine: &EngineReport) -> &'static str {
+        match self.name.starts_with(TCP) && engine.tcp == Some(Way::None) {
+            true => "none",
+            false => "–",
+        }
     }
 
     /// The best of these engines'.
@@ -216,6 +228,35 @@ pub fn steady<'a>(engines: &[&'a EngineReport]) -> Vec<Column<'a>> {
     columns
 }
 
+/// By which network each engine's TCP went, in words, if that was looked at.
+pub fn networks(engines: &[&EngineReport]) -> Option<String> {
+    let names = |way: Way| -> Vec<String> {
+        let such = engines.iter().filter(|it| it.tcp.as_ref() == Some(&way));
+        let name = |it: &&EngineReport| match way {
+            Way::Network => format!("{} by {}", printable(&it.name), printable(&it.network)),
+            _ => printable(&it.name),
+        };
+        such.map(name).collect()
+    };
+    let [loopback, network, none] = [Way::Loopback, Way::Network, Way::None].map(names);
+    let mut ways = network;
+    if !loopback.is_empty() {
+        let names = list(&loopback);
+        ways.insert(0, format!("{names} by the host's own loopback"));
+    }
+    let mut says = Vec::new();
+    if !ways.is_empty() {
+        says.push(format!(
+            "TCP went to the host and back: {}.",
+            ways.join("; ")
+        ));
+    }
+    if !none.is_empty() {
+        says.push(format!("No network by default: {}.", list(&none)));
+    }
+    Some(says.join(" ")).filter(|says| !says.is_empty())
+}
+
 /// What people call it, beside its name.
 pub fn kind(engine: &EngineReport) -> &'static str {
     match (engine.kind, engine.name.as_str()) {
@@ -237,6 +278,9 @@ pub fn figure_name(name: &str) -> String {
         "root_write" => "root write",
         "volume_read" => "volume read",
         "volume_write" => "volume write",
+        "tcp_send" => "TCP to the host",
+        "tcp_receive" => "TCP from the host",
+        "tcp_round_trip" => "TCP there and back",
         other => other,
     }
     .to_owned()
@@ -268,6 +312,7 @@ mod tests {
         one.steady = vec![
             figure("cpu", 311_716.0, "ns"),
             figure("root_read", 728.0, "MiB/s"),
+            figure("tcp_round_trip", 61_000.0, "ns"),
         ];
         other.steady = vec![
             figure("cpu", 2e6, "ns"),
@@ -275,13 +320,40 @@ mod tests {
         ];
         let engines = [&one, &other];
         let columns = steady(&engines);
-        let [cpu, read] = columns.as_slice() else {
-            panic!("two figures");
+        let [cpu, read, tcp] = columns.as_slice() else {
+            panic!("three figures");
         };
         assert_eq!((cpu.unit, cpu.value(&other)), ("µs", Some(2000.0)));
         assert_eq!(
             (cpu.best(&engines), read.best(&engines)),
             (Some(311.716), Some(901.0))
+        );
+        // What is not there is no number.
+        assert_eq!((tcp.unit, tcp.value(&one)), ("µs", Some(61.0)));
+        assert_eq!((tcp.value(&other), tcp.without(&other)), (None, "–"));
+        let none = EngineReport {
+            tcp: Some(Way::None),
+            ..other.clone()
+        };
+        assert_eq!((tcp.without(&none), read.without(&none)), ("none", "–"));
+    }
+
+    #[test]
+    fn which_way_tcp_went_is_said() {
+        let with = |name: &str, network: &str, tcp| EngineReport {
+            network: network.to_owned(),
+            tcp: Some(tcp),
+            ..engine(name, Kind::Vm, &[])
+        };
+        let process = with("process", "the host's", Way::Loopback);
+        let vm = with("vm", "user network (passt)\x1b", Way::Network);
+        let [one, other] = ["one", "other"].map(|it| with(it, "loopback", Way::None));
+        let lost = with("lost", "its own", Way::Lost("refused".into()));
+        assert_eq!(networks(&[&engine("new", Kind::Vm, &[]), &lost]), None);
+        assert_eq!(
+            networks(&[&process, &one, &vm, &lost, &other]).unwrap(),
+            "TCP went to the host and back: process by the host's own loopback; vm by user \
+             network (passt)\u{fffd}. No network by default: one and other."
         );
     }
 }

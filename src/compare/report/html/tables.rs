@@ -215,7 +215,9 @@ pub fn steady(engines: &[&EngineReport]) -> Markup {
             // What looks alike is alike.
             match shown.is_some() && shown == column.best(engines).map(digits) {
                 true => html! { b { (or_none(shown)) } },
-                false => or_none(shown),
+                false => html! {
+                    @match shown { Some(text) => (text), None => span.quiet { (column.without(engine)) } }
+                },
             }
         };
         (printable(&engine.name), columns.iter().map(cell).collect())
@@ -239,6 +241,7 @@ pub fn steady(engines: &[&EngineReport]) -> Markup {
             "of throughputs (MiB/s), more is. The best of a column is bold."
         }
         (table("Medians of the steady state", &heads, &rows))
+        @if let Some(networks) = view::networks(engines) { p.about { (networks) } }
     }
 }
 
