@@ -80,7 +80,7 @@ pub struct Args {
     /// Write a page to look at
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
-    /// Write the samples as a table
+    /// Write the samples, and what was measured at work, as a table
     #[arg(long, value_name = "FILE")]
     csv: Option<PathBuf>,
 }
