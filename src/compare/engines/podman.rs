@@ -45,11 +45,6 @@ impl Podman {
     }
 }
 
-/// Its network is one for root, and another for others.
-fn bridged() -> bool {
-    rustix::process::geteuid().is_root()
-}
-
 impl Engine for Podman {
     fn about(&self) -> About {
         let mut notes = Vec::new();
@@ -63,8 +58,7 @@ impl Engine for Podman {
             kind: Kind::Container,
             version: self.version.clone(),
             network: match self.network {
-                true if bridged() => "its default (a bridge)".into(),
-                true => "its default (of a user's own sockets)".into(),
+                true => "its default".into(),
                 false => "none".into(),
             },
             notes,
@@ -110,8 +104,9 @@ impl Engine for Podman {
         })
     }
 
+    /// An ordinary user's network is a process of the host, root's a bridge.
     fn origin(&self) -> Origin {
-        match self.network && bridged() {
+        match rustix::process::geteuid().is_root() {
             true => Origin::Anywhere,
             false => Origin::Host,
         }
