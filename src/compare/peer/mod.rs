@@ -50,7 +50,7 @@ struct Limits {
 }
 
 const LIMITS: Limits = Limits {
-    greeting: Duration::from_secs(5),
+    greeting: Duration::from_secs(10),
     life: Duration::from_secs(30),
     bytes: 64 << 30,
     at_once: 8,
