@@ -13,10 +13,11 @@ use serde_json::json;
 use super::{About, Engine, Job, PROBE, Place, first_line, program, words};
 use crate::compare::instance::{Launch, Sign};
 use crate::compare::model::{Kind, Mark};
+use crate::config::CMDLINE_QUICK;
 use crate::failure::{Failure, OrFail};
 
-/// What each of their kernels is told; the console is the one that each recommends.
-const COMMON: &str = "quiet panic=-1 root=/dev/vda rootfstype=squashfs ro";
+/// Where the image's files are.
+const ROOT: &str = "root=/dev/vda rootfstype=squashfs ro";
 
 /// What QEMU's user network has for its guest, by default.
 const SLIRP: &str = "ip=10.0.2.15::10.0.2.2:255.255.255.0::eth0:off";
@@ -37,6 +38,23 @@ enum Monitor {
     Qemu,
     Firecracker,
     CloudHypervisor,
+}
+
+impl Monitor {
+    /// What a kernel is told of its devices: the console and the restart that the monitor's
+    /// own documentation recommends, and not to look for what is not there.
+    fn devices(self) -> &'static str {
+        match self {
+            // docs/system/i386/microvm.rst, with all legacy devices off
+            Monitor::Qemu => "console=hvc0 reboot=t pci=off 8250.nr_uarts=0",
+            // docs/getting-started.md; the keyboard as in `DEFAULT_KERNEL_CMDLINE`
+            Monitor::Firecracker => {
+                "console=ttyS0 reboot=k pci=off 8250.nr_uarts=1 i8042.noaux i8042.nomux \
+                 i8042.dumbkbd"
+            }
+            Monitor::CloudHypervisor => "console=hvc0 reboot=t 8250.nr_uarts=0",
+        }
+    }
 }
 
 impl Machine {
@@ -110,12 +128,11 @@ impl Engine for Machine {
     }
 
     fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Failure> {
-        let mut cmdline = format!("{COMMON} init={PROBE}");
-        cmdline.push_str(match self.kind {
-            Monitor::Qemu => " console=ttyS0 reboot=t",
-            Monitor::Firecracker => " console=ttyS0 reboot=k pci=off",
-            Monitor::CloudHypervisor => " console=hvc0 reboot=t",
-        });
+        // All kernels are told the same, mayfly's as well, but for what each monitor has.
+        let mut cmdline = format!(
+            "{CMDLINE_QUICK} {} {ROOT} init={PROBE}",
+            self.kind.devices()
+        );
         if self.network {
             cmdline.extend([" ", SLIRP]);
         }
@@ -157,7 +174,7 @@ impl Engine for Machine {
                 signs.push(Sign::Byte(fifo(&mark)?, Mark::Init));
                 command.extend(words([
                     "-M",
-                    "microvm,x-option-roms=off,pit=off,pic=off,rtc=on,isa-serial=on",
+                    "microvm,x-option-roms=off,pit=off,pic=off,isa-serial=off,rtc=off",
                     "-accel",
                     "kvm",
                     "-cpu",
@@ -178,8 +195,12 @@ impl Engine for Machine {
                     "-kernel", &kernel, "-initrd", &initrd, "-append", &cmdline,
                 ]));
                 command.extend(words([
-                    "-serial",
-                    "stdio",
+                    "-chardev",
+                    "stdio,id=console",
+                    "-device",
+                    "virtio-serial-device",
+                    "-device",
+                    "virtconsole,chardev=console",
                     "-chardev",
                     &format!("file,id=mark,path={}", mark.display()),
                     "-device",
