@@ -113,6 +113,23 @@ pub enum Kind {
     Container,
     /// A machine, with a kernel of its own.
     Vm,
+    /// Whatever a program of the user's makes.
+    Own,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Kind; 4] = [Kind::Process, Kind::Container, Kind::Vm, Kind::Own];
+
+    /// As the record calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Process => "process",
+            Kind::Container => "container",
+            Kind::Vm => "vm",
+            Kind::Own => "own",
+        }
+    }
 }
 
 /// Memory of instances that idle, all together, in KiB.
@@ -181,10 +198,16 @@ pub struct EngineReport {
     pub missing: Option<String>,
     /// What was launched, exactly; `{id}` stands for what differs from run to run.
     pub command_line: Vec<String>,
+    /// What it was told by files in an instance's folder: their names, and what they hold.
+    #[serde(default)]
+    pub settings: BTreeMap<String, serde_json::Value>,
     /// Which network it gives by default.
     pub network: String,
     /// What one must know to read its figures.
     pub notes: Vec<String>,
+    /// Those that came before and do not count, in the order in which they were taken.
+    #[serde(default)]
+    pub warmups: Vec<Sample>,
     /// In the order in which they were taken.
     pub samples: Vec<Sample>,
     /// Each phase of all samples that count.
@@ -206,20 +229,18 @@ pub struct EngineReport {
 }
 
 impl EngineReport {
-    /// One that is not compared.
-    pub fn absent(name: &str, why: String) -> Self {
+    /// One of which nothing is known yet.
+    pub fn new(name: &str, kind: Kind) -> Self {
         EngineReport {
             name: name.to_owned(),
-            kind: match name {
-                "process" => Kind::Process,
-                "mayfly" | "qemu" | "firecracker" | "cloud-hypervisor" => Kind::Vm,
-                _ => Kind::Container,
-            },
+            kind,
             version: None,
-            missing: Some(why),
+            missing: None,
             command_line: Vec::new(),
+            settings: BTreeMap::new(),
             network: String::new(),
             notes: Vec::new(),
+            warmups: Vec::new(),
             samples: Vec::new(),
             phases: Default::default(),
             start: None,

@@ -1,14 +1,16 @@
 //! A comparison, from its first instance to its last.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mayfly_guest::facts::Facts;
 use mayfly_guest::peer::Way;
 use mayfly_guest::steady::Steady;
+use serde_json::Value;
 
 use super::engines::{self, Engine, Job, Place, VOLUME};
 use super::facts::isolation;
@@ -113,13 +115,20 @@ impl<'a> Session<'a> {
         };
         for name in wanted {
             let found = engines::find(name, &session.place);
+            let kind = engines::kind(name);
             let name = name.split('=').next().unwrap_or(name);
             match found {
                 Ok(engine) => session.parts.push(Part {
-                    report: blank(name, engine.as_ref()),
+                    report: EngineReport {
+                        version: engine.about().version,
+                        ..EngineReport::new(name, kind)
+                    },
                     engine,
                 }),
-                Err(why) => session.missing.push(EngineReport::absent(name, why)),
+                Err(why) => session.missing.push(EngineReport {
+                    missing: Some(why),
+                    ..EngineReport::new(name, kind)
+                }),
             }
         }
         Ok(session)
@@ -266,7 +275,7 @@ impl<'a> Session<'a> {
     fn look_around(&mut self) -> Result<(), Stop> {
         let words = vec!["facts".to_owned()];
         let host = Part {
-            report: EngineReport::absent("process", String::new()),
+            report: EngineReport::new("process", Kind::Process),
             engine: engines::find("process", &self.place).map_err(Failure::host)?,
         };
         self.parts.push(host);
@@ -623,12 +632,15 @@ impl<'a> Session<'a> {
     }
 }
 
-fn blank(name: &str, engine: &dyn Engine) -> EngineReport {
-    let about = engine.about();
-    EngineReport {
-        kind: about.kind,
-        version: about.version,
-        missing: None,
-        ..EngineReport::absent(name, String::new())
-    }
+/// What an engine has written for an instance to read, before it is launched.
+fn settings(folder: &Path, general: impl Fn(&str) -> String) -> BTreeMap<String, Value> {
+    let files = fs::read_dir(folder).into_iter().flatten().flatten();
+    let held = |file: fs::DirEntry| {
+        let path = file.path();
+        let json = path.extension().is_some_and(|it| it == "json");
+        let text = fs::read_to_string(&path).ok().filter(|_| json)?;
+        let value = serde_json::from_str(&general(&text)).ok()?;
+        Some((file.file_name().to_string_lossy().into_owned(), value))
+    };
+    files.filter_map(held).collect()
 }

@@ -8,7 +8,6 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use super::{About, Engine, Job, Place, VOLUME, remove_groups, words};
 use crate::compare::container::Spec;
 use crate::compare::instance::{Launch, Sign};
-use crate::compare::model::Kind;
 use crate::failure::{Failure, OrFail};
 
 pub struct Container;
@@ -16,7 +15,6 @@ pub struct Container;
 impl Engine for Container {
     fn about(&self) -> About {
         About {
-            kind: Kind::Container,
             version: Some(env!("CARGO_PKG_VERSION").into()),
             network: "loopback".into(),
             notes: Vec::new(),

@@ -12,7 +12,7 @@ use serde_json::json;
 
 use super::{About, Engine, Job, PROBE, Place, first_line, program, words};
 use crate::compare::instance::{Launch, Sign};
-use crate::compare::model::{Kind, Mark};
+use crate::compare::model::Mark;
 use crate::config::CMDLINE_QUICK;
 use crate::failure::{Failure, OrFail};
 
@@ -109,7 +109,6 @@ impl Engine for Machine {
             notes.push("without a network, as it failed with one".into());
         }
         About {
-            kind: Kind::Vm,
             version: self.version.clone(),
             network: match self.network {
                 true => "user network (slirp)".into(),

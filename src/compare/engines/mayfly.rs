@@ -3,15 +3,16 @@
 use std::env;
 use std::path::PathBuf;
 
-use super::{About, Engine, Job, Place, VOLUME, words};
+use super::{About, Engine, Job, Place, VOLUME, first_line, words};
 use crate::compare::instance::{Launch, Sign};
-use crate::compare::model::Kind;
 use crate::failure::Failure;
 use crate::net::passt;
 
 pub struct Mayfly {
     program: PathBuf,
     network: &'static str,
+    /// passt, as it calls itself.
+    passt: Option<String>,
 }
 
 impl Mayfly {

@@ -32,6 +32,16 @@ pub const NAMES: [&str; 10] = [
     "cloud-hypervisor",
 ];
 
+/// What an engine is, by its name; `NAME=PROGRAM` is the user's own.
+pub fn kind(name: &str) -> Kind {
+    match name {
+        "process" => Kind::Process,
+        "container" | "runc" | "crun" | "podman" | "docker" => Kind::Container,
+        "mayfly" | "qemu" | "firecracker" | "cloud-hypervisor" => Kind::Vm,
+        _ => Kind::Own,
+    }
+}
+
 /// Where the probe lies in all roots.
 pub const PROBE: &str = "/.mayfly-probe";
 /// Where an instance sees the volume, if it has one.
@@ -89,8 +99,6 @@ impl Job {
 /// What is to be known of an engine.
 #[derive(Clone, Debug)]
 pub struct About {
-    /// What it is.
-    pub kind: Kind,
     /// As it says itself.
     pub version: Option<String>,
     /// Which network it gives.

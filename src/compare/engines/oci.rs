@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::{About, Engine, Job, Place, VOLUME, first_line, program, remove_groups, words};
 use crate::compare::instance::{Launch, Sign};
-use crate::compare::model::{Kind, Mark};
+use crate::compare::model::Mark;
 use crate::compare::overlay::Overlay;
 use crate::failure::{Failure, OrFail};
 
@@ -69,7 +69,6 @@ impl Engine for Oci {
             );
         }
         About {
-            kind: Kind::Container,
             version: self.version.clone(),
             network: "loopback".into(),
             notes,

@@ -11,7 +11,6 @@ use std::path::PathBuf;
 
 use super::{About, Engine, Job, Place};
 use crate::compare::instance::{Launch, Sign};
-use crate::compare::model::Kind;
 use crate::compare::peer::Origin;
 use crate::failure::{Failure, OrFail};
 
@@ -22,7 +21,6 @@ pub struct Own {
 impl Engine for Own {
     fn about(&self) -> About {
         About {
-            kind: Kind::Process,
             version: None,
             network: "unknown".into(),
             notes: vec!["a program of the user's".into()],

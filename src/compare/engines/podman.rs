@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::{About, Engine, Job, Place, VOLUME, first_line, program, words};
 use crate::compare::instance::{Launch, Sign};
-use crate::compare::model::{Kind, Mark};
+use crate::compare::model::Mark;
 use crate::compare::peer::Origin;
 use crate::failure::Failure;
 
@@ -55,7 +55,6 @@ impl Engine for Podman {
             notes.push("without a cgroup, as this host does not let it have one".into());
         }
         About {
-            kind: Kind::Container,
             version: self.version.clone(),
             network: match self.network {
                 true => "its default".into(),

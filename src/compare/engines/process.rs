@@ -2,7 +2,6 @@
 
 use super::{About, Engine, Job, Place, VOLUME};
 use crate::compare::instance::Launch;
-use crate::compare::model::Kind;
 use crate::failure::Failure;
 
 pub struct Process;
@@ -10,7 +9,6 @@ pub struct Process;
 impl Engine for Process {
     fn about(&self) -> About {
         About {
-            kind: Kind::Process,
             version: None,
             network: "the host's".into(),
             notes: vec!["the command is the host's own, not the image's".into()],

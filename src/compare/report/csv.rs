@@ -1,7 +1,7 @@
 //! Every sample as a line, for spreadsheets and programs.
 
 use super::Error;
-use crate::compare::model::{EngineReport, Figure, Kind, Mark, Report, Sample};
+use crate::compare::model::{Figure, Mark, Report, Sample};
 
 /// A line for each sample, in the order in which they were taken; times are nanoseconds.
 /// What an engine does not let be seen is empty. Then a line for each figure of the steady
@@ -27,7 +27,7 @@ pub fn csv(report: &Report) -> Result<String, Error> {
         .collect();
     samples.sort_by_key(|(_, it)| it.position);
     for (engine, sample) in samples {
-        let mut line = vec![engine.name.clone(), kind(engine).to_owned()];
+        let mut line = vec![engine.name.clone(), engine.kind.name().to_owned()];
         line.extend([sample.round, sample.position].map(|it| it.to_string()));
         line.extend(Mark::ALL.map(|it| text(sample.marks_ns.get(&it).copied())));
         line.extend(Mark::ALL.map(|it| text(phase(sample, it))));
@@ -39,7 +39,7 @@ pub fn csv(report: &Report) -> Result<String, Error> {
     }
     for engine in &report.engines {
         for Figure { name, value, unit } in &engine.steady {
-            let mut line = vec![engine.name.clone(), kind(engine).to_owned()];
+            let mut line = vec![engine.name.clone(), engine.kind.name().to_owned()];
             line.resize(columns - 3, String::new());
             line.extend([name.clone(), value.to_string(), unit.clone()]);
             out.write_record(&line)?;
@@ -50,14 +50,6 @@ pub fn csv(report: &Report) -> Result<String, Error> {
         .map_err(|error| ::csv::Error::from(error.into_error()))?;
     // All that went in was text.
     Ok(String::from_utf8_lossy(&written).into_owned())
-}
-
-fn kind(engine: &EngineReport) -> &'static str {
-    match engine.kind {
-        Kind::Process => "process",
-        Kind::Container => "container",
-        Kind::Vm => "vm",
-    }
 }
 
 fn text(ns: Option<u64>) -> String {

@@ -1,7 +1,5 @@
 //! Records for tests.
 
-use std::collections::BTreeMap;
-
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -32,22 +30,10 @@ pub fn engine(name: &str, kind: Kind, samples: &[&[(Mark, u64)]]) -> EngineRepor
         error: None,
     };
     let mut engine = EngineReport {
-        name: name.to_owned(),
-        kind,
-        version: None,
-        missing: None,
         command_line: vec![name.to_owned()],
         network: "none".to_owned(),
-        notes: Vec::new(),
         samples: samples.iter().enumerate().map(sample).collect(),
-        phases: BTreeMap::new(),
-        start: None,
-        total: None,
-        memory: Vec::new(),
-        load: None,
-        steady: Vec::new(),
-        tcp: None,
-        isolation: None,
+        ..EngineReport::new(name, kind)
     };
     engine.sum_up();
     engine
@@ -55,7 +41,10 @@ pub fn engine(name: &str, kind: Kind, samples: &[&[(Mark, u64)]]) -> EngineRepor
 
 /// An engine that is not there.
 pub fn absent(name: &str, why: &str) -> EngineReport {
-    EngineReport::absent(name, why.to_owned())
+    EngineReport {
+        missing: Some(why.to_owned()),
+        ..EngineReport::new(name, Kind::Container)
+    }
 }
 
 /// Where any record is drawn from: every number, every text.
@@ -126,15 +115,16 @@ impl Source {
     }
 
     fn engine(&mut self) -> EngineReport {
-        let kinds = [Kind::Process, Kind::Container, Kind::Vm];
         EngineReport {
             name: self.text(),
-            kind: kinds[self.below(3) as usize],
+            kind: Kind::ALL[self.below(4) as usize],
             version: self.maybe(Source::text),
             missing: self.maybe(Source::text).filter(|_| self.below(2) > 0),
             command_line: self.some(Source::text),
+            settings: (self.some(|it| (it.text(), it.text().into())).into_iter()).collect(),
             network: self.text(),
             notes: self.some(Source::text),
+            warmups: self.some(Source::sample),
             samples: self.some(Source::sample),
             phases: self
                 .some(|it| (it.mark(), it.summary()))

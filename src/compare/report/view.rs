@@ -132,7 +132,8 @@ fn has(kind: Kind, mark: Mark) -> bool {
     match kind {
         Kind::Process => mark >= Mark::Command,
         Kind::Container => !matches!(mark, Mark::Kernel | Mark::Init),
-        Kind::Vm => true,
+        // It may be a VM.
+        Kind::Vm | Kind::Own => true,
     }
 }
 
@@ -260,11 +261,11 @@ pub fn networks(engines: &[&EngineReport]) -> Option<String> {
 /// What people call it, beside its name.
 pub fn kind(engine: &EngineReport) -> &'static str {
     match (engine.kind, engine.name.as_str()) {
-        (Kind::Process, "process") => "the floor",
+        (Kind::Process, _) => "the floor",
         (Kind::Container, "container") => "built in",
-        (Kind::Process, _) => "process",
         (Kind::Container, _) => "container",
         (Kind::Vm, _) => "VM",
+        (Kind::Own, _) => "your own",
     }
 }
 

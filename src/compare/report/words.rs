@@ -49,9 +49,7 @@ fn counted(count: u32, what: &str) -> String {
 /// What the engines' times say: a sentence each.
 pub fn headline(report: &Report) -> Vec<String> {
     let mut says = Vec::new();
-    let process = fastest(report, Some(Kind::Process));
-    let container = fastest(report, Some(Kind::Container));
-    let vm = fastest(report, Some(Kind::Vm));
+    let [process, container, vm, own] = Kind::ALL.map(|kind| fastest(report, Some(kind)));
 
     let took = |(engine, start): (&EngineReport, Summary)| {
         let what = match engine.kind {
@@ -61,10 +59,11 @@ pub fn headline(report: &Report) -> Vec<String> {
             }
             Kind::Container => format!("in the fastest container ({})", called(engine)),
             Kind::Vm => format!("in the fastest VM ({})", called(engine)),
+            Kind::Own => format!("in {}", called(engine)),
         };
         format!("{} {what}", duration(start.median as f64))
     };
-    let starts: Vec<String> = [process, container, vm]
+    let starts: Vec<String> = [process, container, vm, own]
         .into_iter()
         .flatten()
         .map(took)
@@ -192,21 +191,23 @@ fn alike(ranked: &[&EngineReport]) -> Vec<String> {
 
 /// Whose kernel it is.
 fn isolation(engines: &[&EngineReport]) -> Option<String> {
-    let names = |host| -> Vec<String> {
-        let seen = |it: &&&EngineReport| {
-            it.isolation
-                .as_ref()
-                .is_some_and(|it| it.host_kernel == host)
-        };
-        engines.iter().filter(seen).map(|it| called(it)).collect()
+    let seen = |host| {
+        let all = engines.iter();
+        all.filter(move |it| it.isolation.as_ref().map(|it| it.host_kernel) == Some(host))
     };
+    let names = |host| -> Vec<String> { seen(host).map(|it| called(it)).collect() };
     let (shared, own) = (names(true), names(false));
     let give = if own.len() == 1 { "gives" } else { "give" };
+    // What else has a kernel of its own need not be a VM.
+    let border = match seen(false).all(|it| it.kind == Kind::Vm) {
+        true => ", behind a VM's border",
+        false => "",
+    };
     match (shared.as_slice(), own.as_slice()) {
         ([], _) | (_, []) => None,
         (shared, own) => Some(format!(
             "The command runs on the host's kernel in {}, so that a flaw in that kernel is a way \
-             out; {} {give} it a kernel of its own, behind a VM's border.",
+             out; {} {give} it a kernel of its own{border}.",
             list(shared),
             list(own),
         )),
@@ -332,6 +333,23 @@ mod tests {
         let text = says(vec![starts("mayfly", Kind::Vm, &[6, 7, 8]), crun()]);
         assert!(text.contains("The VM starts 14.0 ms sooner"), "{text}");
         assert!(text.contains("takes 3.0× the time"), "{text}");
+    }
+
+    /// What a user's program does is not known: it is neither the floor nor a VM.
+    #[test]
+    fn ones_own_is_called_by_its_name() {
+        let text = says(vec![
+            starts("gvisor", Kind::Own, &[5, 5, 6]),
+            starts("crun", Kind::Container, &[20, 21, 22]),
+        ]);
+        assert!(
+            text.contains("21.0 ms in the fastest container (crun) and 5.00 ms in gvisor."),
+            "{text}"
+        );
+        assert!(
+            !text.contains("bare process") && !text.contains("VM"),
+            "{text}"
+        );
     }
 
     #[test]

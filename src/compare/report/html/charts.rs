@@ -56,6 +56,7 @@ pub fn kind_class(kind: Kind) -> &'static str {
         Kind::Process => "is-process",
         Kind::Container => "is-container",
         Kind::Vm => "is-vm",
+        Kind::Own => "is-own",
     }
 }
 

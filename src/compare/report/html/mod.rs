@@ -199,8 +199,7 @@ fn notice(report: &Report) -> Markup {
 
 /// The fastest of each kind, in large type.
 fn key_figures(report: &Report) -> Markup {
-    let kinds = [Kind::Process, Kind::Container, Kind::Vm];
-    let found: Vec<_> = kinds
+    let found: Vec<_> = Kind::ALL
         .into_iter()
         .filter_map(|it| fastest(report, Some(it)))
         .collect();
@@ -217,6 +216,7 @@ fn key_figures(report: &Report) -> Markup {
                                 Kind::Process => { " the floor: no isolation" }
                                 Kind::Container => { " the fastest container" }
                                 Kind::Vm => { " the fastest VM" }
+                                Kind::Own => { " your own" }
                             }
                         }
                         dd.figure { (number) span.unit { " " (unit) } }
