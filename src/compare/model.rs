@@ -177,6 +177,9 @@ pub struct Isolation {
     pub capabilities: Vec<String>,
     /// Whether capabilities count in a user namespace of its own only.
     pub own_user_namespace: bool,
+    /// Its namespaces' kinds, and what its kernel calls them.
+    #[serde(default)]
+    pub namespaces: BTreeMap<String, String>,
     /// The namespaces that are the host's own.
     pub host_namespaces: Vec<String>,
     /// What `/proc` tells of the host: `memory`, `cpus`, `command line`, `modules`, `processes`.

@@ -164,6 +164,7 @@ impl Source {
                 devices: it.some(Source::text),
                 capabilities: it.some(Source::text),
                 own_user_namespace: it.below(2) > 0,
+                namespaces: it.some(|it| (it.text(), it.text())).into_iter().collect(),
                 host_namespaces: it.some(Source::text),
                 sees_of_host: it.some(Source::text),
                 seccomp: it.number() as u32,

@@ -263,7 +263,7 @@ pub fn isolation(engines: &[&EngineReport]) -> Markup {
         .iter()
         .filter_map(|it| Some((it, it.isolation.as_ref()?)))
         .collect();
-    let facts: [(&str, Show); 10] = [
+    let facts: [(&str, Show); 11] = [
         ("Kernel inside", |it| text(printable(&it.kernel))),
         ("Whose kernel", |it| match it.host_kernel {
             true => html! { span.shared { "the host's" } },
@@ -285,6 +285,10 @@ pub fn isolation(engines: &[&EngineReport]) -> Markup {
         }),
         ("Namespaces shared with the host", |it| {
             plain(&it.host_namespaces)
+        }),
+        ("Its namespaces", |it| {
+            let ids: Vec<String> = it.namespaces.values().cloned().collect();
+            names(&ids, NONE)
         }),
         ("What /proc tells of the host", |it| plain(&it.sees_of_host)),
         ("Devices", |it| names(&it.devices, "none")),
