@@ -10,6 +10,8 @@ use crate::compare::statistics::Summary;
 const NARROWEST: usize = 20;
 /// Bars do not become longer, however wide a terminal is.
 const WIDEST_BAR: usize = 100;
+/// A note may hold all that a program complained of; the record has it whole.
+const NOTE_MAX: usize = 160;
 /// Between columns.
 const GAP: usize = 2;
 
@@ -46,6 +48,13 @@ pub fn table(report: &Report, width: usize, colour: bool) -> String {
         }
     }
 
+    if !engines.is_empty() {
+        page.blank();
+        page.heading("What was compared");
+        for engine in &engines {
+            page.hanging(&printable(&engine.name), &about(engine));
+        }
+    }
     let mut absent = missing(report).peekable();
     if absent.peek().is_some() {
         page.blank();
@@ -66,6 +75,16 @@ pub fn table(report: &Report, width: usize, colour: bool) -> String {
         page.warn(&warning);
     }
     page.text
+}
+
+/// What one must know to read an engine's figures.
+fn about(engine: &EngineReport) -> String {
+    let network = Some(&engine.network).filter(|it| !it.is_empty());
+    let network = network.map(|it| format!("network: {it}"));
+    let notes = engine.notes.iter().cloned();
+    let all = engine.version.iter().cloned().chain(network).chain(notes);
+    let all: Vec<String> = all.map(|it| shorten(&printable(&it), NOTE_MAX)).collect();
+    all.join("; ")
 }
 
 /// How each start went, with a bar below.
@@ -652,6 +671,18 @@ mod tests {
             .filter(|it| it.starts_with("warning: crun: 2 of 20"))
             .count();
         assert_eq!(warned, 1);
+    }
+
+    #[test]
+    fn what_an_engine_lacks_stands_below_its_figures() {
+        let mut podman = engine("podman", Kind::Container, &[]);
+        podman.version = Some("podman version 4.3.1".to_owned());
+        podman.network = "none".to_owned();
+        podman.notes = vec!["without a network".to_owned(), "x".repeat(1000)];
+        let text = table(&report(vec![podman]), 80, false);
+        let told = "podman: podman version 4.3.1; network: none; without a network;";
+        assert!(text.contains(told), "{text}");
+        assert!(text.matches('x').count() < 200 && text.contains('…'));
     }
 
     #[test]
