@@ -53,6 +53,13 @@ pub struct Session<'a> {
     host: Option<Facts>,
 }
 
+/// Why an engine is not compared as it is.
+struct Refusal {
+    why: String,
+    /// It took too long.
+    late: bool,
+}
+
 /// Why it goes no further.
 enum Stop {
     /// Somebody wants an end: what there is counts.
@@ -204,41 +211,62 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// Starts each engine once: one that fails is asked for less, until it works or is
-    /// missing.
+    /// Starts each engine once: one that fails twice is asked for less, until it works or
+    /// is missing.
     fn try_all(&mut self) -> Result<(), Stop> {
         let mut index = 0;
         while index < self.parts.len() {
             let name = self.parts[index].report.name.clone();
             self.tell(&format!("trying {name}"));
-            let error = match self.one(index, &self.run_words(), None) {
-                Ok(instance) => {
-                    for note in &instance.notes {
-                        if !self.parts[index].report.notes.contains(note) {
-                            self.parts[index].report.notes.push(note.clone());
-                        }
-                    }
-                    instance.error()
-                }
-                Err(Stop::Failed(failure)) => Some(failure.to_string()),
-                Err(stop) => return Err(stop),
+            // What fails but once is an accident, and not all that it can do here. Who is
+            // late is so again.
+            let tried = match self.try_one(index)? {
+                Some(Refusal { late: false, .. }) => self.try_one(index)?,
+                other => other,
             };
-            let Some(error) = error else {
+            let Some(Refusal { why, .. }) = tried else {
                 index += 1;
                 continue;
             };
+            let part = &mut self.parts[index];
             // What is launched from now on is something else.
-            self.parts[index].report.command_line.clear();
-            if !self.parts[index].engine.ask_less() {
+            part.report.command_line.clear();
+            if part.engine.ask_less() {
+                let note = format!("asked for less, as it failed: {why}");
+                if !part.report.notes.contains(&note) {
+                    part.report.notes.push(note);
+                }
+            } else {
                 let part = self.parts.remove(index);
                 super::undo::undo(&part.engine.undo());
                 self.missing.push(EngineReport {
-                    missing: Some(format!("it does not work here: {error}")),
+                    missing: Some(format!("it does not work here: {why}")),
                     ..part.report
                 });
             }
         }
         Ok(())
+    }
+
+    /// Starts an engine once, and returns why it failed.
+    fn try_one(&mut self, index: usize) -> Result<Option<Refusal>, Stop> {
+        match self.one(index, &self.run_words(), None) {
+            Ok(instance) => {
+                let notes = &mut self.parts[index].report.notes;
+                for note in &instance.notes {
+                    if !notes.contains(note) {
+                        notes.push(note.clone());
+                    }
+                }
+                let late = !instance.ended();
+                Ok(instance.error().map(|why| Refusal { why, late }))
+            }
+            Err(Stop::Failed(failure)) => Ok(Some(Refusal {
+                why: failure.to_string(),
+                late: false,
+            })),
+            Err(stop) => Err(stop),
+        }
     }
 
     fn take_starts(&mut self) -> Result<(), Stop> {
