@@ -63,9 +63,9 @@ impl Mark {
 /// One instance, from its launch to its end.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
-    /// Which round of the comparison, from 0.
+    /// Which round of those that count, or of those that do not, from 0.
     pub round: u32,
-    /// The how many-th launch of the comparison, from 0.
+    /// The how many-th launch of those that count, or of those that do not, from 0.
     pub position: u32,
     /// When what was seen, in nanoseconds since the launch. Only of an instance that
     /// came to its end does [`Mark::Gone`] exist.
@@ -290,6 +290,21 @@ pub struct Host {
     pub virtualised: Option<String>,
     /// Started by root.
     pub root: bool,
+    /// What decides the CPUs' clock rate, and its driver, if the host has one.
+    #[serde(default)]
+    pub governor: Option<String>,
+    /// Whether a CPU may be faster than its nominal rate, if that can be seen.
+    #[serde(default)]
+    pub turbo: Option<bool>,
+    /// The load of the minute before.
+    #[serde(default)]
+    pub load_before: f64,
+    /// The load of the last minute.
+    #[serde(default)]
+    pub load_after: f64,
+    /// The part of the CPUs' time that other machines had meanwhile, from 0 to 1.
+    #[serde(default)]
+    pub stolen: f64,
 }
 
 /// What ran everywhere.
@@ -305,6 +320,10 @@ pub struct Workload {
     pub cpus: u32,
     /// In MiB.
     pub memory_mib: u64,
+    /// What the VMs boot, files and their digests: the kernel, mayfly's initial RAM disk and
+    /// that of the others.
+    #[serde(default)]
+    pub guest: BTreeMap<String, String>,
 }
 
 /// Whether files were in the host's memory.

@@ -1,20 +1,24 @@
 //! What all engines are given: the image's files, with the probe between them.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
 
 use super::engines::{PROBE, Place};
 use super::guard::Scene;
 use super::{Options, guest_folder};
 use crate::config::default_guest;
 use crate::failure::{Failure, OrFail};
-use crate::image::{Bars, Image, PullOptions, RunConfig, Store};
+use crate::image::{Bars, Digest, Image, PullOptions, RunConfig, Store};
 
 /// The image's files are there themselves and, at times, as an archive, as mayfly's layer
 /// and as a disk.
 const COPIES: u64 = 4;
 /// The name of the image that mayfly runs, in a store of its own.
 const NAME: &str = "compared";
+/// The initial RAM disk that `mayfly run` boots.
+const OWN_INITRD: &str = "run.cpio";
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Folders that engines mount something at.
 const MOUNT_POINTS: [&str; 7] = ["proc", "sys", "dev", "run", "tmp", "etc", ".mayfly-volume"];
@@ -73,4 +77,19 @@ pub fn prepare(options: &Options, scene: &Scene) -> Result<(Place, Image), Failu
         guest: guest.map(|((kernel, _), initrd)| (kernel, initrd)),
     };
     Ok((place, image))
+}
+
+/// The digests of what VMs boot: by them, two comparisons can be told to be of one kernel.
+pub fn guest_files(place: &Place) -> Result<BTreeMap<String, String>, Failure> {
+    let Some((kernel, initrd)) = &place.guest else {
+        return Ok(BTreeMap::new());
+    };
+    let own = guest_folder().map(|folder| folder.join(OWN_INITRD));
+    let files = [kernel, initrd].into_iter().chain(&own);
+    let digest = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let data = fs::read(path).or_host(path.display())?;
+        Ok((name.into_owned(), Digest::of(&data).to_string()))
+    };
+    files.filter(|path| path.exists()).map(digest).collect()
 }

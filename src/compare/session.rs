@@ -46,9 +46,10 @@ pub struct Session<'a> {
     place: Place,
     parts: Vec<Part>,
     missing: Vec<EngineReport>,
-    /// How many were launched, and of those that count.
+    /// How many were launched, of those that count, and of those before.
     launched: u32,
     taken: u32,
+    warmed: u32,
     report: Report,
     host: Option<Facts>,
 }
@@ -99,6 +100,7 @@ impl<'a> Session<'a> {
                 command: options.command.clone(),
                 cpus: options.cpus,
                 memory_mib: options.memory_mib,
+                guest: prepare::guest_files(&place)?,
             },
             engines: Vec::new(),
             order: Vec::new(),
@@ -113,6 +115,7 @@ impl<'a> Session<'a> {
             missing: Vec::new(),
             launched: 0,
             taken: 0,
+            warmed: 0,
             report,
             host: None,
         };
@@ -143,7 +146,9 @@ impl<'a> Session<'a> {
 
     /// Runs it all, and returns what it found, also if a failure ended it early.
     pub fn run(&mut self) -> Result<(Report, Option<Failure>), Failure> {
+        let watch = host::Watch::start();
         let stop = self.take_all().err();
+        watch.end(&mut self.report.host);
         for part in &self.parts {
             super::undo::undo(&part.engine.undo());
         }
@@ -162,6 +167,8 @@ impl<'a> Session<'a> {
             }
         }
         self.tell("");
+        let warnings = host::warnings(&self.report.host);
+        self.report.warnings.extend(warnings);
         for part in &mut self.parts {
             let about = part.engine.about();
             part.report.network = about.network;
@@ -274,7 +281,7 @@ impl<'a> Session<'a> {
         let rounds = order::rounds(self.options.seed, self.parts.len(), all);
         for (round, order) in (0..).zip(rounds) {
             let counts = round >= self.options.warmup;
-            let number = round.saturating_sub(self.options.warmup);
+            let number = round.checked_sub(self.options.warmup).unwrap_or(round);
             for index in order {
                 let name = &self.parts[index].report.name;
                 self.tell(&match counts {
@@ -286,14 +293,16 @@ impl<'a> Session<'a> {
                     fs::write("/proc/sys/vm/drop_caches", "3").or_host("--drop-caches")?;
                 }
                 let instance = self.one(index, &self.run_words(), None)?;
-                if counts {
-                    let sample = instance.sample(number, self.taken);
-                    self.taken += 1;
-                    self.report
-                        .order
-                        .push(u32::try_from(index).unwrap_or(u32::MAX));
-                    self.parts[index].report.samples.push(sample);
+                let report = &mut self.parts[index].report;
+                if !counts {
+                    report.warmups.push(instance.sample(number, self.warmed));
+                    self.warmed += 1;
+                    continue;
                 }
+                report.samples.push(instance.sample(number, self.taken));
+                self.taken += 1;
+                let index = u32::try_from(index).unwrap_or(u32::MAX);
+                self.report.order.push(index);
             }
         }
         Ok(())
@@ -411,14 +420,8 @@ impl<'a> Session<'a> {
     }
 
     fn has_room(&self, instances: u32) -> bool {
-        let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-        let line = text
-            .lines()
-            .find_map(|line| line.strip_prefix("MemAvailable:"));
-        let kib: u64 = line
-            .and_then(|rest| rest.split_whitespace().next()?.parse().ok())
-            .unwrap_or(0);
-        u64::from(instances) * self.options.memory_mib + SPARE_MIB <= kib >> 10
+        let wanted = u64::from(instances) * self.options.memory_mib;
+        wanted + SPARE_MIB <= host::memory_available_mib()
     }
 
     /// Starts many at once.
@@ -610,16 +613,14 @@ impl<'a> Session<'a> {
         let mut launch = part.engine.launch(&self.place, &job)?;
         launch.env.push(self.scene.mark());
         if part.report.command_line.is_empty() {
-            let text = launch
-                .command
-                .iter()
-                .map(|word| word.to_string_lossy().into_owned());
-            let general = text.map(|word| {
-                word.replace(&job.id, ID)
+            let general = |text: &str| {
+                text.replace(&job.id, ID)
                     .replace(&job.nonce, "{nonce}")
                     .replace(&format!("instance-{number}"), "{instance}")
-            });
-            part.report.command_line = general.collect();
+            };
+            let words = launch.command.iter();
+            part.report.command_line = words.map(|it| general(&it.to_string_lossy())).collect();
+            part.report.settings = settings(&job.folder, general);
         }
         Ok(launch)
     }

@@ -215,6 +215,7 @@ fn a_page_of_little_is_sound() {
     for engine in &mut report.engines {
         *engine = mayfly::compare::model::EngineReport {
             samples: Vec::new(),
+            warmups: Vec::new(),
             phases: Default::default(),
             start: None,
             total: None,

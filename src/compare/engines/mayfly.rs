@@ -24,6 +24,7 @@ impl Mayfly {
                 Some(_) => "user",
                 None => "none",
             },
+            passt: passt::program().and_then(|passt| first_line(&passt, &["--version"])),
         })
     }
 }
@@ -31,10 +32,12 @@ impl Mayfly {
 impl Engine for Mayfly {
     fn about(&self) -> About {
         About {
-            kind: Kind::Vm,
             version: Some(env!("CARGO_PKG_VERSION").into()),
             network: match self.network {
-                "user" => "user network (passt)".into(),
+                "user" => {
+                    let passt = self.passt.as_deref().unwrap_or("passt");
+                    format!("user network ({passt})")
+                }
                 _ => "none".into(),
             },
             notes: match self.network {

@@ -10,10 +10,10 @@ mod tables;
 use maud::{DOCTYPE, Markup, PreEscaped, html as markup};
 
 use super::Error;
-use super::units::{Scale, duration, printable, shell, times};
+use super::units::{Scale, digits, duration, printable, shell, times};
 use super::view::{self, fastest, missing, ranked, ratio};
 use super::words::{headline, limits, method, more, subject, warnings};
-use crate::compare::model::{EngineReport, Kind, PageCache, Report};
+use crate::compare::model::{EngineReport, Host, Kind, PageCache, Report};
 use crate::run::log::date;
 
 const STYLE: &str = include_str!("../../../../resources/compare/page.css");
@@ -313,6 +313,25 @@ fn day(report: &Report) -> String {
     }
 }
 
+fn clock_rate(host: &Host) -> String {
+    let governor = host.governor.as_deref().map_or_else(
+        || "not the host's to decide".to_owned(),
+        |it| format!("by the governor {}", printable(it)),
+    );
+    match host.turbo {
+        Some(true) => format!("{governor}; turbo on"),
+        Some(false) => format!("{governor}; turbo off"),
+        None => governor,
+    }
+}
+
+/// JSON for people, line by line.
+fn pretty(value: &serde_json::Value) -> String {
+    let text = format!("{value:#}");
+    let lines: Vec<String> = text.lines().map(printable).collect();
+    lines.join("\n")
+}
+
 fn how(report: &Report, engines: &[&EngineReport]) -> Markup {
     let (host, workload) = (&report.host, &report.workload);
     let page_cache = match report.page_cache {
@@ -376,10 +395,29 @@ fn how(report: &Report, engines: &[&EngineReport]) -> Markup {
             ),
         ),
         ("Page cache", page_cache.to_owned()),
+        ("Clock rate", clock_rate(host)),
+        (
+            "Load",
+            format!(
+                "{} before, {} at the end; {} % of CPU time went to other machines",
+                digits(host.load_before),
+                digits(host.load_after),
+                digits(100.0 * host.stolen)
+            ),
+        ),
         ("Begun", day(report)),
     ];
+    let booted = workload.guest.iter();
+    let booted: Vec<String> = booted
+        .map(|(name, digest)| format!("{}: {}", printable(name), printable(digest)))
+        .collect();
     markup! {
-        dl.facts { @for (name, value) in &facts { div { dt { (name) } dd { (value) } } } }
+        dl.facts {
+            @for (name, value) in &facts { div { dt { (name) } dd { (value) } } }
+            @if !booted.is_empty() {
+                div { dt { "VMs boot" } dd { @for it in &booted { (it) " " } } }
+            }
+        }
         h3 { "What was launched" }
         p.about { "Word by word; what stands in braces differs from run to run." }
         @for engine in engines {
@@ -392,6 +430,9 @@ fn how(report: &Report, engines: &[&EngineReport]) -> Markup {
                     }
                 }
                 @if !engine.command_line.is_empty() { pre tabindex="0" { code { (shell(&engine.command_line)) } } }
+                @for (name, held) in &engine.settings {
+                    details { summary { (printable(name)) } pre tabindex="0" { code { (pretty(held)) } } }
+                }
                 @if !engine.network.is_empty() { p { "Network: " (printable(&engine.network)) "." } }
                 @for note in &engine.notes { p { (tables::capital(&printable(note))) } }
             }
