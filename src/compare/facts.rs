@@ -2,6 +2,7 @@
 
 use mayfly_guest::facts::Facts;
 
+use super::capabilities;
 use super::model::{EngineReport, Isolation};
 
 /// Puts what is seen inside beside what is seen outside.
@@ -40,7 +41,7 @@ pub fn isolation(report: &EngineReport, facts: &Facts, host: &Facts) -> Isolatio
             _ => None,
         },
         devices: facts.devices.clone(),
-        capabilities: capabilities(facts.capabilities),
+        capabilities: capabilities::names(facts.capabilities),
         own_user_namespace: facts
             .namespaces
             .iter()
@@ -64,58 +65,6 @@ fn same_kernel(facts: &Facts, host: &Facts) -> bool {
         "" => facts.kernel.is_empty() || facts.kernel == host.kernel,
         boot => boot == host.boot_id,
     }
-}
-
-/// Names of `linux/capability.h`, in order.
-const CAPABILITIES: [&str; 41] = [
-    "chown",
-    "dac_override",
-    "dac_read_search",
-    "fowner",
-    "fsetid",
-    "kill",
-    "setgid",
-    "setuid",
-    "setpcap",
-    "linux_immutable",
-    "net_bind_service",
-    "net_broadcast",
-    "net_admin",
-    "net_raw",
-    "ipc_lock",
-    "ipc_owner",
-    "sys_module",
-    "sys_rawio",
-    "sys_chroot",
-    "sys_ptrace",
-    "sys_pacct",
-    "sys_admin",
-    "sys_boot",
-    "sys_nice",
-    "sys_resource",
-    "sys_time",
-    "sys_tty_config",
-    "mknod",
-    "lease",
-    "audit_write",
-    "audit_control",
-    "setfcap",
-    "mac_override",
-    "mac_admin",
-    "syslog",
-    "wake_alarm",
-    "block_suspend",
-    "audit_read",
-    "perfmon",
-    "bpf",
-    "checkpoint_restore",
-];
-
-fn capabilities(set: u64) -> Vec<String> {
-    let there = (0..)
-        .zip(CAPABILITIES)
-        .filter(|(bit, _)| set >> bit & 1 == 1);
-    there.map(|(_, name)| name.to_owned()).collect()
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //! then looks at memory, load, steady state and isolation, engine by engine. All that it
 //! finds is in the [`Report`](model::Report).
 
+mod capabilities;
 pub mod container;
 mod engines;
 mod facts;
