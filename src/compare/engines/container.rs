@@ -1,6 +1,5 @@
 //! The container that mayfly itself makes: Docker's defaults, and nothing installed.
 
-use std::env;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -44,8 +43,7 @@ impl Engine for Container {
         fs::create_dir(&spec.writable).or_host(what)?;
         let path = job.folder.join("spec.json");
         fs::write(&path, serde_json::to_vec(&spec).or_internal(what)?).or_host(what)?;
-        let program = env::current_exe().or_host(what)?;
-        let mut command = vec![program.into_os_string()];
+        let mut command = vec![place.program.clone().into_os_string()];
         command.extend(words(["compare-container", &path.to_string_lossy()]));
         Ok(Launch {
             command,

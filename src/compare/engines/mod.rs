@@ -52,6 +52,8 @@ pub const VOLUME: &str = "/.mayfly-volume";
 pub struct Place {
     /// For what comes and goes.
     pub folder: PathBuf,
+    /// mayfly, in a file of its own.
+    pub program: PathBuf,
     /// The image's files, with the probe. What runs in a container must not write there.
     pub root: PathBuf,
     /// The probe itself, which no image or container can have changed.
@@ -150,7 +152,7 @@ pub fn find(name: &str, place: &Place) -> Result<Box<dyn Engine>, String> {
     Ok(match name {
         "process" => Box::new(process::Process),
         "container" => Box::new(container::Container),
-        "mayfly" => Box::new(mayfly::Mayfly::find(place)?),
+        "mayfly" => Box::new(mayfly::Mayfly::find()?),
         "runc" | "crun" => Box::new(oci::Oci::find(name, place)?),
         "podman" => Box::new(podman::Podman::find(place)?),
         "docker" => Box::new(docker::Docker::find(place)?),
