@@ -46,6 +46,24 @@ impl Mark {
         Mark::Gone,
     ];
 
+    /// As the record calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Mark::Launched => "launched",
+            Mark::Built => "built",
+            Mark::Kernel => "kernel",
+            Mark::Init => "init",
+            Mark::Command => "command",
+            Mark::Exit => "exit",
+            Mark::Gone => "gone",
+        }
+    }
+
+    /// What is called so in the record.
+    pub fn named(name: &str) -> Option<Mark> {
+        Mark::ALL.into_iter().find(|it| it.name() == name)
+    }
+
     /// What the phase that ends with it is called.
     pub fn phase(self) -> &'static str {
         match self {
@@ -365,4 +383,20 @@ pub struct Report {
     pub order: Vec<u32>,
     /// What makes figures doubtful.
     pub warnings: Vec<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_of_the_record() {
+        for mark in Mark::ALL {
+            assert_eq!(serde_json::to_value(mark).unwrap(), mark.name());
+            assert_eq!(Mark::named(mark.name()), Some(mark));
+        }
+        for kind in Kind::ALL {
+            assert_eq!(serde_json::to_value(kind).unwrap(), kind.name());
+        }
+    }
 }

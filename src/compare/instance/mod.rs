@@ -380,8 +380,7 @@ impl Instance {
         match line.split_once(' ').unwrap_or((line, "")) {
             ("note", text) => self.notes.push(text.to_owned()),
             (word, time) => {
-                let named = |mark: &Mark| serde_json::to_value(mark).is_ok_and(|name| name == word);
-                let mark = Mark::ALL.into_iter().find(named);
+                let mark = Mark::named(word);
                 let time = match time {
                     "" => Ok(at),
                     time => time.parse(),

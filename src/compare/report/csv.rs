@@ -1,6 +1,7 @@
 //! Every sample as a line, for spreadsheets and programs.
 
 use super::Error;
+use super::units::printable;
 use crate::compare::model::{Figure, Mark, Report, Sample};
 
 /// A line for each sample, in the order in which they were taken; times are nanoseconds.
@@ -12,7 +13,7 @@ pub fn csv(report: &Report) -> Result<String, Error> {
         .from_writer(Vec::new());
 
     let fixed = ["engine", "kind", "round", "position"].map(str::to_owned);
-    let marks = Mark::ALL.map(|it| format!("{}_at_ns", name(it)));
+    let marks = Mark::ALL.map(|it| format!("{}_at_ns", it.name()));
     let phases = Mark::ALL.map(|it| format!("{}_phase_ns", it.phase()));
     let last = [
         "start_ns", "total_ns", "status", "error", "figure", "value", "unit",
@@ -33,7 +34,8 @@ pub fn csv(report: &Report) -> Result<String, Error> {
         line.extend(Mark::ALL.map(|it| text(phase(sample, it))));
         line.extend([sample.start(), sample.total()].map(text));
         line.push(sample.status.map_or_else(String::new, |it| it.to_string()));
-        line.push(sample.error.clone().unwrap_or_default());
+        // What a program complained of may command a terminal.
+        line.push(sample.error.as_deref().map_or_else(String::new, printable));
         line.resize(columns, String::new());
         out.write_record(&line)?;
     }
@@ -41,7 +43,7 @@ pub fn csv(report: &Report) -> Result<String, Error> {
         for Figure { name, value, unit } in &engine.steady {
             let mut line = vec![engine.name.clone(), engine.kind.name().to_owned()];
             line.resize(columns - 3, String::new());
-            line.extend([name.clone(), value.to_string(), unit.clone()]);
+            line.extend([printable(name), value.to_string(), printable(unit)]);
             out.write_record(&line)?;
         }
     }
@@ -64,21 +66,10 @@ fn phase(sample: &Sample, wanted: Mark) -> Option<u64> {
     found.map(|(_, ns)| ns)
 }
 
-fn name(mark: Mark) -> &'static str {
-    match mark {
-        Mark::Launched => "launched",
-        Mark::Built => "built",
-        Mark::Kernel => "kernel",
-        Mark::Init => "init",
-        Mark::Command => "command",
-        Mark::Exit => "exit",
-        Mark::Gone => "gone",
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::compare::model::Kind;
     use crate::compare::report::testing::{engine, record, report};
 
     fn lines(text: &str) -> Vec<::csv::StringRecord> {
@@ -142,13 +133,13 @@ mod tests {
     #[test]
     fn foreign_text_stays_in_its_field() {
         let mut engine = engine("a,\"b\"\r\n=c", Kind::Vm, &[&[(Mark::Gone, 5)]]);
-        engine.samples[0].error = Some("no, \"never\"".to_owned());
+        engine.samples[0].error = Some("no, \"never\"\x1b[2J".to_owned());
         let text = csv(&report(vec![engine])).unwrap();
         assert!(text.contains("\r\n\"a,\"\"b\"\"\r\n=c\",vm,0,0,"), "{text}");
         let rows = rows(&text);
         assert_eq!(
             (&rows[0][0], &rows[0][21]),
-            ("a,\"b\"\r\n=c", "no, \"never\"")
+            ("a,\"b\"\r\n=c", "no, \"never\"\u{fffd}[2J")
         );
     }
 }
