@@ -126,7 +126,8 @@ impl Engine for Oci {
             command,
             nonce: job.nonce.clone(),
             signs: vec![
-                Sign::File(state.join(&job.id), Mark::Launched),
+                // It reads that first of all.
+                Sign::Opened(job.folder.join("config.json"), Mark::Launched),
                 Sign::File(state.join(&job.id).join(created), Mark::Built),
             ],
             // What it has not noted yet it does not delete.

@@ -60,6 +60,8 @@ pub enum Sign {
     /// A file or folder appears. What its folder lies in exists; the folder itself may
     /// appear, too.
     File(PathBuf, Mark),
+    /// A file that is there is opened.
+    Opened(PathBuf, Mark),
     /// A byte arrives.
     Byte(OwnedFd, Mark),
     /// Lines arrive: a mark's name and its time, if that is not now (`built`, `built 123`);
@@ -126,8 +128,10 @@ impl Instance {
             return Err(io::Error::other("no command"));
         };
         for sign in &launch.signs {
-            if let Sign::File(path, _) = sign {
-                watch.await_path(path)?;
+            match sign {
+                Sign::File(path, _) => watch.await_path(path)?,
+                Sign::Opened(path, _) => watch.await_opening(path)?,
+                _ => {}
             }
         }
         let (output, their_output) = io::pipe()?;
@@ -372,7 +376,7 @@ impl Instance {
                 }
                 len > 0
             }
-            Sign::File(..) | Sign::Record => false,
+            Sign::File(..) | Sign::Opened(..) | Sign::Record => false,
         }
     }
 
@@ -396,10 +400,12 @@ impl Instance {
     fn take_files(&mut self, watch: &mut Watch, appeared: &[PathBuf], at: u64) {
         let mut seen = Vec::new();
         for sign in &self.launch.signs {
-            if let Sign::File(path, mark) = sign
-                && !self.marks.contains_key(mark)
-                && watch.is_there(path, appeared)
-            {
+            let (mark, seen_now) = match sign {
+                Sign::File(path, mark) => (mark, watch.is_there(path, appeared)),
+                Sign::Opened(path, mark) => (mark, appeared.contains(path)),
+                _ => continue,
+            };
+            if seen_now && !self.marks.contains_key(mark) {
                 seen.push(*mark);
             }
         }
