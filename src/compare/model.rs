@@ -166,8 +166,11 @@ pub struct MemoryPoint {
 /// Many instances at once.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Load {
-    /// How many were launched at once.
+    /// How many were launched at once: one after the other, without waiting for any.
     pub at_once: u32,
+    /// From the first launch to the last, in nanoseconds.
+    #[serde(default)]
+    pub launched_within_ns: u64,
     /// From the launch to the command's first instruction, each, in nanoseconds.
     pub starts_ns: Vec<u64>,
     /// The same, summed up.

@@ -467,10 +467,12 @@ impl<'a> Session<'a> {
                 .filter_map(|it| it.since_launch(Mark::Command))
                 .collect();
             let first = instances.iter().map(Instance::launched).min().unwrap_or(0);
+            let latest = instances.iter().map(Instance::launched).max();
             let last = instances.iter().filter_map(|it| it.at(Mark::Command)).max();
             let span = last.unwrap_or(first).saturating_sub(first) as f64 / 1e9;
             self.parts[index].report.load = Some(Load {
                 at_once,
+                launched_within_ns: latest.unwrap_or(first) - first,
                 start: Summary::of(&starts_ns),
                 starts_per_second: match span > 0.0 {
                     true => starts_ns.len() as f64 / span,

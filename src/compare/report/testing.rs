@@ -140,6 +140,7 @@ impl Source {
             }),
             load: self.maybe(|it| Load {
                 at_once: it.number() as u32,
+                launched_within_ns: it.number(),
                 starts_ns: it.some(Source::number),
                 start: it.maybe(Source::summary),
                 starts_per_second: it.float(),

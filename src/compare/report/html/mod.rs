@@ -288,7 +288,9 @@ fn memory(engines: &[&EngineReport]) -> Markup {
     markup! {
         p.about {
             "Instances that idle, all together. The proportional set size (PSS) counts what is "
-            "shared in parts, so that sums make sense; what a VM's guest and its kernel use is in it."
+            "shared in parts, so that sums make sense; what a VM's guest and its kernel use is in it. "
+            "What the host's own kernel keeps for an instance (a container's namespaces, its network, "
+            "page tables, files in the page cache) is nobody's, and not in it: containers seem smaller by that."
         }
         (memory::chart(engines))
         (tables::memory(engines))

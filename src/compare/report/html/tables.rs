@@ -4,7 +4,7 @@ use maud::{Markup, html};
 
 use super::charts;
 use crate::compare::model::{EngineReport, Isolation};
-use crate::compare::report::units::{Scale, digits, mib, printable, times};
+use crate::compare::report::units::{Scale, digits, duration, mib, printable, times};
 use crate::compare::report::view::{self, figure_name, further, marks, memory as points, ratio};
 use crate::compare::statistics::Summary;
 
@@ -150,16 +150,22 @@ pub fn load(engines: &[&EngineReport]) -> Markup {
                 time(|it| it.median),
                 time(|it| it.p95),
                 time(|it| it.max),
+                or_none(
+                    (load.launched_within_ns > 0).then(|| duration(load.launched_within_ns as f64)),
+                ),
                 text(load.failed.to_string()),
             ];
             (printable(&engine.name), cells)
         })
         .collect();
     html! {
-        p.about { "All launched at the same moment, so that they share the host's CPUs: what a busy host sees." }
+        p.about {
+            "Launched one after the other, without waiting for any, so that they share the host's CPUs: "
+            "what a busy host sees. Each start is counted from its own launch."
+        }
         (table(
             &format!("From launch to the command's first instruction when many start at once, in {}", scale.unit),
-            &heads(&["Engine", "At once", "Starts per second", "Median", "p95", "Last", "Failed"]),
+            &heads(&["Engine", "At once", "Starts per second", "Median", "p95", "Last", "Launched within", "Failed"]),
             &rows,
         ))
     }
