@@ -23,4 +23,37 @@ pub struct Figure {
     pub value: f64,
     /// `ns` (less is better), or `MiB/s` (more is).
     pub unit: String,
+    /// Each round's, in their order.
+    #[serde(default)]
+    pub rounds: Vec<f64>,
+}
+
+impl Figure {
+    /// Of these rounds; nothing if there is none, or one that is no number.
+    pub fn of(name: &str, unit: &str, rounds: Vec<f64>) -> Option<Figure> {
+        let mut sorted = rounds.clone();
+        sorted.sort_by(f64::total_cmp);
+        let value = *sorted.get(sorted.len() / 2)?;
+        rounds.iter().all(|it| it.is_finite()).then(|| Figure {
+            name: name.to_owned(),
+            value,
+            unit: unit.to_owned(),
+            rounds,
+        })
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_figure_is_the_median_of_numbers() {
+        let rounds = vec![9.0, 1.0, 5.0, 4.0, 100.0];
+        let figure = Figure::of("cpu", "ns", rounds.clone()).unwrap();
+        assert_eq!((figure.value, figure.rounds), (5.0, rounds));
+        assert_eq!(Figure::of("cpu", "ns", vec![1.0, f64::NAN, 2.0]), None);
+        assert_eq!(Figure::of("cpu", "ns", Vec::new()), None);
+    }
 }

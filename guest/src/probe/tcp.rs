@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use mayfly_guest::peer::{CHUNK, LAST, Meeting, SECRET, Secret, Task, Way};
 use mayfly_guest::steady::Figure;
 
-use super::steady::{MIB, ROUNDS, figure, median, nanoseconds, repeated};
+use super::steady::{MIB, ROUNDS, nanoseconds, repeated};
 
 /// Bytes flow so long in a round: longer than TCP needs to find its speed.
 const WHILE: Duration = Duration::from_millis(200);
@@ -86,17 +86,16 @@ fn figures(echo: TcpStream, address: SocketAddr, meeting: &Meeting) -> io::Resul
     drop(echo);
     let send = rounds(|| send(call(address, meeting, Task::Sink)?))?;
     let receive = rounds(|| receive(call(address, meeting, Task::Source)?))?;
-    Ok(vec![
-        figure("tcp_send", "MiB/s", send),
-        figure("tcp_receive", "MiB/s", receive),
-        figure("tcp_round_trip", "ns", round_trip),
-    ])
+    let figures = [
+        Figure::of("tcp_send", "MiB/s", send),
+        Figure::of("tcp_receive", "MiB/s", receive),
+        Figure::of("tcp_round_trip", "ns", round_trip),
+    ];
+    Ok(figures.into_iter().flatten().collect())
 }
 
-fn rounds(mut once: impl FnMut() -> io::Result<f64>) -> io::Result<f64> {
-    let values: io::Result<Vec<f64>> = (0..ROUNDS).map(|_| once()).collect();
-    let mut values = values?.into_iter();
-    Ok(median(|| values.next().unwrap_or(f64::NAN)))
+fn rounds(once: impl FnMut() -> io::Result<f64>) -> io::Result<Vec<f64>> {
+    std::iter::repeat_with(once).take(ROUNDS).collect()
 }
 
 /// Nanoseconds for a byte, there and back.

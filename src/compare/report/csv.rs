@@ -40,7 +40,10 @@ pub fn csv(report: &Report) -> Result<String, Error> {
         out.write_record(&line)?;
     }
     for engine in &report.engines {
-        for Figure { name, value, unit } in &engine.steady {
+        for figure in &engine.steady {
+            let Figure {
+                name, value, unit, ..
+            } = figure;
             let mut line = vec![engine.name.clone(), engine.kind.name().to_owned()];
             line.resize(columns - 3, String::new());
             line.extend([printable(name), value.to_string(), printable(unit)]);

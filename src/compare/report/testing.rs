@@ -150,6 +150,7 @@ impl Source {
                 name: it.text(),
                 value: it.float(),
                 unit: it.text(),
+                rounds: it.some(Source::float),
             }),
             tcp: self.maybe(|it| match it.below(4) {
                 0 => Way::Loopback,

@@ -175,11 +175,38 @@ pub struct Column<'a> {
 }
 
 impl Column<'_> {
+    fn figure<'e>(&self, engine: &'e EngineReport) -> Option<&'e Figure> {
+        let same = |it: &&Figure| it.name == self.name && it.unit == self.recorded;
+        engine.steady.iter().find(same)
+    }
+
     /// An engine's.
     pub fn value(&self, engine: &EngineReport) -> Option<f64> {
-        let same = |it: &&Figure| it.name == self.name && it.unit == self.recorded;
-        let found = engine.steady.iter().find(same)?;
-        Some(found.value / self.per_unit)
+        Some(self.figure(engine)?.value / self.per_unit)
+    }
+
+    /// How far an engine's rounds are apart: the least and the greatest.
+    pub fn range(&self, engine: &EngineReport) -> Option<(f64, f64)> {
+        let Figure { value, rounds, .. } = self.figure(engine)?;
+        let all = || rounds.iter().chain([value]).copied();
+        let (least, most) = (all().fold(*value, f64::min), all().fold(*value, f64::max));
+        Some((least / self.per_unit, most / self.per_unit))
+    }
+
+    /// Whether an engine is the best, or its rounds cannot be told from the best one's; and
+    /// whether there is another of which they can.
+    pub fn leads(&self, engine: &EngineReport, engines: &[&EngineReport]) -> bool {
+        let ranges = || {
+            engines
+                .iter()
+                .filter_map(|it| Some((self.value(it)?, self.range(it)?)))
+        };
+        let best = self.best(engines);
+        let Some((_, best)) = ranges().find(|(value, _)| Some(*value) == best) else {
+            return false;
+        };
+        let alike = |one: (f64, f64)| one.0 <= best.1 && best.0 <= one.1;
+        self.range(engine).is_some_and(alike) && !ranges().all(|(_, it)| alike(it))
     }
 
     /// What is shown instead: that it has none is a fact, and not the same as unknown.
@@ -308,6 +335,7 @@ mod tests {
             name: name.to_owned(),
             value,
             unit: unit.to_owned(),
+            rounds: Vec::new(),
         };
         let [mut one, mut other] = ["one", "other"].map(|it| engine(it, Kind::Vm, &[]));
         one.steady = vec![
@@ -337,6 +365,37 @@ mod tests {
             ..other.clone()
         };
         assert_eq!((tcp.without(&none), read.without(&none)), ("none", "–"));
+    }
+
+    #[test]
+    fn what_rounds_do_not_tell_apart_is_not_the_best_alone() {
+        let with = |value: f64, rounds: [f64; 3]| {
+            let mut it = engine("it", Kind::Vm, &[]);
+            it.steady = vec![Figure {
+                name: "cpu".to_owned(),
+                value,
+                unit: "ns".to_owned(),
+                rounds: rounds.to_vec(),
+            }];
+            it
+        };
+        let best = with(100.0, [100.0, 98.0, 111.0]);
+        let near = with(112.0, [112.0, 110.0, 115.0]);
+        let far = with(120.0, [120.0, 119.0, 121.0]);
+        let engines = [&far, &best, &near];
+        let columns = steady(&engines);
+        let leads = |engines: &[&EngineReport]| -> Vec<bool> {
+            engines
+                .iter()
+                .map(|it| columns[0].leads(it, engines))
+                .collect()
+        };
+        assert_eq!(columns[0].range(&best), Some((98.0, 111.0)));
+        assert_eq!(leads(&engines), [false, true, true]);
+        // Of two that are alike, none is better.
+        assert_eq!(leads(&[&best, &near]), [false, false]);
+        assert_eq!(leads(&[&best, &far]), [true, false]);
+        assert_eq!(leads(&[&best]), [false]);
     }
 
     #[test]

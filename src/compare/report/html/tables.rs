@@ -217,13 +217,15 @@ pub fn steady(engines: &[&EngineReport]) -> Markup {
     let columns = view::steady(engines);
     let row = |engine: &&&EngineReport| {
         let cell = |column: &view::Column| {
-            let shown = column.value(engine).map(digits);
-            // What looks alike is alike.
-            match shown.is_some() && shown == column.best(engines).map(digits) {
-                true => html! { b { (or_none(shown)) } },
-                false => html! {
-                    @match shown { Some(text) => (text), None => span.quiet { (column.without(engine)) } }
-                },
+            let Some(value) = column.value(engine) else {
+                return html! { span.quiet { (column.without(engine)) } };
+            };
+            let value = digits(value);
+            html! {
+                @if column.leads(engine, engines) { b { (value) } } @else { (value) }
+                @if let Some((least, most)) = column.range(engine).filter(|it| it.0 < it.1) {
+                    " " span.quiet { (digits(least)) "–" (digits(most)) }
+                }
             }
         };
         (printable(&engine.name), columns.iter().map(cell).collect())
@@ -244,7 +246,9 @@ pub fn steady(engines: &[&EngineReport]) -> Markup {
     html! {
         p.about {
             "What it costs once it runs, by the same small program in each. Of times, less is better; "
-            "of throughputs (MiB/s), more is. The best of a column is bold."
+            "of throughputs (MiB/s), more is. Beside a median: the least and the greatest of its rounds. "
+            "Bold: the best of a column, and what its rounds do not tell from that; nothing, where all "
+            "are alike. Engine by engine, not in turn: a machine that changes meanwhile is not fair to all."
         }
         (table("Medians of the steady state", &heads, &rows))
         @if let Some(networks) = view::networks(engines) { p.about { (networks) } }
