@@ -1,34 +1,29 @@
 //! A comparison, from its first instance to its last.
 
+mod load;
+mod look;
+mod weigh;
+mod work;
+
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use mayfly_guest::facts::Facts;
-use mayfly_guest::peer::Way;
-use mayfly_guest::steady::Steady;
 use serde_json::Value;
 
-use super::engines::{self, Engine, Job, Place, VOLUME};
-use super::facts::isolation;
+use super::engines::{self, Engine, Job, Place};
 use super::guard::Scene;
 use super::instance::{Batch, BatchError, Ends, Instance, Launch};
-use super::model::{EngineReport, FORMAT, Kind, Load, Mark, PageCache, Report, Workload};
-use super::peer::Peer;
+use super::model::{EngineReport, FORMAT, PageCache, Report, Workload};
 use super::removal::remove_folder;
-use super::statistics::{Summary, noise};
-use super::{Measure, Options, host, order, prepare, processes};
+use super::statistics::noise;
+use super::{Measure, Options, host, order, prepare};
 use crate::failure::{Failure, OrFail};
 
-/// How many instances idle when memory is looked at.
-const IDLE: [u32; 4] = [1, 2, 5, 10];
-/// One that has come to its command is left alone so long before it is looked at.
-const SETTLE: Duration = Duration::from_millis(500);
-/// What is left to the host of its free memory.
-const SPARE_MIB: u64 = 512;
 /// What the command is told it is, in a record.
 const ID: &str = "{id}";
 
@@ -303,231 +298,6 @@ impl<'a> Session<'a> {
                 self.taken += 1;
                 let index = u32::try_from(index).unwrap_or(u32::MAX);
                 self.report.order.push(index);
-            }
-        }
-        Ok(())
-    }
-
-    /// Looks from inside of each.
-    fn look_around(&mut self) -> Result<(), Stop> {
-        let words = vec!["facts".to_owned()];
-        let host = Part {
-            report: EngineReport::new("process", Kind::Process),
-            engine: engines::find("process", &self.place).map_err(Failure::host)?,
-        };
-        self.parts.push(host);
-        let instance = self.one(self.parts.len() - 1, &words, None);
-        self.parts.pop();
-        let facts = match instance {
-            Ok(instance) => {
-                let error = instance
-                    .error()
-                    .unwrap_or_else(|| "nothing was said".into());
-                instance.data.ok_or(error)
-            }
-            Err(Stop::Failed(failure)) => Err(failure.to_string()),
-            Err(stop) => return Err(stop),
-        };
-        match facts {
-            Ok(data) => self.host = serde_json::from_str(&data).ok(),
-            Err(why) => self
-                .report
-                .warnings
-                .push(format!("isolation: the host could not be looked at: {why}")),
-        }
-        for index in 0..self.parts.len() {
-            self.tell(&format!("isolation: {}", self.parts[index].report.name));
-            let instance = self.one(index, &words, None)?;
-            let facts: Option<Facts> = instance
-                .data
-                .as_ref()
-                .and_then(|data| serde_json::from_str(data).ok());
-            let part = &mut self.parts[index].report;
-            match (facts, &self.host) {
-                (Some(facts), Some(host)) => part.isolation = Some(isolation(part, &facts, host)),
-                _ => part.notes.push(match instance.error() {
-                    Some(error) => format!("what it shows of the host could not be seen: {error}"),
-                    None => "what it shows of the host could not be seen".into(),
-                }),
-            }
-        }
-        Ok(())
-    }
-
-    /// Weighs instances that idle.
-    fn weigh(&mut self) -> Result<(), Stop> {
-        let words = vec!["hold".to_owned()];
-        for index in 0..self.parts.len() {
-            if !self.parts[index].engine.can_be_weighed() {
-                continue;
-            }
-            let name = self.parts[index].report.name.clone();
-            let mut batch = Batch::default();
-            for wanted in IDLE {
-                if self.parts[index].report.kind == Kind::Vm && !self.has_room(wanted) {
-                    let note = format!("memory: {wanted} at once do not fit into this host");
-                    self.parts[index].report.notes.push(note);
-                    break;
-                }
-                self.tell(&format!("memory: {wanted} of {name}"));
-                let mut launched = Ok(());
-                while launched.is_ok() && batch.instances.len() < wanted as usize {
-                    launched = self.launch(index, &words, None, &mut batch);
-                }
-                if let Err(Stop::Failed(failure)) = launched {
-                    let note = format!("memory: {failure}");
-                    self.parts[index].report.notes.push(note);
-                    break;
-                }
-                let there = |it: &Instance| it.has(Mark::Command) || it.ended();
-                let settled = batch
-                    .until(&self.ends, self.options.patience, there)
-                    .and_then(|()| batch.rest(&self.ends, SETTLE));
-                let failed = batch.instances.iter().find(|it| it.ended());
-                let failed = failed.map(|it| it.error().unwrap_or_else(|| "it ended".into()));
-                match (settled, failed) {
-                    (Err(BatchError::Interrupted), _) => {
-                        batch.end(&self.ends);
-                        return Err(Stop::Interrupted);
-                    }
-                    (Err(error), _) => {
-                        self.parts[index]
-                            .report
-                            .notes
-                            .push(format!("memory: {error}"));
-                        break;
-                    }
-                    (Ok(()), Some(error)) => {
-                        self.parts[index]
-                            .report
-                            .notes
-                            .push(format!("memory: {error}"));
-                        break;
-                    }
-                    (Ok(()), None) => {}
-                }
-                let Some(point) = processes::memory(wanted) else {
-                    let note = "memory: only root may look at its processes";
-                    self.parts[index].report.notes.push(note.into());
-                    break;
-                };
-                self.parts[index].report.memory.push(point);
-            }
-            batch.end(&self.ends);
-            self.forget()?;
-        }
-        Ok(())
-    }
-
-    fn has_room(&self, instances: u32) -> bool {
-        let wanted = u64::from(instances) * self.options.memory_mib;
-        wanted + SPARE_MIB <= host::memory_available_mib()
-    }
-
-    /// Starts many at once.
-    fn load(&mut self) -> Result<(), Stop> {
-        let at_once = self.options.parallel;
-        for index in 0..self.parts.len() {
-            let name = self.parts[index].report.name.clone();
-            self.tell(&format!("{at_once} at once: {name}"));
-            let mut batch = Batch::default();
-            let words = self.run_words();
-            // All is prepared before the first is launched.
-            let mut launches = Vec::new();
-            for _ in 0..at_once {
-                launches.push(self.prepare(index, &words, None)?);
-            }
-            self.scene.note(&self.undo_of(&batch, &launches))?;
-            let mut launched = Ok(());
-            for launch in launches {
-                launched = batch.launch(launch).map_err(BatchError::Io);
-                // Who is quick is seen at once.
-                launched = launched.and_then(|()| batch.turn(&self.ends, Duration::ZERO));
-                if launched.is_err() {
-                    break;
-                }
-            }
-            let ended =
-                launched.and_then(|()| batch.wait_for_end(&self.ends, self.options.patience));
-            let instances = match ended {
-                Ok(()) => batch.instances,
-                Err(BatchError::Interrupted) => {
-                    batch.end(&self.ends);
-                    return Err(Stop::Interrupted);
-                }
-                Err(error) => {
-                    let note = format!("{at_once} at once: {error}");
-                    self.parts[index].report.notes.push(note);
-                    batch.abandon()
-                }
-            };
-            self.clean_up(&instances)?;
-            let good = instances.iter().filter(|it| it.error().is_none());
-            let starts_ns: Vec<u64> = good
-                .filter_map(|it| it.since_launch(Mark::Command))
-                .collect();
-            let first = instances.iter().map(Instance::launched).min().unwrap_or(0);
-            let latest = instances.iter().map(Instance::launched).max();
-            let last = instances.iter().filter_map(|it| it.at(Mark::Command)).max();
-            let span = last.unwrap_or(first).saturating_sub(first) as f64 / 1e9;
-            self.parts[index].report.load = Some(Load {
-                at_once,
-                launched_within_ns: latest.unwrap_or(first) - first,
-                start: Summary::of(&starts_ns),
-                starts_per_second: match span > 0.0 {
-                    true => starts_ns.len() as f64 / span,
-                    false => 0.0,
-                },
-                failed: at_once.saturating_sub(u32::try_from(starts_ns.len()).unwrap_or(0)),
-                starts_ns,
-            });
-        }
-        Ok(())
-    }
-
-    /// Lets each do usual work.
-    fn work(&mut self) -> Result<(), Stop> {
-        for index in 0..self.parts.len() {
-            self.tell(&format!("at work: {}", self.parts[index].report.name));
-            // What one leaves there is nothing to another.
-            let volume = self.scene.folder.join(format!("volume-{index}"));
-            fs::create_dir(&volume).or_host(volume.display())?;
-            let mut words = vec!["steady".to_owned()];
-            let volume = self.parts[index]
-                .engine
-                .has_volumes()
-                .then(|| volume.clone());
-            if volume.is_some() {
-                words.push(format!("volume={VOLUME}"));
-            }
-            // It listens as long as this engine is at work.
-            let peer = Peer::start(self.parts[index].engine.origin());
-            match &peer {
-                Ok(peer) => words.push(peer.meeting().to_string()),
-                Err(error) => {
-                    let note = format!("TCP could not be measured: {error}");
-                    self.parts[index].report.notes.push(note);
-                }
-            }
-            let instance = self.one(index, &words, volume)?;
-            drop(peer);
-            let found: Option<Steady> = instance
-                .data
-                .as_ref()
-                .and_then(|data| serde_json::from_str(data).ok());
-            let report = &mut self.parts[index].report;
-            match (found, instance.error()) {
-                (Some(Steady { figures, tcp }), _) => {
-                    if let Some(Way::Lost(why)) = &tcp {
-                        let note = format!("TCP could not be measured: {why}");
-                        report.notes.push(note);
-                    }
-                    (report.steady, report.tcp) = (figures, tcp);
-                }
-                (None, error) => report.notes.push(format!(
-                    "it could not be seen at work: {}",
-                    error.unwrap_or_else(|| "it said nothing".into())
-                )),
             }
         }
         Ok(())
