@@ -2,6 +2,7 @@
 
 mod csv;
 mod html;
+mod layout;
 mod table;
 #[cfg(test)]
 mod testing;
