@@ -1,6 +1,6 @@
 //! The machine that a comparison runs on.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
 use super::model::Host;
@@ -36,6 +36,7 @@ pub fn look() -> Host {
         load_before: load(),
         load_after: load(),
         stolen: 0.0,
+        namespaces: BTreeMap::new(),
     }
 }
 

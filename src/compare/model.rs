@@ -326,6 +326,9 @@ pub struct Host {
     /// The part of the CPUs' time that other machines had meanwhile, from 0 to 1.
     #[serde(default)]
     pub stolen: f64,
+    /// The namespaces' kinds and ids of who compares, if isolation was looked at.
+    #[serde(default)]
+    pub namespaces: BTreeMap<String, String>,
 }
 
 /// What ran everywhere.

@@ -15,7 +15,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use mayfly::compare::model::{EngineReport, Mark, Report, Way};
+use mayfly::compare::model::{EngineReport, Kind, Mark, Report, Way};
 use mayfly::compare::statistics::Summary;
 
 /// A word that no other process has, and a time that no test takes.
@@ -218,7 +218,7 @@ fn a_report_adds_up() {
     let (output, report) = comparison.run();
     for name in ["process", "container", "runc"] {
         let engine = engine(&report, name);
-        assert_eq!(engine.samples.len(), 5);
+        assert_eq!((engine.samples.len(), engine.warmups.len()), (5, 1));
         assert!(!engine.command_line.is_empty());
         let mut totals = Vec::new();
         let mut starts = Vec::new();
@@ -247,7 +247,19 @@ fn a_report_adds_up() {
     assert!(start("process") < start("container") && start("process") < start("runc"));
     let marks = &engine(&report, "container").samples[0].marks_ns;
     assert!(marks.contains_key(&Mark::Launched) && marks.contains_key(&Mark::Built));
+    let marks = &engine(&report, "runc").samples[0].marks_ns;
+    assert!(marks[&Mark::Launched] < marks[&Mark::Built], "{marks:?}");
+    // What it was told is in the record, but for what differs from run to run.
+    let settings = &engine(&report, "runc").settings["config.json"];
+    assert_eq!(
+        settings["process"]["args"],
+        serde_json::json!(["/.mayfly-probe", "{nonce}", "run"])
+    );
+    assert_eq!(settings["hostname"], "{id}");
+    let settings = &engine(&report, "container").settings["spec.json"];
+    assert_eq!(settings["memory"], 512 << 20);
     let table = String::from_utf8(output.stdout).unwrap();
+    assert!(table.contains("network: loopback"), "{table}");
     let place = |name: &str| {
         table
             .find(name)
@@ -433,7 +445,10 @@ fn a_known_answer_is_found() {
 #[test]
 fn what_is_seen_from_inside_is_true() {
     let flags = ["--runs", "1", "--measure", "isolation,steady,memory,load"];
-    let (_, report) = Comparison::of("process,container,runc", &flags).run();
+    let folder = tempfile::tempdir().unwrap();
+    let own = script(folder.path(), "own", "#!/bin/sh\nexec chroot \"$@\"\n");
+    let engines = format!("process,container,runc,{own}");
+    let (_, report) = Comparison::of(&engines, &flags).run();
     let facts = |name| engine(&report, name).isolation.clone().unwrap();
     let (process, container, runc) = (facts("process"), facts("container"), facts("runc"));
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
@@ -442,6 +457,13 @@ fn what_is_seen_from_inside_is_true() {
         assert!(facts.host_kernel);
     }
     assert_eq!(process.host_namespaces.len(), 7);
+    let id = fs::read_link("/proc/self/ns/pid").unwrap();
+    assert_eq!(Path::new(&process.namespaces["pid"]), id);
+    assert_eq!(report.host.namespaces, process.namespaces);
+    assert_ne!(container.namespaces["pid"], process.namespaces["pid"]);
+    // Of what shows nothing of itself, nothing is claimed.
+    assert_eq!(engine(&report, "own").kind, Kind::Own);
+    assert!(facts("own").host_kernel && facts("own").namespaces.is_empty());
     assert!(
         container.host_namespaces.len() <= 1,
         "{:?}",
@@ -462,9 +484,11 @@ fn what_is_seen_from_inside_is_true() {
         let engine = engine(&report, name);
         let figure = |name: &str| {
             let found = engine.steady.iter().find(|figure| figure.name == name);
-            found
-                .unwrap_or_else(|| panic!("{name}: {:?}", engine.steady))
-                .value
+            let found = found.unwrap_or_else(|| panic!("{name}: {:?}", engine.steady));
+            let mut rounds = found.rounds.clone();
+            rounds.sort_by(f64::total_cmp);
+            assert_eq!((rounds.len(), rounds[2]), (5, found.value), "{name}");
+            found.value
         };
         for name in ["cpu", "syscall", "fault", "volume_read", "volume_write"] {
             assert!(figure(name) > 0.0);
@@ -482,6 +506,25 @@ fn what_is_seen_from_inside_is_true() {
         assert!(load.starts_per_second > 0.0);
     }
     nothing_is_left();
+}
+
+/// An accident at the first start is no property of an engine.
+#[test]
+fn what_fails_once_is_tried_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let been = folder.path().join("been").display().to_string();
+    let once =
+        format!("#!/bin/sh\n[ -e {been} ] || {{ touch {been}; exit 1; }}\nexec chroot \"$@\"\n");
+    let engines = [("once", once.as_str()), ("never", "#!/bin/sh\nexit 1\n")];
+    let engines = engines.map(|(name, text)| script(folder.path(), name, text));
+    let flags = ["--runs", "2", "--measure", "start"];
+    let (_, report) = Comparison::of(&engines.join(","), &flags).run();
+    let once = engine(&report, "once");
+    assert_eq!(once.start.unwrap().count, 2);
+    assert!(!once.notes.iter().any(|it| it.contains("asked for less")));
+    let never = report.engines.iter().find(|it| it.name == "never");
+    let why = never.unwrap().missing.clone().unwrap();
+    assert!(why.contains("it does not work here"), "{why}");
 }
 
 /// As many as may be asked for, of an engine whose files are watched.

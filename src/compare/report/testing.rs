@@ -197,6 +197,7 @@ impl Source {
                 load_before: self.float(),
                 load_after: self.float(),
                 stolen: self.float(),
+                namespaces: self.some(|it| (it.text(), it.text())).into_iter().collect(),
             },
             workload: Workload {
                 image: self.text(),

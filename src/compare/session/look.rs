@@ -36,6 +36,9 @@ impl Session<'_> {
                 .warnings
                 .push(format!("isolation: the host could not be looked at: {why}")),
         }
+        if let Some(host) = &self.host {
+            self.report.host.namespaces = host.namespaces.iter().cloned().collect();
+        }
         for index in 0..self.parts.len() {
             self.tell(&format!("isolation: {}", self.parts[index].report.name));
             let instance = self.one(index, &words, None)?;
