@@ -297,8 +297,16 @@ pub fn isolation(engines: &[&EngineReport]) -> Markup {
             plain(&it.host_namespaces)
         }),
         ("Its namespaces", |it| {
-            let ids: Vec<String> = it.namespaces.values().cloned().collect();
-            names(&ids, NONE)
+            match it
+                .namespaces
+                .values()
+                .cloned()
+                .collect::<Vec<_>>()
+                .as_slice()
+            {
+                [] => or_none(None),
+                ids => names(ids, NONE),
+            }
         }),
         ("What /proc tells of the host", |it| plain(&it.sees_of_host)),
         ("Devices", |it| names(&it.devices, "none")),
