@@ -28,8 +28,10 @@ pub fn table(report: &Report, width: usize, colour: bool) -> String {
     }
 
     let engines = ranked(report);
-    page.blank();
-    starts(&mut page, &engines);
+    if view::started(&engines) {
+        page.blank();
+        starts(&mut page, &engines);
+    }
     for grid in [
         loads(&engines),
         memories(&engines),
@@ -62,8 +64,11 @@ pub fn table(report: &Report, width: usize, colour: bool) -> String {
             page.hanging(&printable(&engine.name), &printable(why));
         }
     }
-    page.blank();
-    page.paragraph(&headline(report).join(" "));
+    let headline = headline(report);
+    if !headline.is_empty() {
+        page.blank();
+        page.paragraph(&headline.join(" "));
+    }
     if let Some(by) = &report.host.virtualised {
         page.warn(&format!(
             "this host is itself virtual ({}): absolute times mean little, ratios hold roughly.",

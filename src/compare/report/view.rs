@@ -25,6 +25,15 @@ pub fn fastest(report: &Report, kind: Option<Kind>) -> Option<(&EngineReport, Su
         .find_map(|it| Some((it, it.start?)))
 }
 
+/// Whether starts were looked at, or it was something else alone.
+pub fn started(engines: &[&EngineReport]) -> bool {
+    let other = |it: &&EngineReport| {
+        let looked = it.isolation.is_some() || it.load.is_some();
+        looked || !it.memory.is_empty() || !it.steady.is_empty()
+    };
+    engines.iter().any(|it| !it.samples.is_empty()) || !engines.iter().any(other)
+}
+
 /// Those that are not there, and why.
 pub fn missing(report: &Report) -> impl Iterator<Item = (&EngineReport, &str)> {
     let why = |it| {

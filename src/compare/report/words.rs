@@ -1,7 +1,9 @@
 //! What a comparison's numbers mean, and what they do not, in plain language.
 
 use super::units::{duration, list, mib, printable, times};
-use super::view::{bar, differ, failures, fastest, further, memory, missing, ranked, ratio};
+use super::view::{
+    bar, differ, failures, fastest, further, memory, missing, ranked, ratio, started,
+};
 use crate::compare::model::{EngineReport, Kind, Mark, PageCache, Report};
 use crate::compare::statistics::Summary;
 
@@ -69,6 +71,7 @@ pub fn headline(report: &Report) -> Vec<String> {
         .map(took)
         .collect();
     match starts.as_slice() {
+        [] if !started(&ranked(report)) => {}
         [] => says.push("No run counts, so there is nothing to compare.".to_owned()),
         starts => says.push(format!(
             "From its launch to its first instruction, the command took {}.",
@@ -371,6 +374,9 @@ mod tests {
             says(vec![absent("crun", "away")]),
             "No run counts, so there is nothing to compare."
         );
+        let mut weighed = engine("crun", Kind::Container, &[]);
+        weighed.memory = record().engines[1].memory.clone();
+        assert_eq!(says(vec![weighed]), "", "it was not asked for starts");
         let alone = says(vec![starts("crun", Kind::Container, &[20])]);
         assert!(!alone.contains("VM") && !alone.contains("noise"), "{alone}");
     }
