@@ -198,7 +198,7 @@ build_default_guest() {
         --init "$GUEST_INIT" --output "$work/run.cpio" || die "could not build the initramfs of run"
     # What others boot in `mayfly compare`, and what runs there.
     "$MAYFLY" initramfs --modules "$kernel/modules" --no-default-modules --module virtio_mmio --module virtio_blk \
-        --module squashfs --init "$GUEST_INIT" --output "$work/compare.cpio" ||
+        --module virtio_net --module squashfs --init "$GUEST_INIT" --output "$work/compare.cpio" ||
         die "could not build the initramfs of compare"
     install -m 755 "$(dirname "$GUEST_INIT")/mayfly-probe" "$work/probe"
     chmod 755 "$work"

@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 pub struct Facts {
     /// `uname -r`
     pub kernel: String,
+    /// Differs from boot to boot of any kernel; empty if it cannot be seen.
+    #[serde(default)]
+    pub boot_id: String,
     /// Namespaces' kinds, and what the kernel calls them.
     pub namespaces: Vec<(String, String)>,
     /// The effective ones, a bit each.

@@ -15,4 +15,6 @@
 
 pub mod copy;
 pub mod facts;
+pub mod peer;
 pub mod protocol;
+pub mod steady;

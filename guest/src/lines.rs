@@ -13,22 +13,38 @@ const VIRTIO_DEVICES: &str = "/sys/bus/virtio/devices";
 const CONSOLE_ID: &str = "0x0003";
 const F_MULTIPORT: usize = 1;
 const CHANNELS: &str = "/dev/virtio-ports";
-/// How long a channel's name may take: the kernel is told by the device.
+/// How long a port's name may take, or the port: the kernel is told by the device.
 const PATIENCE: Duration = Duration::from_secs(2);
 const NAP: Duration = Duration::from_millis(1);
 
 /// Opens the console anew, for this and all that it starts: when the kernel
 /// opened it, it was another one, or none.
 pub fn adopt_console() {
-    let console = fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_NOCTTY)
-        .open("/dev/console");
-    let Ok(console) = console else { return };
+    let deadline = Instant::now() + PATIENCE;
+    let console = loop {
+        let console = fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NOCTTY)
+            .open("/dev/console");
+        match console {
+            Ok(console) => break console,
+            // One of several ports is there only once the device has told of it.
+            Err(_) if awaited() && Instant::now() < deadline => thread::sleep(NAP),
+            Err(_) => return,
+        }
+    };
     let _ = dup2_stdin(&console);
     let _ = dup2_stdout(&console);
     let _ = dup2_stderr(&console);
+}
+
+/// The console is to be a virtio device's.
+fn awaited() -> bool {
+    let cmdline = text(Path::new("/proc/cmdline"));
+    cmdline
+        .split_whitespace()
+        .any(|word| word.starts_with("console=hvc"))
 }
 
 /// Makes `/dev/virtio-ports/NAME` for each channel, as udev does.

@@ -25,6 +25,7 @@
 
 mod agent;
 mod demo;
+mod interface;
 mod lines;
 mod net;
 mod port;
@@ -73,8 +74,9 @@ fn run(words: &[String]) -> Result<i32, String> {
     if Path::new(BUSYBOX).exists() {
         // Without a shell's tools most guests are useless, but not all.
         let _ = system::status_of(Command::new(BUSYBOX).args(["--install", "-s", "/bin"]));
-        let _ = net::bring_up("lo", None);
     }
+    // A kernel may have no network.
+    let _ = interface::turn_on("lo");
     let cmdline = system::read("/proc/cmdline")?;
     if let Some(config) = net::from_cmdline(&cmdline)? {
         net::configure(&config)?;

@@ -1,16 +1,16 @@
 //! The network, from the kernel's own `ip=` syntax (Linux'
 //! `Documentation/admin-guide/nfs/nfsroot.rst`): Debian's kernels lack it.
 
-use std::process::Command;
+use std::net::{IpAddr, Ipv4Addr};
 
-use crate::system;
+use crate::interface;
 
 /// `ip=ADDRESS::GATEWAY:NETMASK:HOSTNAME:DEVICE:off:RESOLVER:RESOLVER`
 #[derive(Debug, PartialEq, Eq)]
 pub struct Config {
-    address: String,
-    gateway: Option<String>,
-    prefix: u32,
+    address: Ipv4Addr,
+    gateway: Option<Ipv4Addr>,
+    prefix: u8,
     hostname: Option<String>,
     device: String,
     resolvers: Vec<String>,
@@ -42,7 +42,14 @@ pub fn from_cmdline(cmdline: &str) -> Result<Option<Config>, String> {
             .filter(|text| !text.is_empty())
             .map(str::to_owned)
     };
-    let address = field(0).ok_or_else(|| format!("ip={value}: no address"))?;
+    let address = |index| {
+        let parse = |text: String| {
+            let parsed = text.parse::<Ipv4Addr>();
+            parsed.map_err(|_| format!("ip={value}: {text} is not an address"))
+        };
+        field(index).map(parse).transpose()
+    };
+    let own = address(0)?.ok_or_else(|| format!("ip={value}: no address"))?;
     let prefix = match field(3) {
         Some(mask) => {
             prefix_of(&mask).ok_or_else(|| format!("ip={value}: {mask} is not a netmask"))?
@@ -50,8 +57,8 @@ pub fn from_cmdline(cmdline: &str) -> Result<Option<Config>, String> {
         None => 24,
     };
     Ok(Some(Config {
-        address,
-        gateway: field(2),
+        address: own,
+        gateway: address(2)?,
         prefix,
         hostname: field(4),
         device: field(5).unwrap_or_else(|| "eth0".to_owned()),
@@ -59,19 +66,18 @@ pub fn from_cmdline(cmdline: &str) -> Result<Option<Config>, String> {
     }))
 }
 
-fn prefix_of(mask: &str) -> Option<u32> {
-    let bits = u32::from(mask.parse::<std::net::Ipv4Addr>().ok()?);
-    (bits.leading_ones() + bits.trailing_zeros() == u32::BITS || bits == 0)
-        .then(|| bits.leading_ones())
+fn prefix_of(mask: &str) -> Option<u8> {
+    let bits = u32::from(mask.parse::<Ipv4Addr>().ok()?);
+    let ones = (bits.leading_ones() + bits.trailing_zeros() == u32::BITS || bits == 0)
+        .then(|| bits.leading_ones());
+    ones.and_then(|ones| u8::try_from(ones).ok())
 }
 
 /// Applies the configuration.
 pub fn configure(config: &Config) -> Result<(), String> {
-    let address = format!("{}/{}", config.address, config.prefix);
-    bring_up(&config.device, Some(&address))?;
-    if let Some(gateway) = &config.gateway {
-        ip(&["route", "add", "default", "via", gateway])?;
-    }
+    let addresses = [(config.address.into(), config.prefix)];
+    let gateway: Option<IpAddr> = config.gateway.map(Into::into);
+    interface::configure(&config.device, &addresses, gateway.as_slice())?;
     if let Some(name) = &config.hostname {
         let path = "/proc/sys/kernel/hostname";
         std::fs::write(path, name).map_err(|error| format!("{path}: {error}"))?;
@@ -88,21 +94,6 @@ pub fn configure(config: &Config) -> Result<(), String> {
     Ok(())
 }
 
-/// Turns a device on, with an address if one is given.
-pub fn bring_up(device: &str, address: Option<&str>) -> Result<(), String> {
-    if let Some(address) = address {
-        ip(&["addr", "add", address, "dev", device])?;
-    }
-    ip(&["link", "set", device, "up"])
-}
-
-fn ip(arguments: &[&str]) -> Result<(), String> {
-    match system::status_of(Command::new("/bin/busybox").arg("ip").args(arguments)) {
-        0 => Ok(()),
-        status => Err(format!("ip {}: status {status}", arguments.join(" "))),
-    }
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -116,8 +107,8 @@ mod tests {
         assert_eq!(
             config,
             Config {
-                address: "10.0.0.2".into(),
-                gateway: Some("10.0.0.1".into()),
+                address: Ipv4Addr::new(10, 0, 0, 2),
+                gateway: Some(Ipv4Addr::new(10, 0, 0, 1)),
                 prefix: 24,
                 hostname: None,
                 device: "eth1".into(),
@@ -134,6 +125,7 @@ mod tests {
         assert!(from_cmdline("ip=dhcp").unwrap_err().contains("ip=dhcp"));
         assert!(from_cmdline("ip=::1").is_err());
         assert!(from_cmdline("ip=1.2.3.4:::255.0.255.0").is_err());
+        assert!(from_cmdline("ip=1.2.3.4::gateway").is_err());
         assert_eq!(prefix_of("255.255.254.0"), Some(23));
         assert_eq!(prefix_of("0.0.0.0"), Some(0));
     }

@@ -1,7 +1,8 @@
 //! `mayfly compare`
 
-use std::fs;
-use std::io::{self, IsTerminal};
+use std::fs::{self, OpenOptions, Permissions};
+use std::io::{self, ErrorKind, IsTerminal, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -79,7 +80,7 @@ pub struct Args {
     /// Write a page to look at
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
-    /// Write the samples as a table
+    /// Write the samples, and what was measured at work, as a table
     #[arg(long, value_name = "FILE")]
     csv: Option<PathBuf>,
 }
@@ -119,28 +120,42 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         drop_caches: args.drop_caches,
         patience: Duration::from_secs(args.patience),
     };
-    let report = match compare::compare(&options)? {
+    let (report, failure) = match compare::compare(&options)? {
         Outcome::Status(status) => return Ok(ExitCode::from(status)),
-        Outcome::Report(report) => report,
+        Outcome::Report(report, failure) => (report, failure),
     };
-    let what = "the report";
-    if let Some(path) = &args.json {
-        write(path, &report::json(&report).or_internal(what)?)?;
-    }
-    if let Some(path) = &args.csv {
-        write(path, &report::csv(&report).or_internal(what)?)?;
-    }
-    if let Some(path) = &args.html {
-        write(path, &report::html(&report).or_internal(what)?)?;
-    }
     let terminal = io::stdout().is_terminal();
     let width = if terminal { columns() } else { WIDTH };
     let colour = terminal && std::env::var_os("NO_COLOR").is_none();
-    super::print(report::table(&report, width, colour).trim_end())?;
-    Ok(match report.interrupted {
-        true => ExitCode::from(INTERRUPTED),
-        false => ExitCode::SUCCESS,
-    })
+    let what = "the report";
+    // It took minutes: what can be shown is, whatever cannot.
+    let mut shown = vec![super::print(
+        report::table(&report, width, colour).trim_end(),
+    )];
+    if let Some(path) = &args.json {
+        let text = report::json(&report).or_internal(what);
+        shown.push(text.and_then(|text| write(path, &text)));
+    }
+    if let Some(path) = &args.csv {
+        let text = report::csv(&report).or_internal(what);
+        shown.push(text.and_then(|text| write(path, &text)));
+    }
+    if let Some(path) = &args.html {
+        let text = report::html(&report).or_internal(what);
+        shown.push(text.and_then(|text| write(path, &text)));
+    }
+    let failures = failure
+        .into_iter()
+        .chain(shown.into_iter().filter_map(Result::err));
+    let failures: Vec<Failure> = failures.collect();
+    match failures.first() {
+        Some(first) => {
+            let all: Vec<_> = failures.iter().map(Failure::to_string).collect();
+            Err(Failure::new(first.class, all.join("; ")))
+        }
+        None if report.interrupted => Ok(ExitCode::from(INTERRUPTED)),
+        None => Ok(ExitCode::SUCCESS),
+    }
 }
 
 fn engine(text: &str) -> Result<String, String> {
@@ -165,11 +180,44 @@ fn columns() -> usize {
     }
 }
 
+/// Tells what cannot be written; a file that is not there is not made by that.
 fn writable(path: &Path) -> Result<(), Failure> {
-    let file = fs::OpenOptions::new().append(true).create(true).open(path);
-    file.map(drop).or_config(path.display())
+    let open = |options: &mut OpenOptions| options.append(true).open(path);
+    let tried = match open(OpenOptions::new().create_new(true)) {
+        Ok(_) => fs::remove_file(path),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            open(OpenOptions::new().create(true)).map(drop)
+        }
+        Err(error) => Err(error),
+    };
+    tried.or_config(path.display())
 }
 
+/// Writes a file whole, or leaves what was there.
 fn write(path: &Path, text: &str) -> Result<(), Failure> {
-    fs::write(path, text).or_host(path.display())
+    let written = || {
+        // What a link leads to is written, not the link.
+        let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        let there = fs::metadata(&path);
+        let regular = there.as_ref().map_or(true, fs::Metadata::is_file);
+        let folder = match path.parent() {
+            Some(folder) if folder != Path::new("") => folder,
+            _ => Path::new("."),
+        };
+        let permissions = match there {
+            Ok(there) => there.permissions(),
+            Err(_) => Permissions::from_mode(0o666),
+        };
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(".mayfly-").permissions(permissions);
+        match builder.tempfile_in(folder) {
+            Ok(mut file) if regular => {
+                file.write_all(text.as_bytes())?;
+                file.persist(path).map(drop).map_err(|error| error.error)
+            }
+            // A device, or one in a folder that is not the user's.
+            _ => fs::write(path, text),
+        }
+    };
+    written().or_host(path.display())
 }

@@ -2,15 +2,17 @@
 
 use mayfly_guest::facts::Facts;
 
-use super::model::{EngineReport, Isolation, Kind};
+use super::capabilities;
+use super::model::{EngineReport, Isolation};
 
 /// Puts what is seen inside beside what is seen outside.
 pub fn isolation(report: &EngineReport, facts: &Facts, host: &Facts) -> Isolation {
-    let vm = report.kind == Kind::Vm;
+    let shared = same_kernel(facts, host);
+    // Another kernel has the same numbers for namespaces that are not the host's, and may
+    // have as many CPUs.
     let hosts = |name: &str, inside: &str| {
         let same = |(other, id): &(String, String)| other == name && id == inside;
-        // A guest's kernel has the same numbers for namespaces that are not the host's.
-        !vm && host.namespaces.iter().any(same)
+        shared && host.namespaces.iter().any(same)
     };
     let mut sees_of_host = Vec::new();
     for (what, sees) in [
@@ -23,27 +25,28 @@ pub fn isolation(report: &EngineReport, facts: &Facts, host: &Facts) -> Isolatio
         ),
         ("processes", facts.processes.abs_diff(host.processes) <= 2),
     ] {
-        if sees && !vm {
+        if sees && shared {
             sees_of_host.push(what.to_owned());
         }
     }
     Isolation {
         kernel: facts.kernel.clone(),
-        host_kernel: !vm && facts.kernel == host.kernel,
-        host_syscalls: match vm {
-            true => Some(0),
-            false => facts.syscalls,
+        host_kernel: shared,
+        host_syscalls: match shared {
+            true => facts.syscalls,
+            false => Some(0),
         },
         monitor_syscalls: match report.name.as_str() {
             "mayfly" => crate::sandbox::calls_max(),
             _ => None,
         },
         devices: facts.devices.clone(),
-        capabilities: capabilities(facts.capabilities),
+        capabilities: capabilities::names(facts.capabilities),
         own_user_namespace: facts
             .namespaces
             .iter()
-            .any(|(name, id)| !vm && name == "user" && !hosts(name, id)),
+            .any(|(name, id)| shared && name == "user" && !hosts(name, id)),
+        namespaces: facts.namespaces.iter().cloned().collect(),
         host_namespaces: facts
             .namespaces
             .iter()
@@ -55,54 +58,60 @@ pub fn isolation(report: &EngineReport, facts: &Facts, host: &Facts) -> Isolatio
     }
 }
 
-/// Names of `linux/capability.h`, in order.
-const CAPABILITIES: [&str; 41] = [
-    "chown",
-    "dac_override",
-    "dac_read_search",
-    "fowner",
-    "fsetid",
-    "kill",
-    "setgid",
-    "setuid",
-    "setpcap",
-    "linux_immutable",
-    "net_bind_service",
-    "net_broadcast",
-    "net_admin",
-    "net_raw",
-    "ipc_lock",
-    "ipc_owner",
-    "sys_module",
-    "sys_rawio",
-    "sys_chroot",
-    "sys_ptrace",
-    "sys_pacct",
-    "sys_admin",
-    "sys_boot",
-    "sys_nice",
-    "sys_resource",
-    "sys_time",
-    "sys_tty_config",
-    "mknod",
-    "lease",
-    "audit_write",
-    "audit_control",
-    "setfcap",
-    "mac_override",
-    "mac_admin",
-    "syslog",
-    "wake_alarm",
-    "block_suspend",
-    "audit_read",
-    "perfmon",
-    "bpf",
-    "checkpoint_restore",
-];
+/// Whether both saw one kernel, whatever the engine is said to be. Where its boot cannot be
+/// told, a kernel of the same release is taken for the host's.
+fn same_kernel(facts: &Facts, host: &Facts) -> bool {
+    match facts.boot_id.as_str() {
+        "" => facts.kernel.is_empty() || facts.kernel == host.kernel,
+        boot => boot == host.boot_id,
+    }
+}
 
-fn capabilities(set: u64) -> Vec<String> {
-    let there = (0..)
-        .zip(CAPABILITIES)
-        .filter(|(bit, _)| set >> bit & 1 == 1);
-    there.map(|(_, name)| name.to_owned()).collect()
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compare::model::Kind;
+
+    fn facts(kernel: &str, boot_id: &str) -> Facts {
+        let namespaces = [("pid", "pid:[4026531836]"), ("user", "user:[4026531837]")];
+        Facts {
+            kernel: kernel.into(),
+            boot_id: boot_id.into(),
+            namespaces: namespaces
+                .map(|(name, id)| (name.into(), id.into()))
+                .to_vec(),
+            capabilities: 0,
+            seccomp: 0,
+            devices: Vec::new(),
+            memory_kib: 1,
+            cpus: 1,
+            command_line: String::new(),
+            modules: 0,
+            processes: 1,
+            syscalls: Some(300),
+        }
+    }
+
+    /// Debian's podman may run a VM, and a user's program anything: only the kernel tells.
+    #[test]
+    fn whose_kernel_it_is_is_seen_and_not_said() {
+        let host = facts("6.12", "a");
+        for (seen, shared) in [
+            (facts("6.12", "a"), true),
+            (facts("6.12", "b"), false),
+            (facts("4.4", ""), false),
+            (facts("6.12", ""), true),
+            (facts("", ""), true),
+        ] {
+            for kind in [Kind::Process, Kind::Container, Kind::Vm, Kind::Own] {
+                let report = EngineReport::new("it", kind);
+                let found = isolation(&report, &seen, &host);
+                assert_eq!(found.host_kernel, shared, "{seen:?}");
+                assert_eq!(found.host_syscalls, Some(if shared { 300 } else { 0 }));
+                assert_eq!(found.host_namespaces.len(), if shared { 2 } else { 0 });
+                assert_eq!(found.sees_of_host.is_empty(), !shared);
+                assert_eq!(found.namespaces["pid"], "pid:[4026531836]");
+            }
+        }
+    }
 }

@@ -4,6 +4,7 @@
 //! then looks at memory, load, steady state and isolation, engine by engine. All that it
 //! finds is in the [`Report`](model::Report).
 
+mod capabilities;
 pub mod container;
 mod engines;
 mod facts;
@@ -12,8 +13,11 @@ mod host;
 mod instance;
 pub mod model;
 mod order;
+mod overlay;
+mod peer;
 mod prepare;
 mod processes;
+mod removal;
 pub mod report;
 mod session;
 pub mod statistics;
@@ -75,16 +79,17 @@ pub struct Options {
 
 /// What a process is to do with a comparison.
 pub enum Outcome {
-    /// It is the one that compared: this is what it found.
-    Report(Box<model::Report>),
+    /// It is the one that compared: this is what it found, and what ended it early.
+    Report(Box<model::Report>, Option<Failure>),
     /// It only waited for that one, whose status this is.
     Status(u8),
 }
 
 /// Compares. To be called while there is one thread.
 pub fn compare(options: &Options) -> Result<Outcome, Failure> {
+    guard::await_children();
     let scene = Scene::create()?;
-    let other_half = match guard::divide()? {
+    let other_half = match guard::divide(&scene)? {
         Ok(other_half) => other_half,
         Err(status) => {
             scene.clear();
@@ -99,7 +104,7 @@ pub fn compare(options: &Options) -> Result<Outcome, Failure> {
     let session = Session::new(options, &scene, ends);
     let report = session.and_then(|mut session| session.run());
     scene.clear();
-    report.map(|report| Outcome::Report(Box::new(report)))
+    report.map(|(report, failure)| Outcome::Report(Box::new(report), failure))
 }
 
 /// The folder in which the probe lies, and what others boot.

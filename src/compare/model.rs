@@ -4,6 +4,8 @@
 
 use std::collections::BTreeMap;
 
+pub use mayfly_guest::peer::Way;
+pub use mayfly_guest::steady::Figure;
 use serde::{Deserialize, Serialize};
 
 use super::statistics::Summary;
@@ -44,6 +46,24 @@ impl Mark {
         Mark::Gone,
     ];
 
+    /// As the record calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Mark::Launched => "launched",
+            Mark::Built => "built",
+            Mark::Kernel => "kernel",
+            Mark::Init => "init",
+            Mark::Command => "command",
+            Mark::Exit => "exit",
+            Mark::Gone => "gone",
+        }
+    }
+
+    /// What is called so in the record.
+    pub fn named(name: &str) -> Option<Mark> {
+        Mark::ALL.into_iter().find(|it| it.name() == name)
+    }
+
     /// What the phase that ends with it is called.
     pub fn phase(self) -> &'static str {
         match self {
@@ -61,9 +81,9 @@ impl Mark {
 /// One instance, from its launch to its end.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
-    /// Which round of the comparison, from 0.
+    /// Which round of those that count, or of those that do not, from 0.
     pub round: u32,
-    /// The how many-th launch of the comparison, from 0.
+    /// The how many-th launch of those that count, or of those that do not, from 0.
     pub position: u32,
     /// When what was seen, in nanoseconds since the launch. Only of an instance that
     /// came to its end does [`Mark::Gone`] exist.
@@ -111,6 +131,23 @@ pub enum Kind {
     Container,
     /// A machine, with a kernel of its own.
     Vm,
+    /// Whatever a program of the user's makes.
+    Own,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Kind; 4] = [Kind::Process, Kind::Container, Kind::Vm, Kind::Own];
+
+    /// As the record calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Process => "process",
+            Kind::Container => "container",
+            Kind::Vm => "vm",
+            Kind::Own => "own",
+        }
+    }
 }
 
 /// Memory of instances that idle, all together, in KiB.
@@ -129,8 +166,11 @@ pub struct MemoryPoint {
 /// Many instances at once.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Load {
-    /// How many were launched at once.
+    /// How many were launched at once: one after the other, without waiting for any.
     pub at_once: u32,
+    /// From the first launch to the last, in nanoseconds.
+    #[serde(default)]
+    pub launched_within_ns: u64,
     /// From the launch to the command's first instruction, each, in nanoseconds.
     pub starts_ns: Vec<u64>,
     /// The same, summed up.
@@ -139,18 +179,6 @@ pub struct Load {
     pub starts_per_second: f64,
     /// How many failed.
     pub failed: u32,
-}
-
-/// One figure of the steady state.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Figure {
-    /// What was done: `cpu`, `syscall`, `fault`, `root_read`, `root_write`,
-    /// `volume_read`, `volume_write`.
-    pub name: String,
-    /// The median of the probe's rounds.
-    pub value: f64,
-    /// `ns` (less is better), or `MiB/s` (more is).
-    pub unit: String,
 }
 
 /// What can be seen from inside.
@@ -170,6 +198,9 @@ pub struct Isolation {
     pub capabilities: Vec<String>,
     /// Whether capabilities count in a user namespace of its own only.
     pub own_user_namespace: bool,
+    /// Its namespaces' kinds, and what its kernel calls them.
+    #[serde(default)]
+    pub namespaces: BTreeMap<String, String>,
     /// The namespaces that are the host's own.
     pub host_namespaces: Vec<String>,
     /// What `/proc` tells of the host: `memory`, `cpus`, `command line`, `modules`, `processes`.
@@ -191,10 +222,16 @@ pub struct EngineReport {
     pub missing: Option<String>,
     /// What was launched, exactly; `{id}` stands for what differs from run to run.
     pub command_line: Vec<String>,
+    /// What it was told by files in an instance's folder: their names, and what they hold.
+    #[serde(default)]
+    pub settings: BTreeMap<String, serde_json::Value>,
     /// Which network it gives by default.
     pub network: String,
     /// What one must know to read its figures.
     pub notes: Vec<String>,
+    /// Those that came before and do not count, in the order in which they were taken.
+    #[serde(default)]
+    pub warmups: Vec<Sample>,
     /// In the order in which they were taken.
     pub samples: Vec<Sample>,
     /// Each phase of all samples that count.
@@ -209,25 +246,25 @@ pub struct EngineReport {
     pub load: Option<Load>,
     /// What it costs while it runs.
     pub steady: Vec<Figure>,
+    /// By which way its TCP went to the host, if that was looked at.
+    pub tcp: Option<Way>,
     /// What can be seen from inside.
     pub isolation: Option<Isolation>,
 }
 
 impl EngineReport {
-    /// One that is not compared.
-    pub fn absent(name: &str, why: String) -> Self {
+    /// One of which nothing is known yet.
+    pub fn new(name: &str, kind: Kind) -> Self {
         EngineReport {
             name: name.to_owned(),
-            kind: match name {
-                "process" => Kind::Process,
-                "mayfly" | "qemu" | "firecracker" | "cloud-hypervisor" => Kind::Vm,
-                _ => Kind::Container,
-            },
+            kind,
             version: None,
-            missing: Some(why),
+            missing: None,
             command_line: Vec::new(),
+            settings: BTreeMap::new(),
             network: String::new(),
             notes: Vec::new(),
+            warmups: Vec::new(),
             samples: Vec::new(),
             phases: Default::default(),
             start: None,
@@ -235,6 +272,7 @@ impl EngineReport {
             memory: Vec::new(),
             load: None,
             steady: Vec::new(),
+            tcp: None,
             isolation: None,
         }
     }
@@ -273,6 +311,24 @@ pub struct Host {
     pub virtualised: Option<String>,
     /// Started by root.
     pub root: bool,
+    /// What decides the CPUs' clock rate, and its driver, if the host has one.
+    #[serde(default)]
+    pub governor: Option<String>,
+    /// Whether a CPU may be faster than its nominal rate, if that can be seen.
+    #[serde(default)]
+    pub turbo: Option<bool>,
+    /// The load of the minute before.
+    #[serde(default)]
+    pub load_before: f64,
+    /// The load of the last minute.
+    #[serde(default)]
+    pub load_after: f64,
+    /// The part of the CPUs' time that other machines had meanwhile, from 0 to 1.
+    #[serde(default)]
+    pub stolen: f64,
+    /// The namespaces' kinds and ids of who compares, if isolation was looked at.
+    #[serde(default)]
+    pub namespaces: BTreeMap<String, String>,
 }
 
 /// What ran everywhere.
@@ -288,6 +344,10 @@ pub struct Workload {
     pub cpus: u32,
     /// In MiB.
     pub memory_mib: u64,
+    /// What the VMs boot, files and their digests: the kernel, mayfly's initial RAM disk and
+    /// that of the others.
+    #[serde(default)]
+    pub guest: BTreeMap<String, String>,
 }
 
 /// Whether files were in the host's memory.
@@ -329,4 +389,20 @@ pub struct Report {
     pub order: Vec<u32>,
     /// What makes figures doubtful.
     pub warnings: Vec<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_of_the_record() {
+        for mark in Mark::ALL {
+            assert_eq!(serde_json::to_value(mark).unwrap(), mark.name());
+            assert_eq!(Mark::named(mark.name()), Some(mark));
+        }
+        for kind in Kind::ALL {
+            assert_eq!(serde_json::to_value(kind).unwrap(), kind.name());
+        }
+    }
 }

@@ -1,17 +1,25 @@
 //! What all engines are given: the image's files, with the probe between them.
 
+use std::collections::BTreeMap;
+use std::env;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
 
 use super::engines::{PROBE, Place};
 use super::guard::Scene;
 use super::{Options, guest_folder};
 use crate::config::default_guest;
 use crate::failure::{Failure, OrFail};
-use crate::image::{Bars, Image, PullOptions, RunConfig, Store};
+use crate::image::{Bars, Digest, Image, PullOptions, RunConfig, Store};
 
+/// The image's files are there themselves and, at times, as an archive, as mayfly's layer
+/// and as a disk.
+const COPIES: u64 = 4;
 /// The name of the image that mayfly runs, in a store of its own.
 const NAME: &str = "compared";
+/// The initial RAM disk that `mayfly run` boots.
+const OWN_INITRD: &str = "run.cpio";
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Folders that engines mount something at.
 const MOUNT_POINTS: [&str; 7] = ["proc", "sys", "dev", "run", "tmp", "etc", ".mayfly-volume"];
@@ -24,7 +32,8 @@ pub fn obtain(name: &str) -> Result<Image, Failure> {
 /// Gets the image, unpacks it, and puts it where each engine wants it.
 pub fn prepare(options: &Options, scene: &Scene) -> Result<(Place, Image), Failure> {
     let image = obtain(&options.image)?;
-    let root = scene.folder.join("root");
+    let files = scene.folder_for(image.size.saturating_mul(COPIES))?;
+    let root = files.join("root");
     image.unpack(&root)?;
     for folder in MOUNT_POINTS {
         let path = root.join(folder);
@@ -44,6 +53,12 @@ pub fn prepare(options: &Options, scene: &Scene) -> Result<(Place, Image), Failu
     fs::copy(&probe, &inside).or_host(inside.display())?;
     fs::set_permissions(&inside, fs::Permissions::from_mode(0o755)).or_host(inside.display())?;
 
+    // Who compares has itself in memory, and shares that with whom it launches: a part of
+    // their memory would not be counted, and files in use are not forgotten.
+    let program = root.with_file_name("mayfly");
+    let own = env::current_exe().or_host("mayfly")?;
+    fs::copy(own, &program).or_host(program.display())?;
+
     let config = RunConfig {
         env: match image.config.config.env.is_empty() {
             true => vec![PATH.to_owned()],
@@ -51,7 +66,7 @@ pub fn prepare(options: &Options, scene: &Scene) -> Result<(Place, Image), Failu
         },
         ..RunConfig::default()
     };
-    let data = scene.folder.join("data");
+    let data = files.join("data");
     let store = Store::open(&data.join("mayfly"))?;
     let name = NAME.parse().or_internal(NAME)?;
     store.import(&root, Some(&name), config.clone(), &Bars::new())?;
@@ -59,7 +74,9 @@ pub fn prepare(options: &Options, scene: &Scene) -> Result<(Place, Image), Failu
     let guest = default_guest().zip(initrd.filter(|path| path.exists()));
     let place = Place {
         folder: scene.folder.clone(),
+        program,
         root,
+        probe,
         data,
         image: NAME.to_owned(),
         env: config.env,
@@ -68,4 +85,19 @@ pub fn prepare(options: &Options, scene: &Scene) -> Result<(Place, Image), Failu
         guest: guest.map(|((kernel, _), initrd)| (kernel, initrd)),
     };
     Ok((place, image))
+}
+
+/// The digests of what VMs boot: by them, two comparisons can be told to be of one kernel.
+pub fn guest_files(place: &Place) -> Result<BTreeMap<String, String>, Failure> {
+    let Some((kernel, initrd)) = &place.guest else {
+        return Ok(BTreeMap::new());
+    };
+    let own = guest_folder().map(|folder| folder.join(OWN_INITRD));
+    let files = [kernel, initrd].into_iter().chain(&own);
+    let digest = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let data = fs::read(path).or_host(path.display())?;
+        Ok((name.into_owned(), Digest::of(&data).to_string()))
+    };
+    files.filter(|path| path.exists()).map(digest).collect()
 }

@@ -6,7 +6,9 @@ use std::fs;
 use std::io;
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, WaitOptions, getpid, kill_process, wait};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitOptions, getpid, kill_process, pidfd_open, pidfd_send_signal, wait,
+};
 
 use super::model::MemoryPoint;
 
@@ -42,16 +44,50 @@ pub fn descendants(of: Pid) -> Vec<Pid> {
     found.into_iter().filter_map(Pid::from_raw).collect()
 }
 
-/// Kills all of ours, until there is none.
-pub fn kill_descendants() {
+/// Kills all of ours but some, until there are no others.
+pub fn kill_descendants(spared: &[Pid]) {
     for _ in 0..ATTEMPTS {
         while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {}
-        let all = descendants(getpid());
+        let mut all = descendants(getpid());
+        all.retain(|pid| !spared.contains(pid));
         if all.is_empty() {
             return;
         }
         for pid in all {
             let _ = kill_process(pid, Signal::KILL);
+        }
+        std::thread::sleep(PAUSE);
+    }
+}
+
+/// Kills all that have a variable in their environment, until there are none.
+pub fn kill_marked(variable: &str, value: &str) {
+    let marked = |words: &[u8]| {
+        let mut words = words.split(|&byte| byte == 0);
+        words.any(|word| {
+            word.strip_prefix(variable.as_bytes())
+                .and_then(|rest| rest.strip_prefix(b"="))
+                == Some(value.as_bytes())
+        })
+    };
+    for _ in 0..ATTEMPTS {
+        let mut found = false;
+        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let pid = name.to_str().and_then(|name| name.parse().ok());
+            let Some(pid) = pid.and_then(Pid::from_raw).filter(|&pid| pid != getpid()) else {
+                continue;
+            };
+            // Its number may be another's by now, but not what is opened first.
+            let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else {
+                continue;
+            };
+            if fs::read(entry.path().join("environ")).is_ok_and(|words| marked(&words)) {
+                found |= pidfd_send_signal(&process, Signal::KILL).is_ok();
+            }
+        }
+        if !found {
+            return;
         }
         std::thread::sleep(PAUSE);
     }

@@ -1,28 +1,29 @@
 //! A comparison, from its first instance to its last.
 
+mod load;
+mod look;
+mod weigh;
+mod work;
+
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use mayfly_guest::facts::Facts;
+use serde_json::Value;
 
-use super::engines::{self, Engine, Job, Place, VOLUME};
-use super::facts::isolation;
+use super::engines::{self, Engine, Job, Place};
 use super::guard::Scene;
 use super::instance::{Batch, BatchError, Ends, Instance, Launch};
-use super::model::{EngineReport, FORMAT, Figure, Kind, Load, Mark, PageCache, Report, Workload};
-use super::statistics::{Summary, noise};
-use super::{Measure, Options, host, order, prepare, processes};
+use super::model::{EngineReport, FORMAT, PageCache, Report, Workload};
+use super::removal::remove_folder;
+use super::statistics::noise;
+use super::{Measure, Options, host, order, prepare};
 use crate::failure::{Failure, OrFail};
 
-/// How many instances idle when memory is looked at.
-const IDLE: [u32; 4] = [1, 2, 5, 10];
-/// One that has come to its command is left alone so long before it is looked at.
-const SETTLE: Duration = Duration::from_millis(500);
-/// What is left to the host of its free memory.
-const SPARE_MIB: u64 = 512;
 /// What the command is told it is, in a record.
 const ID: &str = "{id}";
 
@@ -40,11 +41,19 @@ pub struct Session<'a> {
     place: Place,
     parts: Vec<Part>,
     missing: Vec<EngineReport>,
-    /// How many were launched, and of those that count.
+    /// How many were launched, of those that count, and of those before.
     launched: u32,
     taken: u32,
+    warmed: u32,
     report: Report,
     host: Option<Facts>,
+}
+
+/// Why an engine is not compared as it is.
+struct Refusal {
+    why: String,
+    /// It took too long.
+    late: bool,
 }
 
 /// Why it goes no further.
@@ -86,6 +95,7 @@ impl<'a> Session<'a> {
                 command: options.command.clone(),
                 cpus: options.cpus,
                 memory_mib: options.memory_mib,
+                guest: prepare::guest_files(&place)?,
             },
             engines: Vec::new(),
             order: Vec::new(),
@@ -100,6 +110,7 @@ impl<'a> Session<'a> {
             missing: Vec::new(),
             launched: 0,
             taken: 0,
+            warmed: 0,
             report,
             host: None,
         };
@@ -109,24 +120,34 @@ impl<'a> Session<'a> {
         };
         for name in wanted {
             let found = engines::find(name, &session.place);
+            let kind = engines::kind(name);
             let name = name.split('=').next().unwrap_or(name);
             match found {
                 Ok(engine) => session.parts.push(Part {
-                    report: blank(name, engine.as_ref()),
+                    report: EngineReport {
+                        version: engine.about().version,
+                        ..EngineReport::new(name, kind)
+                    },
                     engine,
                 }),
-                Err(why) => session.missing.push(EngineReport::absent(name, why)),
+                Err(why) => session.missing.push(EngineReport {
+                    missing: Some(why),
+                    ..EngineReport::new(name, kind)
+                }),
             }
         }
         Ok(session)
     }
 
-    /// Runs it all, and returns what it found, also if it was ended early.
-    pub fn run(&mut self) -> Result<Report, Failure> {
+    /// Runs it all, and returns what it found, also if a failure ended it early.
+    pub fn run(&mut self) -> Result<(Report, Option<Failure>), Failure> {
+        let watch = host::Watch::start();
         let stop = self.take_all().err();
+        watch.end(&mut self.report.host);
         for part in &self.parts {
             super::undo::undo(&part.engine.undo());
         }
+        let mut failed = None;
         match stop {
             None => {}
             Some(Stop::Interrupted) => self.report.interrupted = true,
@@ -137,9 +158,12 @@ impl<'a> Session<'a> {
                 // What was measured is worth more than the rest.
                 self.report.interrupted = true;
                 self.report.warnings.push(failure.to_string());
+                failed = Some(failure);
             }
         }
         self.tell("");
+        let warnings = host::warnings(&self.report.host);
+        self.report.warnings.extend(warnings);
         for part in &mut self.parts {
             let about = part.engine.about();
             part.report.network = about.network;
@@ -157,7 +181,7 @@ impl<'a> Session<'a> {
         }
         let reports = self.parts.drain(..).map(|part| part.report);
         self.report.engines = reports.chain(self.missing.drain(..)).collect();
-        Ok(self.report.clone())
+        Ok((self.report.clone(), failed))
     }
 
     fn take_all(&mut self) -> Result<(), Stop> {
@@ -189,36 +213,36 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// Starts each engine once: one that fails is asked for less, until it works or is
-    /// missing.
+    /// Starts each engine once: one that fails twice is asked for less, until it works or
+    /// is missing.
     fn try_all(&mut self) -> Result<(), Stop> {
         let mut index = 0;
         while index < self.parts.len() {
             let name = self.parts[index].report.name.clone();
             self.tell(&format!("trying {name}"));
-            let error = match self.one(index, &self.run_words(), None) {
-                Ok(instance) => {
-                    for note in &instance.notes {
-                        if !self.parts[index].report.notes.contains(note) {
-                            self.parts[index].report.notes.push(note.clone());
-                        }
-                    }
-                    instance.error()
-                }
-                Err(Stop::Failed(failure)) => Some(failure.to_string()),
-                Err(stop) => return Err(stop),
+            // What fails but once is an accident, and not all that it can do here. Who is
+            // late is so again.
+            let tried = match self.try_one(index)? {
+                Some(Refusal { late: false, .. }) => self.try_one(index)?,
+                other => other,
             };
-            let Some(error) = error else {
+            let Some(Refusal { why, .. }) = tried else {
                 index += 1;
                 continue;
             };
+            let part = &mut self.parts[index];
             // What is launched from now on is something else.
-            self.parts[index].report.command_line.clear();
-            if !self.parts[index].engine.ask_less() {
+            part.report.command_line.clear();
+            if part.engine.ask_less() {
+                let note = format!("asked for less, as it failed: {why}");
+                if !part.report.notes.contains(&note) {
+                    part.report.notes.push(note);
+                }
+            } else {
                 let part = self.parts.remove(index);
                 super::undo::undo(&part.engine.undo());
                 self.missing.push(EngineReport {
-                    missing: Some(format!("it does not work here: {error}")),
+                    missing: Some(format!("it does not work here: {why}")),
                     ..part.report
                 });
             }
@@ -226,12 +250,33 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
+    /// Starts an engine once, and returns why it failed.
+    fn try_one(&mut self, index: usize) -> Result<Option<Refusal>, Stop> {
+        match self.one(index, &self.run_words(), None) {
+            Ok(instance) => {
+                let notes = &mut self.parts[index].report.notes;
+                for note in &instance.notes {
+                    if !notes.contains(note) {
+                        notes.push(note.clone());
+                    }
+                }
+                let late = !instance.ended();
+                Ok(instance.error().map(|why| Refusal { why, late }))
+            }
+            Err(Stop::Failed(failure)) => Ok(Some(Refusal {
+                why: failure.to_string(),
+                late: false,
+            })),
+            Err(stop) => Err(stop),
+        }
+    }
+
     fn take_starts(&mut self) -> Result<(), Stop> {
         let all = self.options.warmup.saturating_add(self.options.runs);
         let rounds = order::rounds(self.options.seed, self.parts.len(), all);
         for (round, order) in (0..).zip(rounds) {
             let counts = round >= self.options.warmup;
-            let number = round.saturating_sub(self.options.warmup);
+            let number = round.checked_sub(self.options.warmup).unwrap_or(round);
             for index in order {
                 let name = &self.parts[index].report.name;
                 self.tell(&match counts {
@@ -243,212 +288,16 @@ impl<'a> Session<'a> {
                     fs::write("/proc/sys/vm/drop_caches", "3").or_host("--drop-caches")?;
                 }
                 let instance = self.one(index, &self.run_words(), None)?;
-                if counts {
-                    let sample = instance.sample(number, self.taken);
-                    self.taken += 1;
-                    self.report
-                        .order
-                        .push(u32::try_from(index).unwrap_or(u32::MAX));
-                    self.parts[index].report.samples.push(sample);
+                let report = &mut self.parts[index].report;
+                if !counts {
+                    report.warmups.push(instance.sample(number, self.warmed));
+                    self.warmed += 1;
+                    continue;
                 }
-            }
-        }
-        Ok(())
-    }
-
-    /// Looks from inside of each.
-    fn look_around(&mut self) -> Result<(), Stop> {
-        let words = vec!["facts".to_owned()];
-        let host = Part {
-            report: EngineReport::absent("process", String::new()),
-            engine: engines::find("process", &self.place).map_err(Failure::host)?,
-        };
-        self.parts.push(host);
-        let facts = self.one(self.parts.len() - 1, &words, None);
-        self.parts.pop();
-        self.host = facts?
-            .data
-            .and_then(|data| serde_json::from_str(&data).ok());
-        for index in 0..self.parts.len() {
-            self.tell(&format!("isolation: {}", self.parts[index].report.name));
-            let instance = self.one(index, &words, None)?;
-            let facts: Option<Facts> = instance
-                .data
-                .as_ref()
-                .and_then(|data| serde_json::from_str(data).ok());
-            let part = &mut self.parts[index].report;
-            match (facts, &self.host) {
-                (Some(facts), Some(host)) => part.isolation = Some(isolation(part, &facts, host)),
-                _ => part.notes.push(match instance.error() {
-                    Some(error) => format!("what it shows of the host could not be seen: {error}"),
-                    None => "what it shows of the host could not be seen".into(),
-                }),
-            }
-        }
-        Ok(())
-    }
-
-    /// Weighs instances that idle.
-    fn weigh(&mut self) -> Result<(), Stop> {
-        let words = vec!["hold".to_owned()];
-        for index in 0..self.parts.len() {
-            if !self.parts[index].engine.can_be_weighed() {
-                continue;
-            }
-            let name = self.parts[index].report.name.clone();
-            let mut batch = Batch::default();
-            for wanted in IDLE {
-                if self.parts[index].report.kind == Kind::Vm && !self.has_room(wanted) {
-                    let note = format!("memory: {wanted} at once do not fit into this host");
-                    self.parts[index].report.notes.push(note);
-                    break;
-                }
-                self.tell(&format!("memory: {wanted} of {name}"));
-                let mut launched = Ok(());
-                while launched.is_ok() && batch.instances.len() < wanted as usize {
-                    launched = self.launch(index, &words, None, &mut batch);
-                }
-                if let Err(Stop::Failed(failure)) = launched {
-                    let note = format!("memory: {failure}");
-                    self.parts[index].report.notes.push(note);
-                    break;
-                }
-                let there = |it: &Instance| it.has(Mark::Command) || it.ended();
-                let settled = batch
-                    .until(&self.ends, self.options.patience, there)
-                    .and_then(|()| batch.rest(&self.ends, SETTLE));
-                let failed = batch.instances.iter().find(|it| it.ended());
-                let failed = failed.map(|it| it.error().unwrap_or_else(|| "it ended".into()));
-                match (settled, failed) {
-                    (Err(BatchError::Interrupted), _) => {
-                        batch.end(&self.ends);
-                        return Err(Stop::Interrupted);
-                    }
-                    (Err(error), _) => {
-                        self.parts[index]
-                            .report
-                            .notes
-                            .push(format!("memory: {error}"));
-                        break;
-                    }
-                    (Ok(()), Some(error)) => {
-                        self.parts[index]
-                            .report
-                            .notes
-                            .push(format!("memory: {error}"));
-                        break;
-                    }
-                    (Ok(()), None) => {}
-                }
-                let Some(point) = processes::memory(wanted) else {
-                    let note = "memory: only root may look at its processes";
-                    self.parts[index].report.notes.push(note.into());
-                    break;
-                };
-                self.parts[index].report.memory.push(point);
-            }
-            batch.end(&self.ends);
-            self.forget()?;
-        }
-        Ok(())
-    }
-
-    fn has_room(&self, instances: u32) -> bool {
-        let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-        let line = text
-            .lines()
-            .find_map(|line| line.strip_prefix("MemAvailable:"));
-        let kib: u64 = line
-            .and_then(|rest| rest.split_whitespace().next()?.parse().ok())
-            .unwrap_or(0);
-        u64::from(instances) * self.options.memory_mib + SPARE_MIB <= kib >> 10
-    }
-
-    /// Starts many at once.
-    fn load(&mut self) -> Result<(), Stop> {
-        let at_once = self.options.parallel;
-        for index in 0..self.parts.len() {
-            let name = self.parts[index].report.name.clone();
-            self.tell(&format!("{at_once} at once: {name}"));
-            let mut batch = Batch::default();
-            let words = self.run_words();
-            // All is prepared before the first is launched.
-            let mut launches = Vec::new();
-            for _ in 0..at_once {
-                launches.push(self.prepare(index, &words, None)?);
-            }
-            self.scene.note(&self.undo_of(&batch, &launches))?;
-            let mut launched = Ok(());
-            for launch in launches {
-                launched = batch.launch(launch).map_err(BatchError::Io);
-                // Who is quick is seen at once.
-                launched = launched.and_then(|()| batch.turn(&self.ends, Duration::ZERO));
-                if launched.is_err() {
-                    break;
-                }
-            }
-            let ended =
-                launched.and_then(|()| batch.wait_for_end(&self.ends, self.options.patience));
-            let instances = match ended {
-                Ok(()) => batch.instances,
-                Err(BatchError::Interrupted) => {
-                    batch.end(&self.ends);
-                    return Err(Stop::Interrupted);
-                }
-                Err(error) => {
-                    let note = format!("{at_once} at once: {error}");
-                    self.parts[index].report.notes.push(note);
-                    batch.abandon()
-                }
-            };
-            self.clean_up(&instances)?;
-            let good = instances.iter().filter(|it| it.error().is_none());
-            let starts_ns: Vec<u64> = good
-                .filter_map(|it| it.since_launch(Mark::Command))
-                .collect();
-            let first = instances.iter().map(Instance::launched).min().unwrap_or(0);
-            let last = instances.iter().filter_map(|it| it.at(Mark::Command)).max();
-            let span = last.unwrap_or(first).saturating_sub(first) as f64 / 1e9;
-            self.parts[index].report.load = Some(Load {
-                at_once,
-                start: Summary::of(&starts_ns),
-                starts_per_second: match span > 0.0 {
-                    true => starts_ns.len() as f64 / span,
-                    false => 0.0,
-                },
-                failed: at_once.saturating_sub(u32::try_from(starts_ns.len()).unwrap_or(0)),
-                starts_ns,
-            });
-        }
-        Ok(())
-    }
-
-    /// Lets each do usual work.
-    fn work(&mut self) -> Result<(), Stop> {
-        let volume = self.scene.folder.join("volume");
-        fs::create_dir_all(&volume).or_host(volume.display())?;
-        for index in 0..self.parts.len() {
-            self.tell(&format!("at work: {}", self.parts[index].report.name));
-            let mut words = vec!["steady".to_owned()];
-            let volume = self.parts[index]
-                .engine
-                .has_volumes()
-                .then(|| volume.clone());
-            if volume.is_some() {
-                words.push(format!("volume={VOLUME}"));
-            }
-            let instance = self.one(index, &words, volume)?;
-            let figures: Option<Vec<Figure>> = instance
-                .data
-                .as_ref()
-                .and_then(|data| serde_json::from_str(data).ok());
-            let report = &mut self.parts[index].report;
-            match (figures, instance.error()) {
-                (Some(figures), _) => report.steady = figures,
-                (None, error) => report.notes.push(format!(
-                    "it could not be seen at work: {}",
-                    error.unwrap_or_else(|| "it said nothing".into())
-                )),
+                report.samples.push(instance.sample(number, self.taken));
+                self.taken += 1;
+                let index = u32::try_from(index).unwrap_or(u32::MAX);
+                self.report.order.push(index);
             }
         }
         Ok(())
@@ -533,18 +382,17 @@ impl<'a> Session<'a> {
             id,
         };
         let part = &mut self.parts[index];
-        let launch = part.engine.launch(&self.place, &job)?;
+        let mut launch = part.engine.launch(&self.place, &job)?;
+        launch.env.push(self.scene.mark());
         if part.report.command_line.is_empty() {
-            let text = launch
-                .command
-                .iter()
-                .map(|word| word.to_string_lossy().into_owned());
-            let general = text.map(|word| {
-                word.replace(&job.id, ID)
+            let general = |text: &str| {
+                text.replace(&job.id, ID)
                     .replace(&job.nonce, "{nonce}")
                     .replace(&format!("instance-{number}"), "{instance}")
-            });
-            part.report.command_line = general.collect();
+            };
+            let words = launch.command.iter();
+            part.report.command_line = words.map(|it| general(&it.to_string_lossy())).collect();
+            part.report.settings = settings(&job.folder, general);
         }
         Ok(launch)
     }
@@ -569,7 +417,7 @@ impl<'a> Session<'a> {
                 .as_encoded_bytes()
                 .starts_with(b"instance-")
             {
-                super::guard::remove_folder(&entry.path());
+                let _ = remove_folder(&entry.path());
             }
         }
         Ok(())
@@ -585,12 +433,15 @@ impl<'a> Session<'a> {
     }
 }
 
-fn blank(name: &str, engine: &dyn Engine) -> EngineReport {
-    let about = engine.about();
-    EngineReport {
-        kind: about.kind,
-        version: about.version,
-        missing: None,
-        ..EngineReport::absent(name, String::new())
-    }
+/// What an engine has written for an instance to read, before it is launched.
+fn settings(folder: &Path, general: impl Fn(&str) -> String) -> BTreeMap<String, Value> {
+    let files = fs::read_dir(folder).into_iter().flatten().flatten();
+    let held = |file: fs::DirEntry| {
+        let path = file.path();
+        let json = path.extension().is_some_and(|it| it == "json");
+        let text = fs::read_to_string(&path).ok().filter(|_| json)?;
+        let value = serde_json::from_str(&general(&text)).ok()?;
+        Some((file.file_name().to_string_lossy().into_owned(), value))
+    };
+    files.filter_map(held).collect()
 }

@@ -108,8 +108,11 @@ const LARGE_DEVIATION: f64 = 0.25;
 const LARGE_DRIFT: f64 = 0.1;
 /// and only if chance would rarely bring it about, in standard errors.
 const SURE: f64 = 4.0;
-/// And so many times on each side show it.
-const ENOUGH_TO_DRIFT: usize = 8;
+/// So many times on each side have an error that can be told.
+const ENOUGH_FOR_ERRORS: usize = 8;
+/// Of so many, all of one side must be beyond all of the other: by chance, as rarely as 2 in
+/// 252.
+const ENOUGH_TO_PART: usize = 5;
 /// The standard error of a median, by that of a mean.
 const MEDIAN_BY_MEAN: f64 = 1.2533;
 
@@ -144,12 +147,9 @@ pub fn noise(engine: &str, times: &[u64]) -> Vec<String> {
         half.sort_unstable();
         half
     });
-    if let (Some(before), Some(after)) = (middle(&early), middle(&late))
-        && early.len() >= ENOUGH_TO_DRIFT
-    {
-        let error = |half: &[u64]| square(MEDIAN_BY_MEAN * spread(half)) / half.len() as f64;
+    if let (Some(before), Some(after)) = (middle(&early), middle(&late)) {
         let drift = before.abs_diff(after) as f64;
-        if part(drift) > LARGE_DRIFT && drift > SURE * (error(&early) + error(&late)).sqrt() {
+        if part(drift) > LARGE_DRIFT && drifted(&early, &late, drift) {
             let slower = if after > before { "slower" } else { "faster" };
             warnings.push(format!(
                 "{engine}: the second half of the runs was {:.0} % {slower} than the first. The \
@@ -159,6 +159,17 @@ pub fn noise(engine: &str, times: &[u64]) -> Vec<String> {
         }
     }
     warnings
+}
+
+/// Whether chance would rarely bring about such a distance of two sorted halves' medians.
+fn drifted(early: &[u64], late: &[u64], drift: f64) -> bool {
+    let least = early.len().min(late.len());
+    if least >= ENOUGH_FOR_ERRORS {
+        let error = |half: &[u64]| square(MEDIAN_BY_MEAN * spread(half)) / half.len() as f64;
+        return drift > SURE * (error(early) + error(late)).sqrt();
+    }
+    let beyond = |one: &[u64], other: &[u64]| one.last() < other.first();
+    least >= ENOUGH_TO_PART && (beyond(early, late) || beyond(late, early))
 }
 
 #[cfg(test)]
@@ -243,6 +254,22 @@ mod tests {
         assert!(one(&drifted).contains("second half of the runs was 20 % slower"));
         let hurried: Vec<u64> = drifted.iter().rev().copied().collect();
         assert!(one(&hurried).contains("17 % faster"), "{}", one(&hurried));
+    }
+
+    /// As many as there are by default.
+    #[test]
+    fn ten_runs_show_a_drift_if_the_halves_do_not_overlap() {
+        let told = |times: &[u64]| {
+            let all = noise("crun", times);
+            all.into_iter().find(|it| it.contains("half of the runs"))
+        };
+        let drifted = [100, 103, 99, 104, 101, 121, 118, 125, 120, 119];
+        assert!(told(&drifted).is_some_and(|it| it.contains("19 % slower")));
+        let mut overlapping = drifted;
+        overlapping[9] = 102;
+        assert_eq!(told(&overlapping), None);
+        // Four are too few for a half.
+        assert_eq!(told(&drifted[1..]), None);
     }
 
     proptest! {

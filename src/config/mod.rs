@@ -48,10 +48,11 @@ use crate::sandbox::Mode;
 /// The most vCPUs of a VM.
 pub const CPUS_MAX: u8 = 32;
 
-/// For a quick and quiet boot: there is one serial port and no PCI, the clock
-/// is known and steady, a panic ends the VM, a restart is ACPI's.
-const CMDLINE: &str = "quiet loglevel=3 panic=-1 reboot=acpi pci=off 8250.nr_uarts=1 tsc=reliable no_timer_check \
-                       cryptomgr.notests rcupdate.rcu_expedited=1";
+/// For a quick and quiet boot of any VM: the clock is known and steady, a panic ends it.
+pub const CMDLINE_QUICK: &str = "quiet loglevel=3 panic=-1 tsc=reliable no_timer_check cryptomgr.notests \
+                                 rcupdate.rcu_expedited=1";
+/// What we have: one serial port and no PCI; a restart is ACPI's.
+const CMDLINE_DEVICES: &str = "reboot=acpi pci=off 8250.nr_uarts=1";
 const CMDLINE_SERIAL: &str = "console=ttyS0";
 /// The driver of the virtio console comes late, by module: until then messages
 /// go to the serial port, whose output goes the same way.
@@ -200,7 +201,7 @@ impl RawConfig {
         }
         let mut parts: Vec<&str> = Vec::new();
         if !self.no_default_cmdline {
-            parts.push(CMDLINE);
+            parts.extend([CMDLINE_QUICK, CMDLINE_DEVICES]);
             match console.end {
                 HostEnd::None => {}
                 _ if console.virtio => parts.push(CMDLINE_VIRTIO),

@@ -28,6 +28,8 @@ impl Image {
             let record = fs::read(&record).or_host(record.display())?;
             let record: Record = serde_json::from_slice(&record).or_host(what())?;
             unsquash(layer, &work).or_host(what())?;
+            // An ordinary user may only move and remove what may be written to.
+            make_writable(&work.join(LAYER_ROOT)).or_host(what())?;
             if record.opaque {
                 hide(root, Path::new("")).or_host(what())?;
             }
@@ -127,20 +129,30 @@ fn merge(from: &Path, to: &Path) -> io::Result<()> {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
-        if entry.file_type()?.is_dir() {
-            // An ordinary user may only move what may be written to.
-            let mode = entry.metadata()?.permissions().mode();
-            fs::set_permissions(entry.path(), Permissions::from_mode(mode | 0o700))?;
-        }
         fs::rename(entry.path(), target)?;
     }
     // Whatever may not be is not: an ordinary user's folders are the user's.
     let _ = std::os::unix::fs::chown(to, Some(folder.uid()), Some(folder.gid()));
-    let mode = folder.permissions().mode() | 0o700;
-    fs::set_permissions(to, Permissions::from_mode(mode))
+    fs::set_permissions(to, folder.permissions())
+}
+
+/// Gives the owner all rights of a folder and those in it.
+fn make_writable(folder: &Path) -> io::Result<()> {
+    let mode = folder.symlink_metadata()?.permissions().mode();
+    if mode & 0o700 != 0o700 {
+        fs::set_permissions(folder, Permissions::from_mode(mode | 0o700))?;
+    }
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            make_writable(&entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
+#[allow(unsafe_code, reason = "a thread becomes another user")]
 mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
@@ -172,6 +184,43 @@ mod tests {
         assert_eq!(text("outside/file"), "safe");
         assert!(path("root/a/kept").is_dir() && !path("root/a/gone").exists());
         hide(&path("root"), Path::new("")).unwrap();
+        assert_eq!(fs::read_dir(path("root")).unwrap().count(), 0);
+    }
+
+    /// As root is asked for no rights, a thread becomes another user.
+    #[test]
+    fn an_ordinary_user_unpacks_what_is_read_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        for inside in ["root/a/b", "layer/a/b/c", "layer/d"] {
+            fs::create_dir_all(path(inside)).unwrap();
+        }
+        fs::write(path("root/a/b/old"), "").unwrap();
+        fs::write(path("layer/a/b/c/new"), "").unwrap();
+        let all = [".", "root", "root/a", "root/a/b", "root/a/b/old"];
+        let layer = ["layer", "layer/a", "layer/a/b", "layer/a/b/c", "layer/d"];
+        let root = rustix::process::geteuid().is_root();
+        for name in all.into_iter().chain(layer) {
+            if root {
+                std::os::unix::fs::chown(path(name), Some(1), Some(1)).unwrap();
+            }
+        }
+        for name in layer {
+            fs::set_permissions(path(name), Permissions::from_mode(0o555)).unwrap();
+        }
+        let (layer, root_folder) = (path("layer"), path("root"));
+        let merged = std::thread::spawn(move || {
+            if root {
+                // SAFETY: numbers; of this thread alone, unlike libc's own function.
+                unsafe { libc::syscall(libc::SYS_setresuid, 1, 1, 1) };
+            }
+            make_writable(&layer)?;
+            merge(&layer, &root_folder)?;
+            // As another layer may want.
+            hide(&root_folder, Path::new("a/b/c"))?;
+            hide(&root_folder, Path::new(""))
+        });
+        merged.join().unwrap().unwrap();
         assert_eq!(fs::read_dir(path("root")).unwrap().count(), 0);
     }
 }

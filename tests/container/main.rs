@@ -6,6 +6,7 @@
 mod harness;
 mod inside;
 
+use std::ffi::CString;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
@@ -14,6 +15,8 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use mayfly::compare::container::{self, Spec};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use harness::{Running, Setup, gone, status_of, until};
 
@@ -35,7 +38,7 @@ macro_rules! expect {
 
 type Test = (&'static str, fn(&Setup) -> Outcome);
 
-const TESTS: [Test; 15] = [
+const TESTS: [Test; 16] = [
     ("the status is the command's", statuses),
     ("marks are told in order", marks),
     ("it is alone in its namespaces", namespaces),
@@ -46,6 +49,7 @@ const TESTS: [Test; 15] = [
     ("two at once do not meet", two),
     ("volumes are the host's", volumes),
     ("links of an image lead nowhere", links),
+    ("devices of an image are none", devices),
     ("descriptors of the host stay out", descriptors),
     ("another user has no rights", users),
     ("limits hold, or their lack is told", limits),
@@ -351,6 +355,55 @@ fn links(setup: &Setup) -> Outcome {
         container.spec.cwd = Some(cwd.into());
         let ended = container.inheriting().run();
         expect!(!ended.stdout.contains("mine"), "{ended:?}");
+    }
+    Ok(())
+}
+
+/// Also where there can be no overlay: on two of them.
+fn devices(setup: &Setup) -> Outcome {
+    if !setup.root {
+        // An ordinary user has made none, and may mount nothing.
+        return Ok(());
+    }
+    let image = harness::image();
+    // What is read-only has to have them.
+    for folder in ["dev", "proc", "sys"] {
+        fs::create_dir(image.path().join(folder)).unwrap();
+    }
+    let device = rustix::fs::makedev(1, 5);
+    let (kind, mode) = (FileType::CharacterDevice, Mode::from_raw_mode(0o666));
+    mknodat(CWD, image.path().join("etc/zero"), kind, mode, device).unwrap();
+    let places = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let mut lower = image.path().to_owned();
+    for place in &places {
+        let folders = ["upper", "work"].map(|name| place.path().join(name));
+        folders.iter().for_each(|it| fs::create_dir(it).unwrap());
+        let [upper, work] = folders.map(|it| it.display().to_string());
+        let below = lower.display();
+        let options = format!("lowerdir={below},upperdir={upper},workdir={work}");
+        let root = place.path().join("root");
+        fs::create_dir(&root).unwrap();
+        let options = CString::new(options).unwrap();
+        mount("overlay", &root, "overlay", MountFlags::empty(), &*options).unwrap();
+        lower = root;
+    }
+    let ended = [image.path(), &lower].map(|root| {
+        let mut container = setup.shell("head -c 1 /etc/zero");
+        container.spec.root = root.into();
+        container.run()
+    });
+    for place in places.iter().rev() {
+        unmount(place.path().join("root"), UnmountFlags::DETACH).unwrap();
+    }
+    let [plain, stacked] = &ended;
+    expect!(!plain.mark("note").starts_with("/: "), "{plain:?}");
+    let told = stacked
+        .notes()
+        .any(|(_, note)| note.starts_with("/: read-only"));
+    expect!(told, "{stacked:?}");
+    for ended in ended {
+        let refused = ended.stderr.contains("Permission denied");
+        expect!(ended.status == 1 && refused, "{ended:?}");
     }
     Ok(())
 }

@@ -3,9 +3,10 @@
 use std::fs;
 use std::process::Command;
 
-use mayfly::compare::model::{EngineReport, Mark, Report};
+use mayfly::compare::model::{EngineReport, Mark, Report, Way};
 
 use crate::common::{mayfly, test_data};
+use crate::user_nets::loopback;
 
 const ENGINES: [&str; 7] = [
     "process",
@@ -18,9 +19,13 @@ const ENGINES: [&str; 7] = [
 ];
 
 fn compare(flags: &[&str]) -> (Report, String) {
+    compare_by(Command::new(mayfly()), flags)
+}
+
+fn compare_by(mut command: Command, flags: &[&str]) -> (Report, String) {
     let folder = tempfile::tempdir().unwrap();
     let record = folder.path().join("record.json");
-    let output = Command::new(mayfly())
+    let output = command
         .args(["compare", "--json"])
         .arg(&record)
         .args(flags)
@@ -98,7 +103,7 @@ fn all_that_debian_has_is_compared() {
 }
 
 #[test]
-fn vms_are_weighed_and_put_to_work() {
+fn vms_are_weighed_and_loaded() {
     let flags = [
         "--engines",
         "mayfly,container",
@@ -109,7 +114,7 @@ fn vms_are_weighed_and_put_to_work() {
         "--parallel",
         "2",
         "--measure",
-        "memory,load,steady",
+        "memory,load",
     ];
     let (report, _) = compare(&flags);
     for name in ["mayfly", "container"] {
@@ -118,17 +123,76 @@ fn vms_are_weighed_and_put_to_work() {
         assert_eq!(points, [1, 2, 5, 10], "{name}: {:?}", engine.notes);
         let load = engine.load.as_ref().unwrap();
         assert_eq!((load.failed, load.starts_ns.len()), (0, 2), "{name}");
-        let figures: Vec<&str> = engine.steady.iter().map(|it| it.name.as_str()).collect();
-        for name in ["cpu", "syscall", "fault", "root_write", "volume_read"] {
-            assert!(
-                figures.contains(&name),
-                "{name}: {:?} {:?}",
-                figures,
-                engine.notes
-            );
-        }
     }
     // A guest has its kernel in memory, a container does not.
     let first = |name| engine(&report, name).memory[0].pss_kib;
     assert!(first("mayfly") > 4 * first("container"));
+}
+
+/// On a host whose addresses nobody else sees.
+#[test]
+fn all_are_put_to_work_and_tcp_goes_through_their_networks() {
+    let namespace = loopback("compare");
+    let mut command = Command::new("nsenter");
+    // Unlike `ip netns exec`, it leaves control groups where they are.
+    command.arg(format!("--net=/run/netns/{}", namespace.name()));
+    command.arg(mayfly());
+    let flags = [
+        "--engines",
+        "process,container,mayfly,podman,qemu",
+        "--runs",
+        "1",
+        "--memory",
+        "256M",
+        "--measure",
+        "steady",
+    ];
+    let (report, table) = compare_by(command, &flags);
+    for (name, expected) in [
+        ("process", Way::Loopback),
+        ("container", Way::None),
+        ("mayfly", Way::Network),
+        ("qemu", Way::Network),
+        // It has a network where its helpers are installed.
+        ("podman", Way::Network),
+    ] {
+        let engine = engine(&report, name);
+        let expected = match engine.network.as_str() {
+            "none" if name == "podman" => Way::None,
+            _ => expected,
+        };
+        assert_eq!(
+            engine.tcp.as_ref(),
+            Some(&expected),
+            "{name}: {:?}",
+            engine.notes
+        );
+        let figures = engine
+            .steady
+            .iter()
+            .filter(|it| it.name.starts_with("tcp_"));
+        let values: Vec<f64> = figures.map(|it| it.value).collect();
+        let count = if expected == Way::None { 0 } else { 3 };
+        assert_eq!(values.len(), count, "{name}: {:?}", engine.steady);
+        assert!(values.iter().all(|&it| it > 0.0), "{name}: {values:?}");
+    }
+    for words in [
+        "tcp send",
+        "mayfly by user network (passt)",
+        "qemu by user network (slirp)",
+    ] {
+        let text = table.replace('\n', " ");
+        assert!(text.contains(words), "{words}: {table}");
+    }
+    for name in ["mayfly", "container"] {
+        let engine = engine(&report, name);
+        let figures: Vec<&str> = engine.steady.iter().map(|it| it.name.as_str()).collect();
+        for figure in ["cpu", "syscall", "fault", "root_write", "volume_read"] {
+            assert!(
+                figures.contains(&figure),
+                "{name}: {figures:?} {:?}",
+                engine.notes
+            );
+        }
+    }
 }

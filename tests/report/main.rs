@@ -170,15 +170,20 @@ fn foreign_text_does_nothing() {
         &mut report.mayfly,
         &mut report.workload.image,
         &mut report.host.cpu,
+        report.host.governor.as_mut().unwrap(),
     ] {
         *text = EVIL.to_owned();
     }
+    let digest = || (EVIL.to_owned(), EVIL.to_owned());
+    report.workload.guest.extend([digest()]);
     report.warnings.push(EVIL.to_owned());
     report.workload.command.push(EVIL.to_owned());
     for engine in &mut report.engines {
         engine.name.push_str(EVIL);
         engine.version = Some(EVIL.to_owned());
         engine.notes.push(EVIL.to_owned());
+        let held = json!({ EVIL: [EVIL, "\u{1b}[2J"] });
+        engine.settings.insert(EVIL.to_owned(), held);
         engine.command_line.push(EVIL.to_owned());
         engine.network.push_str(EVIL);
         engine.missing.iter_mut().for_each(|it| it.push_str(EVIL));
@@ -190,6 +195,7 @@ fn foreign_text_does_nothing() {
             it.kernel.push_str(EVIL);
             it.devices.push(EVIL.to_owned());
             it.sees_of_host.push(EVIL.to_owned());
+            it.namespaces.insert(EVIL.to_owned(), EVIL.to_owned());
         }
     }
     let url = written(&report, "foreign.html");
@@ -215,12 +221,14 @@ fn a_page_of_little_is_sound() {
     for engine in &mut report.engines {
         *engine = mayfly::compare::model::EngineReport {
             samples: Vec::new(),
+            warmups: Vec::new(),
             phases: Default::default(),
             start: None,
             total: None,
             memory: Vec::new(),
             load: None,
             steady: Vec::new(),
+            tcp: None,
             isolation: None,
             ..engine.clone()
         };

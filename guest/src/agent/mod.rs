@@ -2,7 +2,6 @@
 //! and tells it how that ended.
 
 mod copies;
-mod net;
 mod passwd;
 mod process;
 mod reaper;

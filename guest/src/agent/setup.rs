@@ -13,7 +13,8 @@ use std::path::Path;
 use mayfly_guest::copy::{Files, Place, Walk, copy};
 use mayfly_guest::protocol::{Mount, Net, Setup, Source};
 
-use super::{copies, net};
+use super::copies;
+use crate::interface;
 use crate::root;
 use crate::system::{check, mount};
 
@@ -31,6 +32,8 @@ const MOUNTS: [(&str, &str, &str); 3] = [
     ("cgroup2", "/sys/fs/cgroup", ""),
 ];
 const MODE: u32 = 0o755;
+/// The only network device, and the first.
+const DEVICE: &str = "eth0";
 /// What Docker allows everyone in a container: low ports, and ping.
 const ALLOWED: [(&str, &str); 2] = [
     ("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0"),
@@ -52,9 +55,9 @@ pub fn prepare(setup: &Setup) -> Result<(), String> {
     allow();
     name(setup)?;
     // Without a loopback device nobody talks to itself.
-    net::turn_on("lo").map_err(|error| format!("the loopback device: {error}"))?;
+    interface::turn_on("lo").map_err(|error| format!("the loopback device: {error}"))?;
     if let Some(net) = &setup.net {
-        net::configure(net)?;
+        interface::configure(DEVICE, &net.addresses, &net.gateways)?;
         let text = resolver(net);
         if !text.is_empty() {
             write("/etc/resolv.conf", &text)?;

@@ -15,9 +15,10 @@
 
 mod facts;
 mod steady;
+mod tcp;
 
 use std::io::{self, Write};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, ExitCode};
 
 /// Comes before each record (ASCII's record separator).
@@ -75,17 +76,28 @@ fn main() -> ExitCode {
 
 fn usage() -> ExitCode {
     eprintln!(
-        "usage: mayfly-probe NONCE run [COMMAND…] | hold | steady [root=DIR] [volume=DIR] | facts"
+        "usage: mayfly-probe NONCE run [COMMAND…] | hold | steady [root=DIR] [volume=DIR] [tcp=…] | facts"
     );
     ExitCode::from(STATUS_FAILED)
 }
 
 /// Runs the command, and waits for it. Its status is as a shell's.
+#[allow(unsafe_code, reason = "what runs between fork and exec")]
 fn run(words: &[String]) -> u8 {
     let [program, arguments @ ..] = words else {
         return 0;
     };
-    match Command::new(program).args(arguments).status() {
+    let mut command = Command::new(program);
+    command.args(arguments);
+    // As a process of the host there is nobody else to end it.
+    // SAFETY: between fork and exec there is a system call that takes numbers.
+    unsafe {
+        command.pre_exec(|| {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            Ok(())
+        });
+    }
+    match command.status() {
         Ok(status) => {
             let signal = || status.signal().map(|signal| STATUS_SIGNAL + signal);
             let code = status.code().or_else(signal).unwrap_or(STATUS_SIGNAL);

@@ -1,64 +1,73 @@
-//! What usual work costs: CPU, system calls, page faults, files.
+//! What usual work costs: CPU, system calls, page faults, files, TCP.
 //!
-//! Each is done again and again for a while, three times; the median counts. Nothing is
-//! of a fixed size, so that slow machines need no longer than fast ones.
+//! Each is done again and again for a while, in five rounds; the median counts. A while is
+//! long beside what the clock and the scheduler do, on slow machines and on fast ones; only
+//! a step of it (a file, some pages) has a fixed size.
 
 #![allow(unsafe_code, reason = "system calls are what is measured")]
 
-use std::fs::{self, File};
+use std::fs::{self, OpenOptions};
 use std::hint::black_box;
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-const ROUNDS: usize = 3;
-const WHILE: Duration = Duration::from_millis(60);
+use mayfly_guest::peer::Meeting;
+use mayfly_guest::steady::{Figure, Steady};
+
+use super::tcp;
+
+pub const ROUNDS: usize = 5;
+const WHILE: Duration = Duration::from_millis(100);
 /// A step of the CPU's loop, and what is read and written at once.
 const STEPS: u64 = 100_000;
 const BLOCK: usize = 256 << 10;
 const FILE_SIZE: usize = 8 << 20;
 const PAGES: usize = 2048;
 const PAGE_SIZE: usize = 4096;
-const MIB: f64 = 1_048_576.0;
+pub const MIB: f64 = 1_048_576.0;
 
-/// Does all of it, and returns a JSON array. Words: `root=DIR` is where the root's files
-/// are, if not in `/`; `volume=DIR` also measures files there.
+/// Does all of it, and returns a JSON object. Words: `root=DIR` is a folder of the root's
+/// file system, if not `/`; `volume=DIR` also measures files there; `tcp=…` also measures TCP
+/// (see `mayfly_guest::peer`).
 pub fn measure(words: &[String]) -> String {
-    let mut figures = vec![
-        figure("cpu", "ns", median(cpu)),
-        figure("syscall", "ns", median(system_call)),
-        figure("fault", "ns", median(page_fault)),
-    ];
+    let mut figures: Vec<Figure> = [
+        Figure::of("cpu", "ns", rounds(cpu)),
+        Figure::of("syscall", "ns", rounds(system_call)),
+        Figure::of("fault", "ns", rounds(page_fault)),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
     // A folder that can't be written to has no figures.
     let mut files = |prefix: &str, folder: &Path| {
         let path = folder.join(".mayfly-trial");
-        if let Ok((write, read)) = file_rates(&path) {
-            figures.push(figure(&format!("{prefix}_write"), "MiB/s", write));
-            figures.push(figure(&format!("{prefix}_read"), "MiB/s", read));
+        if let Ok((writes, reads)) = file_rates(&path) {
+            figures.extend(Figure::of(&format!("{prefix}_write"), "MiB/s", writes));
+            figures.extend(Figure::of(&format!("{prefix}_read"), "MiB/s", reads));
         }
-        let _ = fs::remove_file(&path);
     };
     let word = |name: &str| words.iter().find_map(|word| word.strip_prefix(name));
     files("root", Path::new(word("root=").unwrap_or("/")));
     if let Some(folder) = word("volume=") {
         files("volume", Path::new(folder));
     }
-    format!("[{}]", figures.join(","))
+    let meeting: Option<Meeting> = words.iter().find_map(|word| word.parse().ok());
+    let tcp = meeting.map(|meeting| {
+        let (more, way) = tcp::measure(&meeting);
+        figures.extend(more);
+        way
+    });
+    serde_json::to_string(&Steady { figures, tcp }).unwrap_or_default()
 }
 
-fn figure(name: &str, unit: &str, value: f64) -> String {
-    format!(r#"{{"name":"{name}","value":{value:.3},"unit":"{unit}"}}"#)
-}
-
-fn median(mut once: impl FnMut() -> f64) -> f64 {
-    let mut values: Vec<f64> = (0..ROUNDS).map(|_| once()).collect();
-    values.sort_by(f64::total_cmp);
-    values[ROUNDS / 2]
+fn rounds(once: impl FnMut() -> f64) -> Vec<f64> {
+    std::iter::repeat_with(once).take(ROUNDS).collect()
 }
 
 /// Repeats some work, and returns how often, and for how long.
-fn repeated(mut work: impl FnMut()) -> (f64, Duration) {
+pub fn repeated(mut work: impl FnMut()) -> (f64, Duration) {
     let start = Instant::now();
     let mut count = 0.0;
     loop {
@@ -71,7 +80,7 @@ fn repeated(mut work: impl FnMut()) -> (f64, Duration) {
     }
 }
 
-fn nanoseconds(count: f64, time: Duration) -> f64 {
+pub fn nanoseconds(count: f64, time: Duration) -> f64 {
     time.as_secs_f64() * 1e9 / count
 }
 
@@ -130,31 +139,39 @@ fn page_fault() -> f64 {
     nanoseconds(faults, spent)
 }
 
-/// MiB a second: written and synced, then read with an empty page cache, as far as the
-/// file system has one beneath.
-fn file_rates(path: &Path) -> io::Result<(f64, f64)> {
+/// MiB a second, in rounds: written and synced, and read with an empty page cache, as far as
+/// the file system has one beneath.
+fn file_rates(path: &Path) -> io::Result<(Vec<f64>, Vec<f64>)> {
     let mut block = vec![0x5a_u8; BLOCK];
-    let mut writes = Vec::new();
-    let mut reads = Vec::new();
+    let (mut writes, mut reads) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
-        let mut file = File::create(path)?;
-        let start = Instant::now();
-        for _ in 0..FILE_SIZE / BLOCK {
-            file.write_all(&block)?;
+        let (mut writing, mut reading) = (Duration::ZERO, Duration::ZERO);
+        let (mut written, mut read) = (0.0, 0.0);
+        while writing.min(reading) < WHILE {
+            // Never what an image or another instance has put there: it may be a link.
+            let mut how = OpenOptions::new();
+            let mut file = how.read(true).write(true).create_new(true).open(path)?;
+            let start = Instant::now();
+            for _ in 0..FILE_SIZE / BLOCK {
+                file.write_all(&block)?;
+            }
+            file.sync_data()?;
+            writing += start.elapsed();
+            written += FILE_SIZE as f64 / MIB;
+            // Most often it is read faster than it is written.
+            while reading < writing.min(WHILE) {
+                file.rewind()?;
+                // SAFETY: an open descriptor; the call is advice.
+                unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+                let start = Instant::now();
+                while file.read(&mut block)? > 0 {}
+                reading += start.elapsed();
+                read += FILE_SIZE as f64 / MIB;
+            }
+            fs::remove_file(path)?;
         }
-        file.sync_data()?;
-        writes.push(FILE_SIZE as f64 / MIB / start.elapsed().as_secs_f64());
-        let mut file = File::open(path)?;
-        // SAFETY: an open descriptor; the call is advice.
-        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
-        let start = Instant::now();
-        while file.read(&mut block)? > 0 {}
-        reads.push(FILE_SIZE as f64 / MIB / start.elapsed().as_secs_f64());
+        writes.push(written / writing.as_secs_f64());
+        reads.push(read / reading.as_secs_f64());
     }
-    let mut writes = writes.into_iter();
-    let mut reads = reads.into_iter();
-    Ok((
-        median(|| writes.next().unwrap_or(f64::NAN)),
-        median(|| reads.next().unwrap_or(f64::NAN)),
-    ))
+    Ok((writes, reads))
 }

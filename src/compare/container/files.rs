@@ -12,7 +12,6 @@ use std::ffi::{CStr, CString};
 use std::fs::{self, OpenOptions};
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{OpenOptionsExt, symlink};
 use std::path::Path;
 
@@ -28,6 +27,7 @@ use rustix::process::pivot_root;
 use super::Spec;
 use super::ids::Mapping;
 use super::process::check;
+use crate::compare::overlay;
 use crate::failure::{Failure, OrFail};
 
 /// What Docker makes invisible.
@@ -182,27 +182,17 @@ fn root(spec: &Spec, note: &mut dyn FnMut(&str)) -> Result<(), Failure> {
     note(&format!(
         "/: read-only, as there is no overlayfs: {refused}"
     ));
-    let bound = copy(&spec.root, true).and_then(|root| attach_at(&root, &spec.root));
+    let bound = copy(&spec.root, false).and_then(|root| {
+        // An image's devices would be the host's.
+        let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NODEV;
+        restrict(root.as_raw_fd(), c"", attributes)?;
+        attach_at(&root, &spec.root)
+    });
     bound.or_host(spec.root.display())
 }
 
 fn overlay(spec: &Spec) -> io::Result<()> {
-    let mut options = Vec::new();
-    let mut add = |name: &str, path: &Path| {
-        options.extend(name.bytes());
-        for &byte in path.as_os_str().as_bytes() {
-            if matches!(byte, b'\\' | b':' | b',') {
-                options.push(b'\\');
-            }
-            options.push(byte);
-        }
-    };
-    add("lowerdir=", &spec.root);
-    add(",upperdir=", &spec.writable.join("upper"));
-    add(",workdir=", &spec.writable.join("work"));
-    // The only attributes that a user namespace may have (Linux 5.11).
-    options.extend(b",userxattr");
-    let options = CString::new(options)?;
+    let options = overlay::options(&spec.root, &spec.writable)?;
     mount(
         "overlay",
         &spec.root,
@@ -347,8 +337,13 @@ fn copy(path: &Path, read_only: bool) -> io::Result<OwnedFd> {
 
 /// Nothing at and below a mount can be changed through it.
 fn make_read_only(folder: libc::c_int, path: &CStr) -> io::Result<()> {
+    restrict(folder, path, MountAttrFlags::MOUNT_ATTR_RDONLY)
+}
+
+/// Takes something from a mount and those below it.
+fn restrict(folder: libc::c_int, path: &CStr, attributes: MountAttrFlags) -> io::Result<()> {
     let attributes = libc::mount_attr {
-        attr_set: MountAttrFlags::MOUNT_ATTR_RDONLY.bits().into(),
+        attr_set: attributes.bits().into(),
         attr_clr: 0,
         propagation: 0,
         userns_fd: 0,

@@ -14,6 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::setsid;
 
 use super::Spec;
+use crate::compare::capabilities;
 use crate::failure::{Failure, OrFail};
 use crate::sandbox::credentials::{self, Ids};
 use crate::sandbox::seccomp;
@@ -34,22 +35,22 @@ const INTERPRETERS: usize = 6;
 /// … and reads so much of each (`BINPRM_BUF_SIZE`).
 const INTERPRETER_MAX: u64 = 256;
 
-/// `linux/capability.h`: those of Docker's default.
-const CAPABILITIES: [(u32, &str); 14] = [
-    (0, "CHOWN"),
-    (1, "DAC_OVERRIDE"),
-    (3, "FOWNER"),
-    (4, "FSETID"),
-    (5, "KILL"),
-    (6, "SETGID"),
-    (7, "SETUID"),
-    (8, "SETPCAP"),
-    (10, "NET_BIND_SERVICE"),
-    (13, "NET_RAW"),
-    (18, "SYS_CHROOT"),
-    (27, "MKNOD"),
-    (29, "AUDIT_WRITE"),
-    (31, "SETFCAP"),
+/// Those of Docker's default.
+const CAPABILITIES: [&str; 14] = [
+    "chown",
+    "dac_override",
+    "fowner",
+    "fsetid",
+    "kill",
+    "setgid",
+    "setuid",
+    "setpcap",
+    "net_bind_service",
+    "net_raw",
+    "sys_chroot",
+    "mknod",
+    "audit_write",
+    "setfcap",
 ];
 
 /// The system calls of Docker's default …
@@ -107,8 +108,8 @@ fn loopback() -> io::Result<()> {
 /// capabilities, if any, by executing a program. It may gain privileges by programs that
 /// give some, as with Docker.
 pub fn confine(spec: &Spec, launcher: &impl AsFd) -> Result<(), Failure> {
-    let kept = CAPABILITIES.iter().fold(0, |set, (bit, _)| set | 1 << bit);
-    credentials::bound_capabilities(kept).or_internal("capabilities")?;
+    credentials::bound_capabilities(capabilities::set(&CAPABILITIES))
+        .or_internal("capabilities")?;
     // These want a capability that goes with the user.
     seccomp::install(CLONE3).or_host("seccomp")?;
     seccomp::install(FILTER).or_host("seccomp")?;

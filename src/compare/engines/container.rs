@@ -1,14 +1,12 @@
 //! The container that mayfly itself makes: Docker's defaults, and nothing installed.
 
-use std::env;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use super::{About, Engine, Job, Place, VOLUME, words};
+use super::{About, Engine, Job, Place, VOLUME, remove_groups, words};
 use crate::compare::container::Spec;
 use crate::compare::instance::{Launch, Sign};
-use crate::compare::model::Kind;
 use crate::failure::{Failure, OrFail};
 
 pub struct Container;
@@ -16,7 +14,6 @@ pub struct Container;
 impl Engine for Container {
     fn about(&self) -> About {
         About {
-            kind: Kind::Container,
             version: Some(env!("CARGO_PKG_VERSION").into()),
             network: "loopback".into(),
             notes: Vec::new(),
@@ -46,26 +43,11 @@ impl Engine for Container {
         fs::create_dir(&spec.writable).or_host(what)?;
         let path = job.folder.join("spec.json");
         fs::write(&path, serde_json::to_vec(&spec).or_internal(what)?).or_host(what)?;
-        let program = env::current_exe().or_host(what)?;
-        let mut command = vec![program.into_os_string()];
+        let mut command = vec![place.program.clone().into_os_string()];
         command.extend(words(["compare-container", &path.to_string_lossy()]));
-        // A launcher that is killed leaves its control group.
-        let remove_group = words([
-            "find",
-            "/sys/fs/cgroup",
-            "-depth",
-            "-type",
-            "d",
-            "-name",
-            &job.id,
-            "-exec",
-            "rmdir",
-            "{}",
-            ";",
-        ]);
         Ok(Launch {
             command,
-            undo: vec![remove_group],
+            undo: vec![remove_groups(&job.id)],
             nonce: job.nonce.clone(),
             signs: vec![Sign::Lines(read.into())],
             inherited: vec![write],

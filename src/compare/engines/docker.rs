@@ -6,7 +6,8 @@ use std::process::{Command, Stdio};
 
 use super::{About, Engine, Job, Place, VOLUME, first_line, program, words};
 use crate::compare::instance::{Launch, Sign};
-use crate::compare::model::{Kind, Mark};
+use crate::compare::model::Mark;
+use crate::compare::peer::Origin;
 use crate::failure::Failure;
 
 pub struct Docker {
@@ -57,7 +58,6 @@ impl Engine for Docker {
             notes.push("without a network, as its own failed on this host".into());
         }
         About {
-            kind: Kind::Container,
             version: self.version.clone(),
             network: match self.network {
                 true => "its default (a bridge)".into(),
@@ -99,6 +99,13 @@ impl Engine for Docker {
 
     fn ask_less(&mut self) -> bool {
         std::mem::take(&mut self.network)
+    }
+
+    fn origin(&self) -> Origin {
+        match self.network {
+            true => Origin::Anywhere,
+            false => Origin::Host,
+        }
     }
 
     fn can_be_weighed(&self) -> bool {

@@ -12,11 +12,15 @@ use serde_json::json;
 
 use super::{About, Engine, Job, PROBE, Place, first_line, program, words};
 use crate::compare::instance::{Launch, Sign};
-use crate::compare::model::{Kind, Mark};
+use crate::compare::model::Mark;
+use crate::config::CMDLINE_QUICK;
 use crate::failure::{Failure, OrFail};
 
-/// What each of their kernels is told; the console is the one that each recommends.
-const COMMON: &str = "quiet panic=-1 root=/dev/vda rootfstype=squashfs ro";
+/// Where the image's files are.
+const ROOT: &str = "root=/dev/vda rootfstype=squashfs ro";
+
+/// What QEMU's user network has for its guest, by default.
+const SLIRP: &str = "ip=10.0.2.15::10.0.2.2:255.255.255.0::eth0:off";
 
 pub struct Machine {
     kind: Monitor,
@@ -25,6 +29,8 @@ pub struct Machine {
     kernel: PathBuf,
     initrd: PathBuf,
     disk: PathBuf,
+    /// QEMU can be a network's other side by itself; others need a device of the host's.
+    network: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -32,6 +38,23 @@ enum Monitor {
     Qemu,
     Firecracker,
     CloudHypervisor,
+}
+
+impl Monitor {
+    /// What a kernel is told of its devices: the console and the restart that the monitor's
+    /// own documentation recommends, and not to look for what is not there.
+    fn devices(self) -> &'static str {
+        match self {
+            // docs/system/i386/microvm.rst, with all legacy devices off
+            Monitor::Qemu => "console=hvc0 reboot=t pci=off 8250.nr_uarts=0",
+            // docs/getting-started.md; the keyboard as in `DEFAULT_KERNEL_CMDLINE`
+            Monitor::Firecracker => {
+                "console=ttyS0 reboot=k pci=off 8250.nr_uarts=1 i8042.noaux i8042.nomux \
+                 i8042.dumbkbd"
+            }
+            Monitor::CloudHypervisor => "console=hvc0 reboot=t 8250.nr_uarts=0",
+        }
+    }
 }
 
 impl Machine {
@@ -50,6 +73,7 @@ impl Machine {
             kernel,
             initrd,
             disk: disk(place)?,
+            network: kind == Monitor::Qemu,
         })
     }
 }
@@ -57,7 +81,7 @@ impl Machine {
 /// The image's files as a read-only file system, made once for all of them, compressed as
 /// mayfly's layers are.
 fn disk(place: &Place) -> Result<PathBuf, String> {
-    let disk = place.folder.join("root.squashfs");
+    let disk = place.root.with_extension("squashfs");
     if disk.exists() {
         return Ok(disk);
     }
@@ -79,12 +103,23 @@ fn disk(place: &Place) -> Result<PathBuf, String> {
 
 impl Engine for Machine {
     fn about(&self) -> About {
-        About {
-            kind: Kind::Vm,
-            version: self.version.clone(),
-            network: "none".into(),
-            notes: vec!["mayfly's kernel and init, the image's files on a read-only disk".into()],
+        let mut notes =
+            vec!["mayfly's kernel and init, the image's files on a read-only disk".into()];
+        if self.kind == Monitor::Qemu && !self.network {
+            notes.push("without a network, as it failed with one".into());
         }
+        About {
+            version: self.version.clone(),
+            network: match self.network {
+                true => "user network (slirp)".into(),
+                false => "none".into(),
+            },
+            notes,
+        }
+    }
+
+    fn ask_less(&mut self) -> bool {
+        std::mem::take(&mut self.network)
     }
 
     fn has_volumes(&self) -> bool {
@@ -92,12 +127,14 @@ impl Engine for Machine {
     }
 
     fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Failure> {
-        let mut cmdline = format!("{COMMON} init={PROBE}");
-        cmdline.push_str(match self.kind {
-            Monitor::Qemu => " console=ttyS0 reboot=t",
-            Monitor::Firecracker => " console=ttyS0 reboot=k pci=off",
-            Monitor::CloudHypervisor => " console=hvc0 reboot=t",
-        });
+        // All kernels are told the same, mayfly's as well, but for what each monitor has.
+        let mut cmdline = format!(
+            "{CMDLINE_QUICK} {} {ROOT} init={PROBE}",
+            self.kind.devices()
+        );
+        if self.network {
+            cmdline.extend([" ", SLIRP]);
+        }
         for variable in &place.env {
             // The kernel gives its init what it does not know itself.
             if variable.starts_with("PATH=") {
@@ -136,7 +173,7 @@ impl Engine for Machine {
                 signs.push(Sign::Byte(fifo(&mark)?, Mark::Init));
                 command.extend(words([
                     "-M",
-                    "microvm,x-option-roms=off,pit=off,pic=off,rtc=on,isa-serial=on",
+                    "microvm,x-option-roms=off,pit=off,pic=off,isa-serial=off,rtc=off",
                     "-accel",
                     "kvm",
                     "-cpu",
@@ -157,8 +194,12 @@ impl Engine for Machine {
                     "-kernel", &kernel, "-initrd", &initrd, "-append", &cmdline,
                 ]));
                 command.extend(words([
-                    "-serial",
-                    "stdio",
+                    "-chardev",
+                    "stdio,id=console",
+                    "-device",
+                    "virtio-serial-device",
+                    "-device",
+                    "virtconsole,chardev=console",
                     "-chardev",
                     &format!("file,id=mark,path={}", mark.display()),
                     "-device",
@@ -168,6 +209,10 @@ impl Engine for Machine {
                     "-device",
                     "virtio-blk-device,drive=root",
                 ]));
+                if self.network {
+                    command.extend(words(["-netdev", "user,id=net"]));
+                    command.extend(words(["-device", "virtio-net-device,netdev=net"]));
+                }
             }
             Monitor::Firecracker => {
                 let config = json!({

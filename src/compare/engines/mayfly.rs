@@ -1,28 +1,25 @@
 //! mayfly: `mayfly run`, as users run it.
 
-use std::env;
-use std::path::PathBuf;
-
-use super::{About, Engine, Job, Place, VOLUME, words};
+use super::{About, Engine, Job, Place, VOLUME, first_line, words};
 use crate::compare::instance::{Launch, Sign};
-use crate::compare::model::Kind;
 use crate::failure::Failure;
 use crate::net::passt;
 
 pub struct Mayfly {
-    program: PathBuf,
     network: &'static str,
+    /// passt, as it calls itself.
+    passt: Option<String>,
 }
 
 impl Mayfly {
-    pub fn find(_: &Place) -> Result<Self, String> {
+    pub fn find() -> Result<Self, String> {
         crate::machine::open_kvm().map_err(|failure| failure.to_string())?;
         Ok(Mayfly {
-            program: env::current_exe().map_err(|error| format!("mayfly: {error}"))?,
             network: match passt::program() {
                 Some(_) => "user",
                 None => "none",
             },
+            passt: passt::program().and_then(|passt| first_line(&passt, &["--version"])),
         })
     }
 }
@@ -30,10 +27,12 @@ impl Mayfly {
 impl Engine for Mayfly {
     fn about(&self) -> About {
         About {
-            kind: Kind::Vm,
             version: Some(env!("CARGO_PKG_VERSION").into()),
             network: match self.network {
-                "user" => "user network (passt)".into(),
+                "user" => {
+                    let passt = self.passt.as_deref().unwrap_or("passt");
+                    format!("user network ({passt})")
+                }
                 _ => "none".into(),
             },
             notes: match self.network {
@@ -44,7 +43,7 @@ impl Engine for Mayfly {
     }
 
     fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Failure> {
-        let mut command = vec![self.program.clone().into_os_string()];
+        let mut command = vec![place.program.clone().into_os_string()];
         let (cpus, memory) = (place.cpus.to_string(), format!("{}M", place.memory_mib));
         command.extend(words(["run", "--rm", "--json", "--name", &job.id]));
         command.extend(words([

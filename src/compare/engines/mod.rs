@@ -15,6 +15,7 @@ use std::process::{Command, Stdio};
 
 use super::instance::Launch;
 use super::model::Kind;
+use super::peer::Origin;
 use crate::failure::Failure;
 
 /// All there are, as `--engines` takes them.
@@ -31,6 +32,16 @@ pub const NAMES: [&str; 10] = [
     "cloud-hypervisor",
 ];
 
+/// What an engine is, by its name; `NAME=PROGRAM` is the user's own.
+pub fn kind(name: &str) -> Kind {
+    match name {
+        "process" => Kind::Process,
+        "container" | "runc" | "crun" | "podman" | "docker" => Kind::Container,
+        "mayfly" | "qemu" | "firecracker" | "cloud-hypervisor" => Kind::Vm,
+        _ => Kind::Own,
+    }
+}
+
 /// Where the probe lies in all roots.
 pub const PROBE: &str = "/.mayfly-probe";
 /// Where an instance sees the volume, if it has one.
@@ -41,8 +52,12 @@ pub const VOLUME: &str = "/.mayfly-volume";
 pub struct Place {
     /// For what comes and goes.
     pub folder: PathBuf,
-    /// The image's files, with the probe.
+    /// mayfly, in a file of its own.
+    pub program: PathBuf,
+    /// The image's files, with the probe. What runs in a container must not write there.
     pub root: PathBuf,
+    /// The probe itself, which no image or container can have changed.
+    pub probe: PathBuf,
     /// What mayfly knows as `XDG_DATA_HOME`, with the same files as an image.
     pub data: PathBuf,
     /// That image's name.
@@ -86,8 +101,6 @@ impl Job {
 /// What is to be known of an engine.
 #[derive(Clone, Debug)]
 pub struct About {
-    /// What it is.
-    pub kind: Kind,
     /// As it says itself.
     pub version: Option<String>,
     /// Which network it gives.
@@ -114,6 +127,11 @@ pub trait Engine {
         true
     }
 
+    /// Where its instances' connections to the host come from.
+    fn origin(&self) -> Origin {
+        Origin::Host
+    }
+
     /// Its processes are below ours.
     fn can_be_weighed(&self) -> bool {
         true
@@ -134,7 +152,7 @@ pub fn find(name: &str, place: &Place) -> Result<Box<dyn Engine>, String> {
     Ok(match name {
         "process" => Box::new(process::Process),
         "container" => Box::new(container::Container),
-        "mayfly" => Box::new(mayfly::Mayfly::find(place)?),
+        "mayfly" => Box::new(mayfly::Mayfly::find()?),
         "runc" | "crun" => Box::new(oci::Oci::find(name, place)?),
         "podman" => Box::new(podman::Podman::find(place)?),
         "docker" => Box::new(docker::Docker::find(place)?),
@@ -162,6 +180,23 @@ fn first_line(program: &Path, arguments: &[&str]) -> Option<String> {
     let text = String::from_utf8_lossy(&output.stdout);
     let line = text.lines().next().map(|line| line.trim().to_owned());
     line.filter(|_| output.status.success())
+}
+
+/// Removes the control groups of an instance, which a launcher that is killed leaves.
+fn remove_groups(id: &str) -> Vec<OsString> {
+    words([
+        "find",
+        "/sys/fs/cgroup",
+        "-depth",
+        "-type",
+        "d",
+        "-name",
+        id,
+        "-exec",
+        "rmdir",
+        "{}",
+        ";",
+    ])
 }
 
 fn words<const N: usize>(words: [&str; N]) -> Vec<OsString> {

@@ -6,9 +6,10 @@ use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
-use super::{About, Engine, Job, Place, VOLUME, first_line, program, words};
+use super::{About, Engine, Job, Place, VOLUME, first_line, program, remove_groups, words};
 use crate::compare::instance::{Launch, Sign};
-use crate::compare::model::{Kind, Mark};
+use crate::compare::model::Mark;
+use crate::compare::overlay::Overlay;
 use crate::failure::{Failure, OrFail};
 
 pub struct Oci {
@@ -18,6 +19,8 @@ pub struct Oci {
     /// What `spec` proposes.
     proposed: Value,
     limits: bool,
+    /// Its files have a layer for changes; else they are only read.
+    overlay: bool,
 }
 
 impl Oci {
@@ -29,7 +32,8 @@ impl Oci {
         fs::create_dir_all(&bundle).map_err(|error| failed(&error.to_string()))?;
         let mut command = Command::new(&program);
         command.arg("spec");
-        if !rustix::process::geteuid().is_root() {
+        let root = rustix::process::geteuid().is_root();
+        if !root {
             command.arg("--rootless");
         }
         command.current_dir(&bundle).stdin(Stdio::null());
@@ -44,26 +48,27 @@ impl Oci {
             program,
             proposed: serde_json::from_slice(&text).map_err(|error| failed(&error.to_string()))?,
             limits: true,
+            // Another user may only mount in a namespace in which runc is not the user.
+            overlay: root,
         })
     }
 }
 
 impl Engine for Oci {
     fn about(&self) -> About {
-        let mut notes = vec![
-            format!(
-                "the configuration of `{} spec`: three capabilities, no seccomp filter",
-                self.name
-            ),
-            "the image's files themselves, without an overlay: what is written there stays".into(),
-        ];
+        let mut notes = vec![format!(
+            "the configuration of `{} spec`: three capabilities, no seccomp filter",
+            self.name
+        )];
+        if !self.overlay {
+            notes.push("the image's files read-only, as an overlay cannot be had".into());
+        }
         if !self.limits {
             notes.push(
                 "without limits of CPU and memory, which this host does not let it set".into(),
             );
         }
         About {
-            kind: Kind::Container,
             version: self.version.clone(),
             network: "loopback".into(),
             notes,
@@ -77,7 +82,15 @@ impl Engine for Oci {
         config["process"]["args"] = json!(job.command());
         config["process"]["env"] = json!(place.env);
         config["hostname"] = json!(job.id);
-        config["root"] = json!({ "path": place.root, "readonly": false });
+        let (overlay, root) = match self.overlay {
+            true => {
+                let made = Overlay::prepare(&place.root, &job.folder);
+                let (overlay, root) = made.or_host(job.folder.display())?;
+                (Some(overlay), root)
+            }
+            false => (None, place.root.clone()),
+        };
+        config["root"] = json!({ "path": root, "readonly": !self.overlay });
         if let (Some(volume), Some(mounts)) = (&job.volume, config["mounts"].as_array_mut()) {
             mounts.push(json!({
                 "destination": VOLUME, "type": "bind", "source": volume, "options": ["bind", "rw"],
@@ -113,15 +126,23 @@ impl Engine for Oci {
             command,
             nonce: job.nonce.clone(),
             signs: vec![
-                Sign::File(state.join(&job.id), Mark::Launched),
+                // It reads that first of all.
+                Sign::Opened(job.folder.join("config.json"), Mark::Launched),
                 Sign::File(state.join(&job.id).join(created), Mark::Built),
             ],
-            undo: vec![undo],
+            // What it has not noted yet it does not delete.
+            undo: vec![undo, remove_groups(&job.id)],
+            overlay,
             ..Launch::default()
         })
     }
 
     fn ask_less(&mut self) -> bool {
-        std::mem::take(&mut self.limits)
+        (self.limits, self.overlay) = match (self.limits, self.overlay) {
+            (true, overlay) => (false, overlay),
+            (false, true) => (true, false),
+            (false, false) => return false,
+        };
+        true
     }
 }

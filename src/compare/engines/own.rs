@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 use super::{About, Engine, Job, Place};
 use crate::compare::instance::{Launch, Sign};
-use crate::compare::model::Kind;
+use crate::compare::peer::Origin;
 use crate::failure::{Failure, OrFail};
 
 pub struct Own {
@@ -21,7 +21,6 @@ pub struct Own {
 impl Engine for Own {
     fn about(&self) -> About {
         About {
-            kind: Kind::Process,
             version: None,
             network: "unknown".into(),
             notes: vec!["a program of the user's".into()],
@@ -44,6 +43,11 @@ impl Engine for Own {
             inherited: vec![write],
             ..Launch::default()
         })
+    }
+
+    /// Who knows?
+    fn origin(&self) -> Origin {
+        Origin::Anywhere
     }
 
     fn has_volumes(&self) -> bool {

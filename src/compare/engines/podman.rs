@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use super::{About, Engine, Job, Place, VOLUME, first_line, program, words};
 use crate::compare::instance::{Launch, Sign};
-use crate::compare::model::{Kind, Mark};
+use crate::compare::model::Mark;
+use crate::compare::peer::Origin;
 use crate::failure::Failure;
 
 pub struct Podman {
@@ -54,7 +55,6 @@ impl Engine for Podman {
             notes.push("without a cgroup, as this host does not let it have one".into());
         }
         About {
-            kind: Kind::Container,
             version: self.version.clone(),
             network: match self.network {
                 true => "its default".into(),
@@ -101,6 +101,14 @@ impl Engine for Podman {
             undo: vec![undo],
             ..Launch::default()
         })
+    }
+
+    /// An ordinary user's network is a process of the host, root's a bridge.
+    fn origin(&self) -> Origin {
+        match rustix::process::geteuid().is_root() {
+            true => Origin::Anywhere,
+            false => Origin::Host,
+        }
     }
 
     fn ask_less(&mut self) -> bool {

@@ -1,8 +1,7 @@
 //! Nothing at all: a process of the host, as the floor.
 
-use super::{About, Engine, Job, PROBE, Place, VOLUME};
+use super::{About, Engine, Job, Place, VOLUME};
 use crate::compare::instance::Launch;
-use crate::compare::model::Kind;
 use crate::failure::Failure;
 
 pub struct Process;
@@ -10,7 +9,6 @@ pub struct Process;
 impl Engine for Process {
     fn about(&self) -> About {
         About {
-            kind: Kind::Process,
             version: None,
             network: "the host's".into(),
             notes: vec!["the command is the host's own, not the image's".into()],
@@ -20,7 +18,8 @@ impl Engine for Process {
     fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Failure> {
         let mut command = job.command();
         if job.words.first().is_some_and(|verb| verb == "steady") {
-            command.push(format!("root={}", place.root.display()));
+            // Not the image's own folder: what it has there may lead anywhere.
+            command.push(format!("root={}", job.folder.display()));
         }
         // It sees the host's root.
         for word in &mut command {
@@ -32,7 +31,7 @@ impl Engine for Process {
         }
         let mut command: Vec<_> = command.into_iter().map(Into::into).collect();
         if let Some(program) = command.first_mut() {
-            *program = place.root.join(PROBE.trim_start_matches('/')).into();
+            *program = place.probe.clone().into();
         }
         Ok(Launch {
             command,

@@ -10,7 +10,8 @@ use rustix::process::{Signal, WaitOptions, kill_process, wait};
 use super::super::model::Mark;
 use super::super::processes;
 use super::super::undo::{run_quietly, undo};
-use super::{Instance, Launch, Sign, now, readable};
+use super::watch::Watch;
+use super::{Instance, Launch, Sign, now};
 use crate::machine::Signals;
 
 /// One that is told to end has so long.
@@ -38,6 +39,7 @@ pub enum BatchError {
 pub struct Batch {
     /// In the order of their launch.
     pub instances: Vec<Instance>,
+    watch: Option<Watch>,
 }
 
 /// What ends a comparison early.
@@ -51,7 +53,11 @@ pub struct Ends {
 impl Batch {
     /// Launches one more.
     pub fn launch(&mut self, launch: Launch) -> io::Result<()> {
-        self.instances.push(Instance::launch(launch)?);
+        let watch = match &mut self.watch {
+            Some(watch) => watch,
+            none => none.insert(Watch::new()?),
+        };
+        self.instances.push(Instance::launch(launch, watch)?);
         Ok(())
     }
 
@@ -92,7 +98,6 @@ impl Batch {
         enum What {
             Output,
             Errors,
-            Files,
             Sign(usize),
         }
         let mut whats = Vec::new();
@@ -100,6 +105,9 @@ impl Batch {
             PollFd::new(&ends.signals, PollFlags::IN),
             PollFd::new(&ends.other_half, PollFlags::IN),
         ];
+        let files = self.watch.as_ref();
+        polls.extend(files.map(|watch| PollFd::new(watch, PollFlags::IN)));
+        let first = polls.len();
         for (index, instance) in self.instances.iter().enumerate() {
             let mut add = |fd, what| {
                 polls.push(PollFd::from_borrowed_fd(fd, PollFlags::IN));
@@ -110,9 +118,6 @@ impl Batch {
             }
             if let Some(errors) = &instance.errors {
                 add(errors.as_fd(), What::Errors);
-            }
-            if let Some(inotify) = &instance.inotify {
-                add(inotify.as_fd(), What::Files);
             }
             for (place, sign) in instance.launch.signs.iter().enumerate() {
                 if let Sign::Byte(fd, _) | Sign::Lines(fd) = sign {
@@ -134,9 +139,17 @@ impl Batch {
         if ready.get(1) == Some(&true) {
             return Err(BatchError::Interrupted);
         }
+        if let Some(watch) = &mut self.watch
+            && ready.get(2) == Some(&true)
+        {
+            let appeared = watch.take();
+            for instance in &mut self.instances {
+                instance.take_files(watch, &appeared, at);
+            }
+        }
         for (&(index, what), _) in whats
             .iter()
-            .zip(ready.iter().skip(2))
+            .zip(ready.iter().skip(first))
             .filter(|(_, ready)| **ready)
         {
             let Some(instance) = self.instances.get_mut(index) else {
@@ -145,7 +158,6 @@ impl Batch {
             match what {
                 What::Output => instance.take_output(at),
                 What::Errors => instance.take_errors(),
-                What::Files => instance.take_files(at),
                 What::Sign(place) => {
                     if !instance.take_sign(place, at) {
                         // Nothing more comes of it.
@@ -177,9 +189,7 @@ impl Batch {
                     let code = status.exit_status().or_else(signal);
                     if let Some(instance) = self.instances.iter_mut().find(|it| it.pid == pid) {
                         // What it said before is there.
-                        while instance.output.is_some() && readable(instance.output.as_ref()) {
-                            instance.take_output(at);
-                        }
+                        instance.take_rest(at);
                         instance.status = code;
                         instance.take_mayfly_record();
                     }
@@ -203,13 +213,7 @@ impl Batch {
         }
         let at = now();
         for instance in &mut self.instances {
-            // What is still in the pipe, as nobody writes to it any more.
-            while instance.output.is_some() {
-                instance.take_output(at);
-            }
-            while instance.errors.is_some() {
-                instance.take_errors();
-            }
+            instance.take_rest(at);
             instance.mark(Mark::Gone, at);
         }
         Ok(())
@@ -235,9 +239,9 @@ impl Batch {
     }
 
     fn end_by_force(&mut self) {
-        processes::kill_descendants();
+        processes::kill_descendants(&[]);
         self.instances.iter().for_each(|it| undo(&it.launch.undo));
-        processes::kill_descendants();
+        processes::kill_descendants(&[]);
         self.reap(now());
     }
 
@@ -246,10 +250,7 @@ impl Batch {
         self.end_by_force();
         let at = now();
         for instance in &mut self.instances {
-            while instance.errors.is_some() && readable(instance.errors.as_ref()) {
-                instance.take_errors();
-            }
-            instance.take_output(at);
+            instance.take_rest(at);
         }
         self.instances
     }

@@ -6,24 +6,25 @@
 )]
 
 mod batch;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::inotify;
-use rustix::process::Pid;
+use rustix::io::ioctl_fionread;
+use rustix::process::{Pid, Signal, getpid, getppid};
 use rustix::time::{ClockId, clock_gettime};
 
 pub use self::batch::{Batch, BatchError, Ends};
+use self::watch::Watch;
 use super::model::{Mark, Sample};
+use super::overlay::Overlay;
 use super::undo::undo;
 use crate::helper::{inherit, unblock_signals};
 
@@ -34,6 +35,8 @@ const CHUNK: usize = 16 << 10;
 const ERRORS_MAX: usize = 4 << 10;
 /// A record is shorter than this.
 const RECORD_MAX: usize = 64 << 10;
+/// Of marks that an engine tells, a line is shorter than this.
+const LINE_MAX: usize = 4 << 10;
 const NANOSECONDS: u64 = 1_000_000_000;
 
 /// The clock of all marks: `CLOCK_MONOTONIC`, in nanoseconds.
@@ -57,6 +60,8 @@ pub enum Sign {
     /// A file or folder appears. What its folder lies in exists; the folder itself may
     /// appear, too.
     File(PathBuf, Mark),
+    /// A file that is there is opened.
+    Opened(PathBuf, Mark),
     /// A byte arrives.
     Byte(OwnedFd, Mark),
     /// Lines arrive: a mark's name and its time, if that is not now (`built`, `built 123`);
@@ -85,6 +90,8 @@ pub struct Launch {
     pub own_status: bool,
     /// What removes it, whatever happened to its launcher.
     pub undo: Vec<Vec<OsString>>,
+    /// What the launcher finds mounted.
+    pub overlay: Option<Overlay>,
 }
 
 /// One that was launched.
@@ -96,8 +103,11 @@ pub struct Instance {
     started: u64,
     output: Option<File>,
     errors: Option<File>,
-    inotify: Option<OwnedFd>,
     unread: Vec<u8>,
+    /// The last line that might be mayfly's own record.
+    last: Option<String>,
+    /// The start of a line of marks.
+    line: Vec<u8>,
     complaint: Vec<u8>,
     /// Times of the clock.
     marks: BTreeMap<Mark, u64>,
@@ -113,26 +123,15 @@ pub struct Instance {
 
 impl Instance {
     /// Launches one.
-    fn launch(launch: Launch) -> io::Result<Self> {
+    fn launch(mut launch: Launch, watch: &mut Watch) -> io::Result<Self> {
         let [program, arguments @ ..] = launch.command.as_slice() else {
             return Err(io::Error::other("no command"));
         };
-        let mut inotify = None;
         for sign in &launch.signs {
-            if let Sign::File(path, _) = sign {
-                if inotify.is_none() {
-                    let flags = inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK;
-                    inotify = Some(inotify::init(flags)?);
-                }
-                let watched = inotify.as_ref().is_some_and(|it: &OwnedFd| {
-                    watch(it, path) || path.parent().is_some_and(|parent| watch(it, parent))
-                });
-                if !watched {
-                    return Err(io::Error::other(format!(
-                        "{}: can't be watched",
-                        path.display()
-                    )));
-                }
+            match sign {
+                Sign::File(path, _) => watch.await_path(path)?,
+                Sign::Opened(path, _) => watch.await_opening(path)?,
+                _ => {}
             }
         }
         let (output, their_output) = io::pipe()?;
@@ -145,12 +144,20 @@ impl Instance {
             .stdout(their_output)
             .stderr(their_errors);
         let inherited: Vec<_> = launch.inherited.iter().map(AsRawFd::as_raw_fd).collect();
-        // A terminal's Ctrl-C is for us: who is ended is ended in order.
+        let overlay = launch.overlay.take();
+        let parent = getpid();
+        // A terminal's Ctrl-C is for us: who is ended is ended in order. And if both of our
+        // halves are killed, nobody else ends it.
         // SAFETY: what runs between fork and exec are system calls.
         unsafe {
             command.pre_exec(move || {
                 unblock_signals()?;
                 rustix::process::setsid()?;
+                rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+                if getppid() != Some(parent) {
+                    return Err(io::ErrorKind::BrokenPipe.into());
+                }
+                overlay.as_ref().map_or(Ok(()), Overlay::mount)?;
                 inherited.iter().copied().try_for_each(inherit)
             });
         }
@@ -167,8 +174,9 @@ impl Instance {
             started,
             output: Some(OwnedFd::from(output).into()),
             errors: Some(OwnedFd::from(errors).into()),
-            inotify,
             unread: Vec::new(),
+            last: None,
+            line: Vec::new(),
             complaint: Vec::new(),
             marks: BTreeMap::new(),
             status: None,
@@ -254,6 +262,16 @@ impl Instance {
         }
     }
 
+    /// Takes what has arrived of what it prints.
+    fn take_rest(&mut self, at: u64) {
+        for _ in 0..reads(self.output.as_ref()) {
+            self.take_output(at);
+        }
+        for _ in 0..reads(self.errors.as_ref()) {
+            self.take_errors();
+        }
+    }
+
     fn mark(&mut self, mark: Mark, at: u64) {
         self.marks.entry(mark).or_insert(at);
     }
@@ -274,43 +292,42 @@ impl Instance {
     /// Finds records between whatever else the command prints. A terminal between it and
     /// us may have put a return before the line's end.
     fn take_records(&mut self, at: u64) {
-        loop {
-            let Some(start) = self.unread.iter().position(|&byte| byte == RECORD) else {
-                // Perhaps mayfly's own record.
-                let keep = self.unread.len().saturating_sub(RECORD_MAX);
-                self.unread.drain(..keep);
-                return;
-            };
-            let rest = self.unread.get(start..).unwrap_or(&[]);
-            let Some(end) = rest.iter().position(|&byte| byte == b'\n') else {
-                if rest.len() > RECORD_MAX {
-                    self.unread.clear();
-                }
-                return;
-            };
-            let line = rest.get(1..end).unwrap_or(&[]);
-            let line = String::from_utf8_lossy(line).trim_end().to_owned();
-            self.unread.drain(..=start + end);
-            let words = line
-                .strip_prefix("mayfly ")
-                .and_then(|line| line.strip_prefix(self.launch.nonce.as_str()));
-            match words.map(|words| {
-                words
-                    .trim_start()
-                    .split_once(' ')
-                    .unwrap_or((words.trim(), ""))
-            }) {
-                Some(("started", "")) => self.mark(Mark::Command, at),
-                Some(("ended", status)) => {
-                    self.mark(Mark::Exit, at);
-                    self.command_status = status.parse().ok();
-                }
-                Some(("data", data)) => {
-                    self.data = Some(data.to_owned());
-                    self.command_status = Some(0);
-                }
-                _ => {}
+        let unread = std::mem::take(&mut self.unread);
+        let mut lines = unread.split(|&byte| byte == b'\n');
+        let mut rest = lines.next_back().unwrap_or_default().to_vec();
+        for line in lines {
+            // What the command printed may end in such a byte, too.
+            let start = line.iter().rposition(|&byte| byte == RECORD);
+            let line = line.get(start.map_or(0, |start| start + 1)..);
+            let line = String::from_utf8_lossy(line.unwrap_or_default());
+            let line = line.trim_end();
+            match start.and_then(|_| line.strip_prefix("mayfly ")) {
+                Some(words) => self.take_record(words, at),
+                None if line.starts_with('{') => self.last = Some(line.to_owned()),
+                None => {}
             }
+        }
+        let keep = rest.len().saturating_sub(RECORD_MAX);
+        rest.drain(..keep);
+        self.unread = rest;
+    }
+
+    fn take_record(&mut self, words: &str, at: u64) {
+        let Some(words) = words.strip_prefix(self.launch.nonce.as_str()) else {
+            return;
+        };
+        let words = words.trim_start();
+        match words.split_once(' ').unwrap_or((words, "")) {
+            ("started", "") => self.mark(Mark::Command, at),
+            ("ended", status) => {
+                self.mark(Mark::Exit, at);
+                self.command_status = status.parse().ok();
+            }
+            ("data", data) => {
+                self.data = Some(data.to_owned());
+                self.command_status = Some(0);
+            }
+            _ => {}
         }
     }
 
@@ -343,59 +360,53 @@ impl Instance {
                 false
             }
             Sign::Lines(fd) => {
-                let Ok(len @ 1..) = rustix::io::read(fd, &mut chunk) else {
-                    return false;
-                };
-                let text = String::from_utf8_lossy(chunk.get(..len).unwrap_or(&[])).into_owned();
-                for line in text.lines() {
-                    match line.split_once(' ').unwrap_or((line, "")) {
-                        ("note", text) => self.notes.push(text.to_owned()),
-                        (word, time) => {
-                            let named = |mark: &Mark| {
-                                serde_json::to_value(mark).is_ok_and(|name| name == word)
-                            };
-                            let mark = Mark::ALL.into_iter().find(named);
-                            let time = if time.is_empty() {
-                                Ok(at)
-                            } else {
-                                time.parse()
-                            };
-                            if let (Some(mark), Ok(time)) = (mark, time) {
-                                self.mark(mark, time);
-                            }
-                        }
-                    }
+                let read = rustix::io::read(fd, &mut chunk);
+                let len = read.as_ref().map_or(0, |&len| len);
+                self.line.extend_from_slice(chunk.get(..len).unwrap_or(&[]));
+                if len == 0 && !self.line.is_empty() {
+                    // The last one may lack its end.
+                    self.line.push(b'\n');
                 }
-                true
+                while let Some(end) = self.line.iter().position(|&byte| byte == b'\n') {
+                    let line: Vec<u8> = self.line.drain(..=end).collect();
+                    self.take_line(String::from_utf8_lossy(&line).trim_end(), at);
+                }
+                if self.line.len() > LINE_MAX {
+                    self.line.clear();
+                }
+                len > 0
             }
-            Sign::File(..) | Sign::Record => false,
+            Sign::File(..) | Sign::Opened(..) | Sign::Record => false,
+        }
+    }
+
+    fn take_line(&mut self, line: &str, at: u64) {
+        match line.split_once(' ').unwrap_or((line, "")) {
+            ("note", text) => self.notes.push(text.to_owned()),
+            (word, time) => {
+                let mark = Mark::named(word);
+                let time = match time {
+                    "" => Ok(at),
+                    time => time.parse(),
+                };
+                if let (Some(mark), Ok(time)) = (mark, time) {
+                    self.mark(mark, time);
+                }
+            }
         }
     }
 
     /// Looks which of the awaited files are there.
-    fn take_files(&mut self, at: u64) {
-        let Some(inotify) = &self.inotify else {
-            return;
-        };
-        let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
-        let mut events = inotify::Reader::new(inotify, &mut buffer);
-        let mut names = Vec::new();
-        while let Ok(event) = events.next() {
-            names.extend(event.file_name().map(|name| name.to_bytes().to_vec()));
-            if events.is_buffer_empty() {
-                break;
-            }
-        }
+    fn take_files(&mut self, watch: &mut Watch, appeared: &[PathBuf], at: u64) {
         let mut seen = Vec::new();
         for sign in &self.launch.signs {
-            if let Sign::File(path, mark) = sign {
-                let name = path.file_name().unwrap_or_default().as_bytes();
-                let came = names.iter().any(|other| other == name);
-                // A folder that has appeared since is watched before its file is looked for.
-                let there = || watch(inotify, path) && path.exists();
-                if !self.marks.contains_key(mark) && (came || there()) {
-                    seen.push(*mark);
-                }
+            let (mark, seen_now) = match sign {
+                Sign::File(path, mark) => (mark, watch.is_there(path, appeared)),
+                Sign::Opened(path, mark) => (mark, appeared.contains(path)),
+                _ => continue,
+            };
+            if seen_now && !self.marks.contains_key(mark) {
+                seen.push(*mark);
             }
         }
         for mark in seen {
@@ -410,8 +421,7 @@ impl Instance {
             .signs
             .iter()
             .any(|it| matches!(it, Sign::Record));
-        let text = String::from_utf8_lossy(&self.unread).into_owned();
-        let record = text.lines().rev().find(|line| line.starts_with('{'));
+        let record = self.last.as_deref();
         let record: Option<serde_json::Value> =
             record.and_then(|line| serde_json::from_str(line).ok());
         let Some(record) = record.filter(|_| wanted) else {
@@ -434,15 +444,106 @@ impl Instance {
     }
 }
 
-/// Learns of what appears beside a path; false if its folder is not there.
-fn watch(inotify: &OwnedFd, path: &Path) -> bool {
-    let events = inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO;
-    let folder = path.parent();
-    folder.is_some_and(|folder| inotify::add_watch(inotify, folder, events).is_ok())
+/// How often a pipe has to be read for what it has now; whoever still writes to it may do
+/// so for ever.
+fn reads(file: Option<&File>) -> usize {
+    let held = file.and_then(|file| ioctl_fionread(file).ok()).unwrap_or(0);
+    usize::try_from(held).unwrap_or(0).div_ceil(CHUNK)
 }
 
-fn readable(file: Option<&File>) -> bool {
-    let Some(file) = file else { return false };
-    let mut polls = [PollFd::new(file, PollFlags::IN)];
-    poll(&mut polls, Some(&Timespec::default())).is_ok_and(|count| count > 0)
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    /// One whose launcher ends at once.
+    fn instance(signs: Vec<Sign>) -> Instance {
+        let launch = Launch {
+            command: vec!["true".into()],
+            nonce: "12".into(),
+            signs,
+            ..Launch::default()
+        };
+        Instance::launch(launch, &mut Watch::new().unwrap()).unwrap()
+    }
+
+    fn after(output: &str) -> Instance {
+        let mut instance = instance(vec![Sign::Record]);
+        instance.unread = output.as_bytes().to_vec();
+        instance.take_records(7);
+        instance.take_mayfly_record();
+        instance
+    }
+
+    #[test]
+    fn what_a_command_prints_hides_no_record() {
+        let own = "{\"started_us\": 3, \"timing_us\": {}}\n";
+        for printed in [
+            "",
+            "text\n",
+            "text",
+            "\x1e",
+            "\n\x1e",
+            "\x1emayfly 12 ",
+            "\x1emayfly 34 ended 5\n",
+            "{\n",
+        ] {
+            let all =
+                format!("\x1emayfly 12 started\r\n{printed}\x1emayfly 12 ended 3\r\n\x1e{own}");
+            let instance = after(&all);
+            assert!(
+                instance.has(Mark::Command) && instance.has(Mark::Exit),
+                "{printed:?}"
+            );
+            assert_eq!(instance.command_status, Some(3), "{printed:?}");
+            assert_eq!(instance.at(Mark::Launched), Some(3000), "{printed:?}");
+        }
+        // However much it is, and wherever it is cut.
+        let mut instance = instance(Vec::new());
+        for chunk in [
+            "\x1e".repeat(3 * RECORD_MAX).as_str(),
+            "\x1emayf",
+            "ly 12 ended 4",
+            "\n",
+        ] {
+            instance.unread.extend_from_slice(chunk.as_bytes());
+            instance.take_records(7);
+            assert!(instance.unread.len() <= RECORD_MAX);
+        }
+        assert_eq!(instance.command_status, Some(4));
+    }
+
+    #[test]
+    fn what_comes_for_ever_is_not_read_for_ever() {
+        let mut instance = instance(Vec::new());
+        instance.output = Some(File::open("/dev/zero").unwrap());
+        instance.take_rest(7);
+        let (read, mut write) = io::pipe().unwrap();
+        write.write_all(b"\x1emayfly 12 ended 0\n").unwrap();
+        instance.output = Some(OwnedFd::from(read).into());
+        // Somebody may write yet.
+        instance.take_rest(8);
+        assert_eq!(instance.at(Mark::Exit), Some(8));
+    }
+
+    #[test]
+    fn a_line_may_come_in_pieces() {
+        let (read, mut write) = io::pipe().unwrap();
+        let mut instance = instance(vec![Sign::Lines(read.into())]);
+        for (piece, at) in [
+            ("note a", 1),
+            ("b\nbui", 2),
+            ("lt 12", 3),
+            ("34\nker", 4),
+            ("nel", 5),
+        ] {
+            write.write_all(piece.as_bytes()).unwrap();
+            assert!(instance.take_sign(0, at));
+        }
+        drop(write);
+        assert!(!instance.take_sign(0, 6));
+        assert_eq!(instance.notes, ["ab"]);
+        assert_eq!(instance.at(Mark::Built), Some(1234));
+        assert_eq!(instance.at(Mark::Kernel), Some(6));
+    }
 }

@@ -1,39 +1,54 @@
 //! Every sample as a line, for spreadsheets and programs.
 
 use super::Error;
-use crate::compare::model::{Kind, Mark, Report, Sample};
+use super::units::printable;
+use crate::compare::model::{Figure, Mark, Report, Sample};
 
 /// A line for each sample, in the order in which they were taken; times are nanoseconds.
-/// What an engine does not let be seen is empty.
+/// What an engine does not let be seen is empty. Then a line for each figure of the steady
+/// state, of which only the engine and the last columns are filled.
 pub fn csv(report: &Report) -> Result<String, Error> {
     let mut out = ::csv::WriterBuilder::new()
         .terminator(::csv::Terminator::CRLF)
         .from_writer(Vec::new());
 
     let fixed = ["engine", "kind", "round", "position"].map(str::to_owned);
-    let marks = Mark::ALL.map(|it| format!("{}_at_ns", name(it)));
+    let marks = Mark::ALL.map(|it| format!("{}_at_ns", it.name()));
     let phases = Mark::ALL.map(|it| format!("{}_phase_ns", it.phase()));
-    let last = ["start_ns", "total_ns", "status", "error"].map(str::to_owned);
-    out.write_record(fixed.iter().chain(&marks).chain(&phases).chain(&last))?;
+    let last = [
+        "start_ns", "total_ns", "status", "error", "figure", "value", "unit",
+    ];
+    let last = last.map(str::to_owned);
+    let heads = fixed.iter().chain(&marks).chain(&phases).chain(&last);
+    let columns = heads.clone().count();
+    out.write_record(heads)?;
 
     let mut samples: Vec<_> = (report.engines.iter())
         .flat_map(|engine| engine.samples.iter().map(move |it| (engine, it)))
         .collect();
     samples.sort_by_key(|(_, it)| it.position);
     for (engine, sample) in samples {
-        let kind = match engine.kind {
-            Kind::Process => "process",
-            Kind::Container => "container",
-            Kind::Vm => "vm",
-        };
-        let mut line = vec![engine.name.clone(), kind.to_owned()];
+        let mut line = vec![engine.name.clone(), engine.kind.name().to_owned()];
         line.extend([sample.round, sample.position].map(|it| it.to_string()));
         line.extend(Mark::ALL.map(|it| text(sample.marks_ns.get(&it).copied())));
         line.extend(Mark::ALL.map(|it| text(phase(sample, it))));
         line.extend([sample.start(), sample.total()].map(text));
         line.push(sample.status.map_or_else(String::new, |it| it.to_string()));
-        line.push(sample.error.clone().unwrap_or_default());
+        // What a program complained of may command a terminal.
+        line.push(sample.error.as_deref().map_or_else(String::new, printable));
+        line.resize(columns, String::new());
         out.write_record(&line)?;
+    }
+    for engine in &report.engines {
+        for figure in &engine.steady {
+            let Figure {
+                name, value, unit, ..
+            } = figure;
+            let mut line = vec![engine.name.clone(), engine.kind.name().to_owned()];
+            line.resize(columns - 3, String::new());
+            line.extend([printable(name), value.to_string(), printable(unit)]);
+            out.write_record(&line)?;
+        }
     }
     let written = out
         .into_inner()
@@ -54,26 +69,22 @@ fn phase(sample: &Sample, wanted: Mark) -> Option<u64> {
     found.map(|(_, ns)| ns)
 }
 
-fn name(mark: Mark) -> &'static str {
-    match mark {
-        Mark::Launched => "launched",
-        Mark::Built => "built",
-        Mark::Kernel => "kernel",
-        Mark::Init => "init",
-        Mark::Command => "command",
-        Mark::Exit => "exit",
-        Mark::Gone => "gone",
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::compare::model::Kind;
     use crate::compare::report::testing::{engine, record, report};
 
-    fn rows(text: &str) -> Vec<::csv::StringRecord> {
+    fn lines(text: &str) -> Vec<::csv::StringRecord> {
         let mut reader = ::csv::Reader::from_reader(text.as_bytes());
         reader.records().collect::<Result<_, _>>().unwrap()
+    }
+
+    /// Those of samples.
+    fn rows(text: &str) -> Vec<::csv::StringRecord> {
+        let mut lines = lines(text);
+        lines.retain(|it| it[22].is_empty());
+        lines
     }
 
     #[test]
@@ -107,15 +118,31 @@ mod tests {
     }
 
     #[test]
+    fn a_line_for_each_figure_behind_them() {
+        let record = record();
+        let all = lines(&csv(&record).unwrap());
+        let samples: usize = record.engines.iter().map(|it| it.samples.len()).sum();
+        let figures: usize = record.engines.iter().map(|it| it.steady.len()).sum();
+        assert_eq!(all.len(), samples + figures);
+        let first = &record.engines[0].steady[0];
+        let line: Vec<&str> = all[samples].iter().filter(|it| !it.is_empty()).collect();
+        let value = first.value.to_string();
+        assert_eq!(
+            line,
+            ["process", "process", &first.name, &value, &first.unit]
+        );
+    }
+
+    #[test]
     fn foreign_text_stays_in_its_field() {
         let mut engine = engine("a,\"b\"\r\n=c", Kind::Vm, &[&[(Mark::Gone, 5)]]);
-        engine.samples[0].error = Some("no, \"never\"".to_owned());
+        engine.samples[0].error = Some("no, \"never\"\x1b[2J".to_owned());
         let text = csv(&report(vec![engine])).unwrap();
         assert!(text.contains("\r\n\"a,\"\"b\"\"\r\n=c\",vm,0,0,"), "{text}");
         let rows = rows(&text);
         assert_eq!(
             (&rows[0][0], &rows[0][21]),
-            ("a,\"b\"\r\n=c", "no, \"never\"")
+            ("a,\"b\"\r\n=c", "no, \"never\"\u{fffd}[2J")
         );
     }
 }

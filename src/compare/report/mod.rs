@@ -2,6 +2,7 @@
 
 mod csv;
 mod html;
+mod layout;
 mod table;
 #[cfg(test)]
 mod testing;
@@ -112,8 +113,8 @@ mod tests {
             sound(&html(&report).unwrap());
             json(&report).unwrap();
             let lines = csv(&report).unwrap();
-            let samples: usize = report.engines.iter().map(|it| it.samples.len()).sum();
-            prop_assert_eq!(::csv::Reader::from_reader(lines.as_bytes()).records().count(), samples);
+            let rows: usize = report.engines.iter().map(|it| it.samples.len() + it.steady.len()).sum();
+            prop_assert_eq!(::csv::Reader::from_reader(lines.as_bytes()).records().count(), rows);
 
             let text = table(&report, width, colour);
             let foreign = |it: char| it.is_control() && it != '\n' && !(colour && it == '\x1b');

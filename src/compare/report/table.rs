@@ -1,6 +1,7 @@
 //! What a person reads in a terminal.
 
-use super::units::{self, Scale, columns, mib, printable, shorten, wrap};
+use super::layout::{GAP, Grid, Page, Style, fitting};
+use super::units::{self, Scale, columns, mib, printable, shorten};
 use super::view::{self, bar, further, memory, missing, ranked, ratio};
 use super::words::{headline, method, subject, warnings};
 use crate::compare::model::{EngineReport, Isolation, Load, Mark, Report};
@@ -10,8 +11,8 @@ use crate::compare::statistics::Summary;
 const NARROWEST: usize = 20;
 /// Bars do not become longer, however wide a terminal is.
 const WIDEST_BAR: usize = 100;
-/// Between columns.
-const GAP: usize = 2;
+/// A note may hold all that a program complained of; the record has it whole.
+const NOTE_MAX: usize = 160;
 
 /// The comparison as text of at most `width` columns: the fastest first.
 pub fn table(report: &Report, width: usize, colour: bool) -> String {
@@ -27,8 +28,10 @@ pub fn table(report: &Report, width: usize, colour: bool) -> String {
     }
 
     let engines = ranked(report);
-    page.blank();
-    starts(&mut page, &engines);
+    if view::started(&engines) {
+        page.blank();
+        starts(&mut page, &engines);
+    }
     for grid in [
         loads(&engines),
         memories(&engines),
@@ -41,11 +44,18 @@ pub fn table(report: &Report, width: usize, colour: bool) -> String {
         page.blank();
         page.heading(grid.title);
         page.grid(&grid);
-        if let Some(note) = grid.note {
+        if let Some(note) = &grid.note {
             page.dim_paragraph(note);
         }
     }
 
+    if !engines.is_empty() {
+        page.blank();
+        page.heading("What was compared");
+        for engine in &engines {
+            page.hanging(&printable(&engine.name), &about(engine));
+        }
+    }
     let mut absent = missing(report).peekable();
     if absent.peek().is_some() {
         page.blank();
@@ -54,8 +64,11 @@ pub fn table(report: &Report, width: usize, colour: bool) -> String {
             page.hanging(&printable(&engine.name), &printable(why));
         }
     }
-    page.blank();
-    page.paragraph(&headline(report).join(" "));
+    let headline = headline(report);
+    if !headline.is_empty() {
+        page.blank();
+        page.paragraph(&headline.join(" "));
+    }
     if let Some(by) = &report.host.virtualised {
         page.warn(&format!(
             "this host is itself virtual ({}): absolute times mean little, ratios hold roughly.",
@@ -66,6 +79,16 @@ pub fn table(report: &Report, width: usize, colour: bool) -> String {
         page.warn(&warning);
     }
     page.text
+}
+
+/// What one must know to read an engine's figures.
+fn about(engine: &EngineReport) -> String {
+    let network = Some(&engine.network).filter(|it| !it.is_empty());
+    let network = network.map(|it| format!("network: {it}"));
+    let notes = engine.notes.iter().cloned();
+    let all = engine.version.iter().cloned().chain(network).chain(notes);
+    let all: Vec<String> = all.map(|it| shorten(&printable(&it), NOTE_MAX)).collect();
+    all.join("; ")
 }
 
 /// How each start went, with a bar below.
@@ -295,7 +318,7 @@ fn steady(engines: &[&EngineReport]) -> Grid {
     let row = |engine: &&&EngineReport| {
         let value = |it: &view::Column| {
             it.value(engine)
-                .map_or_else(|| "–".to_owned(), units::digits)
+                .map_or_else(|| it.without(engine).to_owned(), units::digits)
         };
         [printable(&engine.name)]
             .into_iter()
@@ -304,7 +327,7 @@ fn steady(engines: &[&EngineReport]) -> Grid {
     };
     Grid {
         title: "While it runs: MiB/s (more is better), or times (less is)",
-        note: None,
+        note: view::networks(engines),
         heads: ["engine".to_owned()]
             .into_iter()
             .chain(columns.iter().map(head))
@@ -345,7 +368,8 @@ fn isolation(engines: &[&EngineReport]) -> Grid {
         title: "Isolation, seen from inside",
         note: Some(
             "¹ Kinds of system calls of the command that reach the host's kernel. ² Namespaces \
-             of seven that are the host's own. ³ Facts of the host that /proc tells.",
+             of seven that are the host's own. ³ Facts of the host that /proc tells."
+                .to_owned(),
         ),
         heads: [
             "engine",
@@ -361,203 +385,6 @@ fn isolation(engines: &[&EngineReport]) -> Grid {
         .to_vec(),
         rows: engines.iter().filter_map(row).collect(),
     }
-}
-
-/// Rows of cells: names at the left, numbers at the right.
-struct Grid {
-    title: &'static str,
-    note: Option<&'static str>,
-    heads: Vec<String>,
-    rows: Vec<Vec<String>>,
-}
-
-impl Grid {
-    /// How wide each column is. A name may have half of the page.
-    fn widths(&self, page: usize) -> Vec<usize> {
-        let widest = |place: usize| {
-            let cells = self.rows.iter().filter_map(|it| it.get(place));
-            cells
-                .chain(self.heads.get(place))
-                .map(|it| columns(it))
-                .max()
-                .unwrap_or(0)
-        };
-        let limit = |place| {
-            if place == 0 {
-                page / 2
-            } else {
-                page - page / 2 - GAP
-            }
-        };
-        (0..self.heads.len())
-            .map(|it| widest(it).min(limit(it)))
-            .collect()
-    }
-}
-
-/// How many columns fit beside the first one, from `from` on: up to which, and how wide
-/// all are then. One always does.
-fn fitting(widths: &[usize], from: usize, page: usize) -> (usize, usize) {
-    let mut used = widths.first().copied().unwrap_or(0);
-    let mut to = from;
-    for wide in widths.iter().skip(from) {
-        if to > from && used + GAP + wide > page {
-            break;
-        }
-        used += GAP + wide;
-        to += 1;
-    }
-    (to, used)
-}
-
-/// Escapes, or none.
-#[derive(Clone, Copy)]
-struct Style(bool);
-
-impl Style {
-    fn put(self, code: &str, text: &str) -> String {
-        match self.0 {
-            true => format!("\x1b[{code}m{text}\x1b[0m"),
-            false => text.to_owned(),
-        }
-    }
-
-    fn bold(self, text: &str) -> String {
-        self.put("1", text)
-    }
-
-    fn dim(self, text: &str) -> String {
-        self.put("2", text)
-    }
-
-    fn phase(self, mark: Option<Mark>, text: &str) -> String {
-        let code = match mark {
-            Some(Mark::Launched) => "34",
-            Some(Mark::Built) => "36",
-            Some(Mark::Kernel) => "37",
-            Some(Mark::Init) => "33",
-            Some(Mark::Command) => "31",
-            Some(Mark::Exit | Mark::Gone) => "2",
-            None => "35",
-        };
-        self.put(code, text)
-    }
-}
-
-/// Text as it grows.
-struct Page {
-    text: String,
-    width: usize,
-    style: Style,
-}
-
-impl Page {
-    fn line(&mut self, text: &str) {
-        self.text.push_str(text.trim_end());
-        self.text.push('\n');
-    }
-
-    fn blank(&mut self) {
-        self.line("");
-    }
-
-    /// In one line as it is styled, or else in several, plain.
-    fn wrapped(&mut self, indent: &str, styled: &str, plain: &str) {
-        if columns(plain) + indent.len() <= self.width {
-            return self.line(&format!("{indent}{styled}"));
-        }
-        for line in wrap(plain, self.width - indent.len()) {
-            self.line(&format!("{indent}{line}"));
-        }
-    }
-
-    fn paragraph(&mut self, text: &str) {
-        self.wrapped("", text, text);
-    }
-
-    fn dim_paragraph(&mut self, text: &str) {
-        for line in wrap(text, self.width) {
-            self.line(&self.style.dim(&line));
-        }
-    }
-
-    fn heading(&mut self, text: &str) {
-        for line in wrap(text, self.width) {
-            self.line(&self.style.bold(&line));
-        }
-    }
-
-    /// A name, and what is said of it beside it, or below.
-    fn hanging(&mut self, name: &str, text: &str) {
-        self.wrapped(
-            "  ",
-            &format!("{}: {text}", self.style.bold(name)),
-            &format!("{name}: {text}"),
-        );
-    }
-
-    fn warn(&mut self, text: &str) {
-        let plain = format!("warning: {text}");
-        for (place, line) in wrap(&plain, self.width).into_iter().enumerate() {
-            match (place, line.strip_prefix("warning:")) {
-                (0, Some(rest)) => {
-                    self.line(&format!("{}{rest}", self.style.put("1;33", "warning:")))
-                }
-                _ => self.line(&line),
-            }
-        }
-    }
-
-    /// All columns, in several blocks where the page is too narrow for one.
-    fn grid(&mut self, grid: &Grid) {
-        let widths = grid.widths(self.width);
-        let mut from = 1;
-        while from < grid.heads.len() {
-            let (to, _) = fitting(&widths, from, self.width);
-            self.heads(grid, &widths, from..to);
-            for row in &grid.rows {
-                self.row(row, &widths, from..to);
-            }
-            from = to;
-            if from < grid.heads.len() {
-                self.blank();
-            }
-        }
-    }
-
-    fn heads(&mut self, grid: &Grid, widths: &[usize], shown: std::ops::Range<usize>) {
-        let line = cells(&grid.heads, widths, shown, |text| text);
-        self.line(&self.style.dim(line.trim_end()));
-    }
-
-    fn row(&mut self, row: &[String], widths: &[usize], shown: std::ops::Range<usize>) {
-        let style = self.style;
-        let line = cells(row, widths, shown, |name| style.bold(&name));
-        self.line(&line);
-    }
-}
-
-/// A line of cells: the first, and those that are shown.
-fn cells(
-    row: &[String],
-    widths: &[usize],
-    shown: std::ops::Range<usize>,
-    name: impl Fn(String) -> String,
-) -> String {
-    let cell = |place: usize| -> (String, usize) {
-        let wide = widths.get(place).copied().unwrap_or(0);
-        let text = shorten(row.get(place).map_or("", String::as_str), wide);
-        let pad = wide.saturating_sub(columns(&text));
-        (text, pad)
-    };
-    let (first, pad) = cell(0);
-    let mut line = name(first) + &" ".repeat(pad);
-    for place in shown {
-        let (text, pad) = cell(place);
-        line.push_str(&" ".repeat(GAP + pad));
-        line.push_str(&text);
-    }
-    line
 }
 
 #[cfg(test)]
@@ -651,6 +478,18 @@ mod tests {
             .filter(|it| it.starts_with("warning: crun: 2 of 20"))
             .count();
         assert_eq!(warned, 1);
+    }
+
+    #[test]
+    fn what_an_engine_lacks_stands_below_its_figures() {
+        let mut podman = engine("podman", Kind::Container, &[]);
+        podman.version = Some("podman version 4.3.1".to_owned());
+        podman.network = "none".to_owned();
+        podman.notes = vec!["without a network".to_owned(), "x".repeat(1000)];
+        let text = table(&report(vec![podman]), 80, false);
+        let told = "podman: podman version 4.3.1; network: none; without a network;";
+        assert!(text.contains(told), "{text}");
+        assert!(text.matches('x').count() < 200 && text.contains('…'));
     }
 
     #[test]

@@ -1,7 +1,5 @@
 //! Records for tests.
 
-use std::collections::BTreeMap;
-
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -32,21 +30,10 @@ pub fn engine(name: &str, kind: Kind, samples: &[&[(Mark, u64)]]) -> EngineRepor
         error: None,
     };
     let mut engine = EngineReport {
-        name: name.to_owned(),
-        kind,
-        version: None,
-        missing: None,
         command_line: vec![name.to_owned()],
         network: "none".to_owned(),
-        notes: Vec::new(),
         samples: samples.iter().enumerate().map(sample).collect(),
-        phases: BTreeMap::new(),
-        start: None,
-        total: None,
-        memory: Vec::new(),
-        load: None,
-        steady: Vec::new(),
-        isolation: None,
+        ..EngineReport::new(name, kind)
     };
     engine.sum_up();
     engine
@@ -54,7 +41,10 @@ pub fn engine(name: &str, kind: Kind, samples: &[&[(Mark, u64)]]) -> EngineRepor
 
 /// An engine that is not there.
 pub fn absent(name: &str, why: &str) -> EngineReport {
-    EngineReport::absent(name, why.to_owned())
+    EngineReport {
+        missing: Some(why.to_owned()),
+        ..EngineReport::new(name, Kind::Container)
+    }
 }
 
 /// Where any record is drawn from: every number, every text.
@@ -125,15 +115,16 @@ impl Source {
     }
 
     fn engine(&mut self) -> EngineReport {
-        let kinds = [Kind::Process, Kind::Container, Kind::Vm];
         EngineReport {
             name: self.text(),
-            kind: kinds[self.below(3) as usize],
+            kind: Kind::ALL[self.below(4) as usize],
             version: self.maybe(Source::text),
             missing: self.maybe(Source::text).filter(|_| self.below(2) > 0),
             command_line: self.some(Source::text),
+            settings: (self.some(|it| (it.text(), it.text().into())).into_iter()).collect(),
             network: self.text(),
             notes: self.some(Source::text),
+            warmups: self.some(Source::sample),
             samples: self.some(Source::sample),
             phases: self
                 .some(|it| (it.mark(), it.summary()))
@@ -149,6 +140,7 @@ impl Source {
             }),
             load: self.maybe(|it| Load {
                 at_once: it.number() as u32,
+                launched_within_ns: it.number(),
                 starts_ns: it.some(Source::number),
                 start: it.maybe(Source::summary),
                 starts_per_second: it.float(),
@@ -158,6 +150,13 @@ impl Source {
                 name: it.text(),
                 value: it.float(),
                 unit: it.text(),
+                rounds: it.some(Source::float),
+            }),
+            tcp: self.maybe(|it| match it.below(4) {
+                0 => Way::Loopback,
+                1 => Way::Network,
+                2 => Way::None,
+                _ => Way::Lost(it.text()),
             }),
             isolation: self.maybe(|it| Isolation {
                 kernel: it.text(),
@@ -167,6 +166,7 @@ impl Source {
                 devices: it.some(Source::text),
                 capabilities: it.some(Source::text),
                 own_user_namespace: it.below(2) > 0,
+                namespaces: it.some(|it| (it.text(), it.text())).into_iter().collect(),
                 host_namespaces: it.some(Source::text),
                 sees_of_host: it.some(Source::text),
                 seccomp: it.number() as u32,
@@ -192,6 +192,12 @@ impl Source {
                 system: self.text(),
                 virtualised: self.maybe(Source::text),
                 root: self.below(2) > 0,
+                governor: self.maybe(Source::text),
+                turbo: self.maybe(|it| it.below(2) > 0),
+                load_before: self.float(),
+                load_after: self.float(),
+                stolen: self.float(),
+                namespaces: self.some(|it| (it.text(), it.text())).into_iter().collect(),
             },
             workload: Workload {
                 image: self.text(),
@@ -199,6 +205,7 @@ impl Source {
                 command: self.some(Source::text),
                 cpus: self.number() as u32,
                 memory_mib: self.number(),
+                guest: self.some(|it| (it.text(), it.text())).into_iter().collect(),
             },
             engines: self.some(Source::engine),
             order: self.some(|it| it.number() as u32),

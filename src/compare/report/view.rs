@@ -1,6 +1,7 @@
 //! What all forms of a report derive from its record.
 
-use crate::compare::model::{EngineReport, Figure, Kind, Mark, MemoryPoint, Report};
+use super::units::{list, printable};
+use crate::compare::model::{EngineReport, Figure, Kind, Mark, MemoryPoint, Report, Way};
 use crate::compare::statistics::Summary;
 
 /// The engines that were compared: the fastest to the command's first instruction first,
@@ -22,6 +23,15 @@ pub fn fastest(report: &Report, kind: Option<Kind>) -> Option<(&EngineReport, Su
         .into_iter()
         .filter(|it| kind.is_none_or(|kind| it.kind == kind))
         .find_map(|it| Some((it, it.start?)))
+}
+
+/// Whether starts were looked at, or it was something else alone.
+pub fn started(engines: &[&EngineReport]) -> bool {
+    let other = |it: &&EngineReport| {
+        let looked = it.isolation.is_some() || it.load.is_some();
+        looked || !it.memory.is_empty() || !it.steady.is_empty()
+    };
+    engines.iter().any(|it| !it.samples.is_empty()) || !engines.iter().any(other)
 }
 
 /// Those that are not there, and why.
@@ -131,7 +141,8 @@ fn has(kind: Kind, mark: Mark) -> bool {
     match kind {
         Kind::Process => mark >= Mark::Command,
         Kind::Container => !matches!(mark, Mark::Kernel | Mark::Init),
-        Kind::Vm => true,
+        // It may be a VM.
+        Kind::Vm | Kind::Own => true,
     }
 }
 
@@ -159,6 +170,9 @@ pub fn further(points: &[MemoryPoint]) -> Option<f64> {
     Some((last.pss_kib as f64 - first.pss_kib as f64) / f64::from(more))
 }
 
+/// What the names of figures begin with that need a network.
+const TCP: &str = "tcp_";
+
 /// A figure of the steady state, of all engines.
 pub struct Column<'a> {
     /// As the record has it.
@@ -170,11 +184,46 @@ pub struct Column<'a> {
 }
 
 impl Column<'_> {
+    fn figure<'e>(&self, engine: &'e EngineReport) -> Option<&'e Figure> {
+        let same = |it: &&Figure| it.name == self.name && it.unit == self.recorded;
+        engine.steady.iter().find(same)
+    }
+
     /// An engine's.
     pub fn value(&self, engine: &EngineReport) -> Option<f64> {
-        let same = |it: &&Figure| it.name == self.name && it.unit == self.recorded;
-        let found = engine.steady.iter().find(same)?;
-        Some(found.value / self.per_unit)
+        Some(self.figure(engine)?.value / self.per_unit)
+    }
+
+    /// How far an engine's rounds are apart: the least and the greatest.
+    pub fn range(&self, engine: &EngineReport) -> Option<(f64, f64)> {
+        let Figure { value, rounds, .. } = self.figure(engine)?;
+        let all = || rounds.iter().chain([value]).copied();
+        let (least, most) = (all().fold(*value, f64::min), all().fold(*value, f64::max));
+        Some((least / self.per_unit, most / self.per_unit))
+    }
+
+    /// Whether an engine is the best, or its rounds cannot be told from the best one's; and
+    /// whether there is another of which they can.
+    pub fn leads(&self, engine: &EngineReport, engines: &[&EngineReport]) -> bool {
+        let ranges = || {
+            engines
+                .iter()
+                .filter_map(|it| Some((self.value(it)?, self.range(it)?)))
+        };
+        let best = self.best(engines);
+        let Some((_, best)) = ranges().find(|(value, _)| Some(*value) == best) else {
+            return false;
+        };
+        let alike = |one: (f64, f64)| one.0 <= best.1 && best.0 <= one.1;
+        self.range(engine).is_some_and(alike) && !ranges().all(|(_, it)| alike(it))
+    }
+
+    /// What is shown instead: that it has none is a fact, and not the same as unknown.
+    pub fn without(&self, engine: &EngineReport) -> &'static str {
+        match self.name.starts_with(TCP) && engine.tcp == Some(Way::None) {
+            true => "none",
+            false => "–",
+        }
     }
 
     /// The best of these engines'.
@@ -216,14 +265,43 @@ pub fn steady<'a>(engines: &[&'a EngineReport]) -> Vec<Column<'a>> {
     columns
 }
 
+/// By which network each engine's TCP went, in words, if that was looked at.
+pub fn networks(engines: &[&EngineReport]) -> Option<String> {
+    let names = |way: Way| -> Vec<String> {
+        let such = engines.iter().filter(|it| it.tcp.as_ref() == Some(&way));
+        let name = |it: &&EngineReport| match way {
+            Way::Network => format!("{} by {}", printable(&it.name), printable(&it.network)),
+            _ => printable(&it.name),
+        };
+        such.map(name).collect()
+    };
+    let [loopback, network, none] = [Way::Loopback, Way::Network, Way::None].map(names);
+    let mut ways = network;
+    if !loopback.is_empty() {
+        let names = list(&loopback);
+        ways.insert(0, format!("{names} by the host's own loopback"));
+    }
+    let mut says = Vec::new();
+    if !ways.is_empty() {
+        says.push(format!(
+            "TCP went to the host and back: {}.",
+            ways.join("; ")
+        ));
+    }
+    if !none.is_empty() {
+        says.push(format!("No network by default: {}.", list(&none)));
+    }
+    Some(says.join(" ")).filter(|says| !says.is_empty())
+}
+
 /// What people call it, beside its name.
 pub fn kind(engine: &EngineReport) -> &'static str {
     match (engine.kind, engine.name.as_str()) {
-        (Kind::Process, "process") => "the floor",
+        (Kind::Process, _) => "the floor",
         (Kind::Container, "container") => "built in",
-        (Kind::Process, _) => "process",
         (Kind::Container, _) => "container",
         (Kind::Vm, _) => "VM",
+        (Kind::Own, _) => "your own",
     }
 }
 
@@ -237,6 +315,9 @@ pub fn figure_name(name: &str) -> String {
         "root_write" => "root write",
         "volume_read" => "volume read",
         "volume_write" => "volume write",
+        "tcp_send" => "TCP to the host",
+        "tcp_receive" => "TCP from the host",
+        "tcp_round_trip" => "TCP there and back",
         other => other,
     }
     .to_owned()
@@ -263,11 +344,13 @@ mod tests {
             name: name.to_owned(),
             value,
             unit: unit.to_owned(),
+            rounds: Vec::new(),
         };
         let [mut one, mut other] = ["one", "other"].map(|it| engine(it, Kind::Vm, &[]));
         one.steady = vec![
             figure("cpu", 311_716.0, "ns"),
             figure("root_read", 728.0, "MiB/s"),
+            figure("tcp_round_trip", 61_000.0, "ns"),
         ];
         other.steady = vec![
             figure("cpu", 2e6, "ns"),
@@ -275,13 +358,71 @@ mod tests {
         ];
         let engines = [&one, &other];
         let columns = steady(&engines);
-        let [cpu, read] = columns.as_slice() else {
-            panic!("two figures");
+        let [cpu, read, tcp] = columns.as_slice() else {
+            panic!("three figures");
         };
         assert_eq!((cpu.unit, cpu.value(&other)), ("µs", Some(2000.0)));
         assert_eq!(
             (cpu.best(&engines), read.best(&engines)),
             (Some(311.716), Some(901.0))
+        );
+        // What is not there is no number.
+        assert_eq!((tcp.unit, tcp.value(&one)), ("µs", Some(61.0)));
+        assert_eq!((tcp.value(&other), tcp.without(&other)), (None, "–"));
+        let none = EngineReport {
+            tcp: Some(Way::None),
+            ..other.clone()
+        };
+        assert_eq!((tcp.without(&none), read.without(&none)), ("none", "–"));
+    }
+
+    #[test]
+    fn what_rounds_do_not_tell_apart_is_not_the_best_alone() {
+        let with = |value: f64, rounds: [f64; 3]| {
+            let mut it = engine("it", Kind::Vm, &[]);
+            it.steady = vec![Figure {
+                name: "cpu".to_owned(),
+                value,
+                unit: "ns".to_owned(),
+                rounds: rounds.to_vec(),
+            }];
+            it
+        };
+        let best = with(100.0, [100.0, 98.0, 111.0]);
+        let near = with(112.0, [112.0, 110.0, 115.0]);
+        let far = with(120.0, [120.0, 119.0, 121.0]);
+        let engines = [&far, &best, &near];
+        let columns = steady(&engines);
+        let leads = |engines: &[&EngineReport]| -> Vec<bool> {
+            engines
+                .iter()
+                .map(|it| columns[0].leads(it, engines))
+                .collect()
+        };
+        assert_eq!(columns[0].range(&best), Some((98.0, 111.0)));
+        assert_eq!(leads(&engines), [false, true, true]);
+        // Of two that are alike, none is better.
+        assert_eq!(leads(&[&best, &near]), [false, false]);
+        assert_eq!(leads(&[&best, &far]), [true, false]);
+        assert_eq!(leads(&[&best]), [false]);
+    }
+
+    #[test]
+    fn which_way_tcp_went_is_said() {
+        let with = |name: &str, network: &str, tcp| EngineReport {
+            network: network.to_owned(),
+            tcp: Some(tcp),
+            ..engine(name, Kind::Vm, &[])
+        };
+        let process = with("process", "the host's", Way::Loopback);
+        let vm = with("vm", "user network (passt)\x1b", Way::Network);
+        let [one, other] = ["one", "other"].map(|it| with(it, "loopback", Way::None));
+        let lost = with("lost", "its own", Way::Lost("refused".into()));
+        assert_eq!(networks(&[&engine("new", Kind::Vm, &[]), &lost]), None);
+        assert_eq!(
+            networks(&[&process, &one, &vm, &lost, &other]).unwrap(),
+            "TCP went to the host and back: process by the host's own loopback; vm by user \
+             network (passt)\u{fffd}. No network by default: one and other."
         );
     }
 }

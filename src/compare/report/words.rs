@@ -1,7 +1,9 @@
 //! What a comparison's numbers mean, and what they do not, in plain language.
 
 use super::units::{duration, list, mib, printable, times};
-use super::view::{bar, differ, failures, fastest, further, memory, missing, ranked, ratio};
+use super::view::{
+    bar, differ, failures, fastest, further, memory, missing, ranked, ratio, started,
+};
 use crate::compare::model::{EngineReport, Kind, Mark, PageCache, Report};
 use crate::compare::statistics::Summary;
 
@@ -49,9 +51,7 @@ fn counted(count: u32, what: &str) -> String {
 /// What the engines' times say: a sentence each.
 pub fn headline(report: &Report) -> Vec<String> {
     let mut says = Vec::new();
-    let process = fastest(report, Some(Kind::Process));
-    let container = fastest(report, Some(Kind::Container));
-    let vm = fastest(report, Some(Kind::Vm));
+    let [process, container, vm, own] = Kind::ALL.map(|kind| fastest(report, Some(kind)));
 
     let took = |(engine, start): (&EngineReport, Summary)| {
         let what = match engine.kind {
@@ -61,15 +61,17 @@ pub fn headline(report: &Report) -> Vec<String> {
             }
             Kind::Container => format!("in the fastest container ({})", called(engine)),
             Kind::Vm => format!("in the fastest VM ({})", called(engine)),
+            Kind::Own => format!("in {}", called(engine)),
         };
         format!("{} {what}", duration(start.median as f64))
     };
-    let starts: Vec<String> = [process, container, vm]
+    let starts: Vec<String> = [process, container, vm, own]
         .into_iter()
         .flatten()
         .map(took)
         .collect();
     match starts.as_slice() {
+        [] if !started(&ranked(report)) => {}
         [] => says.push("No run counts, so there is nothing to compare.".to_owned()),
         starts => says.push(format!(
             "From its launch to its first instruction, the command took {}.",
@@ -192,21 +194,23 @@ fn alike(ranked: &[&EngineReport]) -> Vec<String> {
 
 /// Whose kernel it is.
 fn isolation(engines: &[&EngineReport]) -> Option<String> {
-    let names = |host| -> Vec<String> {
-        let seen = |it: &&&EngineReport| {
-            it.isolation
-                .as_ref()
-                .is_some_and(|it| it.host_kernel == host)
-        };
-        engines.iter().filter(seen).map(|it| called(it)).collect()
+    let seen = |host| {
+        let all = engines.iter();
+        all.filter(move |it| it.isolation.as_ref().map(|it| it.host_kernel) == Some(host))
     };
+    let names = |host| -> Vec<String> { seen(host).map(|it| called(it)).collect() };
     let (shared, own) = (names(true), names(false));
     let give = if own.len() == 1 { "gives" } else { "give" };
+    // What else has a kernel of its own need not be a VM.
+    let border = match seen(false).all(|it| it.kind == Kind::Vm) {
+        true => ", behind a VM's border",
+        false => "",
+    };
     match (shared.as_slice(), own.as_slice()) {
         ([], _) | (_, []) => None,
         (shared, own) => Some(format!(
             "The command runs on the host's kernel in {}, so that a flaw in that kernel is a way \
-             out; {} {give} it a kernel of its own, behind a VM's border.",
+             out; {} {give} it a kernel of its own{border}.",
             list(shared),
             list(own),
         )),
@@ -279,15 +283,12 @@ pub fn limits(report: &Report) -> Vec<String> {
 pub fn warnings(report: &Report) -> Vec<String> {
     let mut warnings: Vec<String> = report.warnings.iter().map(|it| printable(it)).collect();
     for engine in ranked(report) {
-        let name = printable(&engine.name);
-        let told = warnings
-            .iter()
-            .any(|it| it.starts_with(&format!("{name}: ")) && it.contains("not count"));
-        if let Some((failed, of, why)) = failures(engine).filter(|_| !told) {
-            let why = printable(why);
+        if let Some((failed, of, why)) = failures(engine) {
             let does = does(u32::try_from(failed).unwrap_or(u32::MAX));
             warnings.push(format!(
-                "{name}: {failed} of {of} runs {does} not count: {why}"
+                "{}: {failed} of {of} runs {does} not count: {}",
+                printable(&engine.name),
+                printable(why)
             ));
         }
     }
@@ -334,6 +335,23 @@ mod tests {
         assert!(text.contains("takes 3.0× the time"), "{text}");
     }
 
+    /// What a user's program does is not known: it is neither the floor nor a VM.
+    #[test]
+    fn ones_own_is_called_by_its_name() {
+        let text = says(vec![
+            starts("gvisor", Kind::Own, &[5, 5, 6]),
+            starts("crun", Kind::Container, &[20, 21, 22]),
+        ]);
+        assert!(
+            text.contains("21.0 ms in the fastest container (crun) and 5.00 ms in gvisor."),
+            "{text}"
+        );
+        assert!(
+            !text.contains("bare process") && !text.contains("VM"),
+            "{text}"
+        );
+    }
+
     #[test]
     fn what_lies_within_the_noise_is_not_ranked() {
         let text = says(vec![
@@ -356,6 +374,9 @@ mod tests {
             says(vec![absent("crun", "away")]),
             "No run counts, so there is nothing to compare."
         );
+        let mut weighed = engine("crun", Kind::Container, &[]);
+        weighed.memory = record().engines[1].memory.clone();
+        assert_eq!(says(vec![weighed]), "", "it was not asked for starts");
         let alone = says(vec![starts("crun", Kind::Container, &[20])]);
         assert!(!alone.contains("VM") && !alone.contains("noise"), "{alone}");
     }
@@ -375,13 +396,10 @@ mod tests {
     }
 
     #[test]
-    fn runs_that_do_not_count_are_told_once() {
+    fn runs_that_do_not_count_are_told() {
         let mut crun = starts("crun", Kind::Container, &[20, 21]);
         crun.samples[1].error = Some("busy\u{1b}[2J".to_owned());
-        let mut report = report(vec![crun]);
         let told = ["crun: 1 of 2 runs does not count: busy\u{fffd}[2J"];
-        assert_eq!(warnings(&report), told);
-        report.warnings = vec!["crun: 1 of 2 runs does not count: busy\u{1b}[2J".to_owned()];
-        assert_eq!(warnings(&report), told);
+        assert_eq!(warnings(&report(vec![crun])), told);
     }
 }

@@ -37,25 +37,13 @@ pub fn patterns() -> Markup {
     }
 }
 
-/// The class of what has a phase's colour.
-pub fn class(mark: Mark) -> &'static str {
-    match mark {
-        Mark::Launched => "launched",
-        Mark::Built => "built",
-        Mark::Kernel => "kernel",
-        Mark::Init => "init",
-        Mark::Command => "command",
-        Mark::Exit => "exit",
-        Mark::Gone => "gone",
-    }
-}
-
 /// The class of what has a kind's colour.
 pub fn kind_class(kind: Kind) -> &'static str {
     match kind {
         Kind::Process => "is-process",
         Kind::Container => "is-container",
         Kind::Vm => "is-vm",
+        Kind::Own => "is-own",
     }
 }
 
@@ -103,7 +91,7 @@ pub fn bars(engines: &[&EngineReport], scale: Scale) -> Markup {
         figure.chart aria-label="Phases of each engine" {
             ul.legend aria-label="Phases" {
                 @for mark in marks(engines) {
-                    li { span class={ "swatch " (class(mark)) } {} b { (mark.phase()) } " " (until(mark)) }
+                    li { span class={ "swatch " (mark.name()) } {} b { (mark.phase()) } " " (until(mark)) }
                 }
                 @if engines.iter().flat_map(|it| bar(it)).any(|it| it.together()) {
                     li { span.swatch.together {} b { "several" } " that it does not let be told apart" }
@@ -151,7 +139,7 @@ fn phase(part: &Part, axis: &Axis) -> Markup {
     let class = if part.together() {
         "together"
     } else {
-        class(part.mark)
+        part.mark.name()
     };
     let name = part.name();
     let needed = name.len() as f64 * LETTER + 12.0;

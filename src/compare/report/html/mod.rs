@@ -10,10 +10,10 @@ mod tables;
 use maud::{DOCTYPE, Markup, PreEscaped, html as markup};
 
 use super::Error;
-use super::units::{Scale, duration, printable, shell, times};
+use super::units::{Scale, digits, duration, printable, shell, times};
 use super::view::{self, fastest, missing, ranked, ratio};
 use super::words::{headline, limits, method, more, subject, warnings};
-use crate::compare::model::{EngineReport, Kind, PageCache, Report};
+use crate::compare::model::{EngineReport, Host, Kind, PageCache, Report};
 use crate::run::log::date;
 
 const STYLE: &str = include_str!("../../../../resources/compare/page.css");
@@ -199,8 +199,7 @@ fn notice(report: &Report) -> Markup {
 
 /// The fastest of each kind, in large type.
 fn key_figures(report: &Report) -> Markup {
-    let kinds = [Kind::Process, Kind::Container, Kind::Vm];
-    let found: Vec<_> = kinds
+    let found: Vec<_> = Kind::ALL
         .into_iter()
         .filter_map(|it| fastest(report, Some(it)))
         .collect();
@@ -217,6 +216,7 @@ fn key_figures(report: &Report) -> Markup {
                                 Kind::Process => { " the floor: no isolation" }
                                 Kind::Container => { " the fastest container" }
                                 Kind::Vm => { " the fastest VM" }
+                                Kind::Own => { " your own" }
                             }
                         }
                         dd.figure { (number) span.unit { " " (unit) } }
@@ -288,7 +288,9 @@ fn memory(engines: &[&EngineReport]) -> Markup {
     markup! {
         p.about {
             "Instances that idle, all together. The proportional set size (PSS) counts what is "
-            "shared in parts, so that sums make sense; what a VM's guest and its kernel use is in it."
+            "shared in parts, so that sums make sense; what a VM's guest and its kernel use is in it. "
+            "What the host's own kernel keeps for an instance (a container's namespaces, its network, "
+            "page tables, files in the page cache) is nobody's, and not in it: containers seem smaller by that."
         }
         (memory::chart(engines))
         (tables::memory(engines))
@@ -311,6 +313,25 @@ fn day(report: &Report) -> String {
         (Some((day, _)), Some(time)) => format!("{day}, {time} UTC"),
         _ => date,
     }
+}
+
+fn clock_rate(host: &Host) -> String {
+    let governor = host.governor.as_deref().map_or_else(
+        || "not the host's to decide".to_owned(),
+        |it| format!("by the governor {}", printable(it)),
+    );
+    match host.turbo {
+        Some(true) => format!("{governor}; turbo on"),
+        Some(false) => format!("{governor}; turbo off"),
+        None => governor,
+    }
+}
+
+/// JSON for people, line by line.
+fn pretty(value: &serde_json::Value) -> String {
+    let text = format!("{value:#}");
+    let lines: Vec<String> = text.lines().map(printable).collect();
+    lines.join("\n")
 }
 
 fn how(report: &Report, engines: &[&EngineReport]) -> Markup {
@@ -376,10 +397,29 @@ fn how(report: &Report, engines: &[&EngineReport]) -> Markup {
             ),
         ),
         ("Page cache", page_cache.to_owned()),
+        ("Clock rate", clock_rate(host)),
+        (
+            "Load",
+            format!(
+                "{} before, {} at the end; {} % of CPU time went to other machines",
+                digits(host.load_before),
+                digits(host.load_after),
+                digits(100.0 * host.stolen)
+            ),
+        ),
         ("Begun", day(report)),
     ];
+    let booted = workload.guest.iter();
+    let booted: Vec<String> = booted
+        .map(|(name, digest)| format!("{}: {}", printable(name), printable(digest)))
+        .collect();
     markup! {
-        dl.facts { @for (name, value) in &facts { div { dt { (name) } dd { (value) } } } }
+        dl.facts {
+            @for (name, value) in &facts { div { dt { (name) } dd { (value) } } }
+            @if !booted.is_empty() {
+                div { dt { "VMs boot" } dd { @for it in &booted { (it) " " } } }
+            }
+        }
         h3 { "What was launched" }
         p.about { "Word by word; what stands in braces differs from run to run." }
         @for engine in engines {
@@ -392,6 +432,9 @@ fn how(report: &Report, engines: &[&EngineReport]) -> Markup {
                     }
                 }
                 @if !engine.command_line.is_empty() { pre tabindex="0" { code { (shell(&engine.command_line)) } } }
+                @for (name, held) in &engine.settings {
+                    details { summary { (printable(name)) } pre tabindex="0" { code { (pretty(held)) } } }
+                }
                 @if !engine.network.is_empty() { p { "Network: " (printable(&engine.network)) "." } }
                 @for note in &engine.notes { p { (tables::capital(&printable(note))) } }
             }

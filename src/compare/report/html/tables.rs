@@ -4,7 +4,7 @@ use maud::{Markup, html};
 
 use super::charts;
 use crate::compare::model::{EngineReport, Isolation};
-use crate::compare::report::units::{Scale, digits, mib, printable, times};
+use crate::compare::report::units::{Scale, digits, duration, mib, printable, times};
 use crate::compare::report::view::{self, figure_name, further, marks, memory as points, ratio};
 use crate::compare::statistics::Summary;
 
@@ -150,16 +150,22 @@ pub fn load(engines: &[&EngineReport]) -> Markup {
                 time(|it| it.median),
                 time(|it| it.p95),
                 time(|it| it.max),
+                or_none(
+                    (load.launched_within_ns > 0).then(|| duration(load.launched_within_ns as f64)),
+                ),
                 text(load.failed.to_string()),
             ];
             (printable(&engine.name), cells)
         })
         .collect();
     html! {
-        p.about { "All launched at the same moment, so that they share the host's CPUs: what a busy host sees." }
+        p.about {
+            "Launched one after the other, without waiting for any, so that they share the host's CPUs: "
+            "what a busy host sees. Each start is counted from its own launch."
+        }
         (table(
             &format!("From launch to the command's first instruction when many start at once, in {}", scale.unit),
-            &heads(&["Engine", "At once", "Starts per second", "Median", "p95", "Last", "Failed"]),
+            &heads(&["Engine", "At once", "Starts per second", "Median", "p95", "Last", "Launched within", "Failed"]),
             &rows,
         ))
     }
@@ -211,11 +217,15 @@ pub fn steady(engines: &[&EngineReport]) -> Markup {
     let columns = view::steady(engines);
     let row = |engine: &&&EngineReport| {
         let cell = |column: &view::Column| {
-            let shown = column.value(engine).map(digits);
-            // What looks alike is alike.
-            match shown.is_some() && shown == column.best(engines).map(digits) {
-                true => html! { b { (or_none(shown)) } },
-                false => or_none(shown),
+            let Some(value) = column.value(engine) else {
+                return html! { span.quiet { (column.without(engine)) } };
+            };
+            let value = digits(value);
+            html! {
+                @if column.leads(engine, engines) { b { (value) } } @else { (value) }
+                @if let Some((least, most)) = column.range(engine).filter(|it| it.0 < it.1) {
+                    " " span.quiet { (digits(least)) "–" (digits(most)) }
+                }
             }
         };
         (printable(&engine.name), columns.iter().map(cell).collect())
@@ -236,9 +246,12 @@ pub fn steady(engines: &[&EngineReport]) -> Markup {
     html! {
         p.about {
             "What it costs once it runs, by the same small program in each. Of times, less is better; "
-            "of throughputs (MiB/s), more is. The best of a column is bold."
+            "of throughputs (MiB/s), more is. Beside a median: the least and the greatest of its rounds. "
+            "Bold: the best of a column, and what its rounds do not tell from that; nothing, where all "
+            "are alike. Engine by engine, not in turn: a machine that changes meanwhile is not fair to all."
         }
         (table("Medians of the steady state", &heads, &rows))
+        @if let Some(networks) = view::networks(engines) { p.about { (networks) } }
     }
 }
 
@@ -260,7 +273,7 @@ pub fn isolation(engines: &[&EngineReport]) -> Markup {
         .iter()
         .filter_map(|it| Some((it, it.isolation.as_ref()?)))
         .collect();
-    let facts: [(&str, Show); 10] = [
+    let facts: [(&str, Show); 11] = [
         ("Kernel inside", |it| text(printable(&it.kernel))),
         ("Whose kernel", |it| match it.host_kernel {
             true => html! { span.shared { "the host's" } },
@@ -282,6 +295,18 @@ pub fn isolation(engines: &[&EngineReport]) -> Markup {
         }),
         ("Namespaces shared with the host", |it| {
             plain(&it.host_namespaces)
+        }),
+        ("Its namespaces", |it| {
+            match it
+                .namespaces
+                .values()
+                .cloned()
+                .collect::<Vec<_>>()
+                .as_slice()
+            {
+                [] => or_none(None),
+                ids => names(ids, NONE),
+            }
         }),
         ("What /proc tells of the host", |it| plain(&it.sees_of_host)),
         ("Devices", |it| names(&it.devices, "none")),

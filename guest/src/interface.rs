@@ -1,4 +1,4 @@
-//! The guest's network, without a program to help (Linux' `netdevice(7)`).
+//! The guest's network devices, without a program to help (Linux' `netdevice(7)`).
 
 #![allow(unsafe_code, reason = "ioctls that set the network up")]
 
@@ -7,31 +7,30 @@ use std::mem::size_of_val;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-use mayfly_guest::protocol::Net;
-
 use crate::system::check;
 
-/// The only device, and the first.
-const DEVICE: &str = "eth0";
-
-/// Gives the device its addresses and its gateways.
-pub fn configure(net: &Net) -> Result<(), String> {
+/// Gives a device addresses, with the lengths of their prefixes, and gateways.
+pub fn configure(
+    device: &str,
+    addresses: &[(IpAddr, u8)],
+    gateways: &[IpAddr],
+) -> Result<(), String> {
     // Nobody else has these addresses: they need not be asked for.
-    let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{DEVICE}/accept_dad"), "0");
-    for &(address, prefix) in &net.addresses {
+    let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{device}/accept_dad"), "0");
+    for &(address, prefix) in addresses {
         let added = match address {
-            IpAddr::V4(address) => add_v4(address, prefix),
-            IpAddr::V6(address) => add_v6(address, prefix),
+            IpAddr::V4(address) => add_v4(device, address, prefix),
+            IpAddr::V6(address) => add_v6(device, address, prefix),
         };
-        added.map_err(|error| format!("{DEVICE}: address {address}/{prefix}: {error}"))?;
+        added.map_err(|error| format!("{device}: address {address}/{prefix}: {error}"))?;
     }
-    turn_on(DEVICE).map_err(|error| format!("{DEVICE}: {error}"))?;
-    for &gateway in &net.gateways {
+    turn_on(device).map_err(|error| format!("{device}: {error}"))?;
+    for &gateway in gateways {
         let added = match gateway {
             IpAddr::V4(gateway) => route_v4(gateway),
-            IpAddr::V6(gateway) => route_v6(gateway),
+            IpAddr::V6(gateway) => route_v6(device, gateway),
         };
-        added.map_err(|error| format!("{DEVICE}: gateway {gateway}: {error}"))?;
+        added.map_err(|error| format!("{device}: gateway {gateway}: {error}"))?;
     }
     Ok(())
 }
@@ -91,9 +90,9 @@ fn mask(prefix: u8) -> Ipv4Addr {
     Ipv4Addr::from(!host)
 }
 
-fn add_v4(address: Ipv4Addr, prefix: u8) -> io::Result<()> {
+fn add_v4(device: &str, address: Ipv4Addr, prefix: u8) -> io::Result<()> {
     let socket = socket(libc::AF_INET)?;
-    let mut request = request(DEVICE);
+    let mut request = request(device);
     request.ifr_ifru.ifru_addr = socket_address(address);
     control(&socket, libc::SIOCSIFADDR, &mut request)?;
     request.ifr_ifru.ifru_netmask = socket_address(mask(prefix));
@@ -111,8 +110,8 @@ fn route_v4(gateway: Ipv4Addr) -> io::Result<()> {
     control(&socket, libc::SIOCADDRT, &mut route)
 }
 
-fn index(socket: &OwnedFd) -> io::Result<libc::c_int> {
-    let mut request = request(DEVICE);
+fn index(socket: &OwnedFd, device: &str) -> io::Result<libc::c_int> {
+    let mut request = request(device);
     control(socket, libc::SIOCGIFINDEX, &mut request)?;
     // SAFETY: the call above filled in this member.
     Ok(unsafe { request.ifr_ifru.ifru_ifindex })
@@ -124,7 +123,7 @@ fn in6(address: Ipv6Addr) -> libc::in6_addr {
     }
 }
 
-fn add_v6(address: Ipv6Addr, prefix: u8) -> io::Result<()> {
+fn add_v6(device: &str, address: Ipv6Addr, prefix: u8) -> io::Result<()> {
     /// Linux' `linux/ipv6.h`.
     #[repr(C)]
     struct In6Ifreq {
@@ -136,12 +135,12 @@ fn add_v6(address: Ipv6Addr, prefix: u8) -> io::Result<()> {
     let mut request = In6Ifreq {
         address: in6(address),
         prefix: prefix.into(),
-        index: index(&socket)?,
+        index: index(&socket, device)?,
     };
     control(&socket, libc::SIOCSIFADDR, &mut request)
 }
 
-fn route_v6(gateway: Ipv6Addr) -> io::Result<()> {
+fn route_v6(device: &str, gateway: Ipv6Addr) -> io::Result<()> {
     /// Linux' `linux/ipv6_route.h`; libc's fields are private.
     #[repr(C)]
     struct In6Rtmsg {
@@ -168,7 +167,7 @@ fn route_v6(gateway: Ipv6Addr) -> io::Result<()> {
         metric: 1,
         info: 0,
         flags: u32::from(libc::RTF_UP | libc::RTF_GATEWAY),
-        index: index(&socket)?,
+        index: index(&socket, device)?,
     };
     control(&socket, libc::SIOCADDRT, &mut route)
 }

@@ -1,0 +1,60 @@
+//! What can be seen from inside.
+
+use mayfly_guest::facts::Facts;
+
+use super::{Part, Session, Stop};
+use crate::compare::engines;
+use crate::compare::facts::isolation;
+use crate::compare::model::{EngineReport, Kind};
+use crate::failure::Failure;
+
+impl Session<'_> {
+    /// Looks from inside of each.
+    pub(super) fn look_around(&mut self) -> Result<(), Stop> {
+        let words = vec!["facts".to_owned()];
+        let host = Part {
+            report: EngineReport::new("process", Kind::Process),
+            engine: engines::find("process", &self.place).map_err(Failure::host)?,
+        };
+        self.parts.push(host);
+        let instance = self.one(self.parts.len() - 1, &words, None);
+        self.parts.pop();
+        let facts = match instance {
+            Ok(instance) => {
+                let error = instance
+                    .error()
+                    .unwrap_or_else(|| "nothing was said".into());
+                instance.data.ok_or(error)
+            }
+            Err(Stop::Failed(failure)) => Err(failure.to_string()),
+            Err(stop) => return Err(stop),
+        };
+        match facts {
+            Ok(data) => self.host = serde_json::from_str(&data).ok(),
+            Err(why) => self
+                .report
+                .warnings
+                .push(format!("isolation: the host could not be looked at: {why}")),
+        }
+        if let Some(host) = &self.host {
+            self.report.host.namespaces = host.namespaces.iter().cloned().collect();
+        }
+        for index in 0..self.parts.len() {
+            self.tell(&format!("isolation: {}", self.parts[index].report.name));
+            let instance = self.one(index, &words, None)?;
+            let facts: Option<Facts> = instance
+                .data
+                .as_ref()
+                .and_then(|data| serde_json::from_str(data).ok());
+            let part = &mut self.parts[index].report;
+            match (facts, &self.host) {
+                (Some(facts), Some(host)) => part.isolation = Some(isolation(part, &facts, host)),
+                _ => part.notes.push(match instance.error() {
+                    Some(error) => format!("what it shows of the host could not be seen: {error}"),
+                    None => "what it shows of the host could not be seen".into(),
+                }),
+            }
+        }
+        Ok(())
+    }
+}
