@@ -24,6 +24,8 @@ use crate::machine::Signals;
 const JOURNAL: &str = "undo.json";
 const LOCK: &str = "lock";
 const PREFIX: &str = "mayfly-compare-";
+/// The status of a comparison that was ended by Ctrl-C.
+pub const INTERRUPTED: u8 = 130;
 
 /// A folder for one comparison, which its end removes with all that belongs to it.
 #[derive(Debug)]
@@ -92,7 +94,7 @@ impl Scene {
 
     /// Ends and removes all.
     pub fn clear(&self) {
-        kill_descendants();
+        kill_descendants(&[]);
         clear(&self.folder);
     }
 }
@@ -160,7 +162,7 @@ pub fn divide() -> Result<Result<OwnedFd, u8>, Failure> {
             drop(theirs);
             let status = follow(child);
             // What it left, if it was killed, is ours.
-            kill_descendants();
+            kill_descendants(&[]);
             drop(ours);
             Ok(Err(status))
         }
@@ -176,8 +178,14 @@ fn follow(child: i32) -> u8 {
     let mut asked = false;
     loop {
         if let Ok(Some((_, status))) = waitpid(Some(child), WaitOptions::NOHANG) {
-            let code = status.exit_status();
-            let code = code.or_else(|| status.terminating_signal().map(|signal| 128 + signal));
+            let signal = status.terminating_signal();
+            if asked && signal == Some(libc::SIGTERM) {
+                // It had not begun, and has nothing to show.
+                return INTERRUPTED;
+            }
+            let code = status
+                .exit_status()
+                .or_else(|| signal.map(|signal| 128 + signal));
             return code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1);
         }
         let Ok(signals) = &signals else {

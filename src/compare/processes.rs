@@ -42,11 +42,12 @@ pub fn descendants(of: Pid) -> Vec<Pid> {
     found.into_iter().filter_map(Pid::from_raw).collect()
 }
 
-/// Kills all of ours, until there is none.
-pub fn kill_descendants() {
+/// Kills all of ours but some, until there are no others.
+pub fn kill_descendants(spared: &[Pid]) {
     for _ in 0..ATTEMPTS {
         while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {}
-        let all = descendants(getpid());
+        let mut all = descendants(getpid());
+        all.retain(|pid| !spared.contains(pid));
         if all.is_empty() {
             return;
         }
@@ -57,9 +58,9 @@ pub fn kill_descendants() {
     }
 }
 
-/// What our descendants have in memory, all together; `None` if there is one that may not
-/// be looked at.
-pub fn memory(instances: u32) -> Option<MemoryPoint> {
+/// What our descendants but some have in memory, all together; `None` if there is one that
+/// may not be looked at.
+pub fn memory(instances: u32, without: &[Pid]) -> Option<MemoryPoint> {
     let mut point = MemoryPoint {
         instances,
         private_kib: 0,
@@ -67,6 +68,9 @@ pub fn memory(instances: u32) -> Option<MemoryPoint> {
         pss_kib: 0,
     };
     for pid in descendants(getpid()) {
+        if without.contains(&pid) {
+            continue;
+        }
         let path = format!("/proc/{}/smaps_rollup", pid.as_raw_pid());
         let text = match fs::read_to_string(path) {
             Ok(text) => text,

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mayfly_guest::facts::Facts;
+use rustix::process::Pid;
 
 use super::engines::{self, Engine, Job, Place, VOLUME};
 use super::facts::isolation;
@@ -61,9 +62,16 @@ impl From<Failure> for Stop {
 }
 
 impl<'a> Session<'a> {
-    /// Prepares the image, and finds the engines.
-    pub fn new(options: &'a Options, scene: &'a Scene, ends: Ends) -> Result<Self, Failure> {
+    /// Prepares the image, and finds the engines; then begins.
+    pub fn new(
+        options: &'a Options,
+        scene: &'a Scene,
+        begin: impl FnOnce(Vec<Pid>) -> Result<Ends, Failure>,
+    ) -> Result<Self, Failure> {
         let (place, image) = prepare::prepare(options, scene)?;
+        let (parts, missing) = find(options, scene, &place)?;
+        let residents = parts.iter().flat_map(|part| part.engine.residents());
+        let ends = begin(residents.collect())?;
         let started = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
@@ -91,34 +99,18 @@ impl<'a> Session<'a> {
             order: Vec::new(),
             warnings: Vec::new(),
         };
-        let mut session = Session {
+        Ok(Session {
             options,
             scene,
             ends,
             place,
-            parts: Vec::new(),
-            missing: Vec::new(),
+            parts,
+            missing,
             launched: 0,
             taken: 0,
             report,
             host: None,
-        };
-        let wanted: Vec<&str> = match options.engines.is_empty() {
-            true => engines::NAMES.to_vec(),
-            false => options.engines.iter().map(String::as_str).collect(),
-        };
-        for name in wanted {
-            let found = engines::find(name, &session.place);
-            let name = name.split('=').next().unwrap_or(name);
-            match found {
-                Ok(engine) => session.parts.push(Part {
-                    report: blank(name, engine.as_ref()),
-                    engine,
-                }),
-                Err(why) => session.missing.push(EngineReport::absent(name, why)),
-            }
-        }
-        Ok(session)
+        })
     }
 
     /// Runs it all, and returns what it found, also if it was ended early.
@@ -340,7 +332,7 @@ impl<'a> Session<'a> {
                     }
                     (Ok(()), None) => {}
                 }
-                let Some(point) = processes::memory(wanted) else {
+                let Some(point) = processes::memory(wanted, &self.ends.residents) else {
                     let note = "memory: only root may look at its processes";
                     self.parts[index].report.notes.push(note.into());
                     break;
@@ -398,7 +390,7 @@ impl<'a> Session<'a> {
                 Err(error) => {
                     let note = format!("{at_once} at once: {error}");
                     self.parts[index].report.notes.push(note);
-                    batch.abandon()
+                    batch.abandon(&self.ends)
                 }
             };
             self.clean_up(&instances)?;
@@ -475,7 +467,7 @@ impl<'a> Session<'a> {
                 batch.end(&self.ends);
                 return Err(Stop::Interrupted);
             }
-            Err(BatchError::Late(_)) => batch.abandon(),
+            Err(BatchError::Late(_)) => batch.abandon(&self.ends),
             Err(BatchError::Io(error)) => {
                 return Err(error).or_host("an instance").map_err(Stop::Failed);
             }
@@ -583,6 +575,46 @@ impl<'a> Session<'a> {
             let _ = errors.flush();
         }
     }
+}
+
+/// Finds the engines that are wanted, has each prepare itself, and tells who is missing.
+fn find(
+    options: &Options,
+    scene: &Scene,
+    place: &Place,
+) -> Result<(Vec<Part>, Vec<EngineReport>), Failure> {
+    let wanted: Vec<&str> = match options.engines.is_empty() {
+        true => engines::NAMES.to_vec(),
+        false => options.engines.iter().map(String::as_str).collect(),
+    };
+    let mut parts = Vec::<Part>::new();
+    let mut missing = Vec::new();
+    let mut kept = Vec::new();
+    for name in wanted {
+        let found = engines::find(name, place);
+        let name = name.split('=').next().unwrap_or(name);
+        let prepared = match found {
+            Ok(mut engine) => {
+                let undo = engine.undo();
+                kept.extend(undo.iter().cloned());
+                scene.note(&kept)?;
+                let prepared = engine.prepare(place);
+                if prepared.is_err() {
+                    super::undo::undo(&undo);
+                }
+                prepared.map(|()| engine)
+            }
+            Err(why) => Err(why),
+        };
+        match prepared {
+            Ok(engine) => parts.push(Part {
+                report: blank(name, engine.as_ref()),
+                engine,
+            }),
+            Err(why) => missing.push(EngineReport::absent(name, why)),
+        }
+    }
+    Ok((parts, missing))
 }
 
 fn blank(name: &str, engine: &dyn Engine) -> EngineReport {

@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use rustix::fs::{Mode, OFlags};
@@ -49,27 +49,26 @@ impl Machine {
             program,
             kernel,
             initrd,
-            disk: disk(place)?,
+            disk: place.folder.join("root.squashfs"),
         })
     }
 }
 
-/// The image's files as a read-only file system, made once for all of them, compressed as
+/// Makes of the image's files a read-only file system, once for all of them, compressed as
 /// mayfly's layers are.
-fn disk(place: &Place) -> Result<PathBuf, String> {
-    let disk = place.folder.join("root.squashfs");
+fn make_disk(root: &Path, disk: &Path) -> Result<(), String> {
     if disk.exists() {
-        return Ok(disk);
+        return Ok(());
     }
     let output = Command::new("mksquashfs")
-        .arg(&place.root)
-        .arg(&disk)
+        .arg(root)
+        .arg(disk)
         .args(["-comp", "lz4", "-noappend", "-no-progress", "-quiet"])
         .stdin(Stdio::null())
         .output()
         .map_err(|error| format!("mksquashfs (package squashfs-tools): {error}"))?;
     match output.status.success() {
-        true => Ok(disk),
+        true => Ok(()),
         false => Err(format!(
             "mksquashfs: {}",
             String::from_utf8_lossy(&output.stderr).trim()
@@ -85,6 +84,10 @@ impl Engine for Machine {
             network: "none".into(),
             notes: vec!["mayfly's kernel and init, the image's files on a read-only disk".into()],
         }
+    }
+
+    fn prepare(&mut self, place: &Place) -> Result<(), String> {
+        make_disk(&place.root, &self.disk)
     }
 
     fn has_volumes(&self) -> bool {
