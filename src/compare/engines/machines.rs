@@ -78,11 +78,16 @@ fn make_disk(root: &Path, disk: &Path) -> Result<(), String> {
 
 impl Engine for Machine {
     fn about(&self) -> About {
+        let files = "mayfly's kernel and init, the image's files on a read-only disk";
+        let mut notes = vec![files.to_owned()];
+        if self.kind == Monitor::Firecracker {
+            notes.push("without its jailer".into());
+        }
         About {
             kind: Kind::Vm,
             version: self.version.clone(),
             network: "none".into(),
-            notes: vec!["mayfly's kernel and init, the image's files on a read-only disk".into()],
+            notes,
         }
     }
 
@@ -99,7 +104,7 @@ impl Engine for Machine {
         cmdline.push_str(match self.kind {
             Monitor::Qemu => " console=ttyS0 reboot=t",
             Monitor::Firecracker => " console=ttyS0 reboot=k pci=off",
-            Monitor::CloudHypervisor => " console=hvc0 reboot=t",
+            Monitor::CloudHypervisor => " console=hvc0",
         });
         for variable in &place.env {
             // The kernel gives its init what it does not know itself.
@@ -108,7 +113,12 @@ impl Engine for Machine {
             }
         }
         // The probe is the first process there, and ends the machine.
-        let guest_words = [job.nonce.as_str(), "restart"].into_iter();
+        let end = match self.kind {
+            // Here a machine that restarts does not end.
+            Monitor::CloudHypervisor => "off",
+            Monitor::Qemu | Monitor::Firecracker => "restart",
+        };
+        let guest_words = [job.nonce.as_str(), end].into_iter();
         for word in ["--"]
             .into_iter()
             .chain(guest_words)
@@ -187,8 +197,11 @@ impl Engine for Machine {
                 });
                 let path = job.folder.join("firecracker.json");
                 fs::write(&path, config.to_string()).or_host(path.display())?;
+                // Its log goes where the console does.
                 command.extend(words([
                     "--no-api",
+                    "--level",
+                    "Error",
                     "--id",
                     &job.id,
                     "--config-file",
