@@ -5,12 +5,14 @@
 
 #![allow(unsafe_code, reason = "fork")]
 
-use std::fs::{self, File};
+use std::cell::OnceCell;
+use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::StatVfsMountFlags;
 use rustix::process::{
     Pid, Signal, WaitOptions, geteuid, getpid, kill_process, set_child_subreaper, setpgid, waitpid,
 };
@@ -24,6 +26,8 @@ use crate::machine::Signals;
 const JOURNAL: &str = "undo.json";
 const LOCK: &str = "lock";
 const PREFIX: &str = "mayfly-compare-";
+/// Where files lie that are not to be in memory.
+const DISK: &str = "/var/tmp";
 /// The status of a comparison that was ended by Ctrl-C.
 pub const INTERRUPTED: u8 = 130;
 
@@ -33,6 +37,7 @@ pub struct Scene {
     /// Where it is.
     pub folder: PathBuf,
     _lock: File,
+    disk: OnceCell<File>,
 }
 
 /// What removes an instance: commands.
@@ -41,39 +46,37 @@ pub type Undo = Vec<Vec<std::ffi::OsString>>;
 impl Scene {
     /// Makes one, and removes those of comparisons that were killed.
     pub fn create() -> Result<Self, Failure> {
-        let above = above();
-        for entry in fs::read_dir(&above).into_iter().flatten().flatten() {
-            let named = entry
-                .file_name()
-                .as_encoded_bytes()
-                .starts_with(PREFIX.as_bytes());
-            // Others may write here, too, and what is undone are commands.
-            let own = entry.metadata().is_ok_and(|found| {
-                found.is_dir() && found.uid() == geteuid().as_raw() && found.mode() & 0o022 == 0
-            });
-            if named
-                && own
-                && let Ok(lock) = File::open(entry.path().join(LOCK))
-                && lock.try_lock().is_ok()
-            {
-                clear(&entry.path());
-            }
-        }
-        let what = || above.display().to_string();
+        let mut places = places();
+        places.iter().for_each(|place| sweep(place));
+        sweep(Path::new(DISK));
+        places.retain(|place| may_execute(place));
+        let above = places.first().ok_or_else(|| {
+            Failure::host("there is no folder for temporary files whose programs may run")
+        })?;
         let folder = tempfile::Builder::new()
             .prefix(PREFIX)
-            .tempdir_in(&above)
-            .or_host(what())?
+            .tempdir_in(above)
+            .or_host(above.display())?
             .keep();
-        // It has its name when it is locked.
-        let unnamed = folder.join("lock.new");
-        let lock = File::create(&unnamed).or_host(what())?;
-        lock.lock().or_host(what())?;
-        fs::rename(unnamed, folder.join(LOCK)).or_host(what())?;
         Ok(Scene {
+            _lock: lock(&folder).or_host(folder.display())?,
             folder,
-            _lock: lock,
+            disk: OnceCell::new(),
         })
+    }
+
+    /// A folder on a disk, that is removed with this.
+    pub fn on_disk(&self) -> Result<PathBuf, Failure> {
+        let folder = on_disk(&self.folder);
+        let what = || folder.display().to_string();
+        if !may_execute(Path::new(DISK)) {
+            return Err(Failure::host(format!("{DISK}: its programs may not run")));
+        }
+        let mut builder = DirBuilder::new();
+        builder.mode(0o700).create(&folder).or_host(what())?;
+        let lock = lock(&folder).or_host(what())?;
+        self.disk.get_or_init(|| lock);
+        Ok(folder)
     }
 
     /// Notes what removes the instances that are about to be launched.
@@ -99,14 +102,63 @@ impl Scene {
     }
 }
 
-/// Where such folders lie: in memory, as overlays need a file system that holds them.
-fn above() -> PathBuf {
+/// Where such folders may lie, best first: in memory, as overlays need a file system that
+/// holds them.
+fn places() -> Vec<PathBuf> {
     let run = match geteuid().is_root() {
         true => Some(PathBuf::from("/run")),
         false => std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from),
     };
-    run.filter(|path| path.is_dir())
-        .unwrap_or_else(std::env::temp_dir)
+    let others = ["/dev/shm".into(), std::env::temp_dir()];
+    let places = run.into_iter().chain(others);
+    places.filter(|path| path.is_dir()).collect()
+}
+
+/// Debian mounts `/run` so that nothing there is executed.
+fn may_execute(folder: &Path) -> bool {
+    let found = rustix::fs::statvfs(folder);
+    found.is_ok_and(|it| !it.f_flag.contains(StatVfsMountFlags::NOEXEC))
+}
+
+/// The file system is no other than the host's memory.
+pub fn in_memory(path: &Path) -> bool {
+    const MAGIC: [i64; 2] = [libc::TMPFS_MAGIC, 0x8584_58f6]; // the second is ramfs
+    rustix::fs::statfs(path).is_ok_and(|found| MAGIC.contains(&found.f_type))
+}
+
+/// Locks a folder, which has the lock's name only then.
+fn lock(folder: &Path) -> io::Result<File> {
+    let unnamed = folder.join("lock.new");
+    let lock = File::create(&unnamed)?;
+    lock.lock()?;
+    fs::rename(unnamed, folder.join(LOCK))?;
+    Ok(lock)
+}
+
+/// Others may write beside it, too, and what is undone are commands.
+fn is_own(folder: &Path) -> bool {
+    fs::symlink_metadata(folder).is_ok_and(|found| {
+        found.is_dir() && found.uid() == geteuid().as_raw() && found.mode() & 0o022 == 0
+    })
+}
+
+/// Removes what comparisons left that were killed.
+fn sweep(above: &Path) {
+    for entry in fs::read_dir(above).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        if name.as_encoded_bytes().starts_with(PREFIX.as_bytes())
+            && is_own(&entry.path())
+            && let Ok(lock) = File::open(entry.path().join(LOCK))
+            && lock.try_lock().is_ok()
+        {
+            clear(&entry.path());
+        }
+    }
+}
+
+/// What belongs to a folder, and lies on a disk.
+fn on_disk(folder: &Path) -> PathBuf {
+    Path::new(DISK).join(folder.file_name().unwrap_or_default())
 }
 
 fn clear(folder: &Path) {
@@ -119,6 +171,10 @@ fn clear(folder: &Path) {
     for mount in inside.filter(|mount| Path::new(mount).starts_with(folder)) {
         let flags = rustix::mount::UnmountFlags::DETACH;
         let _ = rustix::mount::unmount(mount, flags);
+    }
+    let disk = on_disk(folder);
+    if is_own(&disk) {
+        remove_folder(&disk);
     }
     remove_folder(folder);
 }

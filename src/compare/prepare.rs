@@ -24,7 +24,12 @@ pub fn obtain(name: &str) -> Result<Image, Failure> {
 /// Gets the image, unpacks it, and puts it where each engine wants it.
 pub fn prepare(options: &Options, scene: &Scene) -> Result<(Place, Image), Failure> {
     let image = obtain(&options.image)?;
-    let root = scene.folder.join("root");
+    // The host can only forget what is on a disk.
+    let files = match options.drop_caches {
+        true => scene.on_disk()?,
+        false => scene.folder.clone(),
+    };
+    let root = files.join("root");
     image.unpack(&root)?;
     for folder in MOUNT_POINTS {
         let path = root.join(folder);
@@ -51,7 +56,7 @@ pub fn prepare(options: &Options, scene: &Scene) -> Result<(Place, Image), Failu
         },
         ..RunConfig::default()
     };
-    let data = scene.folder.join("data");
+    let data = files.join("data");
     let store = Store::open(&data.join("mayfly"))?;
     let name = NAME.parse().or_internal(NAME)?;
     store.import(&root, Some(&name), config.clone(), &Bars::new())?;

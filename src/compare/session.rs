@@ -11,7 +11,7 @@ use rustix::process::Pid;
 
 use super::engines::{self, Engine, Job, Place, VOLUME};
 use super::facts::isolation;
-use super::guard::Scene;
+use super::guard::{self, Scene};
 use super::instance::{Batch, BatchError, Ends, Instance, Launch};
 use super::model::{EngineReport, FORMAT, Figure, Kind, Load, Mark, PageCache, Report, Workload};
 use super::statistics::{Summary, noise};
@@ -75,7 +75,7 @@ impl<'a> Session<'a> {
         let started = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
-        let report = Report {
+        let mut report = Report {
             format: FORMAT,
             mayfly: env!("CARGO_PKG_VERSION").into(),
             started_ms: u64::try_from(started.as_millis()).unwrap_or(0),
@@ -99,6 +99,11 @@ impl<'a> Session<'a> {
             order: Vec::new(),
             warnings: Vec::new(),
         };
+        if options.drop_caches && guard::in_memory(&place.root) {
+            let warning =
+                "--drop-caches: /var/tmp is in memory, and so the image's files stay there";
+            report.warnings.push(warning.into());
+        }
         Ok(Session {
             options,
             scene,

@@ -49,7 +49,7 @@ impl Machine {
             program,
             kernel,
             initrd,
-            disk: place.folder.join("root.squashfs"),
+            disk: place.root.with_extension("squashfs"),
         })
     }
 }
