@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::ValueEnum;
 
-use crate::compare::{self, ENGINES, Measure, Options, Outcome, report};
+use crate::compare::{self, ENGINES, INTERRUPTED, Measure, Options, Outcome, report};
 use crate::config::parse_size;
 use crate::failure::{Failure, OrFail};
 
@@ -27,7 +27,6 @@ measured, and how to read it.";
 const MIB: u32 = 20;
 const WIDTH: usize = 80;
 const WIDTH_MAX: usize = 120;
-const INTERRUPTED: u8 = 130;
 
 /// Flags.
 #[derive(clap::Args)]

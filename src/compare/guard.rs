@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags, StatVfsMountFlags, fstat, openat, statvfs};
+use rustix::fs::{Mode, OFlags, StatVfsMountFlags, fstat, openat, statfs, statvfs};
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{
     Pid, Signal, WaitOptions, geteuid, getpid, kill_process, set_child_subreaper, setpgid, waitpid,
@@ -32,6 +32,8 @@ const LOCK: &str = "lock";
 const DISK: &str = "/var/tmp";
 const MIB: u32 = 20;
 const PREFIX: &str = "mayfly-compare-";
+/// The status of a comparison that was ended by Ctrl-C.
+pub const INTERRUPTED: u8 = 130;
 /// A variable of all that is launched, so that it is found when nobody is left who knows it.
 const MARK: &str = "MAYFLY_COMPARISON";
 
@@ -79,12 +81,8 @@ impl Scene {
         })
     }
 
-    /// A folder that is removed with this, and has room for so many bytes: in memory or, so
-    /// that they do not fill it, on a disk.
-    pub fn folder_for(&self, bytes: u64) -> Result<PathBuf, Failure> {
-        if bytes <= room(&self.folder) {
-            return Ok(self.folder.clone());
-        }
+    /// A folder on a disk that is removed with this, and has room for so many bytes.
+    pub fn disk_for(&self, bytes: u64) -> Result<PathBuf, Failure> {
         let spare = room(Path::new(DISK));
         if bytes > spare {
             return Err(Failure::host(format!(
@@ -94,6 +92,15 @@ impl Scene {
             )));
         }
         self.on_disk()
+    }
+
+    /// A folder that is removed with this, and has room for so many bytes: in memory or, so
+    /// that they do not fill it, on a disk.
+    pub fn folder_for(&self, bytes: u64) -> Result<PathBuf, Failure> {
+        if bytes <= room(&self.folder) {
+            return Ok(self.folder.clone());
+        }
+        self.disk_for(bytes)
     }
 
     fn on_disk(&self) -> Result<PathBuf, Failure> {
@@ -153,6 +160,12 @@ fn places() -> Vec<PathBuf> {
 fn may_execute(folder: &Path) -> bool {
     let found = statvfs(folder);
     found.is_ok_and(|it| !it.f_flag.contains(StatVfsMountFlags::NOEXEC))
+}
+
+/// The file system is no other than the host's memory.
+pub fn in_memory(path: &Path) -> bool {
+    const MAGIC: [i64; 2] = [libc::TMPFS_MAGIC, 0x8584_58f6]; // the second is ramfs
+    statfs(path).is_ok_and(|found| MAGIC.contains(&found.f_type))
 }
 
 /// How many bytes may be put there: half of what is free, as others need some, too.
@@ -283,8 +296,14 @@ fn follow(child: i32) -> u8 {
     let mut asked = false;
     loop {
         if let Ok(Some((_, status))) = waitpid(Some(child), WaitOptions::NOHANG) {
-            let code = status.exit_status();
-            let code = code.or_else(|| status.terminating_signal().map(|signal| 128 + signal));
+            let signal = status.terminating_signal();
+            if asked && signal == Some(libc::SIGTERM) {
+                // It had not begun, and has nothing to show.
+                return INTERRUPTED;
+            }
+            let code = status
+                .exit_status()
+                .or_else(|| signal.map(|signal| 128 + signal));
             return code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1);
         }
         let Ok(signals) = &signals else {

@@ -27,6 +27,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub use self::engines::NAMES as ENGINES;
+pub use self::guard::INTERRUPTED;
 use self::guard::Scene;
 pub use self::prepare::obtain;
 use self::session::Session;
@@ -96,12 +97,16 @@ pub fn compare(options: &Options) -> Result<Outcome, Failure> {
             return Ok(Outcome::Status(status));
         }
     };
-    let ends = instance::Ends {
-        signals: Signals::of_children().or_host("signals")?,
-        other_half,
+    // Until it is prepared a signal ends us at once, and our other half cleans up.
+    let begin = |residents| {
+        instance::hurry();
+        Ok(instance::Ends {
+            signals: Signals::of_children().or_host("signals")?,
+            other_half,
+            residents,
+        })
     };
-    instance::hurry();
-    let session = Session::new(options, &scene, ends);
+    let session = Session::new(options, &scene, begin);
     let report = session.and_then(|mut session| session.run());
     scene.clear();
     report.map(|(report, failure)| Outcome::Report(Box::new(report), failure))

@@ -32,7 +32,12 @@ pub fn obtain(name: &str) -> Result<Image, Failure> {
 /// Gets the image, unpacks it, and puts it where each engine wants it.
 pub fn prepare(options: &Options, scene: &Scene) -> Result<(Place, Image), Failure> {
     let image = obtain(&options.image)?;
-    let files = scene.folder_for(image.size.saturating_mul(COPIES))?;
+    let size = image.size.saturating_mul(COPIES);
+    // The host can only forget what is on a disk.
+    let files = match options.drop_caches {
+        true => scene.disk_for(size)?,
+        false => scene.folder_for(size)?,
+    };
     let root = files.join("root");
     image.unpack(&root)?;
     for folder in MOUNT_POINTS {

@@ -93,9 +93,9 @@ pub fn kill_marked(variable: &str, value: &str) {
     }
 }
 
-/// What our descendants have in memory, all together; `None` if there is one that may not
-/// be looked at.
-pub fn memory(instances: u32) -> Option<MemoryPoint> {
+/// What our descendants but some have in memory, all together; `None` if there is one that
+/// may not be looked at.
+pub fn memory(instances: u32, without: &[Pid]) -> Option<MemoryPoint> {
     let mut point = MemoryPoint {
         instances,
         private_kib: 0,
@@ -103,6 +103,9 @@ pub fn memory(instances: u32) -> Option<MemoryPoint> {
         pss_kib: 0,
     };
     for pid in descendants(getpid()) {
+        if without.contains(&pid) {
+            continue;
+        }
         let path = format!("/proc/{}/smaps_rollup", pid.as_raw_pid());
         let text = match fs::read_to_string(path) {
             Ok(text) => text,

@@ -9,6 +9,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::fs::Access;
+
 use super::Status;
 
 /// What a VM's groups are called, before its keeper's process id.
@@ -356,6 +358,12 @@ fn value_of(text: &str, name: &str) -> Option<u64> {
         Some((key, value)) if key == name => value.trim().parse().ok(),
         _ => None,
     })
+}
+
+/// Whether this process may have groups of version 2 below its own.
+pub fn may_divide() -> bool {
+    let own = Hierarchies::find().unified;
+    own.is_some_and(|(_, folder)| rustix::fs::access(folder, Access::WRITE_OK).is_ok())
 }
 
 /// Where this process is.

@@ -97,7 +97,12 @@ fn until(what: &str, mut condition: impl FnMut() -> bool) {
 /// What a comparison would leave: folders, processes, mounts, control groups.
 fn leftovers() -> Vec<String> {
     let mut found = Vec::new();
-    for folder in ["/run", "/tmp", "/var/tmp", "/dev/shm"] {
+    let temporary = std::env::temp_dir();
+    for folder in ["/run", "/dev/shm", "/var/tmp"]
+        .map(Path::new)
+        .iter()
+        .chain([&temporary.as_path()])
+    {
         for entry in fs::read_dir(folder).unwrap().flatten() {
             if entry.file_name().to_string_lossy().starts_with(PREFIX) {
                 found.push(entry.path().display().to_string());
@@ -177,6 +182,14 @@ fn running(instances: usize) {
         let long = format!("sleep\0{LONG}\0");
         all.filter(|words| words == long.as_bytes()).count() >= instances
     });
+}
+
+/// Which instance a process is of, if its command line says so.
+fn instance(pid: u32) -> Option<u32> {
+    let words = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let words = String::from_utf8_lossy(&words).into_owned();
+    let (_, rest) = words.split_once("/instance-")?;
+    rest.split('/').next()?.parse().ok()
 }
 
 fn engine<'a>(report: &'a Report, name: &str) -> &'a EngineReport {
@@ -715,7 +728,12 @@ fn an_interrupted_comparison_keeps_what_it_has() {
     let flags = ["--runs", "10000", "--measure", "start"];
     let mut comparison = Comparison::of("process,container", &flags);
     let mut child = comparison.start();
-    thread::sleep(Duration::from_secs(3));
+    // One has been tried, and warmed up.
+    until("samples are taken", || {
+        let seconds = children(child.id()).into_iter();
+        let mut launchers = seconds.flat_map(children).filter_map(instance);
+        launchers.any(|number| number > 5)
+    });
     kill(child.id(), libc::SIGINT);
     let status = child.wait().unwrap();
     assert_eq!(status.code(), Some(130));
@@ -782,6 +800,41 @@ fn what_fails_at_the_end_takes_nothing_along() {
     assert_eq!(comparison.command.output().unwrap().status.code(), Some(2));
     assert!(!comparison.file("record.json").exists());
     nothing_is_left();
+}
+
+/// Docker's daemon may be stuck: nobody need wait for it.
+#[test]
+fn ctrl_c_ends_what_prepares() {
+    let folder = tempfile::tempdir().unwrap();
+    let docker = folder.path().join("docker");
+    fs::write(&docker, format!("#!/bin/sh\nexec sleep {LONG}\n")).unwrap();
+    fs::set_permissions(&docker, fs::Permissions::from_mode(0o755)).unwrap();
+    let path = std::env::var("PATH").unwrap();
+    let path = format!("{}:{path}", folder.path().display());
+    let mut comparison = Comparison::of("process,docker", &["--runs", "1"]);
+    comparison.command.env("PATH", path);
+    let mut child = comparison.start();
+    running(1);
+    let asked = Instant::now();
+    kill(child.id(), libc::SIGINT);
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert!(asked.elapsed() < Duration::from_secs(10));
+    nothing_is_left();
+}
+
+/// What lies in memory cannot be forgotten.
+#[test]
+fn files_lie_on_a_disk_if_they_are_to_be_forgotten() {
+    for drop in [false, true] {
+        let flags = ["--runs", "1", "--measure", "start", "--drop-caches"];
+        let flags = &flags[..flags.len() - usize::from(!drop)];
+        let (_, report) = Comparison::of("process,container", flags).run();
+        let container = engine(&report, "container");
+        let program = &container.command_line[0];
+        assert_eq!(program.starts_with("/var/tmp/"), drop, "{program}");
+        assert!(container.start.is_some());
+        nothing_is_left();
+    }
 }
 
 /// Whoever is killed, the other cleans up.

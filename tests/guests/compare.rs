@@ -1,11 +1,15 @@
 //! `mayfly compare` with VMs beside containers: everything that Debian has.
 
 use std::fs;
-use std::process::Command;
+use std::os::unix::fs::{chown, symlink};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use mayfly::compare::model::{EngineReport, Mark, Report, Way};
 
-use crate::common::{mayfly, test_data};
+use crate::common::{kernel, mayfly, test_data};
+use crate::run::{NOBODY, User, eventually, text};
 use crate::user_nets::loopback;
 
 const ENGINES: [&str; 7] = [
@@ -17,6 +21,9 @@ const ENGINES: [&str; 7] = [
     "podman",
     "qemu",
 ];
+
+/// A word that no other process has.
+const LONG: &str = "86429";
 
 fn compare(flags: &[&str]) -> (Report, String) {
     compare_by(Command::new(mayfly()), flags)
@@ -32,9 +39,44 @@ fn compare_by(mut command: Command, flags: &[&str]) -> (Report, String) {
         .env("XDG_DATA_HOME", test_data("share"))
         .output()
         .unwrap();
+    (report(&record, &output), text(&output.stdout))
+}
+
+fn report(record: &Path, output: &Output) -> Report {
     assert!(output.status.success(), "{output:?}");
-    let report = serde_json::from_slice(&fs::read(record).unwrap()).unwrap();
-    (report, String::from_utf8(output.stdout).unwrap())
+    serde_json::from_slice(&fs::read(record).unwrap()).unwrap()
+}
+
+/// Lets the lab load what its kernel needs for bridges and rules of a firewall. Root's
+/// networks are not told apart from another comparison's, and so come one at a time.
+fn networks() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    let guard = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let modules = Path::new("/lib/modules").join(release.trim());
+    if !modules.exists() {
+        fs::create_dir_all("/lib/modules").unwrap();
+        symlink(kernel("generic-6.12", "modules"), &modules).unwrap();
+    }
+    guard
+}
+
+/// What Podman would leave on the host: its network's bridge, rules and addresses, and what
+/// all comparisons would.
+fn leftovers() -> String {
+    let script = "ls -d /run/mayfly-compare-* /var/tmp/mayfly-compare-* /run/netns/* \
+            /run/crun/* /run/libpod /var/lib/cni/networks/mayfly-* /var/lib/cni/results/mayfly-*
+        ls /sys/fs/cgroup | grep -e ^libpod -e ^podman -e ^mayfly-compare
+        ip -br link | grep podman
+        iptables-save | grep -e CNI -e NETAVARK
+        pgrep -af '^slee[p] 86429|^[^ ]*conmo[n] '";
+    let output = Command::new("sh").args(["-c", script]).output().unwrap();
+    text(&output.stdout)
+}
+
+fn nothing_is_left() {
+    // What other tests have goes, too.
+    eventually("nothing is left", || leftovers().is_empty());
 }
 
 fn engine<'a>(report: &'a Report, name: &str) -> &'a EngineReport {
@@ -46,6 +88,7 @@ fn engine<'a>(report: &'a Report, name: &str) -> &'a EngineReport {
 
 #[test]
 fn all_that_debian_has_is_compared() {
+    let _one = networks();
     let engines = ENGINES.join(",");
     let flags = [
         "--engines",
@@ -93,13 +136,10 @@ fn all_that_debian_has_is_compared() {
             .marks_ns
             .contains_key(&Mark::Built)
     );
-    let nothing = fs::read_dir("/run").unwrap().flatten();
-    let left = nothing.filter(|it| {
-        it.file_name()
-            .to_string_lossy()
-            .starts_with("mayfly-compare-")
-    });
-    assert_eq!(left.count(), 0);
+    let podman = engine(&report, "podman");
+    assert_eq!(podman.network, "a bridge as its default one (cni)");
+    assert_eq!(podman.notes, Vec::<String>::new());
+    nothing_is_left();
 }
 
 #[test]
@@ -132,6 +172,7 @@ fn vms_are_weighed_and_loaded() {
 /// On a host whose addresses nobody else sees.
 #[test]
 fn all_are_put_to_work_and_tcp_goes_through_their_networks() {
+    let _one = networks();
     let namespace = loopback("compare");
     let mut command = Command::new("nsenter");
     // Unlike `ip netns exec`, it leaves control groups where they are.
@@ -195,4 +236,91 @@ fn all_are_put_to_work_and_tcp_goes_through_their_networks() {
             );
         }
     }
+}
+
+/// Whoever is killed: what Podman and its network have made is removed, if by the next
+/// comparison.
+#[test]
+fn a_killed_podman_leaves_nothing() {
+    let _one = networks();
+    let flags = [
+        "--engines",
+        "podman",
+        "--measure",
+        "start",
+        "--",
+        "sleep",
+        LONG,
+    ];
+    let mut command = Command::new(mayfly());
+    command.arg("compare").args(flags);
+    command.env("XDG_DATA_HOME", test_data("share"));
+    let mut child = command.stdout(Stdio::null()).spawn().unwrap();
+    eventually("the command runs", || leftovers().contains("sleep"));
+    let left = leftovers();
+    assert!(
+        left.contains("cni-podman") && left.contains("-A CNI-FORWARD"),
+        "{left}"
+    );
+    // Nothing but the next comparison will clean up.
+    let both = format!("kill -9 {} $(pgrep -P {0})", child.id());
+    Command::new("sh").args(["-c", &both]).status().unwrap();
+    child.wait().unwrap();
+    compare(&["--engines", "process", "--runs", "1", "--measure", "start"]);
+    nothing_is_left();
+}
+
+/// Its containers are below a process that stays until the comparison's end.
+#[test]
+fn an_ordinary_users_containers_are_compared() {
+    const ENGINES: [&str; 5] = ["process", "container", "runc", "crun", "podman"];
+    let user = User::plain();
+    let home = user.home.path();
+    // In memory, and not below a folder that only root may enter.
+    let run = tempfile::tempdir_in("/run").unwrap();
+    chown(run.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+    let ids = home.join("ids");
+    fs::write(&ids, format!("{NOBODY}:300000:65536\n")).unwrap();
+    let script = "touch /etc/subuid /etc/subgid
+        mount --bind \"$IDS\" /etc/subuid && mount --bind \"$IDS\" /etc/subgid &&
+        exec setpriv --reuid \"$ID\" --regid \"$ID\" --clear-groups \"$@\"";
+    let record = home.join("record.json");
+    let output = Command::new("unshare")
+        .args(["--mount", "sh", "-c", script, "sh"])
+        .arg(home.join("mayfly"))
+        .args(["compare", "--engines", &ENGINES.join(","), "--runs", "1"])
+        .args(["--warmup", "0", "--measure", "start", "--json"])
+        .arg(&record)
+        .current_dir(home)
+        .env("ID", NOBODY.to_string())
+        .env("IDS", &ids)
+        .env("HOME", home)
+        .env("XDG_DATA_HOME", home.join("share"))
+        .env("XDG_RUNTIME_DIR", run.path())
+        .env("MAYFLY_CACHE", home)
+        .output()
+        .unwrap();
+    let report = report(&record, &output);
+    for name in ENGINES {
+        let engine = engine(&report, name);
+        assert_eq!(engine.samples[0].error, None, "{name}");
+        // The user has no control group.
+        let told = engine.notes.iter().any(|note| {
+            ["cgroup: no limit", "without limits", "without a cgroup"]
+                .iter()
+                .any(|words| note.contains(words))
+        });
+        assert_eq!(told, name != "process", "{name}: {:?}", engine.notes);
+    }
+    let podman = engine(&report, "podman");
+    assert_eq!(podman.network, "its default (slirp4netns)");
+    let left = fs::read_dir(run.path()).unwrap().flatten();
+    let left: Vec<_> = left.map(|entry| entry.file_name()).collect();
+    assert_eq!(left, Vec::<std::ffi::OsString>::new());
+    let config = home.join(".config");
+    assert!(!config.exists(), "{:?}", fs::read_dir(config));
+    let pause = Command::new("pgrep")
+        .args(["-fxa", "podman|catatonit -P"])
+        .output();
+    assert_eq!(text(&pause.unwrap().stdout), "");
 }

@@ -8,7 +8,8 @@
 //! | `NONCE steady`    | `data JSON`: what usual work costs (see `steady.rs`)      |
 //! | `NONCE facts`     | `data JSON`: what there is to see (see `facts.rs`)        |
 //!
-//! With `restart` before the verb it is a machine's first process, and ends the machine.
+//! With `restart` or `off` before the verb it is a machine's first process, and ends the
+//! machine so.
 //!
 //! What it says is a record on standard output that begins with a byte that text does
 //! not have, so that it is found between other output: `\x1emayfly NONCE WORDS\n`.
@@ -20,6 +21,8 @@ mod tcp;
 use std::io::{self, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, ExitCode};
+
+use rustix::system::RebootCommand;
 
 /// Comes before each record (ASCII's record separator).
 const RECORD: char = '\x1e';
@@ -33,9 +36,10 @@ fn main() -> ExitCode {
     let [nonce, words @ ..] = words.as_slice() else {
         return usage();
     };
-    let (restart, words) = match words {
-        [first, rest @ ..] if first == "restart" => (true, rest),
-        _ => (false, words),
+    let (end, words) = match words {
+        [first, rest @ ..] if first == "restart" => (Some(RebootCommand::Restart), rest),
+        [first, rest @ ..] if first == "off" => (Some(RebootCommand::PowerOff), rest),
+        _ => (None, words),
     };
     let [verb, rest @ ..] = words else {
         return usage();
@@ -66,10 +70,10 @@ fn main() -> ExitCode {
         eprintln!("mayfly-probe: {error}");
         STATUS_FAILED
     });
-    if restart {
+    if let Some(end) = end {
         // What was written is to arrive before.
         let _ = rustix::termios::tcdrain(io::stdout());
-        let _ = rustix::system::reboot(rustix::system::RebootCommand::Restart);
+        let _ = rustix::system::reboot(end);
     }
     ExitCode::from(status)
 }

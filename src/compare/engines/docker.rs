@@ -4,10 +4,11 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use super::{About, Engine, Job, Place, VOLUME, first_line, program, words};
+use super::{About, Engine, Job, Place, VOLUME, program, words};
 use crate::compare::instance::{Launch, Sign};
 use crate::compare::model::Mark;
 use crate::compare::peer::Origin;
+use crate::compare::undo::ask;
 use crate::failure::Failure;
 
 pub struct Docker {
@@ -20,10 +21,20 @@ pub struct Docker {
 impl Docker {
     pub fn find(place: &Place) -> Result<Self, String> {
         let program = program("docker")?;
-        let version = first_line(&program, &["version", "--format", "{{.Server.Version}}"]);
-        let version = version.ok_or("the daemon of docker does not answer")?;
+        let mut command = Command::new(&program);
+        let version = ask(command.args(["version", "--format", "{{.Server.Version}}"]))?;
         let name = place.folder.file_name().unwrap_or_default();
-        let image = format!("{}:latest", name.to_string_lossy().to_lowercase());
+        Ok(Docker {
+            program,
+            version: Some(version.trim().to_owned()),
+            image: format!("{}:latest", name.to_string_lossy().to_lowercase()),
+            network: true,
+        })
+    }
+}
+
+impl Engine for Docker {
+    fn prepare(&mut self, place: &Place) -> Result<(), String> {
         let failed = |error: std::io::Error| format!("docker import: {error}");
         let mut tar = Command::new("tar")
             .arg("-C")
@@ -34,24 +45,19 @@ impl Docker {
             .spawn()
             .map_err(failed)?;
         let archive = tar.stdout.take().map_or_else(Stdio::null, Stdio::from);
-        let mut import = Command::new(&program);
-        import.args(["import", "-", &image]).stdin(archive);
+        let mut import = Command::new(&self.program);
+        import.args(["import", "-", &self.image]).stdin(archive);
         let output = import.output().map_err(failed)?;
         tar.wait().map_err(failed)?;
-        if !output.status.success() {
-            let why = String::from_utf8_lossy(&output.stderr);
-            return Err(format!("docker import: {}", why.trim()));
+        match output.status.success() {
+            true => Ok(()),
+            false => {
+                let why = String::from_utf8_lossy(&output.stderr);
+                Err(format!("docker import: {}", why.trim()))
+            }
         }
-        Ok(Docker {
-            program,
-            version: Some(version),
-            image,
-            network: true,
-        })
     }
-}
 
-impl Engine for Docker {
     fn about(&self) -> About {
         let mut notes = vec!["its memory is not counted: its processes are its daemon's".into()];
         if !self.network {

@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use rustix::fs::{Mode, OFlags};
@@ -52,7 +52,7 @@ impl Monitor {
                 "console=ttyS0 reboot=k pci=off 8250.nr_uarts=1 i8042.noaux i8042.nomux \
                  i8042.dumbkbd"
             }
-            Monitor::CloudHypervisor => "console=hvc0 reboot=t 8250.nr_uarts=0",
+            Monitor::CloudHypervisor => "console=hvc0 8250.nr_uarts=0",
         }
     }
 }
@@ -72,28 +72,27 @@ impl Machine {
             program,
             kernel,
             initrd,
-            disk: disk(place)?,
+            disk: place.root.with_extension("squashfs"),
             network: kind == Monitor::Qemu,
         })
     }
 }
 
-/// The image's files as a read-only file system, made once for all of them, compressed as
+/// Makes of the image's files a read-only file system, once for all of them, compressed as
 /// mayfly's layers are.
-fn disk(place: &Place) -> Result<PathBuf, String> {
-    let disk = place.root.with_extension("squashfs");
+fn make_disk(root: &Path, disk: &Path) -> Result<(), String> {
     if disk.exists() {
-        return Ok(disk);
+        return Ok(());
     }
     let output = Command::new("mksquashfs")
-        .arg(&place.root)
-        .arg(&disk)
+        .arg(root)
+        .arg(disk)
         .args(["-comp", "lz4", "-noappend", "-no-progress", "-quiet"])
         .stdin(Stdio::null())
         .output()
         .map_err(|error| format!("mksquashfs (package squashfs-tools): {error}"))?;
     match output.status.success() {
-        true => Ok(disk),
+        true => Ok(()),
         false => Err(format!(
             "mksquashfs: {}",
             String::from_utf8_lossy(&output.stderr).trim()
@@ -108,6 +107,9 @@ impl Engine for Machine {
         if self.kind == Monitor::Qemu && !self.network {
             notes.push("without a network, as it failed with one".into());
         }
+        if self.kind == Monitor::Firecracker {
+            notes.push("without its jailer".into());
+        }
         About {
             version: self.version.clone(),
             network: match self.network {
@@ -120,6 +122,10 @@ impl Engine for Machine {
 
     fn ask_less(&mut self) -> bool {
         std::mem::take(&mut self.network)
+    }
+
+    fn prepare(&mut self, place: &Place) -> Result<(), String> {
+        make_disk(&place.root, &self.disk)
     }
 
     fn has_volumes(&self) -> bool {
@@ -142,7 +148,12 @@ impl Engine for Machine {
             }
         }
         // The probe is the first process there, and ends the machine.
-        let guest_words = [job.nonce.as_str(), "restart"].into_iter();
+        let end = match self.kind {
+            // Here a machine that restarts does not end.
+            Monitor::CloudHypervisor => "off",
+            Monitor::Qemu | Monitor::Firecracker => "restart",
+        };
+        let guest_words = [job.nonce.as_str(), end].into_iter();
         for word in ["--"]
             .into_iter()
             .chain(guest_words)
@@ -229,8 +240,11 @@ impl Engine for Machine {
                 });
                 let path = job.folder.join("firecracker.json");
                 fs::write(&path, config.to_string()).or_host(path.display())?;
+                // Its log goes where the console does.
                 command.extend(words([
                     "--no-api",
+                    "--level",
+                    "Error",
                     "--id",
                     &job.id,
                     "--config-file",

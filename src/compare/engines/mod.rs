@@ -11,11 +11,14 @@ mod process;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
+
+use rustix::process::Pid;
 
 use super::instance::Launch;
 use super::model::Kind;
 use super::peer::Origin;
+use super::undo::ask;
 use crate::failure::Failure;
 
 /// All there are, as `--engines` takes them.
@@ -114,6 +117,11 @@ pub trait Engine {
     /// What is to be known of it.
     fn about(&self) -> About;
 
+    /// Makes what it keeps between instances. What removes that is known before.
+    fn prepare(&mut self, _place: &Place) -> Result<(), String> {
+        Ok(())
+    }
+
     /// How an instance is launched.
     fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Failure>;
 
@@ -135,6 +143,11 @@ pub trait Engine {
     /// Its processes are below ours.
     fn can_be_weighed(&self) -> bool {
         true
+    }
+
+    /// Processes that stay between instances. They are no part of any.
+    fn residents(&self) -> Vec<Pid> {
+        Vec::new()
     }
 
     /// What removes what it keeps between instances.
@@ -171,15 +184,8 @@ fn program(name: &str) -> Result<PathBuf, String> {
 
 /// The first line that a program prints, if it succeeds.
 fn first_line(program: &Path, arguments: &[&str]) -> Option<String> {
-    let output = Command::new(program)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stderr(Stdio::null())
-        .output()
-        .ok()?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let line = text.lines().next().map(|line| line.trim().to_owned());
-    line.filter(|_| output.status.success())
+    let text = ask(Command::new(program).args(arguments)).ok()?;
+    text.lines().next().map(|line| line.trim().to_owned())
 }
 
 /// Removes the control groups of an instance, which a launcher that is killed leaves.

@@ -2,15 +2,18 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
+use rustix::process::geteuid;
 use serde_json::{Value, json};
 
-use super::{About, Engine, Job, Place, VOLUME, first_line, program, remove_groups, words};
+use super::{About, Engine, Job, Place, VOLUME, program, remove_groups, words};
 use crate::compare::instance::{Launch, Sign};
 use crate::compare::model::Mark;
 use crate::compare::overlay::Overlay;
+use crate::compare::undo::ask;
 use crate::failure::{Failure, OrFail};
+use crate::sandbox::may_divide;
 
 pub struct Oci {
     name: &'static str,
@@ -30,24 +33,22 @@ impl Oci {
         let bundle = place.folder.join(name);
         let failed = |what: &str| format!("{name} spec: {what}");
         fs::create_dir_all(&bundle).map_err(|error| failed(&error.to_string()))?;
+        let root = geteuid().is_root();
         let mut command = Command::new(&program);
-        command.arg("spec");
-        let root = rustix::process::geteuid().is_root();
-        if !root {
-            command.arg("--rootless");
-        }
-        command.current_dir(&bundle).stdin(Stdio::null());
-        let output = command
-            .output()
-            .map_err(|error| failed(&error.to_string()))?;
-        let text = fs::read(bundle.join("config.json"))
-            .map_err(|_| failed(String::from_utf8_lossy(&output.stderr).trim()))?;
+        command.arg("spec").args((!root).then_some("--rootless"));
+        // Where it makes a folder, whatever it is asked.
+        let env = ("XDG_RUNTIME_DIR", &bundle);
+        ask(command.current_dir(&bundle).envs([env]))?;
+        let said = ask(Command::new(&program).arg("--version").envs([env])).ok();
+        let text = fs::read(bundle.join("config.json"));
+        let text = text.map_err(|error| failed(&error.to_string()))?;
         Ok(Oci {
             name,
-            version: first_line(&program, &["--version"]),
+            version: said.and_then(|said| said.lines().next().map(str::to_owned)),
             program,
             proposed: serde_json::from_slice(&text).map_err(|error| failed(&error.to_string()))?,
-            limits: true,
+            // Without a group crun ignores them, and says nothing.
+            limits: root || may_divide(),
             // Another user may only mount in a namespace in which runc is not the user.
             overlay: root,
         })

@@ -5,10 +5,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Signal, WaitOptions, kill_process, wait};
+use rustix::process::{Pid, Signal, WaitOptions, getpid, kill_process, wait};
 
 use super::super::model::Mark;
-use super::super::processes;
+use super::super::processes::{descendants, kill_descendants};
 use super::super::undo::{run_quietly, undo};
 use super::watch::Watch;
 use super::{Instance, Launch, Sign, now};
@@ -48,6 +48,20 @@ pub struct Ends {
     pub signals: Signals,
     /// Is closed when our other half is gone.
     pub other_half: OwnedFd,
+    /// Who stays when all instances ended (see `Engine::residents`).
+    pub residents: Vec<Pid>,
+}
+
+impl Ends {
+    /// Nobody else is left.
+    fn only_residents(&self) -> bool {
+        // Most comparisons have none, and `/proc` is slow.
+        let residents = &self.residents;
+        !residents.is_empty()
+            && descendants(getpid())
+                .iter()
+                .all(|it| residents.contains(it))
+    }
 }
 
 impl Batch {
@@ -173,17 +187,17 @@ impl Batch {
                     return Err(BatchError::Interrupted);
                 }
             }
-            self.reap(at);
+            self.reap(ends, at);
         }
         Ok(())
     }
 
     /// Takes the ends of launchers, and of those that they left to us. False if there is
     /// nobody left.
-    fn reap(&mut self, at: u64) -> bool {
+    fn reap(&mut self, ends: &Ends, at: u64) -> bool {
         loop {
             match wait(WaitOptions::NOHANG) {
-                Ok(None) => return true,
+                Ok(None) => return !ends.only_residents(),
                 Ok(Some((pid, status))) => {
                     let signal = || status.terminating_signal().map(|it| SIGNALLED + it);
                     let code = status.exit_status().or_else(signal);
@@ -204,7 +218,7 @@ impl Batch {
     pub fn wait_for_end(&mut self, ends: &Ends, patience: Duration) -> Result<(), BatchError> {
         self.until(ends, patience, Instance::ended)?;
         let deadline = now() + u64::try_from(LINGER.as_nanos()).unwrap_or(u64::MAX / 2);
-        while self.reap(now()) {
+        while self.reap(ends, now()) {
             let left = deadline.saturating_sub(now());
             if left == 0 {
                 return Err(BatchError::Late(LINGER));
@@ -234,20 +248,20 @@ impl Batch {
         self.ask_to_end();
         let orderly = self.wait_for_end(ends, FAREWELL);
         if orderly.is_err() {
-            self.end_by_force();
+            self.end_by_force(ends);
         }
     }
 
-    fn end_by_force(&mut self) {
-        processes::kill_descendants(&[]);
+    fn end_by_force(&mut self, ends: &Ends) {
+        kill_descendants(&ends.residents);
         self.instances.iter().for_each(|it| undo(&it.launch.undo));
-        processes::kill_descendants(&[]);
-        self.reap(now());
+        kill_descendants(&ends.residents);
+        self.reap(ends, now());
     }
 
     /// Ends by force those that did not come to their end, as a failure.
-    pub fn abandon(mut self) -> Vec<Instance> {
-        self.end_by_force();
+    pub fn abandon(mut self, ends: &Ends) -> Vec<Instance> {
+        self.end_by_force(ends);
         let at = now();
         for instance in &mut self.instances {
             instance.take_rest(at);

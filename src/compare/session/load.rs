@@ -42,7 +42,7 @@ impl Session<'_> {
                 Err(error) => {
                     let note = format!("{at_once} at once: {error}");
                     self.parts[index].report.notes.push(note);
-                    batch.abandon()
+                    batch.abandon(&self.ends)
                 }
             };
             self.clean_up(&instances)?;

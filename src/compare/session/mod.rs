@@ -13,10 +13,11 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use mayfly_guest::facts::Facts;
+use rustix::process::Pid;
 use serde_json::Value;
 
 use super::engines::{self, Engine, Job, Place};
-use super::guard::Scene;
+use super::guard::{self, Scene};
 use super::instance::{Batch, BatchError, Ends, Instance, Launch};
 use super::model::{EngineReport, FORMAT, PageCache, Report, Workload};
 use super::removal::remove_folder;
@@ -70,13 +71,20 @@ impl From<Failure> for Stop {
 }
 
 impl<'a> Session<'a> {
-    /// Prepares the image, and finds the engines.
-    pub fn new(options: &'a Options, scene: &'a Scene, ends: Ends) -> Result<Self, Failure> {
+    /// Prepares the image, and finds the engines; then begins.
+    pub fn new(
+        options: &'a Options,
+        scene: &'a Scene,
+        begin: impl FnOnce(Vec<Pid>) -> Result<Ends, Failure>,
+    ) -> Result<Self, Failure> {
         let (place, image) = prepare::prepare(options, scene)?;
+        let (parts, missing) = find(options, scene, &place)?;
+        let residents = parts.iter().flat_map(|part| part.engine.residents());
+        let ends = begin(residents.collect())?;
         let started = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
-        let report = Report {
+        let mut report = Report {
             format: FORMAT,
             mayfly: env!("CARGO_PKG_VERSION").into(),
             started_ms: u64::try_from(started.as_millis()).unwrap_or(0),
@@ -101,42 +109,24 @@ impl<'a> Session<'a> {
             order: Vec::new(),
             warnings: Vec::new(),
         };
-        let mut session = Session {
+        if options.drop_caches && guard::in_memory(&place.root) {
+            let warning =
+                "--drop-caches: /var/tmp is in memory, and so the image's files stay there";
+            report.warnings.push(warning.into());
+        }
+        Ok(Session {
             options,
             scene,
             ends,
             place,
-            parts: Vec::new(),
-            missing: Vec::new(),
+            parts,
+            missing,
             launched: 0,
             taken: 0,
             warmed: 0,
             report,
             host: None,
-        };
-        let wanted: Vec<&str> = match options.engines.is_empty() {
-            true => engines::NAMES.to_vec(),
-            false => options.engines.iter().map(String::as_str).collect(),
-        };
-        for name in wanted {
-            let found = engines::find(name, &session.place);
-            let kind = engines::kind(name);
-            let name = name.split('=').next().unwrap_or(name);
-            match found {
-                Ok(engine) => session.parts.push(Part {
-                    report: EngineReport {
-                        version: engine.about().version,
-                        ..EngineReport::new(name, kind)
-                    },
-                    engine,
-                }),
-                Err(why) => session.missing.push(EngineReport {
-                    missing: Some(why),
-                    ..EngineReport::new(name, kind)
-                }),
-            }
-        }
-        Ok(session)
+        })
     }
 
     /// Runs it all, and returns what it found, also if a failure ended it early.
@@ -324,7 +314,7 @@ impl<'a> Session<'a> {
                 batch.end(&self.ends);
                 return Err(Stop::Interrupted);
             }
-            Err(BatchError::Late(_)) => batch.abandon(),
+            Err(BatchError::Late(_)) => batch.abandon(&self.ends),
             Err(BatchError::Io(error)) => {
                 return Err(error).or_host("an instance").map_err(Stop::Failed);
             }
@@ -444,4 +434,51 @@ fn settings(folder: &Path, general: impl Fn(&str) -> String) -> BTreeMap<String,
         Some((file.file_name().to_string_lossy().into_owned(), value))
     };
     files.filter_map(held).collect()
+}
+
+/// Finds the engines that are wanted, has each prepare itself, and tells who is missing.
+fn find(
+    options: &Options,
+    scene: &Scene,
+    place: &Place,
+) -> Result<(Vec<Part>, Vec<EngineReport>), Failure> {
+    let wanted: Vec<&str> = match options.engines.is_empty() {
+        true => engines::NAMES.to_vec(),
+        false => options.engines.iter().map(String::as_str).collect(),
+    };
+    let mut parts = Vec::<Part>::new();
+    let mut missing = Vec::new();
+    let mut kept = Vec::new();
+    for name in wanted {
+        let found = engines::find(name, place);
+        let kind = engines::kind(name);
+        let name = name.split('=').next().unwrap_or(name);
+        let prepared = match found {
+            Ok(mut engine) => {
+                let undo = engine.undo();
+                kept.extend(undo.iter().cloned());
+                scene.note(&kept)?;
+                let prepared = engine.prepare(place);
+                if prepared.is_err() {
+                    super::undo::undo(&undo);
+                }
+                prepared.map(|()| engine)
+            }
+            Err(why) => Err(why),
+        };
+        match prepared {
+            Ok(engine) => parts.push(Part {
+                report: EngineReport {
+                    version: engine.about().version,
+                    ..EngineReport::new(name, kind)
+                },
+                engine,
+            }),
+            Err(why) => missing.push(EngineReport {
+                missing: Some(why),
+                ..EngineReport::new(name, kind)
+            }),
+        }
+    }
+    Ok((parts, missing))
 }

@@ -67,7 +67,7 @@ impl Session<'_> {
                     }
                     (Ok(()), None) => {}
                 }
-                let Some(point) = processes::memory(wanted) else {
+                let Some(point) = processes::memory(wanted, &self.ends.residents) else {
                     let note = "memory: only root may look at its processes";
                     self.parts[index].report.notes.push(note.into());
                     break;
