@@ -428,8 +428,9 @@ fn settings(folder: &Path, general: impl Fn(&str) -> String) -> BTreeMap<String,
     let files = fs::read_dir(folder).into_iter().flatten().flatten();
     let held = |file: fs::DirEntry| {
         let path = file.path();
-        let json = path.extension().is_some_and(|it| it == "json");
-        let text = fs::read_to_string(&path).ok().filter(|_| json)?;
+        // Others may be pipes, which nobody writes to yet.
+        path.extension().filter(|it| *it == "json")?;
+        let text = fs::read_to_string(&path).ok()?;
         let value = serde_json::from_str(&general(&text)).ok()?;
         Some((file.file_name().to_string_lossy().into_owned(), value))
     };
