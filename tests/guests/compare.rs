@@ -219,7 +219,7 @@ fn all_are_put_to_work_and_tcp_goes_through_their_networks() {
     }
     for words in [
         "tcp send",
-        "mayfly by user network (passt)",
+        "mayfly by user network (passt",
         "qemu by user network (slirp)",
     ] {
         let text = table.replace('\n', " ");
