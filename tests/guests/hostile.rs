@@ -418,12 +418,13 @@ fn stay_on_one_cpu() {
     assert_eq!(result, 0);
 }
 
-/// The CPU time that a process and its descendants have had, in ticks (`proc_pid_stat(5)`).
+/// The CPU time that a process and its descendants have had, in ticks (`proc_pid_stat(5)`);
+/// of those that ended, what their parents waited for.
 fn cpu_time(pid: u32) -> u64 {
     let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
     let stat = read("stat");
     let fields = stat.rsplit_once(") ").map_or("", |(_, fields)| fields);
-    let times = fields.split(' ').skip(11).take(2);
+    let times = fields.split(' ').skip(11).take(4);
     let own: u64 = times.map(|time| time.parse::<u64>().unwrap()).sum();
     let children = read(&format!("task/{pid}/children"));
     let children = children.split_whitespace().map(|pid| pid.parse().unwrap());
@@ -448,6 +449,9 @@ fn a_flood_leaves_others_their_share_of_a_cpu() {
     let before = times();
     thread::sleep(BESIDE);
     let after = times();
+    for running in [&quiet.child, &flood.running.child] {
+        assert!(machine_process(running.id()).is_some(), "a guest ended");
+    }
     let [quiet, flood] = [0, 1].map(|vm: usize| (after[vm] - before[vm]) as f64);
     let share = quiet / (quiet + flood);
     println!(
