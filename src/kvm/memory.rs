@@ -222,6 +222,16 @@ mod tests {
         }
     }
 
+    /// Also where the kernel would not have it so by itself.
+    #[test]
+    fn a_mapping_begins_where_it_should() {
+        for alignment in [1 << 21, 1 << 26, 1 << 30] {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            let start = map_aligned(1 << 20, alignment, libc::PROT_READ, flags, None).unwrap();
+            assert_eq!(start.addr() % alignment, 0, "{alignment:#x}");
+        }
+    }
+
     #[test]
     fn no_dump_has_a_guest_s_memory() {
         let memory = guest_memory(&config(false)).unwrap();
