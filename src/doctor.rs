@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::config;
 use crate::failure::OrFail;
+use crate::kvm::accept::AcceptKvm;
 use crate::kvm::probe::{self, Backend};
 use crate::kvm::vm;
 use crate::net::passt;
@@ -75,12 +76,12 @@ fn bad(name: &'static str, verdict: Verdict, found: impl Into<String>, remedy: &
 }
 
 /// Looks at everything.
-pub fn examine() -> Vec<Check> {
+pub fn examine(accept: AcceptKvm) -> Vec<Check> {
     let mut checks = Vec::new();
     match vm::open() {
         Ok(kvm) => {
             checks.push(ok("/dev/kvm", "present and permitted"));
-            checks.push(backend(&kvm));
+            checks.push(backend(&kvm, accept));
         }
         Err(error) => {
             let found = Err::<(), _>(error)
@@ -102,7 +103,7 @@ pub fn examine() -> Vec<Check> {
     checks
 }
 
-fn backend(kvm: &Kvm) -> Check {
+fn backend(kvm: &Kvm, accept: AcceptKvm) -> Check {
     const NAME: &str = "KVM backend";
     let flag = match probe::cpu_flag() {
         Some(flag) => format!("the CPU has {flag}"),
@@ -110,6 +111,15 @@ fn backend(kvm: &Kvm) -> Check {
     };
     match probe::measure(kvm) {
         Backend::Hardware => ok(NAME, format!("runs guest code on the CPU ({flag})")),
+        Backend::Emulated(time) if accept.accept_kvm => bad(
+            NAME,
+            Verdict::Missing,
+            format!(
+                "emulates guest code that does not know of it ({} ms for 0.1 ms; {flag}), and is accepted",
+                time.as_millis()
+            ),
+            "only kernels that this KVM runs natively will boot, as --accept-kvm is given",
+        ),
         Backend::Emulated(time) if probe::cpu_flag().is_none() => bad(
             NAME,
             Verdict::Fatal,

@@ -12,6 +12,7 @@ use clap::ValueEnum;
 use crate::compare::{self, ENGINES, INTERRUPTED, Measure, Options, Outcome, report};
 use crate::config::parse_size;
 use crate::failure::{Failure, OrFail};
+use crate::kvm::accept::AcceptKvm;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -70,6 +71,8 @@ pub struct Args {
     /// How long one instance may take, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     patience: u64,
+    #[command(flatten)]
+    accept_kvm: AcceptKvm,
     /// Only see to it that the image is there
     #[arg(long, hide = true)]
     only_obtain: bool,
@@ -118,6 +121,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         seed: args.seed.unwrap_or(u64::from(time.subsec_nanos())),
         drop_caches: args.drop_caches,
         patience: Duration::from_secs(args.patience),
+        accept_kvm: args.accept_kvm,
     };
     let (report, failure) = match compare::compare(&options)? {
         Outcome::Status(status) => return Ok(ExitCode::from(status)),

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use crate::doctor::{self, Verdict};
 use crate::failure::{Class, Failure, OrFail};
+use crate::kvm::accept::AcceptKvm;
 use crate::machine;
 
 const EXAMPLES: &str = "\
@@ -21,14 +22,16 @@ pub struct Args {
     /// Only tell, by the exit code, whether VMs can run here; if not, why
     #[arg(long, conflicts_with = "json")]
     can_boot: bool,
+    #[command(flatten)]
+    accept_kvm: AcceptKvm,
 }
 
 /// Examines the host. The exit code is 0 if VMs can run, else 3.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
     if args.can_boot {
-        return machine::open_kvm().map(|_| ExitCode::SUCCESS);
+        return machine::open_kvm(args.accept_kvm).map(|_| ExitCode::SUCCESS);
     }
-    let checks = doctor::examine();
+    let checks = doctor::examine(args.accept_kvm);
     if args.json {
         super::print(&serde_json::to_string(&checks).or_internal("--json")?)?;
     } else {

@@ -32,6 +32,7 @@ use self::guard::Scene;
 pub use self::prepare::obtain;
 use self::session::Session;
 use crate::failure::{Failure, OrFail};
+use crate::kvm::accept::AcceptKvm;
 use crate::machine::Signals;
 
 /// What is looked at.
@@ -76,6 +77,8 @@ pub struct Options {
     pub drop_caches: bool,
     /// How long an instance may take.
     pub patience: Duration,
+    /// Whether VMs use a KVM that seems to emulate.
+    pub accept_kvm: AcceptKvm,
 }
 
 /// What a process is to do with a comparison.

@@ -88,6 +88,7 @@ pub fn prepare(options: &Options, scene: &Scene) -> Result<(Place, Image), Failu
         cpus: options.cpus,
         memory_mib: options.memory_mib,
         guest: guest.map(|((kernel, _), initrd)| (kernel, initrd)),
+        accept_kvm: options.accept_kvm,
     };
     Ok((place, image))
 }

@@ -41,6 +41,7 @@ pub use self::watchdog::WatchdogAction;
 use self::guest::GuestFiles;
 use crate::control::{NAME_MAX, valid_name};
 use crate::failure::{Failure, OrFail};
+use crate::kvm::accept::AcceptKvm;
 use crate::logging::LogConfig;
 use crate::net::user::UserNet;
 use crate::sandbox::Mode;
@@ -104,6 +105,8 @@ pub struct MachineConfig {
     pub ignores_signals: bool,
     /// How its process is surrounded.
     pub sandbox: Mode,
+    /// Whether a KVM that seems to emulate is used.
+    pub accept_kvm: AcceptKvm,
 }
 
 impl MachineConfig {
@@ -240,6 +243,7 @@ impl RawConfig {
             pidfile: self.pidfile,
             layers: self.layers,
             ignores_signals: self.ignores_signals,
+            accept_kvm: self.accept_kvm,
         })
     }
 }

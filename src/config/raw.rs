@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::keys::escape;
 use crate::failure::{Failure, OrFail};
+use crate::kvm::accept::AcceptKvm;
 use crate::sandbox::Mode;
 
 /// The raw flags. A file of `--config` has the same names: `cpus = 2`,
@@ -100,6 +101,10 @@ pub struct RawConfig {
     /// no VM (require), or nothing (off) [default: on]
     #[arg(long, value_name = "on|require|off")]
     pub sandbox: Option<Mode>,
+    /// Use a KVM that seems to emulate.
+    #[command(flatten)]
+    #[serde(skip)]
+    pub accept_kvm: AcceptKvm,
     /// The file systems of an image's layers, on one disk before the others
     #[arg(skip)]
     #[serde(skip)]
@@ -178,6 +183,7 @@ impl RawConfig {
             sandbox: self.sandbox.or(file.sandbox),
             log: self.log.or(file.log),
             pidfile: self.pidfile.or(file.pidfile),
+            accept_kvm: self.accept_kvm,
             layers: self.layers,
             ignores_signals: self.ignores_signals,
         }

@@ -1,5 +1,6 @@
 //! The only users of KVM's ioctls.
 
+pub mod accept;
 pub mod cpuid;
 pub mod gate;
 pub mod memory;

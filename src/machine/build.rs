@@ -20,6 +20,7 @@ use super::resources::Resources;
 use crate::config::MachineConfig;
 use crate::console::Connection;
 use crate::failure::{Failure, OrFail};
+use crate::kvm::accept::AcceptKvm;
 use crate::kvm::gate::Gate;
 use crate::kvm::memory::{GuestMemory, exclude_from_dumps, guest_memory, prefault};
 use crate::kvm::probe::{self, Backend};
@@ -161,16 +162,17 @@ fn memory_flag(config: &MachineConfig) -> String {
     format!("--memory {}M", config.memory.size >> 20)
 }
 
-/// Opens a KVM that can run Linux.
-pub fn open_kvm() -> Result<Kvm, Failure> {
+/// Opens a KVM that can run Linux, as far as a probe can tell, or as the user says.
+pub fn open_kvm(accept: AcceptKvm) -> Result<Kvm, Failure> {
     let kvm = vm::open().map_err(|error| Failure::host(error.to_string()))?;
-    if probe::cpu_flag().is_none()
+    if !accept.accept_kvm
+        && probe::cpu_flag().is_none()
         && let Backend::Emulated(time) = probe::measure(&kvm)
     {
         return Err(Failure::host(format!(
             "this host's /dev/kvm emulates guest code ({} ms for what a CPU does in 0.1 ms) and \
              cannot run Linux; use a host with VT-x or AMD-V, or scripts/mayfly, which has a \
-             software lab",
+             software lab; --accept-kvm boots all the same",
             time.as_millis()
         )));
     }

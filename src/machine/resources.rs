@@ -101,7 +101,7 @@ impl Resources {
             None => None,
         };
         let random = File::open(RANDOM).or_host(RANDOM)?;
-        let kvm = open_kvm()?;
+        let kvm = open_kvm(config.accept_kvm)?;
         // Last, as these are processes.
         let folders = config.folders.iter().map(virtiofsd::start);
         let folders: Vec<_> = folders.collect::<Result<_, _>>()?;

@@ -167,6 +167,7 @@ fn run_here(
         layers: image.layers.clone(),
         ignores_signals: true,
         sandbox: options.sandbox,
+        accept_kvm: options.accept_kvm,
         ..RawConfig::default()
     };
     (raw.kernel, raw.initrd) = guest_files(options)?;

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use crate::kvm::accept::AcceptKvm;
 use crate::sandbox;
 
 /// The flags, in the user's words.
@@ -81,6 +82,9 @@ pub struct Options {
     /// no VM (require), or nothing (off) [default: on]
     #[arg(long, value_name = "on|require|off")]
     pub sandbox: Option<sandbox::Mode>,
+    /// Use a KVM that seems to emulate.
+    #[command(flatten)]
+    pub accept_kvm: AcceptKvm,
     /// Another kernel
     #[arg(long, value_name = "PATH")]
     pub kernel: Option<PathBuf>,

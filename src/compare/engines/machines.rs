@@ -64,7 +64,7 @@ impl Machine {
             "firecracker" => (Monitor::Firecracker, program("firecracker")?),
             _ => (Monitor::CloudHypervisor, program("cloud-hypervisor")?),
         };
-        crate::machine::open_kvm().map_err(|failure| failure.to_string())?;
+        crate::machine::open_kvm(place.accept_kvm).map_err(|failure| failure.to_string())?;
         let (kernel, initrd) = place.guest.clone().ok_or("there is no kernel for it")?;
         Ok(Machine {
             kind,

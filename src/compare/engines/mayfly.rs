@@ -12,8 +12,8 @@ pub struct Mayfly {
 }
 
 impl Mayfly {
-    pub fn find() -> Result<Self, String> {
-        crate::machine::open_kvm().map_err(|failure| failure.to_string())?;
+    pub fn find(place: &Place) -> Result<Self, String> {
+        crate::machine::open_kvm(place.accept_kvm).map_err(|failure| failure.to_string())?;
         Ok(Mayfly {
             network: match passt::program() {
                 Some(_) => "user",
@@ -57,6 +57,9 @@ impl Engine for Mayfly {
             "--net",
             self.network,
         ]));
+        if place.accept_kvm.accept_kvm {
+            command.push("--accept-kvm".into());
+        }
         if let Some(volume) = &job.volume {
             command.extend(words(["-v", &format!("{}:{VOLUME}", volume.display())]));
         }

@@ -20,6 +20,7 @@ use super::model::Kind;
 use super::peer::Origin;
 use super::undo::ask;
 use crate::failure::Failure;
+use crate::kvm::accept::AcceptKvm;
 
 /// All there are, as `--engines` takes them.
 pub const NAMES: [&str; 10] = [
@@ -73,6 +74,8 @@ pub struct Place {
     pub memory_mib: u64,
     /// A kernel for those that need one, and its initial RAM disk.
     pub guest: Option<(PathBuf, PathBuf)>,
+    /// Whether VMs use a KVM that seems to emulate.
+    pub accept_kvm: AcceptKvm,
 }
 
 /// One launch.
@@ -165,7 +168,7 @@ pub fn find(name: &str, place: &Place) -> Result<Box<dyn Engine>, String> {
     Ok(match name {
         "process" => Box::new(process::Process),
         "container" => Box::new(container::Container),
-        "mayfly" => Box::new(mayfly::Mayfly::find()?),
+        "mayfly" => Box::new(mayfly::Mayfly::find(place)?),
         "runc" | "crun" => Box::new(oci::Oci::find(name, place)?),
         "podman" => Box::new(podman::Podman::find(place)?),
         "docker" => Box::new(docker::Docker::find(place)?),
