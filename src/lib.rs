@@ -19,6 +19,7 @@ pub mod compare;
 pub mod config;
 pub mod console;
 pub mod control;
+pub mod disk_lock;
 pub mod doctor;
 pub mod failure;
 pub mod helper;

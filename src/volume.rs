@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::control::{NAME_MAX, valid_name};
+use crate::disk_lock;
 use crate::failure::{Failure, OrFail};
 use crate::image::data_folder;
 
@@ -122,7 +123,7 @@ impl Volumes {
             }
             other => other.or_host(&what)?,
         };
-        if file.try_lock().is_err() {
+        if disk_lock::take(&file, false).is_err() {
             return Err(Failure::config(format!("{what}: a VM uses it")));
         }
         fs::remove_file(&path).or_host(&what)

@@ -29,6 +29,7 @@ use super::signals::{Signals, leave_to_others};
 use crate::config::MachineConfig;
 use crate::console::Opened;
 use crate::control::{Ask, Command, Event, Folder, Reply, Server, Subscriber};
+use crate::disk_lock::DiskLocks;
 use crate::failure::{Class, Failure, OrFail};
 use crate::helper::{Ready, Running};
 use crate::logging;
@@ -62,6 +63,8 @@ pub struct Keeper<'a> {
     cgroup: Option<Cgroup>,
     /// Passes on what it says on standard error, to its end.
     says: Option<JoinHandle<()>>,
+    /// Those of its disks, which are free when it has ended.
+    locks: DiskLocks,
 }
 
 /// Ends a machine, from any thread.
@@ -124,6 +127,7 @@ impl Drop for Keeper<'_> {
     fn drop(&mut self) {
         self.ender.0.kill();
         let _ = self.ender.0.wait();
+        self.locks.release();
         if let Some(says) = self.says.take() {
             let _ = says.join();
         }
@@ -246,7 +250,8 @@ impl<'a> Keeper<'a> {
             );
         }
         let strays = sandbox::descriptors().or_host("listing descriptors")?;
-        let (resources, helpers) = Resources::open(config)?;
+        let (mut resources, helpers) = Resources::open(config)?;
+        let locks = mem::take(&mut resources.locks);
         let null = File::options().read(true).write(true).open("/dev/null");
         let null = null.or_host("/dev/null")?;
         let vsock = resources.vsock.as_ref().map(UnixListener::try_clone);
@@ -292,6 +297,7 @@ impl<'a> Keeper<'a> {
             log,
             cgroup,
             says: Some(says.or_host("starting a thread")?),
+            locks,
         };
         keeper.await_built()?;
         Ok(keeper)
@@ -671,6 +677,7 @@ mod tests {
                 log: config.log.start(),
                 cgroup: None,
                 says: None,
+                locks: DiskLocks::default(),
             };
             let clients = Clients {
                 link: keeper.link().try_clone().unwrap(),

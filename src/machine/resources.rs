@@ -13,6 +13,7 @@ use rustix::fs::{Access, OFlags, fcntl_getfl, fcntl_setfl, fstatfs};
 
 use super::build::open_kvm;
 use crate::config::{DiskConfig, Format, MachineConfig, Network};
+use crate::disk_lock::{self, DiskLocks};
 use crate::failure::{Class, Failure, OrFail};
 use crate::helper::Ready;
 use crate::net::egress::Egress;
@@ -51,6 +52,8 @@ pub struct Resources {
     pub layers: Option<Disk>,
     /// The disks, locked.
     pub disks: Vec<Disk>,
+    /// The locks of the layers and the disks.
+    pub locks: DiskLocks,
     /// The networks.
     pub nets: Vec<HostNet>,
     /// The folders.
@@ -84,14 +87,15 @@ impl Resources {
         if let Some(path) = &config.pidfile {
             check_creatable(path, &format!("--pidfile {}", path.display()))?;
         }
+        let mut locks = DiskLocks::default();
         let layers = match config.layers.as_slice() {
             [] => None,
-            files => Some(open_layers(files)?),
+            files => Some(open_layers(files, &mut locks)?),
         };
         let disks = config
             .disks
             .iter()
-            .map(|disk| open_disk(disk, config.cpus))
+            .map(|disk| open_disk(disk, config.cpus, &mut locks))
             .collect::<Result<_, _>>()?;
         let vsock = match &config.vsock {
             Some(vsock) => {
@@ -137,6 +141,7 @@ impl Resources {
             initrd,
             layers,
             disks,
+            locks,
             nets,
             folders,
             vsock,
@@ -214,11 +219,11 @@ fn open_regular(path: &Path, flag: &str) -> Result<File, Failure> {
 }
 
 /// Opens the layers of an image, whose files nobody writes to.
-fn open_layers(files: &[PathBuf]) -> Result<Disk, Failure> {
+fn open_layers(files: &[PathBuf], locks: &mut DiskLocks) -> Result<Disk, Failure> {
     let mut parts = Parts::default();
     for path in files {
         let flag = format!("layer {}", path.display());
-        let (file, len) = open_image(path, true, &flag)?;
+        let (file, len) = open_image(path, true, &flag, locks)?;
         parts.push(file, len).or_config(flag)?;
     }
     let mut id = [0; ID_LEN];
@@ -234,14 +239,14 @@ fn open_layers(files: &[PathBuf]) -> Result<Disk, Failure> {
 }
 
 /// Opens a disk.
-fn open_disk(config: &DiskConfig, cpus: u8) -> Result<Disk, Failure> {
+fn open_disk(config: &DiskConfig, cpus: u8, locks: &mut DiskLocks) -> Result<Disk, Failure> {
     let flag = format!("--disk path={}", config.path.display());
-    let (file, len) = open_image(&config.path, config.read_only, &flag)?;
+    let (file, len) = open_image(&config.path, config.read_only, &flag, locks)?;
     let backing = match &config.backing {
         None => None,
         Some(backing) => {
             let flag = format!("{flag}: backing={}", backing.path.display());
-            let (file, _) = open_image(&backing.path, true, &flag)?;
+            let (file, _) = open_image(&backing.path, true, &flag, locks)?;
             Some(match backing.format {
                 Format::Raw => Image::Raw(file),
                 Format::Qcow2 => {
@@ -287,7 +292,12 @@ fn open_disk(config: &DiskConfig, cpus: u8) -> Result<Disk, Failure> {
 
 /// Opens an image's file, and locks it: shared if it is only read. Returns its
 /// length, too.
-fn open_image(path: &Path, read_only: bool, flag: &str) -> Result<(File, u64), Failure> {
+fn open_image(
+    path: &Path,
+    read_only: bool,
+    flag: &str,
+    locks: &mut DiskLocks,
+) -> Result<(File, u64), Failure> {
     let file = OpenOptions::new()
         .read(true)
         .write(!read_only)
@@ -315,12 +325,11 @@ fn open_image(path: &Path, read_only: bool, flag: &str) -> Result<(File, u64), F
     let len = (&file)
         .seek(SeekFrom::End(0))
         .map_err(|error| refusal(&error, flag))?;
-    let locked = match read_only {
-        true => file.try_lock_shared(),
-        false => file.try_lock(),
-    };
-    match locked {
-        Ok(()) => Ok((file, len)),
+    match disk_lock::take(&file, read_only) {
+        Ok(()) => {
+            locks.add(&file).map_err(|error| refusal(&error, flag))?;
+            Ok((file, len))
+        }
         Err(TryLockError::WouldBlock) => Err(Failure::host(format!(
             "{flag}: is locked: another VM uses it{}",
             match read_only {
