@@ -100,7 +100,7 @@ pub fn attach(
     serial: (Arc<Mutex<Serial>>, EventFd),
     vm: &Vm,
     memory: &GuestMemory,
-    (errands, prepare): (&Arc<Errands>, &Prepare),
+    (errands, prepare): (&Arc<Errands>, &Arc<dyn Prepare>),
     buses: &mut Buses,
 ) -> Result<Attached, Failure> {
     let mut devices = Devices::default();

@@ -91,7 +91,7 @@ pub struct Machine {
 pub fn build(
     config: &MachineConfig,
     mut resources: Resources,
-    (errands, prepare): (&Arc<Errands>, &Prepare),
+    (errands, prepare): (&Arc<Errands>, &Arc<dyn Prepare>),
     timeline: &mut Timeline,
 ) -> Result<Machine, Failure> {
     let mut vm = Vm::new(&resources.kvm).or_host("--cpus")?;

@@ -149,12 +149,8 @@ fn live(legacy: Legacy) -> Result<Ending, Failure> {
     close_strays(&inside, &strays).or_host("closing descriptors")?;
     let file_size = resources.file_size();
     let errands = Arc::new(Errands::new(errands));
-    let gate = inside.gate();
-    let prepare = || -> Box<dyn FnOnce() + Send> {
-        let place = gate.pending();
-        Box::new(move || confined(place.confine(Role::Io)))
-    };
-    let building = (&errands, &prepare as &Prepare);
+    let prepare: Arc<dyn Prepare> = Arc::new(AtGate(inside.gate()));
+    let building = (&errands, &prepare);
     let machine = build(config, resources, building, &mut timeline)?;
 
     link.send(&Word::Built, &[]).or_internal(LINK)?;
@@ -287,6 +283,20 @@ fn is_regular(fd: BorrowedFd) -> bool {
     let file = fd.try_clone_to_owned().map(File::from);
     let metadata = file.and_then(|file| file.metadata());
     metadata.is_ok_and(|metadata| metadata.is_file())
+}
+
+/// Threads of disks start before the sandbox is closed, and wait for that.
+struct AtGate(sandbox::Gate);
+
+impl Prepare for AtGate {
+    fn first(&self) -> Box<dyn FnOnce() + Send> {
+        let place = self.0.pending();
+        Box::new(move || confined(place.confine(Role::Io)))
+    }
+
+    fn give_up(&self) {
+        self.0.give_up();
+    }
 }
 
 /// A thread that is not confined must not go on.

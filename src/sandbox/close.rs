@@ -15,7 +15,7 @@ use landlock::{
 use super::jail::Jail;
 use super::layers::{Layer, Status};
 use super::spawn::{Inside, PANIC, refusal};
-use super::{Mode, credentials, seccomp};
+use super::{Mode, credentials, credentials::Ids, seccomp};
 use crate::failure::{Class, Failure, OrFail};
 
 /// What the VMM may take of the host.
@@ -67,7 +67,7 @@ impl Inside {
     /// for the main thread. Each thread [confines](Jail::confine) itself after.
     pub fn close(mut self, limits: &Limits, keep: Keep) -> Result<Jail, Failure> {
         if self.mode == Mode::Off {
-            return Ok(Jail::new(self.mode, None, self.report, self.gate));
+            return jail(None, self);
         }
         // These look at /proc, which is gone then.
         if let Keep::Only(keep) = keep {
@@ -112,7 +112,7 @@ impl Inside {
         {
             return Err(Failure::host(refusal(layer, &why)));
         }
-        Ok(Jail::new(self.mode, self.ids, self.report, self.gate))
+        jail(self.ids, self)
     }
 
     /// Notes how a layer fares. One that was missed before stays so.
@@ -142,6 +142,14 @@ impl Inside {
             _ => Err(io::ErrorKind::BrokenPipe.into()),
         }
     }
+}
+
+fn jail(ids: Option<Ids>, inside: Inside) -> Result<Jail, Failure> {
+    let jail = Jail::new(inside.mode, ids, inside.report, inside.gate);
+    jail.ok_or_else(|| {
+        let what = "a device was taken apart before the sandbox was closed";
+        Failure::new(Class::Internal, what)
+    })
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {

@@ -47,7 +47,8 @@ struct Closed {
 }
 
 impl Jail {
-    pub(super) fn new(mode: Mode, ids: Option<Ids>, report: Report, gate: Gate) -> Self {
+    /// Lets the threads in that the gate keeps; none, if these were sent home before.
+    pub(super) fn new(mode: Mode, ids: Option<Ids>, report: Report, gate: Gate) -> Option<Self> {
         let closed = Closed {
             mode,
             ids,
@@ -55,9 +56,7 @@ impl Jail {
             gate: gate.clone(),
         };
         let jail = Jail(Arc::new(closed));
-        gate.lock().closed = Some(jail.clone());
-        gate.0.changed.notify_all();
-        jail
+        gate.open(Wait::Closed(jail.clone())).then_some(jail)
     }
 
     /// Confines the calling thread to what its role needs, for good.
@@ -112,10 +111,21 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct State {
-    /// It does, once it is closed.
-    closed: Option<Jail>,
-    /// So many threads are not confined yet.
+    wait: Wait,
+    /// The number of threads that are not confined yet.
     waiting: usize,
+}
+
+/// What threads at the gate wait for.
+#[derive(Clone, Debug, Default)]
+enum Wait {
+    /// The sandbox is not closed yet.
+    #[default]
+    Open,
+    /// It is closed, and they are to confine themselves.
+    Closed(Jail),
+    /// It will never be: no guest will run, and they have nothing to do.
+    GivenUp,
 }
 
 /// A thread's place at the gate; to be made before the thread is started.
@@ -126,6 +136,25 @@ impl Gate {
     fn lock(&self) -> MutexGuard<'_, State> {
         let state = self.0.state.lock();
         state.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the wait, unless it is over; true if this did.
+    fn open(&self, to: Wait) -> bool {
+        let mut state = self.lock();
+        let first = matches!(state.wait, Wait::Open);
+        if first {
+            state.wait = to;
+        }
+        drop(state);
+        self.0.changed.notify_all();
+        first
+    }
+
+    /// Lets all threads go on that wait, without a sandbox: a VM that can't be built is taken
+    /// apart, for which its threads are waited for. Once the sandbox is closed, this does
+    /// nothing.
+    pub fn give_up(&self) {
+        self.open(Wait::GivenUp);
     }
 
     /// A place for one thread.
@@ -140,12 +169,13 @@ impl Pending {
     pub fn confine(self, role: Role) -> io::Result<()> {
         let Gate(shared) = &self.0;
         let state = self.0.lock();
-        let open = |state: &mut State| state.closed.is_none();
+        let open = |state: &mut State| matches!(state.wait, Wait::Open);
         let waited = shared.changed.wait_while(state, open);
-        let state = waited.unwrap_or_else(PoisonError::into_inner);
-        let jail = state.closed.clone();
-        drop(state);
-        jail.map_or(Ok(()), |jail| jail.confine(role))
+        let wait = waited.unwrap_or_else(PoisonError::into_inner).wait.clone();
+        match wait {
+            Wait::Closed(jail) => jail.confine(role),
+            Wait::Open | Wait::GivenUp => Ok(()),
+        }
     }
 }
 
@@ -153,5 +183,31 @@ impl Drop for Pending {
     fn drop(&mut self) {
         self.0.lock().waiting -= 1;
         self.0.0.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn threads_that_wait_go_on_when_it_is_given_up() {
+        let gate = Gate::default();
+        let place = gate.pending();
+        let waits = thread::spawn(move || place.confine(Role::Io));
+        gate.give_up();
+        waits.join().unwrap().unwrap();
+        // Nothing may run in a sandbox whose threads went on without one.
+        assert!(Jail::new(Mode::On, None, Report::default(), gate).is_none());
+    }
+
+    #[test]
+    fn nobody_gives_up_a_closed_one() {
+        let gate = Gate::default();
+        assert!(Jail::new(Mode::Off, None, Report::off(), gate.clone()).is_some());
+        gate.give_up();
+        assert!(matches!(gate.lock().wait, Wait::Closed(_)));
     }
 }

@@ -108,11 +108,11 @@ pub struct Block {
 impl Block {
     /// A device on a disk.
     pub fn new(disk: Disk) -> io::Result<Self> {
-        Self::with_engine(disk, |image| Engine::new(image, &unprepared))
+        Self::with_engine(disk, |image| Engine::new(image, &unprepared()))
     }
 
     /// The same, whose threads are prepared.
-    pub fn with_prepared(disk: Disk, prepare: &Prepare) -> io::Result<Self> {
+    pub fn with_prepared(disk: Disk, prepare: &Arc<dyn Prepare>) -> io::Result<Self> {
         Self::with_engine(disk, |image| Engine::new(image, prepare))
     }
 

@@ -59,7 +59,7 @@ fn run(engine: &mut Engine, kind: Kind, offset: u64, data: &mut [u8]) -> io::Res
 fn engine(file: &File, backing: Option<Image>) -> Engine {
     Engine::new(
         Image::Qcow2(Box::new(open(file, backing).unwrap())),
-        &unprepared,
+        &unprepared(),
     )
     .unwrap()
 }
@@ -339,7 +339,7 @@ fn counts_of_references_that_lie_do_not_crash_it() {
         let Ok(image) = open(&file, None) else {
             continue;
         };
-        let mut disk = Engine::new(Image::Qcow2(Box::new(image)), &unprepared).unwrap();
+        let mut disk = Engine::new(Image::Qcow2(Box::new(image)), &unprepared()).unwrap();
         for offset in (0..LEN).step_by(CLUSTER) {
             let _ = run(
                 &mut disk,
@@ -451,7 +451,7 @@ proptest! {
         }
         let Ok(image) = open(&file, None) else { return Ok(()) };
         prop_assume!(image.size() < 1 << 40);
-        let mut disk = Engine::new(Image::Qcow2(Box::new(image)), &unprepared).unwrap();
+        let mut disk = Engine::new(Image::Qcow2(Box::new(image)), &unprepared()).unwrap();
         for offset in (0..LEN).step_by(16 << 10) {
             let _ = run(&mut disk, Kind::Read, offset as u64, &mut [0; 16 << 10]);
             let _ = run(&mut disk, write, offset as u64 + 5, &mut [1; 6000]);

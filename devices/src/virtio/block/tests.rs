@@ -115,7 +115,7 @@ fn data_moves_by_threads() {
     moves_data(|file| {
         started(
             Block::with_engine(disk(file, false), |image| {
-                Engine::threads(image, &unprepared)
+                Engine::threads(image, &unprepared())
             })
             .unwrap(),
         )
@@ -362,8 +362,8 @@ fn after_a_reset_nothing_touches_the_guest() {
     file.set_len(SECTORS * 512).unwrap();
     for threads in [false, true] {
         let engine = |image| match threads {
-            true => Engine::threads(image, &unprepared),
-            false => Engine::new(image, &unprepared),
+            true => Engine::threads(image, &unprepared()),
+            false => Engine::new(image, &unprepared()),
         };
         let mut driver = started(Block::with_engine(disk(&file, false), engine).unwrap());
         let mut header = [0; 16];

@@ -89,7 +89,7 @@ pub enum Engine {
 
 impl Engine {
     /// What suits the image and this host best.
-    pub fn new(image: Image, prepare: &Prepare) -> io::Result<Self> {
+    pub fn new(image: Image, prepare: &Arc<dyn Prepare>) -> io::Result<Self> {
         let file = match image {
             Image::Raw(file) => file,
             Image::Qcow2(_) | Image::Parts(_) => return Engine::threads(image, prepare),
@@ -104,7 +104,7 @@ impl Engine {
     }
 
     /// Threads, whatever the host allows.
-    pub fn threads(image: Image, prepare: &Prepare) -> io::Result<Self> {
+    pub fn threads(image: Image, prepare: &Arc<dyn Prepare>) -> io::Result<Self> {
         let threads = match image {
             Image::Raw(file) => Threads::new(Arc::new(file), prepare),
             Image::Qcow2(qcow2) => Threads::new(Arc::new(*qcow2), prepare),

@@ -34,12 +34,27 @@ pub trait Worker: Send + Sync + 'static {
     fn close(&self) {}
 }
 
-/// Called before each thread is started; what it returns is what the thread does first.
-pub type Prepare<'a> = dyn Fn() -> Box<dyn FnOnce() + Send> + 'a;
+/// What the threads of a disk do before their first job.
+pub trait Prepare: Send + Sync {
+    /// Called before each thread is started; what it returns is what the thread does first.
+    fn first(&self) -> Box<dyn FnOnce() + Send>;
+
+    /// The threads are about to be waited for: what they do first must not last any longer.
+    fn give_up(&self) {}
+}
+
+/// Threads that have nothing to do first.
+struct Unprepared;
+
+impl Prepare for Unprepared {
+    fn first(&self) -> Box<dyn FnOnce() + Send> {
+        Box::new(|| {})
+    }
+}
 
 /// Nothing.
-pub fn unprepared() -> Box<dyn FnOnce() + Send> {
-    Box::new(|| {})
+pub fn unprepared() -> Arc<dyn Prepare> {
+    Arc::new(Unprepared)
 }
 
 /// The threads, and what they are told and tell.
@@ -48,6 +63,7 @@ pub struct Threads {
     done: Handoff<Completion>,
     event: EventFd,
     threads: Vec<JoinHandle<()>>,
+    prepare: Arc<dyn Prepare>,
 }
 
 struct Job {
@@ -127,7 +143,7 @@ impl Jobs {
 unsafe impl Send for Job {}
 
 impl Threads {
-    pub(super) fn new(worker: Arc<impl Worker>, prepare: &Prepare) -> io::Result<Self> {
+    pub(super) fn new(worker: Arc<impl Worker>, prepare: &Arc<dyn Prepare>) -> io::Result<Self> {
         let jobs = Arc::new(Jobs::default());
         let done = Handoff::default();
         // Whole from the start: should a thread be refused, its end ends the others.
@@ -136,11 +152,12 @@ impl Threads {
             done: done.clone(),
             event: EventFd::new(EFD_NONBLOCK)?,
             threads: Vec::new(),
+            prepare: prepare.clone(),
         };
         for _ in 0..THREADS {
             let (its_jobs, done, its_worker) = (jobs.clone(), done.clone(), worker.clone());
             let event = threads.event.try_clone()?;
-            let first = prepare();
+            let first = prepare.first();
             jobs.queue().alive += 1;
             let work = move || {
                 first();
@@ -198,6 +215,7 @@ impl Threads {
 impl Drop for Threads {
     fn drop(&mut self) {
         self.jobs.end();
+        self.prepare.give_up();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
