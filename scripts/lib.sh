@@ -184,25 +184,14 @@ prepare_mayfly() {
     ) 9>"$ROOT/target/.build.lock"
 }
 
-# The default guest: Debian's cloud kernel, with busybox and our init.
+# The default guest, of Debian's cloud kernel. It is made only when something has changed.
 build_default_guest() {
-    local kernel=$CACHE/kernels/cloud-6.12 work
-    newer "$CACHE/default/run.cpio" "$GUEST_INIT" "$kernel/vmlinux" || return 0
+    local kernel=$CACHE/kernels/cloud-6.12
     need busybox-static # the guest has no libraries for another
-    work=$(scratch)
-    ln -s "$kernel/vmlinux" "$work/vmlinux"
-    "$MAYFLY" initramfs --modules "$kernel/modules" --init "$GUEST_INIT" \
-        --add "$(command -v busybox)=/bin/busybox" --output "$work/initramfs.cpio" ||
-        die "could not build the default initramfs"
-    "$MAYFLY" initramfs --modules "$kernel/modules" --module squashfs --module overlay \
-        --init "$GUEST_INIT" --output "$work/run.cpio" || die "could not build the initramfs of run"
-    # What others boot in `mayfly compare`, and what runs there.
-    "$MAYFLY" initramfs --modules "$kernel/modules" --no-default-modules --module virtio_mmio --module virtio_blk \
-        --module virtio_net --module squashfs --init "$GUEST_INIT" --output "$work/compare.cpio" ||
-        die "could not build the initramfs of compare"
-    install -m 755 "$(dirname "$GUEST_INIT")/mayfly-probe" "$work/probe"
-    chmod 755 "$work"
-    publish "$work" "$CACHE/default"
+    quietly "$MAYFLY" guest make cloud-6.12 --kernel "$kernel/vmlinux" --modules "$kernel/modules" ||
+        die "could not make the default guest"
+    # Older versions had a folder there.
+    [ -L "$CACHE/default" ] || quietly "$MAYFLY" guest use cloud-6.12 || die "could not choose the default guest"
 }
 
 prepare_default_guest() {

@@ -2,14 +2,13 @@
 
 use std::fmt;
 use std::fs::{self, OpenOptions};
-use std::path::Path;
 
 use kvm_ioctls::Kvm;
 use mayfly_devices::virtio::block::try_ring;
 use serde::Serialize;
 
-use crate::config;
 use crate::failure::OrFail;
+use crate::guests::Guests;
 use crate::kvm::accept::AcceptKvm;
 use crate::kvm::probe::{self, Backend};
 use crate::kvm::vm;
@@ -97,7 +96,7 @@ pub fn examine(accept: AcceptKvm) -> Vec<Check> {
         user_network(),
         folders(),
         memory(),
-        kernels(),
+        guest(),
     ]);
     checks.extend(sandbox());
     checks
@@ -252,19 +251,18 @@ fn memory() -> Check {
     }
 }
 
-fn kernels() -> Check {
-    const NAME: &str = "guest kernel";
-    match config::default_guest() {
-        Some((kernel, initrd)) => {
-            let name = |path: &Path| path.display().to_string();
-            let initrd = initrd.map_or("no initial RAM disk".to_owned(), |path| name(&path));
-            ok(NAME, format!("{}, {initrd}", name(&kernel)))
-        }
+fn guest() -> Check {
+    const NAME: &str = "guest";
+    match Guests::locate().ok().and_then(|all| all.default_guest()) {
+        Some(guest) => ok(
+            NAME,
+            format!("{}, {}", guest.name(), guest.kernel().display()),
+        ),
         None => bad(
             NAME,
             Verdict::Missing,
-            "none fetched, none in /boot",
-            "scripts/mayfly fetches one; or name one with --kernel",
+            "none made",
+            "the first mayfly run or boot makes one; or mayfly guest make",
         ),
     }
 }

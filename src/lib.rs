@@ -22,6 +22,7 @@ pub mod control;
 pub mod disk_lock;
 pub mod doctor;
 pub mod failure;
+pub mod guests;
 pub mod helper;
 pub mod image;
 pub mod kvm;

@@ -6,6 +6,7 @@ pub mod compare_container;
 pub mod config;
 pub mod ctl;
 pub mod doctor;
+pub mod guest;
 pub mod image;
 pub mod initramfs;
 pub mod kernel;
@@ -52,6 +53,8 @@ enum Verb {
     Config(config::Args),
     /// Work with container images
     Image(image::Args),
+    /// Work with the guests that VMs boot by default
+    Guest(guest::Args),
     /// Work with named volumes
     Volume(volume::Args),
     /// Tell what this host can do, and what to do about what it can't
@@ -96,6 +99,7 @@ pub fn run() -> ExitCode {
         Some(Verb::List(args)) => list::run(args),
         Some(Verb::Config(args)) => config::run(args),
         Some(Verb::Image(args)) => image::run(args),
+        Some(Verb::Guest(args)) => guest::run(args),
         Some(Verb::Volume(args)) => volume::run(args),
         Some(Verb::Run(args)) => return run::run(*args, timeline),
         Some(Verb::Vms(verb)) => vms::run(verb),

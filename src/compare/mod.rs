@@ -23,7 +23,6 @@ mod session;
 pub mod statistics;
 mod undo;
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 pub use self::engines::NAMES as ENGINES;
@@ -113,9 +112,4 @@ pub fn compare(options: &Options) -> Result<Outcome, Failure> {
     let report = session.and_then(|mut session| session.run());
     scene.clear();
     report.map(|(report, failure)| Outcome::Report(Box::new(report), failure))
-}
-
-/// The folder in which the probe lies, and what others boot.
-fn guest_folder() -> Option<PathBuf> {
-    crate::config::cache_folder().map(|cache| cache.join("default"))
 }

@@ -6,11 +6,11 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
+use super::Options;
 use super::engines::{PROBE, Place};
 use super::guard::Scene;
-use super::{Options, guest_folder};
-use crate::config::default_guest;
 use crate::failure::{Failure, OrFail};
+use crate::guests;
 use crate::image::{Bars, Digest, Image, PullOptions, RunConfig, Store};
 
 /// The image's files are there themselves and, at times, as an archive, as mayfly's layer
@@ -18,8 +18,6 @@ use crate::image::{Bars, Digest, Image, PullOptions, RunConfig, Store};
 const COPIES: u64 = 4;
 /// The name of the image that mayfly runs, in a store of its own.
 const NAME: &str = "compared";
-/// The initial RAM disk that `mayfly run` boots.
-const OWN_INITRD: &str = "run.cpio";
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Folders that engines mount something at.
 const MOUNT_POINTS: [&str; 7] = ["proc", "sys", "dev", "run", "tmp", "etc", ".mayfly-volume"];
@@ -47,9 +45,12 @@ pub fn prepare(options: &Options, scene: &Scene) -> Result<(Place, Image), Failu
             fs::create_dir(&path).or_host(path.display())?;
         }
     }
-    let probe = guest_folder().map(|folder| folder.join("probe"));
-    let probe = probe.filter(|path| path.exists()).ok_or_else(|| {
-        Failure::config("no program to compare with: scripts/mayfly makes it, with the kernel")
+    let guest = guests::ensure_default()?;
+    let probe = guest.probe().ok_or_else(|| {
+        Failure::config(format!(
+            "the guest {} has no program to compare with; make it anew with mayfly guest make",
+            guest.name()
+        ))
     })?;
     let inside = root.join(PROBE.trim_start_matches('/'));
     if fs::symlink_metadata(&inside).is_ok() {
@@ -75,8 +76,6 @@ pub fn prepare(options: &Options, scene: &Scene) -> Result<(Place, Image), Failu
     let store = Store::open(&data.join("mayfly"))?;
     let name = NAME.parse().or_internal(NAME)?;
     store.import(&root, Some(&name), config.clone(), &Bars::new())?;
-    let initrd = guest_folder().map(|folder| folder.join("compare.cpio"));
-    let guest = default_guest().zip(initrd.filter(|path| path.exists()));
     let place = Place {
         folder: scene.folder.clone(),
         program,
@@ -87,7 +86,10 @@ pub fn prepare(options: &Options, scene: &Scene) -> Result<(Place, Image), Failu
         env: config.env,
         cpus: options.cpus,
         memory_mib: options.memory_mib,
-        guest: guest.map(|((kernel, _), initrd)| (kernel, initrd)),
+        guest: guest
+            .compare_initrd()
+            .map(|initrd| (guest.kernel(), initrd)),
+        own_initrd: guest.run_initrd(),
         accept_kvm: options.accept_kvm,
     };
     Ok((place, image))
@@ -98,8 +100,7 @@ pub fn guest_files(place: &Place) -> Result<BTreeMap<String, String>, Failure> {
     let Some((kernel, initrd)) = &place.guest else {
         return Ok(BTreeMap::new());
     };
-    let own = guest_folder().map(|folder| folder.join(OWN_INITRD));
-    let files = [kernel, initrd].into_iter().chain(&own);
+    let files = [kernel, initrd].into_iter().chain(&place.own_initrd);
     let digest = |path: &PathBuf| {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let data = fs::read(path).or_host(path.display())?;

@@ -1,10 +1,10 @@
-//! Which guest to boot where none is named, and where the scripts keep theirs.
+//! Which guest to boot where none is named.
 
-use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::failure::Failure;
+use crate::guests;
 
 /// Which kernel and initial RAM disk to boot.
 pub(super) struct GuestFiles {
@@ -23,11 +23,7 @@ impl GuestFiles {
                 initrd,
             });
         }
-        let (kernel, default_initrd) = default_guest().ok_or_else(|| {
-            Failure::config(
-                "no kernel to boot: name one with --kernel, or run scripts/mayfly, which fetches one",
-            )
-        })?;
+        let (kernel, default_initrd) = default_guest()?;
         Ok(GuestFiles {
             kernel_flag: format!("default kernel {}", kernel.display()),
             kernel,
@@ -36,34 +32,20 @@ impl GuestFiles {
     }
 }
 
-/// The fetched kernel and its initramfs, or else those that the host runs.
-pub fn default_guest() -> Option<(PathBuf, Option<PathBuf>)> {
-    let exists = |path: PathBuf| path.exists().then_some(path);
-    let fetched = cache_folder().map(|cache| cache.join("default"));
-    if let Some(folder) = fetched
-        && let Some(kernel) = exists(folder.join("vmlinux"))
-    {
-        return Some((kernel, exists(folder.join("initramfs.cpio"))));
+/// The default guest's kernel and initial RAM disk, or else those that the host runs.
+fn default_guest() -> Result<(PathBuf, Option<PathBuf>), Failure> {
+    match guests::ensure_default() {
+        Ok(guest) => Ok((guest.kernel(), guest.boot_initrd())),
+        Err(failure) => host_files().ok_or(failure),
     }
+}
+
+/// What the host itself booted.
+fn host_files() -> Option<(PathBuf, Option<PathBuf>)> {
+    let exists = |path: PathBuf| fs::File::open(&path).is_ok().then_some(path);
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").ok()?;
     let boot = Path::new("/boot");
     let kernel = exists(boot.join(format!("vmlinuz-{}", release.trim())))?;
-    Some((
-        kernel,
-        exists(boot.join(format!("initrd.img-{}", release.trim()))),
-    ))
-}
-
-/// Where the scripts keep what they fetch and build.
-pub fn cache_folder() -> Option<PathBuf> {
-    let variable = |name| {
-        env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
-    variable("MAYFLY_CACHE").or_else(|| {
-        variable("XDG_CACHE_HOME")
-            .or_else(|| variable("HOME").map(|home| home.join(".cache")))
-            .map(|cache| cache.join("mayfly"))
-    })
+    let initrd = exists(boot.join(format!("initrd.img-{}", release.trim())));
+    Some((kernel, initrd))
 }

@@ -27,7 +27,6 @@ pub use self::balloon::{BalloonConfig, check_size as check_balloon_size};
 pub use self::console::{ChannelConfig, ConsoleConfig, HostEnd};
 pub use self::disk::{BackingConfig, DiskConfig, Format};
 pub use self::folder::FolderConfig;
-pub use self::guest::{cache_folder, default_guest};
 pub use self::keys::{Keys, escape};
 pub use self::limits::take_limits;
 pub use self::memory::{HugePages, MEMORY_MIN, MemoryConfig};

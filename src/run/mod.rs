@@ -40,8 +40,9 @@ use self::record::{Ended, Owned, Place, Record, now_ms};
 use self::session::{Session, SessionEnd};
 use self::volumes::Volumes;
 use crate::arguments;
-use crate::config::{FolderConfig, NetConfig, RawConfig, cache_folder, default_guest, escape};
+use crate::config::{FolderConfig, NetConfig, RawConfig, escape};
 use crate::failure::{Failure, OrFail};
+use crate::guests;
 use crate::helper;
 use crate::image::{Bars, Image, LAYER_ROOT, PullOptions, Store, data_folder};
 use crate::machine::{Ending, Keeper, Outcome};
@@ -368,15 +369,15 @@ fn record(options: &Options, plan: &Plan, image: &Image) -> Record {
 
 /// The kernel, and the initramfs with our init and its modules.
 fn guest_files(options: &Options) -> Result<(Option<PathBuf>, Option<PathBuf>), Failure> {
-    let initrd = cache_folder().map(|cache| cache.join("default/run.cpio"));
-    let initrd = initrd.filter(|path| path.exists()).ok_or_else(|| {
-        Failure::config("no initramfs for run: scripts/mayfly makes it, with the kernel")
+    let guest = guests::ensure_default()?;
+    let initrd = guest.run_initrd().ok_or_else(|| {
+        Failure::config(format!(
+            "the guest {} has no initial RAM disk for images; make it anew with mayfly guest make",
+            guest.name()
+        ))
     })?;
-    let kernel = match &options.kernel {
-        Some(kernel) => Some(kernel.clone()),
-        None => default_guest().map(|(kernel, _)| kernel),
-    };
-    Ok((kernel, Some(initrd)))
+    let kernel = options.kernel.clone().unwrap_or_else(|| guest.kernel());
+    Ok((Some(kernel), Some(initrd)))
 }
 
 /// Makes the disk for what a VM writes: where the user keeps data, as memory is

@@ -137,6 +137,11 @@ fn a_host_that_cannot_be_looked_at_is_no_end() {
     let probe = own.path().join("default/probe");
     fs::create_dir(probe.parent().unwrap()).unwrap();
     fs::copy(cache.join("default/probe"), &probe).unwrap();
+    symlink(
+        cache.join("default/vmlinux"),
+        own.path().join("default/vmlinux"),
+    )
+    .unwrap();
     fs::set_permissions(&probe, fs::Permissions::from_mode(0o644)).unwrap();
     let flags = ["--runs", "1", "--measure", "start,isolation"];
     let mut comparison = Comparison::of("process,container", &flags);

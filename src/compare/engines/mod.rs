@@ -74,6 +74,8 @@ pub struct Place {
     pub memory_mib: u64,
     /// A kernel for those that need one, and its initial RAM disk.
     pub guest: Option<(PathBuf, PathBuf)>,
+    /// The initial RAM disk that `mayfly run` boots.
+    pub own_initrd: Option<PathBuf>,
     /// Whether VMs use a KVM that seems to emulate.
     pub accept_kvm: AcceptKvm,
 }
