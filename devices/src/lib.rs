@@ -19,9 +19,9 @@
 pub mod bus;
 pub mod cmos;
 pub mod ged;
-pub mod handoff;
 pub mod i8042;
 pub mod line;
+pub mod mailbox;
 mod number;
 pub mod platform;
 pub mod poll;

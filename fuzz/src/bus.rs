@@ -164,10 +164,10 @@ pub fn virtio_registers(accesses: Vec<Access>) {
         access(&bus, one);
         {
             let mut transport = lock(&transport);
-            transport.source_ready(0);
+            transport.event_ready(0);
             for queue in 0..transport.kicks().len() {
                 if transport.kicks()[queue].read().is_ok() {
-                    transport.kicked(queue);
+                    transport.queue_notified(queue);
                 }
             }
         }

@@ -238,7 +238,7 @@ impl Guest {
     /// The event loop has its turns.
     pub fn serve(&mut self) {
         for _ in 0..3 {
-            self.driver.serve_pending();
+            self.driver.process_pending();
         }
         self.check();
     }
@@ -250,7 +250,7 @@ impl Guest {
             if !self.is_waiting() {
                 return;
             }
-            self.driver.serve_source();
+            self.driver.handle_event();
         }
         assert!(!self.is_waiting(), "a request does not end");
     }

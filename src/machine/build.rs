@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use kvm_ioctls::Kvm;
 use mayfly_boot::{Boot, KernelError, MmioDevice, initrd, kernel, layout};
-use mayfly_devices::handoff::Handoff;
+use mayfly_devices::mailbox::Mailbox;
 use mayfly_devices::platform::PlatformEvent;
 use mayfly_devices::pvpanic::GuestPanic;
 use mayfly_devices::serial::{Serial, SerialState};
@@ -41,7 +41,7 @@ pub enum VmEvent {
 
 /// Sends [`VmEvent`]s.
 pub struct Notifier {
-    events: Handoff<VmEvent>,
+    events: Mailbox<VmEvent>,
     wake: EventFd,
 }
 
@@ -80,7 +80,7 @@ pub struct Machine {
     /// Where events are sent …
     pub notifier: Notifier,
     /// … and received …
-    pub events: Handoff<VmEvent>,
+    pub events: Mailbox<VmEvent>,
     /// … after this has woken the loop up.
     pub wake: EventFd,
     /// What the vCPUs pass on their way to the guest.
@@ -101,7 +101,7 @@ pub fn build(
     vm.set_memory(&memory).or_host("--memory")?;
     timeline.memory_mapped = timeline.now();
 
-    let events = Handoff::default();
+    let events = Mailbox::default();
     let wake = event()?;
     let notifier = Notifier {
         events: events.clone(),

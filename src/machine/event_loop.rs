@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use mayfly_devices::bus::lock;
-use mayfly_devices::handoff::Handoff;
+use mayfly_devices::mailbox::Mailbox;
 use mayfly_devices::platform::PlatformEvent;
 use mayfly_devices::pvpanic::GuestPanic;
 use mayfly_devices::virtio::mmio::VirtioMmio;
@@ -104,7 +104,7 @@ pub struct Control {
     /// Wakes up for [`Control::events`].
     pub wake: EventFd,
     /// From the vCPUs' threads.
-    pub events: Handoff<VmEvent>,
+    pub events: Mailbox<VmEvent>,
     /// From the keeper.
     pub link: Arc<Link>,
     /// The guest said that it panicked.
@@ -299,7 +299,7 @@ impl VirtioWorker {
 impl MutEventSubscriber for VirtioWorker {
     fn init(&mut self, ops: &mut EventOps) {
         let transport = lock(&self.transport);
-        let ours = if transport.is_remote() {
+        let ours = if transport.is_vhost_user() {
             &[]
         } else {
             transport.kicks()
@@ -319,8 +319,10 @@ impl MutEventSubscriber for VirtioWorker {
     fn process(&mut self, events: Events, _: &mut EventOps) {
         let mut transport = lock(&self.transport);
         match events.data() {
-            queue if queue & QUEUE_EVENT != 0 => transport.kicked((queue & !QUEUE_EVENT) as usize),
-            token => transport.source_ready(token),
+            queue if queue & QUEUE_EVENT != 0 => {
+                transport.queue_notified((queue & !QUEUE_EVENT) as usize)
+            }
+            token => transport.event_ready(token),
         }
     }
 }

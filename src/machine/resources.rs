@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use kvm_ioctls::Kvm;
-use mayfly_devices::virtio::block::{Disk, ID_LEN, Image, Parts, Qcow2, SECTOR};
+use mayfly_devices::virtio::block::{Concat, Disk, ID_LEN, Image, Qcow2, SECTOR};
 
 use rustix::fs::{Access, OFlags, fcntl_getfl, fcntl_setfl, fstatfs};
 
@@ -160,7 +160,7 @@ impl Resources {
         let sizes = sizes.map(|disk| {
             let size = disk.sectors.saturating_mul(SECTOR);
             match &disk.image {
-                Image::Raw(_) | Image::Parts(_) => size,
+                Image::Raw(_) | Image::Concat(_) => size,
                 Image::Qcow2(image) => {
                     let now = image.file().metadata().map_or(0, |it| it.len());
                     (size + size / 8 + BESIDE).max(now)
@@ -177,7 +177,7 @@ impl Resources {
             let file = match &disk.image {
                 Image::Raw(file) => file,
                 Image::Qcow2(image) => image.file(),
-                Image::Parts(_) => return 0,
+                Image::Concat(_) => return 0,
             };
             match lies_in_memory(file) {
                 true => disk.sectors.saturating_mul(SECTOR),
@@ -220,7 +220,7 @@ fn open_regular(path: &Path, flag: &str) -> Result<File, Failure> {
 
 /// Opens the layers of an image, whose files nobody writes to.
 fn open_layers(files: &[PathBuf], locks: &mut DiskLocks) -> Result<Disk, Failure> {
-    let mut parts = Parts::default();
+    let mut parts = Concat::default();
     for path in files {
         let flag = format!("layer {}", path.display());
         let (file, len) = open_image(path, true, &flag, locks)?;
@@ -230,7 +230,7 @@ fn open_layers(files: &[PathBuf], locks: &mut DiskLocks) -> Result<Disk, Failure
     id[..LAYERS_ID.len()].copy_from_slice(LAYERS_ID);
     Ok(Disk {
         sectors: parts.size() / SECTOR,
-        image: Image::Parts(parts),
+        image: Image::Concat(parts),
         read_only: true,
         id,
         queues: 1,

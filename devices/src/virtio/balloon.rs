@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::chain::{Buffer, Chain};
-use super::device::{Broken, DeviceId, Token, VirtioDevice};
+use super::device::{DeviceId, NeedsReset, Token, VirtioDevice};
 use super::queues::Queues;
 use super::{GuestMemory, feature};
 use crate::bus::lock;
@@ -208,7 +208,7 @@ impl<R: Reclaim> Balloon<R> {
         lock(&self.handle.shared).actual = actual;
     }
 
-    fn inflate(&mut self, pages: &Buffer) -> Result<(), Broken> {
+    fn inflate(&mut self, pages: &Buffer) -> Result<(), NeedsReset> {
         let pages = page_numbers(pages)?;
         self.counters.inflated_pages += pages.len() as u64;
         for (first, count) in runs(pages) {
@@ -218,29 +218,29 @@ impl<R: Reclaim> Balloon<R> {
             );
             let taken = self.reclaim.reclaim(start, len);
             self.counters.reclaimed_bytes +=
-                taken.ok_or(Broken("a page in the balloon is not memory"))?;
+                taken.ok_or(NeedsReset("a page in the balloon is not memory"))?;
         }
         Ok(())
     }
 
-    fn report(&mut self, chain: &Chain) -> Result<(), Broken> {
+    fn report(&mut self, chain: &Chain) -> Result<(), NeedsReset> {
         if !chain.readable.is_empty() {
-            return Err(Broken("reported pages must be writable"));
+            return Err(NeedsReset("reported pages must be writable"));
         }
         for (start, len) in chain.writable.ranges() {
             self.counters.reported_bytes += len;
             let taken = self.reclaim.reclaim(start, len);
             self.counters.reclaimed_bytes +=
-                taken.ok_or(Broken("a reported page is not memory"))?;
+                taken.ok_or(NeedsReset("a reported page is not memory"))?;
         }
         Ok(())
     }
 
     /// Takes the driver's statistics, and its buffer until new ones are wanted.
-    fn take_statistics(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+    fn take_statistics(&mut self, queues: &mut Queues) -> Result<(), NeedsReset> {
         while let Some(chain) = queues.pop(STATISTICS)? {
             if !chain.writable.is_empty() {
-                return Err(Broken("statistics must only be readable"));
+                return Err(NeedsReset("statistics must only be readable"));
             }
             let mut data = [0; STATISTIC * STATISTICS_MAX];
             let len = chain.readable.read(&mut data);
@@ -261,10 +261,10 @@ impl<R: Reclaim> Balloon<R> {
 }
 
 /// The page numbers of a request, in order.
-fn page_numbers(pages: &Buffer) -> Result<Vec<u32>, Broken> {
+fn page_numbers(pages: &Buffer) -> Result<Vec<u32>, NeedsReset> {
     let len = pages.len();
     if len == 0 || !len.is_multiple_of(PFN) || len > PAGES_MAX * PFN {
-        return Err(Broken("a request to the balloon has no good length"));
+        return Err(NeedsReset("a request to the balloon has no good length"));
     }
     let mut data = vec![0; len];
     pages.read(&mut data);
@@ -332,12 +332,12 @@ impl<R: Reclaim> VirtioDevice for Balloon<R> {
         }
     }
 
-    fn activate(&mut self, _: u64, _: &Arc<GuestMemory>) -> Result<(), Broken> {
+    fn activate(&mut self, _: u64, _: &Arc<GuestMemory>) -> Result<(), NeedsReset> {
         self.look();
         Ok(())
     }
 
-    fn serve(&mut self, queue: usize, queues: &mut Queues) -> Result<(), Broken> {
+    fn process_queue(&mut self, queue: usize, queues: &mut Queues) -> Result<(), NeedsReset> {
         if queue == STATISTICS {
             return self.take_statistics(queues);
         }
@@ -345,7 +345,7 @@ impl<R: Reclaim> VirtioDevice for Balloon<R> {
             if queue != INFLATE && queue != DEFLATE {
                 self.report(&chain)?;
             } else if !chain.writable.is_empty() {
-                return Err(Broken("a request to the balloon must only be readable"));
+                return Err(NeedsReset("a request to the balloon must only be readable"));
             } else if queue == INFLATE {
                 self.inflate(&chain.readable)?;
             } else {
@@ -361,7 +361,7 @@ impl<R: Reclaim> VirtioDevice for Balloon<R> {
         vec![(0, self.handle.wake.as_raw_fd())]
     }
 
-    fn ready(&mut self, _: Token, queues: &mut Queues) -> Result<(), Broken> {
+    fn handle_event(&mut self, _: Token, queues: &mut Queues) -> Result<(), NeedsReset> {
         let _ = self.handle.wake.read();
         if self.look() {
             queues.config_changed();

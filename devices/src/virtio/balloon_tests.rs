@@ -105,10 +105,10 @@ fn the_target_is_told_and_the_size_heard() {
     bench.driver.start(0);
     bench.driver.interrupts();
     bench.handle.set_target(2 << 20);
-    bench.driver.serve_source();
+    bench.driver.handle_event();
     assert_eq!((bench.target(), bench.driver.interrupts()), (512, 1));
     bench.handle.set_target(2 << 20);
-    bench.driver.serve_source();
+    bench.driver.handle_event();
     assert_eq!(bench.driver.interrupts(), 0);
     bench
         .driver
@@ -165,11 +165,11 @@ fn statistics_are_asked_for_and_read() {
     assert_eq!(values, [("free_bytes", 1000), ("total_bytes", 2000)]);
     assert_eq!(bench.driver.used(STATISTICS), []);
     bench.handle.request_statistics();
-    bench.driver.serve_source();
+    bench.driver.handle_event();
     assert_eq!(bench.driver.used(STATISTICS), [(0, 0)]);
     // Asked for again before the answer: nothing to ask with.
     bench.handle.request_statistics();
-    bench.driver.serve_source();
+    bench.driver.handle_event();
     assert_eq!(bench.driver.used(STATISTICS), []);
     send(&mut bench, &[(4, 1)]);
     assert_eq!(
@@ -261,7 +261,7 @@ proptest! {
             bench.driver.kick(queue);
             bench.handle.set_target(value.into());
             bench.handle.request_statistics();
-            bench.driver.transport.source_ready(0);
+            bench.driver.transport.event_ready(0);
             if bench.broken() {
                 bench.driver.reset();
                 bench.driver.start(0);

@@ -11,7 +11,7 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::GuestMemory;
-use super::device::Broken;
+use super::device::NeedsReset;
 
 /// A part of guest memory, known to lie in one region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +45,7 @@ impl Chain {
         memory: &Arc<GuestMemory>,
         descriptors: DescriptorChain<&GuestMemory>,
         limit: u16,
-    ) -> Result<Self, Broken> {
+    ) -> Result<Self, NeedsReset> {
         let mut chain = Chain {
             head: descriptors.head_index(),
             readable: Buffer::empty(memory),
@@ -54,10 +54,10 @@ impl Chain {
         let mut last: Option<Descriptor> = None;
         for (count, descriptor) in (1..).zip(descriptors) {
             if count > u32::from(limit) {
-                return Err(Broken("a chain is longer than its queue"));
+                return Err(NeedsReset("a chain is longer than its queue"));
             }
             if !descriptor.is_write_only() && !chain.writable.parts.is_empty() {
-                return Err(Broken("a chain is readable behind what is writable"));
+                return Err(NeedsReset("a chain is readable behind what is writable"));
             }
             let half = if descriptor.is_write_only() {
                 &mut chain.writable
@@ -70,8 +70,8 @@ impl Chain {
         // The iterator just ends where it finds a chain malformed.
         match last {
             Some(last) if !last.has_next() => Ok(chain),
-            Some(_) => Err(Broken("a chain does not end, or leaves its table")),
-            None => Err(Broken("a chain has no descriptor")),
+            Some(_) => Err(NeedsReset("a chain does not end, or leaves its table")),
+            None => Err(NeedsReset("a chain has no descriptor")),
         }
     }
 }
@@ -85,7 +85,7 @@ impl Buffer {
         }
     }
 
-    fn push(&mut self, descriptor: &Descriptor) -> Result<(), Broken> {
+    fn push(&mut self, descriptor: &Descriptor) -> Result<(), NeedsReset> {
         let part = Part {
             addr: descriptor.addr(),
             len: descriptor.len() as usize,
@@ -95,7 +95,7 @@ impl Buffer {
         }
         self.memory
             .get_slice(part.addr, part.len)
-            .map_err(|_| Broken("a descriptor points outside of memory"))?;
+            .map_err(|_| NeedsReset("a descriptor points outside of memory"))?;
         // The iterator keeps the sum below 4 GiB.
         self.len += part.len;
         self.parts.push(part);

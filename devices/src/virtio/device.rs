@@ -33,14 +33,14 @@ pub enum DeviceId {
 /// go on: it needs to be reset (virtio 1.2, 2.1.1, `DEVICE_NEEDS_RESET`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("needs a reset: {0}")]
-pub struct Broken(pub &'static str);
+pub struct NeedsReset(pub &'static str);
 
 /// Names one of a device's sources of events.
 pub type Token = u32;
 
 /// A device behind a transport.
 ///
-/// `serve` and `ready` must not block, and must leave the loop when
+/// `process_queue` and `handle_event` must not block, and must leave the loop when
 /// [`Queues::pop`] says that there is no chain: it also says so when the device
 /// had its share, and calls again.
 pub trait VirtioDevice: Send {
@@ -63,31 +63,31 @@ pub trait VirtioDevice: Send {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     /// The guest and the device agreed on features: chains may follow.
-    fn activate(&mut self, acked: u64, memory: &Arc<GuestMemory>) -> Result<(), Broken>;
+    fn activate(&mut self, acked: u64, memory: &Arc<GuestMemory>) -> Result<(), NeedsReset>;
 
     /// Another process runs the queues: the transport leaves them and their
     /// notifications to that, and offers no features of its own.
-    fn is_remote(&self) -> bool {
+    fn is_vhost_user(&self) -> bool {
         false
     }
 
     /// Comes after the activation, if the device is remote: its queues, but for
     /// those that the driver left out.
-    fn hand_over(&mut self, _: &[Option<Ring>]) -> Result<(), Broken> {
+    fn start_backend(&mut self, _: &[Option<Ring>]) -> Result<(), NeedsReset> {
         Ok(())
     }
 
     /// There are chains in a queue.
-    fn serve(&mut self, queue: usize, queues: &mut Queues) -> Result<(), Broken>;
+    fn process_queue(&mut self, queue: usize, queues: &mut Queues) -> Result<(), NeedsReset>;
 
-    /// Descriptors of the host that [`VirtioDevice::ready`] is to be called for.
+    /// Descriptors of the host that [`VirtioDevice::handle_event`] is to be called for.
     /// They are watched on edges, and from before the activation on.
     fn sources(&self) -> Vec<(Token, RawFd)> {
         Vec::new()
     }
 
     /// A source is ready.
-    fn ready(&mut self, _: Token, _: &mut Queues) -> Result<(), Broken> {
+    fn handle_event(&mut self, _: Token, _: &mut Queues) -> Result<(), NeedsReset> {
         Ok(())
     }
 

@@ -11,7 +11,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::QueueState;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::device::{Broken, DeviceId, Token, VirtioDevice};
+use super::device::{DeviceId, NeedsReset, Token, VirtioDevice};
 use super::queues::Queues;
 use super::{GuestMemory, feature};
 use crate::bus::BusDevice;
@@ -155,8 +155,8 @@ impl VirtioMmio {
     }
 
     /// Another process waits for notifications: they must not be taken from it.
-    pub fn is_remote(&self) -> bool {
-        self.device.is_remote()
+    pub fn is_vhost_user(&self) -> bool {
+        self.device.is_vhost_user()
     }
 
     /// The device's sources of events.
@@ -203,31 +203,33 @@ impl VirtioMmio {
 
     /// The driver notified a queue. The event is not read: it is watched on edges,
     /// and each notification is one.
-    pub fn kicked(&mut self, queue: usize) {
-        if self.is_remote() {
+    pub fn queue_notified(&mut self, queue: usize) {
+        if self.is_vhost_user() {
             return;
         }
         self.counters.kicks += 1;
-        self.turn(Some(queue), |device, queues| device.serve(queue, queues));
+        self.turn(Some(queue), |device, queues| {
+            device.process_queue(queue, queues)
+        });
     }
 
     /// One of the device's sources is ready.
-    pub fn source_ready(&mut self, token: Token) {
-        self.turn(None, |device, queues| device.ready(token, queues));
+    pub fn event_ready(&mut self, token: Token) {
+        self.turn(None, |device, queues| device.handle_event(token, queues));
     }
 
     /// Lets the device work, and tells the guest what came of it.
     fn turn(
         &mut self,
         queue: Option<usize>,
-        work: impl FnOnce(&mut dyn VirtioDevice, &mut Queues) -> Result<(), Broken>,
+        work: impl FnOnce(&mut dyn VirtioDevice, &mut Queues) -> Result<(), NeedsReset>,
     ) {
         let Some(queues) = &mut self.active else {
             return;
         };
         queues.begin();
-        let quiet = queue.map_or(Ok(()), |queue| queues.quiet(queue));
-        let worked = quiet.and_then(|()| work(&mut *self.device, queues));
+        let suppressed = queue.map_or(Ok(()), |queue| queues.suppress_notifications(queue));
+        let worked = suppressed.and_then(|()| work(&mut *self.device, queues));
         if queues.exhausted() {
             // Others first; then it goes on, with all its queues.
             for kick in &self.kicks {
@@ -245,8 +247,8 @@ impl VirtioMmio {
         if !interrupt.is_empty() {
             self.raise(interrupt);
         }
-        if let Err(broken) = ended {
-            self.needs_reset(broken);
+        if let Err(error) = ended {
+            self.needs_reset(error);
         }
     }
 
@@ -257,8 +259,8 @@ impl VirtioMmio {
         let _ = self.interrupt.write(1);
     }
 
-    fn needs_reset(&mut self, broken: Broken) {
-        log::warn!("{:?} device: {broken}", self.device.id());
+    fn needs_reset(&mut self, error: NeedsReset) {
+        log::warn!("{:?} device: {error}", self.device.id());
         self.counters.faults += 1;
         self.state = self.save();
         self.active = None;
@@ -290,7 +292,7 @@ impl VirtioMmio {
     }
 
     fn features(&self) -> u64 {
-        match self.is_remote() {
+        match self.is_vhost_user() {
             true => self.device.features(),
             false => FEATURES | self.device.features(),
         }
@@ -327,8 +329,8 @@ impl VirtioMmio {
         let states: Vec<_> = setups.map(|setup| setup.state(event_idx)).collect();
         let activated = Queues::new(&self.memory, &states).and_then(|queues| {
             self.device.activate(acked, &self.memory)?;
-            if self.device.is_remote() {
-                self.device.hand_over(&queues.rings(&self.kicks)?)?;
+            if self.device.is_vhost_user() {
+                self.device.start_backend(&queues.rings(&self.kicks)?)?;
             }
             Ok(queues)
         });
@@ -341,7 +343,7 @@ impl VirtioMmio {
                     let _ = kick.write(1);
                 }
             }
-            Err(broken) => self.needs_reset(broken),
+            Err(error) => self.needs_reset(error),
         }
     }
 

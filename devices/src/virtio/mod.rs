@@ -10,10 +10,10 @@ pub mod mmio;
 pub mod net;
 pub mod queues;
 pub mod rng;
+mod round_robin;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod transfer;
-mod turns;
 pub mod vsock;
 
 /// The guest's memory.

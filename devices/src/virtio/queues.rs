@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::GuestMemory;
 use super::chain::Chain;
-use super::device::Broken;
+use super::device::NeedsReset;
 use crate::number;
 
 struct Active {
@@ -46,14 +46,17 @@ pub struct Queues {
 
 impl Queues {
     /// Checks the queues and takes them over.
-    pub(super) fn new(memory: &Arc<GuestMemory>, states: &[QueueState]) -> Result<Self, Broken> {
+    pub(super) fn new(
+        memory: &Arc<GuestMemory>,
+        states: &[QueueState],
+    ) -> Result<Self, NeedsReset> {
         let activate = |state: &QueueState| {
             if !state.ready {
                 return Ok(None);
             }
-            let queue = Queue::try_from(*state).map_err(|_| Broken("a queue is malformed"))?;
+            let queue = Queue::try_from(*state).map_err(|_| NeedsReset("a queue is malformed"))?;
             if !queue.is_valid(&**memory) {
-                return Err(Broken("a queue lies outside of memory"));
+                return Err(NeedsReset("a queue lies outside of memory"));
             }
             Ok(Some(Active {
                 queue,
@@ -78,7 +81,10 @@ impl Queues {
     }
 
     /// The queues, to be run by another process.
-    pub(super) fn rings<'a>(&self, kicks: &'a [EventFd]) -> Result<Vec<Option<Ring<'a>>>, Broken> {
+    pub(super) fn rings<'a>(
+        &self,
+        kicks: &'a [EventFd],
+    ) -> Result<Vec<Option<Ring<'a>>>, NeedsReset> {
         /// Lengths of the parts: of one entry, and of what else there is (virtio
         /// 1.2, 2.7).
         const DESCRIPTORS: (usize, usize) = (16, 0);
@@ -89,7 +95,8 @@ impl Queues {
             let address = |part: u64, (entry, rest): (usize, usize)| {
                 let len = entry * usize::from(queue.size()) + rest;
                 let slice = self.memory.get_slice(GuestAddress(part), len);
-                let slice = slice.map_err(|_| Broken("a queue is not in one piece of memory"))?;
+                let slice =
+                    slice.map_err(|_| NeedsReset("a queue is not in one piece of memory"))?;
                 Ok(slice.ptr_guard().as_ptr() as u64)
             };
             Ok(Ring {
@@ -114,14 +121,14 @@ impl Queues {
     }
 
     /// Ends a turn. True if the guest wants to be interrupted.
-    pub(super) fn end(&mut self) -> Result<bool, Broken> {
+    pub(super) fn end(&mut self) -> Result<bool, NeedsReset> {
         let mut interrupt = std::mem::take(&mut self.interrupt);
         for active in self.queues.iter_mut().flatten() {
             if std::mem::take(&mut active.used) {
                 interrupt |= active
                     .queue
                     .needs_notification(&*self.memory)
-                    .map_err(|_| Broken("a ring cannot be read"))?;
+                    .map_err(|_| NeedsReset("a ring cannot be read"))?;
             }
         }
         Ok(interrupt)
@@ -148,7 +155,7 @@ impl Queues {
 
     /// The device stops here, though there is more to do: it is called again
     /// for all its queues once others had their turn.
-    pub fn again(&mut self) {
+    pub fn reschedule(&mut self) {
         self.exhausted = true;
     }
 
@@ -158,19 +165,19 @@ impl Queues {
     }
 
     /// Do not tell when chains are added: the device looks by itself.
-    pub(super) fn quiet(&mut self, queue: usize) -> Result<(), Broken> {
+    pub(super) fn suppress_notifications(&mut self, queue: usize) -> Result<(), NeedsReset> {
         match self.queues.get_mut(queue) {
             Some(Some(active)) => active
                 .queue
                 .disable_notification(&*self.memory)
-                .map_err(|_| Broken("a ring cannot be written")),
+                .map_err(|_| NeedsReset("a ring cannot be written")),
             _ => Ok(()),
         }
     }
 
     /// Takes the next chain. When there is none, the driver will tell of the
     /// next one.
-    pub fn pop(&mut self, queue: usize) -> Result<Option<Chain>, Broken> {
+    pub fn pop(&mut self, queue: usize) -> Result<Option<Chain>, NeedsReset> {
         let Some(Some(active)) = self.queues.get_mut(queue) else {
             return Ok(None);
         };
@@ -183,7 +190,9 @@ impl Queues {
             let next = active
                 .queue
                 .iter(&*self.memory)
-                .map_err(|_| Broken("the available index is ahead by more than the queue's size"))?
+                .map_err(|_| {
+                    NeedsReset("the available index is ahead by more than the queue's size")
+                })?
                 .next();
             if let Some(descriptors) = next {
                 active.share -= 1;
@@ -194,16 +203,16 @@ impl Queues {
             let more = active
                 .queue
                 .enable_notification(&*self.memory)
-                .map_err(|_| Broken("a ring cannot be written"))?;
+                .map_err(|_| NeedsReset("a ring cannot be written"))?;
             if !more {
                 return Ok(None);
             }
         }
-        Err(Broken("the available ring cannot be read"))
+        Err(NeedsReset("the available ring cannot be read"))
     }
 
     /// Leaves the chain that was taken last, and not completed, to be taken again.
-    pub fn untake(&mut self, queue: usize) {
+    pub fn unpop(&mut self, queue: usize) {
         if let Some(Some(active)) = self.queues.get_mut(queue) {
             active.queue.go_to_previous_position();
             active.share += 1;
@@ -212,7 +221,7 @@ impl Queues {
     }
 
     /// Gives a chain back, with `len` bytes written to it.
-    pub fn complete(&mut self, queue: usize, head: u16, len: usize) -> Result<(), Broken> {
+    pub fn complete(&mut self, queue: usize, head: u16, len: usize) -> Result<(), NeedsReset> {
         let Some(Some(active)) = self.queues.get_mut(queue) else {
             return Ok(());
         };
@@ -220,6 +229,6 @@ impl Queues {
         active
             .queue
             .add_used(&*self.memory, head, number::length(len))
-            .map_err(|_| Broken("the used ring cannot be written"))
+            .map_err(|_| NeedsReset("the used ring cannot be written"))
     }
 }

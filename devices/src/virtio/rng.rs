@@ -4,7 +4,7 @@ use std::io::Read;
 use std::sync::Arc;
 
 use super::GuestMemory;
-use super::device::{Broken, DeviceId, VirtioDevice};
+use super::device::{DeviceId, NeedsReset, VirtioDevice};
 use super::queues::Queues;
 
 const REQUESTS: usize = 0;
@@ -41,14 +41,16 @@ impl<R: Read + Send> VirtioDevice for Rng<R> {
         &[]
     }
 
-    fn activate(&mut self, _: u64, _: &Arc<GuestMemory>) -> Result<(), Broken> {
+    fn activate(&mut self, _: u64, _: &Arc<GuestMemory>) -> Result<(), NeedsReset> {
         Ok(())
     }
 
-    fn serve(&mut self, _: usize, queues: &mut Queues) -> Result<(), Broken> {
+    fn process_queue(&mut self, _: usize, queues: &mut Queues) -> Result<(), NeedsReset> {
         while let Some(chain) = queues.pop(REQUESTS)? {
             if !chain.readable.is_empty() || chain.writable.is_empty() {
-                return Err(Broken("a request for random bytes must only be writable"));
+                return Err(NeedsReset(
+                    "a request for random bytes must only be writable",
+                ));
             }
             let mut bytes = [0; CHUNK];
             let len = chain.writable.len().min(CHUNK);

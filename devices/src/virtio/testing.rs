@@ -221,7 +221,7 @@ impl Driver {
     }
 
     pub fn kick(&mut self, queue: usize) {
-        self.transport.kicked(queue);
+        self.transport.queue_notified(queue);
     }
 
     /// The used entries since the last call: head and length.
@@ -261,27 +261,27 @@ impl Driver {
 
     /// Does what the event loop does at once: sources that are ready, and queues whose
     /// notification waits.
-    pub fn serve_pending(&mut self) {
+    pub fn process_pending(&mut self) {
         let mut events = [EpollEvent::default(); 8];
         let count = self.sources.wait(0, &mut events).unwrap_or(0);
         for event in &events[..count] {
-            self.transport.source_ready(event.data() as Token);
+            self.transport.event_ready(event.data() as Token);
         }
         for queue in 0..self.positions.len() {
-            if !self.transport.is_remote() && self.transport.kicks()[queue].read().is_ok() {
-                self.transport.kicked(queue);
+            if !self.transport.is_vhost_user() && self.transport.kicks()[queue].read().is_ok() {
+                self.transport.queue_notified(queue);
             }
         }
     }
 
     /// Waits until a source is ready, and lets the device know of all that are.
-    pub fn serve_source(&mut self) {
-        self.serve_sources(|_| true);
+    pub fn handle_event(&mut self) {
+        self.handle_events(|_| true);
     }
 
     /// The same for some of the sources. They are watched on edges, as the event
     /// loop does.
-    pub fn serve_sources(&mut self, which: impl Fn(Token) -> bool) {
+    pub fn handle_events(&mut self, which: impl Fn(Token) -> bool) {
         let deadline = Instant::now() + Duration::from_secs(5);
         while !self.ready.iter().any(|&token| which(token)) && Instant::now() < deadline {
             let mut events = [EpollEvent::default(); 8];
@@ -294,7 +294,7 @@ impl Driver {
         self.ready = others;
         let ready: BTreeSet<Token> = ready;
         for token in ready {
-            self.transport.source_ready(token);
+            self.transport.event_ready(token);
         }
     }
 }

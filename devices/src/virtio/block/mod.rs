@@ -17,13 +17,13 @@ use virtio_bindings::virtio_blk as spec;
 
 use self::engine::{Completion, DEPTH, Engine, Kind, Operation, unprepared};
 use self::request::{Action, Limits, Request, Status};
-use super::device::{Broken, DeviceId, Token, VirtioDevice};
+use super::device::{DeviceId, NeedsReset, Token, VirtioDevice};
 use super::queues::Queues;
-use super::turns::Turns;
+use super::round_robin::RoundRobin;
 use super::{GuestMemory, feature};
 use crate::rate_limiter::{LimitHandle, Limits as RateLimits, RateLimiter};
 
-pub use self::engine::{Image, ImageError, Parts, Prepare, Qcow2, restricted_ring, try_ring};
+pub use self::engine::{Concat, Image, ImageError, Prepare, Qcow2, restricted_ring, try_ring};
 pub use self::request::SECTOR;
 
 const QUEUE_SIZE: u16 = DEPTH;
@@ -99,7 +99,7 @@ pub struct Block {
     free: Vec<usize>,
     queue_sizes: Vec<u16>,
     /// The queues that may have chains which were not taken yet.
-    turns: Turns,
+    turns: RoundRobin,
     limiter: RateLimiter,
     new_limits: LimitHandle,
     counters: Counters,
@@ -135,7 +135,7 @@ impl Block {
             in_flight: (0..DEPTH).map(|_| None).collect(),
             free: (0..DEPTH.into()).rev().collect(),
             queue_sizes: vec![QUEUE_SIZE; disk.queues.max(1).into()],
-            turns: Turns::default(),
+            turns: RoundRobin::default(),
             limiter: RateLimiter::new(disk.limits)?,
             new_limits: LimitHandle::new(disk.limits)?,
             counters: Counters::default(),
@@ -148,7 +148,12 @@ impl Block {
     }
 
     /// Starts a request, or completes it if there is nothing to wait for.
-    fn start(&mut self, request: Request, queue: usize, queues: &mut Queues) -> Result<(), Broken> {
+    fn start(
+        &mut self,
+        request: Request,
+        queue: usize,
+        queues: &mut Queues,
+    ) -> Result<(), NeedsReset> {
         let durable = self.write_through;
         let (kind, offset, iovecs, rest, written) = match &request.action {
             Action::Refuse(status) => {
@@ -192,11 +197,11 @@ impl Block {
         self.submit(in_flight, queues)
     }
 
-    fn submit(&mut self, in_flight: Box<InFlight>, queues: &mut Queues) -> Result<(), Broken> {
+    fn submit(&mut self, in_flight: Box<InFlight>, queues: &mut Queues) -> Result<(), NeedsReset> {
         let slot = self.free.pop();
         let place = slot.and_then(|slot| Some((slot, self.in_flight.get_mut(slot)?)));
         let Some((slot, place)) = place else {
-            // `serve` leaves chains in the ring rather than come here.
+            // `process_queue` leaves chains in the ring rather than come here.
             return self.done(
                 &in_flight.request,
                 in_flight.queue,
@@ -225,7 +230,7 @@ impl Block {
         Some((slot, self.in_flight.get_mut(slot)?.take()?))
     }
 
-    fn complete(&mut self, completion: Completion, queues: &mut Queues) -> Result<(), Broken> {
+    fn complete(&mut self, completion: Completion, queues: &mut Queues) -> Result<(), NeedsReset> {
         let (token, result) = completion;
         let Some((slot, mut in_flight)) = self.take(token) else {
             return Ok(());
@@ -279,7 +284,7 @@ impl Block {
         status: Status,
         written: usize,
         queues: &mut Queues,
-    ) -> Result<(), Broken> {
+    ) -> Result<(), NeedsReset> {
         request.finish(status);
         let counters = &mut self.counters;
         let written = match status {
@@ -327,7 +332,7 @@ impl Block {
     }
 
     /// Takes chains from all queues in turn, as long as there is room and budget.
-    fn serve_requests(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+    fn process_requests(&mut self, queues: &mut Queues) -> Result<(), NeedsReset> {
         while let Some(queue) = self.turns.next() {
             if self.free.is_empty() || !self.limiter.admits() {
                 // A completion or the timer calls again.
@@ -354,7 +359,7 @@ impl Block {
         if let Err(error) = self.engine.commit() {
             log::warn!("disk: submitting: {error}");
             // The guest may wait for just these, and send no more.
-            queues.again();
+            queues.reschedule();
         }
     }
 }
@@ -375,7 +380,7 @@ impl InFlight {
         });
     }
 
-    /// Turns the operation into a write of zeroes.
+    /// RoundRobin the operation into a write of zeroes.
     fn write_zeroes(&mut self, len: u64, durable: bool) {
         let mut rest = usize::try_from(len).unwrap_or(usize::MAX);
         self.rest = rest;
@@ -454,16 +459,16 @@ impl VirtioDevice for Block {
         &self.config
     }
 
-    fn activate(&mut self, acked: u64, _: &Arc<GuestMemory>) -> Result<(), Broken> {
+    fn activate(&mut self, acked: u64, _: &Arc<GuestMemory>) -> Result<(), NeedsReset> {
         self.write_through = acked & feature(spec::VIRTIO_BLK_F_FLUSH) == 0;
         // Sources are not heard before.
         self.take_limits();
         Ok(())
     }
 
-    fn serve(&mut self, queue: usize, queues: &mut Queues) -> Result<(), Broken> {
+    fn process_queue(&mut self, queue: usize, queues: &mut Queues) -> Result<(), NeedsReset> {
         self.turns.add(queue);
-        let served = self.serve_requests(queues);
+        let served = self.process_requests(queues);
         self.commit(queues);
         served
     }
@@ -476,7 +481,7 @@ impl VirtioDevice for Block {
         ]
     }
 
-    fn ready(&mut self, token: Token, queues: &mut Queues) -> Result<(), Broken> {
+    fn handle_event(&mut self, token: Token, queues: &mut Queues) -> Result<(), NeedsReset> {
         let mut result = Ok(());
         match token {
             COMPLETED => {
@@ -488,14 +493,14 @@ impl VirtioDevice for Block {
             BUDGET => self.limiter.acknowledge(),
             _ => self.take_limits(),
         }
-        let served = result.and_then(|()| self.serve_requests(queues));
+        let served = result.and_then(|()| self.process_requests(queues));
         self.commit(queues);
         served
     }
 
     fn reset(&mut self) {
         self.drain();
-        self.turns = Turns::default();
+        self.turns = RoundRobin::default();
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

@@ -5,7 +5,7 @@
 use virtio_bindings::virtio_blk as spec;
 
 use crate::virtio::chain::{Buffer, Chain};
-use crate::virtio::device::Broken;
+use crate::virtio::device::NeedsReset;
 
 /// What sectors are counted in, in bytes.
 pub const SECTOR: u64 = 512;
@@ -76,13 +76,13 @@ pub struct Limits {
 impl Request {
     /// Reads a request once. A chain that has no room for the status is a
     /// fault of the driver; any other mistake just fails the request.
-    pub fn parse(chain: &Chain, limits: Limits) -> Result<Self, Broken> {
+    pub fn parse(chain: &Chain, limits: Limits) -> Result<Self, NeedsReset> {
         let mut header = [0; HEADER];
         if chain.readable.read(&mut header) < HEADER {
-            return Err(Broken("a block request has no header"));
+            return Err(NeedsReset("a block request has no header"));
         }
         let Some(data_len) = chain.writable.len().checked_sub(STATUS) else {
-            return Err(Broken("a block request has no room for its status"));
+            return Err(NeedsReset("a block request has no room for its status"));
         };
         let (input, status) = chain.writable.split_at(data_len);
         let (_, output) = chain.readable.split_at(HEADER);

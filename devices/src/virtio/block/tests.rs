@@ -62,7 +62,7 @@ fn request(driver: &mut Driver, kind: u32, sector: u64, data: &[Descriptor]) -> 
             assert_eq!(used, head);
             return (driver.read(STATUS, 1)[0], len);
         }
-        driver.serve_source();
+        driver.handle_event();
     }
     panic!("the request does not end");
 }
@@ -384,7 +384,7 @@ fn after_a_reset_nothing_touches_the_guest() {
         driver.kick(0);
         driver.reset();
         driver.write(DATA, &[0x77; 5 * 512]);
-        driver.serve_source();
+        driver.handle_event();
         assert_eq!(driver.read(DATA, 5 * 512), [0x77; 5 * 512]);
         assert_eq!(driver.used(0), []);
     }
@@ -441,7 +441,7 @@ fn a_spent_budget_delays_and_loses_nothing() {
     driver.kick(0);
     let (mut used, mut turns) = (driver.used(0).len(), 0);
     while used < all.len() {
-        driver.serve_source();
+        driver.handle_event();
         used += driver.used(0).len();
         turns += 1;
     }
@@ -471,7 +471,7 @@ fn a_request_larger_than_the_budget_passes_and_new_limits_forgive_its_debt() {
     assert_eq!(handle.take(), None);
     add_read(&mut driver, 0, 0, 8);
     driver.kick(0);
-    driver.serve_source();
+    driver.handle_event();
     assert_eq!(driver.used(0), [(0, 4097)]);
     // A minute of debt: nothing goes on by itself …
     let status = add_read(&mut driver, 0, 1, 1);
@@ -489,7 +489,7 @@ fn a_request_larger_than_the_budget_passes_and_new_limits_forgive_its_debt() {
     let start = Instant::now();
     while driver.used(0).is_empty() {
         assert!(start.elapsed() < Duration::from_secs(4));
-        driver.serve_source();
+        driver.handle_event();
     }
     assert_eq!(driver.read(status, 1), [0]);
 }
@@ -516,7 +516,7 @@ fn queues_are_served_each_in_its_turn() {
         for queue in 0..3 {
             order.extend(driver.used(queue).iter().map(|_| queue));
         }
-        driver.serve_source();
+        driver.handle_event();
     }
     // Two of the first pass before the others are seen, and then all in turn.
     let last_of_others = order.iter().rposition(|&queue| queue != 0).unwrap();
@@ -551,7 +551,7 @@ proptest! {
                 driver.add(0, &chain);
             }
             driver.kick(0);
-            driver.transport.source_ready(0);
+            driver.transport.event_ready(0);
         }
         driver.reset();
         prop_assert_eq!(file.metadata().unwrap().len(), SECTORS * 512);

@@ -16,7 +16,7 @@ use super::port::{DevicePort, Port};
 use super::{F_MULTIPORT, QUEUE_SIZE};
 use crate::bus::lock;
 use crate::number;
-use crate::virtio::device::{Broken, DeviceId, Token, VirtioDevice};
+use crate::virtio::device::{DeviceId, NeedsReset, Token, VirtioDevice};
 use crate::virtio::queues::Queues;
 use crate::virtio::{GuestMemory, feature};
 
@@ -178,11 +178,11 @@ impl Channels {
     }
 
     /// Takes the driver's messages.
-    fn listen(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+    fn listen(&mut self, queues: &mut Queues) -> Result<(), NeedsReset> {
         while let Some(chain) = queues.pop(CONTROL_TRANSMIT)? {
             let mut message = [0; MESSAGE];
             if !chain.writable.is_empty() || chain.readable.read(&mut message) < MESSAGE {
-                return Err(Broken("a control message must be readable and whole"));
+                return Err(NeedsReset("a control message must be readable and whole"));
             }
             let [a, b, c, d, e, f, g, h] = message;
             self.heard(
@@ -195,7 +195,7 @@ impl Channels {
         Ok(())
     }
 
-    fn heard(&mut self, id: u32, event: u16, value: u16) -> Result<(), Broken> {
+    fn heard(&mut self, id: u32, event: u16, value: u16) -> Result<(), NeedsReset> {
         if event == DEVICE_READY {
             if value != 1 {
                 log::warn!("the guest's driver of channels failed");
@@ -210,7 +210,9 @@ impl Channels {
         let channel = id
             .checked_sub(FIRST_PORT)
             .and_then(|index| self.channels.get_mut(index as usize))
-            .ok_or(Broken("a control message names a port that is not there"))?;
+            .ok_or(NeedsReset(
+                "a control message names a port that is not there",
+            ))?;
         match (event, value) {
             (PORT_READY, 1) => {
                 channel.state = ChannelState {
@@ -228,7 +230,7 @@ impl Channels {
     }
 
     /// Tells the driver the news, as far as it has room.
-    fn tell(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+    fn tell(&mut self, queues: &mut Queues) -> Result<(), NeedsReset> {
         self.channels.iter_mut().for_each(Channel::look);
         // All ports are there before the first has a name.
         for kinds in [&[News::ADD][..], &[News::NAME, News::CLOSE, News::OPEN]] {
@@ -242,7 +244,9 @@ impl Channels {
                     };
                     let message = channel.message(id, news);
                     if !chain.readable.is_empty() || chain.writable.len() < message.len() {
-                        return Err(Broken("a control buffer must be writable and large enough"));
+                        return Err(NeedsReset(
+                            "a control buffer must be writable and large enough",
+                        ));
                     }
                     let len = chain.writable.write(&message);
                     queues.complete(CONTROL_RECEIVE, chain.head, len)?;
@@ -271,14 +275,14 @@ impl VirtioDevice for Channels {
         &self.config
     }
 
-    fn activate(&mut self, acked: u64, _: &Arc<GuestMemory>) -> Result<(), Broken> {
+    fn activate(&mut self, acked: u64, _: &Arc<GuestMemory>) -> Result<(), NeedsReset> {
         match acked & feature(F_MULTIPORT) {
-            0 => Err(Broken("channels need VIRTIO_CONSOLE_F_MULTIPORT")),
+            0 => Err(NeedsReset("channels need VIRTIO_CONSOLE_F_MULTIPORT")),
             _ => Ok(()),
         }
     }
 
-    fn serve(&mut self, queue: usize, queues: &mut Queues) -> Result<(), Broken> {
+    fn process_queue(&mut self, queue: usize, queues: &mut Queues) -> Result<(), NeedsReset> {
         match role(queue) {
             Role::Receive(index) => {
                 if let Some(channel) = self.channels.get_mut(index) {
@@ -303,7 +307,7 @@ impl VirtioDevice for Channels {
         vec![(0, self.wake.as_raw_fd())]
     }
 
-    fn ready(&mut self, _: Token, queues: &mut Queues) -> Result<(), Broken> {
+    fn handle_event(&mut self, _: Token, queues: &mut Queues) -> Result<(), NeedsReset> {
         let _ = self.wake.read();
         for (index, channel) in self.channels.iter_mut().enumerate() {
             let receive = receive_queue(index);

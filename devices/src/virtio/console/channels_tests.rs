@@ -139,7 +139,7 @@ fn ports_are_added_named_and_opened() {
         ]
     );
     bench.host(1).connected(true);
-    bench.driver.serve_source();
+    bench.driver.handle_event();
     assert_eq!(bench.told(), [news(2, PORT_OPEN, 1, "")]);
 }
 
@@ -171,7 +171,7 @@ fn bytes_go_both_ways_while_the_guest_has_the_port_open() {
     bench.say(2, PORT_OPEN, 1);
     bench.host(1).input(b"to the guest");
     bench.driver.add(6, &[Descriptor::writable(DATA, 100)]);
-    bench.driver.serve_source();
+    bench.driver.handle_event();
     bench.driver.kick(6);
     assert_eq!(bench.driver.used(6), [(0, 12)]);
     assert_eq!(bench.driver.read(DATA, 12), b"to the guest");
@@ -194,7 +194,7 @@ fn a_hang_up_comes_behind_the_last_bytes_and_before_the_next_client() {
     bench.host(0).connected(false);
     bench.host(0).connected(true);
     assert_eq!(bench.host(0).input_room(), 0);
-    bench.driver.serve_source();
+    bench.driver.handle_event();
     assert_eq!(bench.told(), []);
     bench.driver.add(4, &[Descriptor::writable(DATA, 100)]);
     bench.driver.kick(4);
@@ -298,7 +298,7 @@ proptest! {
             };
             bench.driver.add(queue, &[descriptor]);
             bench.driver.kick(queue);
-            bench.driver.transport.source_ready(0);
+            bench.driver.transport.event_ready(0);
             if bench.driver.status().contains(Status::NEEDS_RESET) {
                 bench.driver.reset();
                 bench.driver.start(feature(F_MULTIPORT));

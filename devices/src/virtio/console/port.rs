@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::bus::lock;
 use crate::line::{Line, TerminalSize};
 use crate::virtio::chain::Buffer;
-use crate::virtio::device::Broken;
+use crate::virtio::device::NeedsReset;
 use crate::virtio::queues::Queues;
 
 /// How many bytes wait at most in each direction.
@@ -177,7 +177,7 @@ impl DevicePort {
     }
 
     /// Takes what the guest sends, until there is no more, or no more room.
-    pub fn transmit(&mut self, queue: usize, queues: &mut Queues) -> Result<(), Broken> {
+    pub fn transmit(&mut self, queue: usize, queues: &mut Queues) -> Result<(), NeedsReset> {
         let mut port = lock(&self.port);
         loop {
             if port.full() {
@@ -188,7 +188,7 @@ impl DevicePort {
                 Some(held) => held,
                 None => match queues.pop(queue)? {
                     Some(chain) if !chain.writable.is_empty() => {
-                        return Err(Broken("what a port sends must only be readable"));
+                        return Err(NeedsReset("what a port sends must only be readable"));
                     }
                     Some(chain) => Held {
                         head: chain.head,
@@ -215,14 +215,16 @@ impl DevicePort {
     }
 
     /// Gives the guest what there is for it, as far as it has room.
-    pub fn receive(&mut self, queue: usize, queues: &mut Queues) -> Result<(), Broken> {
+    pub fn receive(&mut self, queue: usize, queues: &mut Queues) -> Result<(), NeedsReset> {
         let mut port = lock(&self.port);
         while !port.state.input.is_empty() {
             let Some(chain) = queues.pop(queue)? else {
                 return Ok(());
             };
             if !chain.readable.is_empty() || chain.writable.is_empty() {
-                return Err(Broken("what a port receives into must only be writable"));
+                return Err(NeedsReset(
+                    "what a port receives into must only be writable",
+                ));
             }
             let was_full = port.input_room() == 0;
             let len = chain.writable.write(port.state.input.make_contiguous());

@@ -10,7 +10,7 @@ use super::port::{DevicePort, Port};
 use super::{F_SIZE, QUEUE_SIZE};
 use crate::bus::lock;
 use crate::line::TerminalSize;
-use crate::virtio::device::{Broken, DeviceId, Token, VirtioDevice};
+use crate::virtio::device::{DeviceId, NeedsReset, Token, VirtioDevice};
 use crate::virtio::queues::Queues;
 use crate::virtio::{GuestMemory, feature};
 
@@ -53,7 +53,7 @@ impl Console {
         self.port.shared().clone()
     }
 
-    fn receive(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+    fn receive(&mut self, queues: &mut Queues) -> Result<(), NeedsReset> {
         self.port.receive(RECEIVE, queues)?;
         // A terminal has no way to tell; the next client's input goes on.
         lock(self.port.shared()).take_hang_up();
@@ -96,7 +96,7 @@ impl VirtioDevice for Console {
         }
     }
 
-    fn activate(&mut self, acked: u64, _: &Arc<GuestMemory>) -> Result<(), Broken> {
+    fn activate(&mut self, acked: u64, _: &Arc<GuestMemory>) -> Result<(), NeedsReset> {
         self.sized = acked & feature(F_SIZE) != 0;
         if !self.sized {
             self.port.set_open(true);
@@ -104,7 +104,7 @@ impl VirtioDevice for Console {
         Ok(())
     }
 
-    fn serve(&mut self, queue: usize, queues: &mut Queues) -> Result<(), Broken> {
+    fn process_queue(&mut self, queue: usize, queues: &mut Queues) -> Result<(), NeedsReset> {
         self.tell(queues);
         match queue {
             RECEIVE => self.receive(queues),
@@ -116,7 +116,7 @@ impl VirtioDevice for Console {
         vec![(0, self.wake.as_raw_fd())]
     }
 
-    fn ready(&mut self, _: Token, queues: &mut Queues) -> Result<(), Broken> {
+    fn handle_event(&mut self, _: Token, queues: &mut Queues) -> Result<(), NeedsReset> {
         let _ = self.wake.read();
         self.tell(queues);
         self.receive(queues)?;

@@ -89,7 +89,7 @@ fn a_full_ring_keeps_the_guest_waiting_until_it_drains() {
     };
     drain(&mut bench, RING_MAX / 2 - 1);
     drain(&mut bench, 1);
-    bench.driver.serve_source();
+    bench.driver.handle_event();
     assert_eq!(bench.driver.used(TRANSMIT).len(), 2);
     assert_eq!(bench.driver.interrupts(), 1);
     let rest = RING_MAX / 2 + 1000 + b"behind".len();
@@ -115,7 +115,7 @@ fn input_waits_until_the_terminal_is_there() {
     bench.size();
     assert_eq!(bench.attentions(), 1);
     lock(&bench.port).input(b"now");
-    bench.driver.serve_source();
+    bench.driver.handle_event();
     assert_eq!(bench.driver.used(RECEIVE), [(0, 3)]);
     assert_eq!(bench.driver.read(DATA, 3), b"now");
     assert_eq!(lock(&bench.port).input_room(), RING_MAX);
@@ -131,7 +131,7 @@ fn a_driver_without_a_size_listens_at_once() {
         columns: 1,
         rows: 1,
     });
-    bench.driver.serve_source();
+    bench.driver.handle_event();
     assert_eq!(bench.driver.interrupts(), 0);
 }
 
@@ -140,7 +140,7 @@ fn input_fills_as_many_buffers_as_it_needs() {
     let mut bench = Bench::started();
     lock(&bench.port).input(&[7; RING_MAX + 1]);
     assert_eq!(lock(&bench.port).input_room(), 0);
-    bench.driver.serve_source();
+    bench.driver.handle_event();
     assert_eq!(bench.attentions(), 0);
     for _ in 0..3 {
         bench
@@ -169,7 +169,7 @@ fn the_size_is_told_at_the_start_and_when_it_changes() {
     bench.driver.kick(TRANSMIT);
     assert_eq!((bench.driver.interrupts(), bench.size()), (1, (80, 25)));
     resize(&bench, 132, 50);
-    bench.driver.serve_source();
+    bench.driver.handle_event();
     assert_eq!((bench.driver.interrupts(), bench.size()), (1, (132, 50)));
     bench.driver.kick(TRANSMIT);
     assert_eq!(bench.driver.interrupts(), 0);
@@ -187,7 +187,7 @@ fn a_reset_in_the_middle_forgets_the_guest_s_buffers() {
     bench.driver.reset();
     bench.driver.write(DATA, &[9; 100]);
     lock(&bench.port).output_done(RING_MAX);
-    bench.driver.serve_source();
+    bench.driver.handle_event();
     assert_eq!(lock(&bench.port).output(), b"");
     assert_eq!(lock(&bench.port).input_room(), 0);
     bench.driver.start(feature(F_SIZE));
@@ -254,7 +254,7 @@ proptest! {
             bench.driver.add(queue, &[descriptor]);
             bench.driver.kick(queue);
             lock(&bench.port).output_done(host);
-            bench.driver.transport.source_ready(0);
+            bench.driver.transport.event_ready(0);
             let port = lock(&bench.port);
             prop_assert!(port.output().len() <= RING_MAX);
             prop_assert!(port.input_room() <= RING_MAX);
@@ -267,10 +267,10 @@ fn the_next_client_is_heard_when_the_guest_took_what_the_first_said() {
     let mut bench = Bench::started();
     lock(&bench.port).connected(true);
     lock(&bench.port).input(b"first");
-    bench.driver.serve_source();
+    bench.driver.handle_event();
     lock(&bench.port).connected(false);
     lock(&bench.port).connected(true);
-    bench.driver.serve_source();
+    bench.driver.handle_event();
     assert_eq!(lock(&bench.port).input_room(), 0);
     for _ in 0..2 {
         bench
@@ -281,11 +281,11 @@ fn the_next_client_is_heard_when_the_guest_took_what_the_first_said() {
     assert_eq!(bench.driver.used(RECEIVE).len(), 1);
     assert!(lock(&bench.port).input_room() > 0);
     lock(&bench.port).input(b"second");
-    bench.driver.serve_source();
+    bench.driver.handle_event();
     assert_eq!(bench.driver.used(RECEIVE).len(), 1);
     // One that leaves when all is taken is forgotten at once.
     lock(&bench.port).connected(false);
     lock(&bench.port).connected(true);
-    bench.driver.serve_source();
+    bench.driver.handle_event();
     assert!(lock(&bench.port).input_room() > 0);
 }

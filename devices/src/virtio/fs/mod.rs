@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 pub use self::frontend::{BackendError, Frontend};
 
 use super::GuestMemory;
-use super::device::{Broken, DeviceId, Token, VirtioDevice};
+use super::device::{DeviceId, NeedsReset, Token, VirtioDevice};
 use super::mmio::FEATURES;
 use super::queues::{Queues, Ring};
 
@@ -82,21 +82,21 @@ impl Fs {
     fn with_backend(
         &mut self,
         work: impl FnOnce(&mut Frontend) -> Result<(), BackendError>,
-    ) -> Result<(), Broken> {
+    ) -> Result<(), NeedsReset> {
         let Some(backend) = &mut self.backend else {
-            return Err(Broken("the backend has ended"));
+            return Err(NeedsReset("the backend has ended"));
         };
         backend.give_time(PATIENCE);
         work(backend).map_err(|error| self.fail(error))
     }
 
-    fn fail(&mut self, error: BackendError) -> Broken {
+    fn fail(&mut self, error: BackendError) -> NeedsReset {
         if let Some(backend) = self.backend.take() {
             drop(backend);
             (self.end)();
         }
         self.running.clear();
-        Broken(match error {
+        NeedsReset(match error {
             BackendError::Ended => "the backend has ended",
             BackendError::Silent => "the backend does not answer",
             BackendError::Nonsense => "the backend does not keep to vhost-user",
@@ -124,15 +124,15 @@ impl VirtioDevice for Fs {
         &self.config
     }
 
-    fn is_remote(&self) -> bool {
+    fn is_vhost_user(&self) -> bool {
         true
     }
 
-    fn activate(&mut self, acked: u64, memory: &Arc<GuestMemory>) -> Result<(), Broken> {
+    fn activate(&mut self, acked: u64, memory: &Arc<GuestMemory>) -> Result<(), NeedsReset> {
         self.with_backend(|backend| backend.set_up(acked, memory))
     }
 
-    fn hand_over(&mut self, rings: &[Option<Ring>]) -> Result<(), Broken> {
+    fn start_backend(&mut self, rings: &[Option<Ring>]) -> Result<(), NeedsReset> {
         let calls = self.calls.each_ref().map(EventFd::as_raw_fd);
         for ((index, ring), call) in (0..).zip(rings).zip(calls) {
             if let Some(ring) = ring {
@@ -144,7 +144,7 @@ impl VirtioDevice for Fs {
         Ok(())
     }
 
-    fn serve(&mut self, _: usize, _: &mut Queues) -> Result<(), Broken> {
+    fn process_queue(&mut self, _: usize, _: &mut Queues) -> Result<(), NeedsReset> {
         Ok(())
     }
 
@@ -153,7 +153,7 @@ impl VirtioDevice for Fs {
         calls.chain([(HUNG_UP, self.hung_up.as_raw_fd())]).collect()
     }
 
-    fn ready(&mut self, token: Token, queues: &mut Queues) -> Result<(), Broken> {
+    fn handle_event(&mut self, token: Token, queues: &mut Queues) -> Result<(), NeedsReset> {
         match self.calls.get(token as usize) {
             Some(call) => {
                 let _ = call.read();

@@ -204,7 +204,7 @@ fn a_backend_gets_memory_queues_and_notifications() {
             // The guest hears of used ones, and why it is interrupted.
             let mut call = calls[queue].2.as_ref().unwrap();
             call.write_all(&1u64.to_ne_bytes()).unwrap();
-            driver.serve_sources(|token| token as usize == queue);
+            driver.handle_events(|token| token as usize == queue);
             assert_eq!(driver.interrupts(), 1);
             let why = driver.read_register(reg::VIRTIO_MMIO_INTERRUPT_STATUS);
             assert_eq!(why, reg::VIRTIO_MMIO_INT_VRING);
@@ -293,12 +293,12 @@ fn a_backend_that_dies_is_noticed() {
     // As if the other end were closed.
     same.shutdown(Shutdown::Both).unwrap();
     fake.thread.join().unwrap();
-    driver.serve_sources(|token| token == HUNG_UP);
+    driver.handle_events(|token| token == HUNG_UP);
     assert!(driver.status().contains(Status::NEEDS_RESET));
     assert_eq!(driver.interrupts(), 1);
     assert_eq!(ends.load(Ordering::Relaxed), 1);
-    driver.transport.source_ready(HUNG_UP);
-    driver.transport.source_ready(0);
+    driver.transport.event_ready(HUNG_UP);
+    driver.transport.event_ready(0);
     assert_eq!(driver.interrupts(), 0);
 }
 

@@ -3,7 +3,7 @@
 use virtio_bindings::virtio_net as spec;
 
 use super::Net;
-use crate::virtio::device::Broken;
+use crate::virtio::device::NeedsReset;
 use crate::virtio::queues::Queues;
 
 /// Class, command, and the only arguments that are known.
@@ -18,10 +18,10 @@ enum Ack {
 }
 
 impl Net {
-    pub(super) fn control(&mut self, queue: usize, queues: &mut Queues) -> Result<(), Broken> {
+    pub(super) fn control(&mut self, queue: usize, queues: &mut Queues) -> Result<(), NeedsReset> {
         while let Some(chain) = queues.pop(queue)? {
             if chain.writable.is_empty() {
-                return Err(Broken("a control command has no room for its answer"));
+                return Err(NeedsReset("a control command has no room for its answer"));
             }
             let mut command = [0; COMMAND];
             let whole =

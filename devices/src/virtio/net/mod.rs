@@ -27,9 +27,9 @@ use virtio_bindings::virtio_net as spec;
 pub use self::backend::Backend;
 pub use self::filter::{FrameFilter, Verdict};
 use self::pair::{Pair, Received};
-use super::device::{Broken, DeviceId, Token, VirtioDevice};
+use super::device::{DeviceId, NeedsReset, Token, VirtioDevice};
 use super::queues::Queues;
-use super::turns::Turns;
+use super::round_robin::RoundRobin;
 use super::{GuestMemory, feature};
 use crate::rate_limiter::{LimitHandle, Limits, RateLimiter};
 
@@ -86,7 +86,7 @@ impl Counters {
 /// One way through the device.
 struct Direction {
     /// Pairs that may have packets which did not pass yet.
-    turns: Turns,
+    turns: RoundRobin,
     limiter: RateLimiter,
     counters: Counters,
 }
@@ -94,7 +94,7 @@ struct Direction {
 impl Direction {
     fn new(limits: Limits) -> io::Result<Self> {
         Ok(Direction {
-            turns: Turns::default(),
+            turns: RoundRobin::default(),
             limiter: RateLimiter::new(limits)?,
             counters: Counters::default(),
         })
@@ -183,7 +183,7 @@ impl Net {
     }
 
     /// Passes packets to the guest until there are none, or it has no room.
-    fn receive(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+    fn receive(&mut self, queues: &mut Queues) -> Result<(), NeedsReset> {
         let mut lost = 0;
         while let Some(index) = self.receive.turns.next() {
             let Some(pair) = self
@@ -207,7 +207,7 @@ impl Net {
                     // These take no chain, whose number has a limit.
                     lost += 1;
                     if lost == QUEUE_SIZE {
-                        queues.again();
+                        queues.reschedule();
                         break;
                     }
                 }
@@ -217,7 +217,7 @@ impl Net {
         Ok(())
     }
 
-    fn transmit(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+    fn transmit(&mut self, queues: &mut Queues) -> Result<(), NeedsReset> {
         while let Some(index) = self.transmit.turns.next() {
             let Some(pair) = self
                 .pairs
@@ -236,7 +236,7 @@ impl Net {
                 continue;
             };
             if !chain.writable.is_empty() || chain.readable.len() < HEADER {
-                return Err(Broken(
+                return Err(NeedsReset(
                     "a packet to send must be readable and have a header",
                 ));
             }
@@ -255,7 +255,7 @@ impl Net {
     }
 
     /// What the guest sends may be answered here, so it comes first.
-    fn work(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+    fn work(&mut self, queues: &mut Queues) -> Result<(), NeedsReset> {
         self.transmit(queues)?;
         self.receive(queues)?;
         for pair in &mut self.pairs {
@@ -297,7 +297,7 @@ impl VirtioDevice for Net {
         &self.config
     }
 
-    fn activate(&mut self, acked: u64, _: &Arc<GuestMemory>) -> Result<(), Broken> {
+    fn activate(&mut self, acked: u64, _: &Arc<GuestMemory>) -> Result<(), NeedsReset> {
         let has = |bit| acked & feature(bit) != 0;
         self.mergeable = has(spec::VIRTIO_NET_F_MRG_RXBUF);
         // It is behind the pairs that the driver knows of.
@@ -314,7 +314,7 @@ impl VirtioDevice for Net {
         Ok(())
     }
 
-    fn serve(&mut self, queue: usize, queues: &mut Queues) -> Result<(), Broken> {
+    fn process_queue(&mut self, queue: usize, queues: &mut Queues) -> Result<(), NeedsReset> {
         match self.role(queue) {
             Role::Receive(index) => self.receive.turns.add(index),
             Role::Transmit(index) => self.transmit.turns.add(index),
@@ -338,7 +338,7 @@ impl VirtioDevice for Net {
             .collect()
     }
 
-    fn ready(&mut self, token: Token, queues: &mut Queues) -> Result<(), Broken> {
+    fn handle_event(&mut self, token: Token, queues: &mut Queues) -> Result<(), NeedsReset> {
         match token {
             RECEIVE_BUDGET => self.receive.limiter.acknowledge(),
             TRANSMIT_BUDGET => self.transmit.limiter.acknowledge(),
@@ -356,8 +356,8 @@ impl VirtioDevice for Net {
         }
         self.control = None;
         self.use_pairs(1);
-        self.receive.turns = Turns::default();
-        self.transmit.turns = Turns::default();
+        self.receive.turns = RoundRobin::default();
+        self.transmit.turns = RoundRobin::default();
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

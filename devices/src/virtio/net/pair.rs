@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use super::backend::{Backend, Incoming};
 use super::{HEADER, NUM_BUFFERS};
 use crate::virtio::chain::Chain;
-use crate::virtio::device::Broken;
+use crate::virtio::device::NeedsReset;
 use crate::virtio::queues::Queues;
 
 /// What came of a try to receive.
@@ -45,7 +45,7 @@ impl Pair {
         queue: usize,
         mergeable: bool,
         queues: &mut Queues,
-    ) -> Result<Received, Broken> {
+    ) -> Result<Received, NeedsReset> {
         match self.end.poll() {
             Incoming::Packet => {}
             Incoming::Lost => return Ok(Received::Lost),
@@ -64,7 +64,7 @@ impl Pair {
         queue: usize,
         mergeable: bool,
         queues: &mut Queues,
-    ) -> Result<Received, Broken> {
+    ) -> Result<Received, NeedsReset> {
         let packet = self.end.packet();
         let len = packet.len();
         let mut room: usize = self.held.iter().map(|chain| chain.writable.len()).sum();
@@ -73,7 +73,7 @@ impl Pair {
                 return Ok(Received::Nothing);
             };
             if !chain.readable.is_empty() || chain.writable.len() < HEADER {
-                return Err(Broken(
+                return Err(NeedsReset(
                     "a receive buffer must be writable and hold a header",
                 ));
             }

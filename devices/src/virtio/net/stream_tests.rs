@@ -110,7 +110,7 @@ fn frames_go_both_ways_behind_their_length() {
         driver.add(RECEIVE, &[Descriptor::writable(0x40000, 70_000)]);
         driver.kick(RECEIVE);
         peer.write_all(&framed(&frame)).unwrap();
-        driver.serve_source();
+        driver.handle_event();
         assert_eq!(driver.used(RECEIVE)[0].1 as usize, HEADER + len);
         let got = driver.read(0x40000, HEADER + len);
         assert_eq!(got[..HEADER], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
@@ -160,7 +160,7 @@ fn a_peer_that_reads_late_holds_the_guest_back() {
         assert!(!more.is_empty(), "{} of {}", got.len(), sent.len());
         got.extend(more);
         if got.len() < sent.len() {
-            driver.serve_sources(|token| token == ROOM);
+            driver.handle_events(|token| token == ROOM);
         }
         done += driver.used(TRANSMIT).len();
     }
@@ -196,7 +196,7 @@ fn a_peer_that_leaves_or_talks_nonsense_takes_the_link_down() {
         peer.write_all(&framed(&frame(0, 20))).unwrap();
         let peer = deed(peer);
         driver.interrupts();
-        driver.serve_source();
+        driver.handle_event();
         assert_eq!(driver.used(RECEIVE), [(0, 32)]);
         assert_eq!(link(&mut driver), 0);
         assert_eq!(driver.read_register(0x60) & 2, 2);
@@ -229,7 +229,7 @@ fn a_reset_loses_packets_but_not_the_framing() {
     let whole = framed(&frame(7, 500));
     peer.write_all(&framed(&frame(1, 100))).unwrap();
     peer.write_all(&whole[..300]).unwrap();
-    driver.serve_sources(|token| token == 0);
+    driver.handle_events(|token| token == 0);
     driver.reset();
     driver.start(0);
     peer.write_all(&whole[300..]).unwrap();
@@ -245,7 +245,7 @@ fn a_reset_loses_packets_but_not_the_framing() {
         assert!(!more.is_empty());
         got.extend(more);
         if !got.ends_with(&framed(&frame(9, 40))) {
-            driver.serve_sources(|token| token == ROOM);
+            driver.handle_events(|token| token == ROOM);
         }
     }
     assert_eq!((got.len() - 44) % 60_004, 0);
@@ -296,7 +296,7 @@ fn a_filter_passes_drops_and_answers() {
     for first in [3, 5, 6] {
         peer.write_all(&framed(&[first; 30])).unwrap();
     }
-    driver.serve_source();
+    driver.handle_event();
     assert_eq!(driver.used(RECEIVE), [(1, 42)]);
     assert_eq!(driver.read(0xa000 + HEADER as u64, 30), [6; 30]);
     assert_eq!(counter(&driver, "seen"), 4);
@@ -329,7 +329,7 @@ proptest! {
             let (now, later) = rest.split_at(len);
             peer.write_all(now).unwrap();
             rest = later;
-            driver.transport.source_ready(0);
+            driver.transport.event_ready(0);
             loop {
                 driver.add(RECEIVE, &[Descriptor::writable(0x9000, 4000)]);
                 driver.kick(RECEIVE);
@@ -362,7 +362,7 @@ proptest! {
         driver.add(RECEIVE, &[Descriptor::writable(0x9000, 300)]);
         driver.add(RECEIVE, &[Descriptor::writable(0xa000, 300)]);
         driver.kick(RECEIVE);
-        driver.transport.source_ready(0);
+        driver.transport.event_ready(0);
         send(&mut driver, &[0; 100]);
         prop_assert!(!driver.status().contains(Status::NEEDS_RESET));
     }

@@ -78,7 +78,7 @@ fn a_packet_is_spread_over_mergeable_buffers() {
     let (mut driver, peer) = driver(true);
     let data = packet(1000);
     peer.send(&data).unwrap();
-    driver.serve_source();
+    driver.handle_event();
     assert_eq!(driver.used(RECEIVE), []);
     for index in 0..4 {
         driver.add(
@@ -96,7 +96,7 @@ fn a_packet_is_spread_over_mergeable_buffers() {
     assert_eq!(driver.interrupts(), 1);
     // The fourth waits for the next packet.
     peer.send(&packet(8)).unwrap();
-    driver.serve_source();
+    driver.handle_event();
     assert_eq!(driver.used(RECEIVE), [(3, 20)]);
 }
 
@@ -107,7 +107,7 @@ fn without_merging_a_packet_that_does_not_fit_is_lost() {
     driver.kick(RECEIVE);
     peer.send(&packet(1000)).unwrap();
     peer.send(&packet(50)).unwrap();
-    driver.serve_source();
+    driver.handle_event();
     assert_eq!(driver.used(RECEIVE), [(0, 62)]);
     assert_eq!(driver.read(0x8000 + NUM_BUFFERS as u64, 2), [1, 0]);
 }
@@ -157,11 +157,11 @@ fn a_reset_forgets_buffers_and_packets() {
     driver.add(RECEIVE, &[Descriptor::writable(0x8000, 100)]);
     driver.kick(RECEIVE);
     peer.send(&packet(1000)).unwrap();
-    driver.serve_source();
+    driver.handle_event();
     driver.reset();
     driver.write(0x8000, &[0x77; 100]);
     peer.send(&packet(8)).unwrap();
-    driver.serve_source();
+    driver.handle_event();
     assert_eq!(driver.read(0x8000, 100), [0x77; 100]);
     driver.start(0);
     driver.add(RECEIVE, &[Descriptor::writable(0x9000, 100)]);
@@ -200,7 +200,7 @@ proptest! {
             }).collect();
             driver.add(queue, &chain);
             driver.kick(queue);
-            driver.transport.source_ready(0);
+            driver.transport.event_ready(0);
         }
     }
 }
@@ -258,7 +258,7 @@ fn the_guest_chooses_how_many_pairs_it_uses() {
         send(&mut driver, pair);
         peer.send(&packet(10)).unwrap();
     }
-    driver.serve_source();
+    driver.handle_event();
     let check = |driver: &mut Driver, lively: usize, pairs: std::ops::Range<usize>| {
         for pair in pairs {
             let used = usize::from(pair == lively);
@@ -327,9 +327,9 @@ fn a_spent_budget_delays_both_ways_and_loses_nothing() {
     }
     let (mut passed, mut turns) = ([0; 4], 0);
     // On edges, the TAP tells of no packet twice.
-    driver.serve_sources(|token| token < RECEIVE_BUDGET);
+    driver.handle_events(|token| token < RECEIVE_BUDGET);
     while passed != [3; 4] {
-        driver.serve_sources(|token| token >= RECEIVE_BUDGET);
+        driver.handle_events(|token| token >= RECEIVE_BUDGET);
         for (queue, passed) in passed.iter_mut().enumerate() {
             *passed += driver.used(queue).len();
         }
@@ -371,6 +371,6 @@ fn new_limits_count_at_once() {
     driver.kick(TRANSMIT);
     assert_eq!(driver.used(TRANSMIT).len(), 1);
     handle.set(Limits::default());
-    driver.serve_source();
+    driver.handle_event();
     assert_eq!(driver.used(TRANSMIT).len(), 9);
 }

@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 
 use self::muxer::Muxer;
 use self::packet::{HEADER, Header};
-use super::device::{Broken, DeviceId, Token, VirtioDevice};
+use super::device::{DeviceId, NeedsReset, Token, VirtioDevice};
 use super::queues::Queues;
 use super::{GuestMemory, feature};
 
@@ -139,7 +139,7 @@ impl Vsock {
     }
 
     /// Moves packets both ways, until there are none or a queue has no chains.
-    fn work(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+    fn work(&mut self, queues: &mut Queues) -> Result<(), NeedsReset> {
         if std::mem::take(&mut self.unpolled) {
             self.muxer.poll();
         }
@@ -158,14 +158,14 @@ impl Vsock {
 
     /// Takes packets of the guest. True if there may be more, for which there
     /// is no room.
-    fn transmit(&mut self, queues: &mut Queues) -> Result<bool, Broken> {
+    fn transmit(&mut self, queues: &mut Queues) -> Result<bool, NeedsReset> {
         while !self.muxer.is_full() {
             let Some(chain) = queues.pop(TRANSMIT)? else {
                 return Ok(false);
             };
             let mut header = [0; HEADER];
             if !chain.writable.is_empty() || chain.readable.read(&mut header) < HEADER {
-                return Err(Broken(
+                return Err(NeedsReset(
                     "a packet to send must be readable and have a header",
                 ));
             }
@@ -176,19 +176,19 @@ impl Vsock {
     }
 
     /// Gives packets to the guest. True if there were any.
-    fn receive(&mut self, queues: &mut Queues) -> Result<bool, Broken> {
+    fn receive(&mut self, queues: &mut Queues) -> Result<bool, NeedsReset> {
         let mut progress = false;
         while self.muxer.has_packets() {
             let Some(chain) = queues.pop(RECEIVE)? else {
                 break;
             };
             if !chain.readable.is_empty() || chain.writable.len() <= HEADER {
-                return Err(Broken(
+                return Err(NeedsReset(
                     "a receive buffer must be writable and hold more than a header",
                 ));
             }
             let Some(header) = self.muxer.next(&chain.writable) else {
-                queues.untake(RECEIVE);
+                queues.unpop(RECEIVE);
                 break;
             };
             chain.writable.write(&header.bytes());
@@ -200,7 +200,7 @@ impl Vsock {
         Ok(progress)
     }
 
-    fn tell_end(&mut self, queues: &mut Queues) -> Result<(), Broken> {
+    fn tell_end(&mut self, queues: &mut Queues) -> Result<(), NeedsReset> {
         if !self.state.ended {
             return Ok(());
         }
@@ -209,7 +209,9 @@ impl Vsock {
         };
         let event = EVENT_TRANSPORT_RESET.to_le_bytes();
         if !chain.readable.is_empty() || chain.writable.write(&event) < event.len() {
-            return Err(Broken("an event buffer must be writable and hold an event"));
+            return Err(NeedsReset(
+                "an event buffer must be writable and hold an event",
+            ));
         }
         self.state.ended = false;
         queues.complete(EVENT, chain.head, event.len())
@@ -233,12 +235,12 @@ impl VirtioDevice for Vsock {
         &self.config
     }
 
-    fn activate(&mut self, _: u64, _: &Arc<GuestMemory>) -> Result<(), Broken> {
+    fn activate(&mut self, _: u64, _: &Arc<GuestMemory>) -> Result<(), NeedsReset> {
         self.unpolled = true;
         Ok(())
     }
 
-    fn serve(&mut self, _: usize, queues: &mut Queues) -> Result<(), Broken> {
+    fn process_queue(&mut self, _: usize, queues: &mut Queues) -> Result<(), NeedsReset> {
         self.work(queues)
     }
 
@@ -246,7 +248,7 @@ impl VirtioDevice for Vsock {
         vec![(0, self.muxer.fd())]
     }
 
-    fn ready(&mut self, _: Token, queues: &mut Queues) -> Result<(), Broken> {
+    fn handle_event(&mut self, _: Token, queues: &mut Queues) -> Result<(), NeedsReset> {
         self.unpolled = true;
         self.work(queues)
     }

@@ -124,7 +124,7 @@ impl Guest {
 
     /// What the guest was sent by now; its buffers are offered again.
     fn packets(&mut self) -> Vec<Packet> {
-        self.driver.transport.source_ready(0);
+        self.driver.transport.event_ready(0);
         let packets = self.take();
         self.driver.kick(RECEIVE);
         packets
@@ -152,7 +152,7 @@ impl Guest {
         let deadline = Instant::now() + Duration::from_secs(10);
         while packets.is_empty() {
             assert!(Instant::now() < deadline, "no packet");
-            self.driver.serve_source();
+            self.driver.handle_event();
             packets = self.packets();
         }
         assert_eq!(packets.len(), 1, "{packets:?}");
@@ -237,7 +237,7 @@ fn the_guest_connects_and_bytes_go_both_ways() {
     while received.len() < long.len() {
         let packets = guest.packets();
         if packets.is_empty() {
-            guest.driver.serve_source();
+            guest.driver.handle_event();
         }
         for (header, data) in packets {
             assert_eq!(header.op, Op::Data as u16);
@@ -276,7 +276,7 @@ fn data_lies_in_several_descriptors() {
     guest.send_op(Op::Request);
     let (mut peer, _) = listener.accept().unwrap();
     peer.write_all(b"abcdef").unwrap();
-    guest.driver.transport.source_ready(0);
+    guest.driver.transport.event_ready(0);
     assert_eq!(
         guest.driver.used(RECEIVE),
         [(0, HEADER as u32), (1, HEADER as u32 + 6)]
@@ -345,8 +345,8 @@ fn clients_that_do_not_speak_up_are_hung_up_on() {
     let mut any = UnixStream::connect(guest.path("v")).unwrap();
     any.write_all(format!("CONNECT {PORT_ANY}\n").as_bytes())
         .unwrap();
-    guest.driver.serve_source(); // they come in
-    guest.driver.serve_source(); // and speak
+    guest.driver.handle_event(); // they come in
+    guest.driver.handle_event(); // and speak
     guest.quiet();
     // At once, with what they said unread or not.
     assert!(matches!(wrong.read(&mut [0]), Ok(0) | Err(_)));
@@ -354,7 +354,7 @@ fn clients_that_do_not_speak_up_are_hung_up_on() {
     silent.set_nonblocking(true).unwrap();
     assert!(silent.read(&mut [0]).is_err());
     silent.set_nonblocking(false).unwrap();
-    guest.driver.serve_source(); // the timer
+    guest.driver.handle_event(); // the timer
     assert!(ended(&mut silent));
     assert!(matches!(slow.read(&mut [0]), Ok(0) | Err(_)));
 }
@@ -607,7 +607,7 @@ fn a_peer_that_never_reads_stalls_its_connection_alone() {
         let mut chunk = [0; 10_000];
         match lazy.read(&mut chunk) {
             Ok(len) => received.extend(&chunk[..len]),
-            Err(_) => guest.driver.serve_source(),
+            Err(_) => guest.driver.handle_event(),
         }
         updates += guest.packets().len();
     }
@@ -701,7 +701,7 @@ fn what_the_guest_sent_is_delivered_after_it_left() {
         match peer.read(&mut chunk) {
             Ok(0) => break,
             Ok(len) => received += len,
-            Err(_) => guest.driver.serve_source(),
+            Err(_) => guest.driver.handle_event(),
         }
     }
     assert_eq!(received, sent.len());
@@ -830,7 +830,7 @@ fn connections_take_turns() {
     for peer in &mut peers {
         peer.write_all(&pattern(100_000)).unwrap();
     }
-    guest.driver.transport.source_ready(0);
+    guest.driver.transport.event_ready(0);
     let mut counts = [0; 4];
     for (header, _) in guest.take() {
         counts[header.dst_port as usize] += 1;
@@ -854,7 +854,7 @@ fn a_reset_hangs_up_and_later_clients_are_served() {
     guest.driver.write(PAGES, &[0x77; 100]);
     let mut client = UnixStream::connect(guest.path("v")).unwrap();
     client.write_all(b"CONNECT 9\n").unwrap();
-    guest.driver.transport.source_ready(0);
+    guest.driver.transport.event_ready(0);
     assert_eq!(guest.driver.read(PAGES, 100), [0x77; 100]);
     guest.driver.start(0);
     guest.offer_all(PAGE as u32);
@@ -1075,7 +1075,7 @@ proptest! {
                     guest.driver.start(0);
                 }
             }
-            guest.driver.transport.source_ready(0);
+            guest.driver.transport.event_ready(0);
             for listener in &listeners {
                 listener.set_nonblocking(true).unwrap();
                 while let Ok((peer, _)) = listener.accept() {
@@ -1107,7 +1107,7 @@ fn a_client_that_waits_is_let_in_when_a_reset_made_room() {
     assert_eq!(packets[0].0.op, Op::Reset as u16);
     let (_, fd) = guest.driver.transport.sources()[0];
     assert!(crate::poll::ready(fd, libc::POLLIN, 1000));
-    guest.driver.transport.source_ready(0);
+    guest.driver.transport.event_ready(0);
     let packets = guest.take();
     assert_eq!(packets.len(), 1, "{packets:?}");
     assert_eq!(packets[0].0.op, Op::Request as u16);

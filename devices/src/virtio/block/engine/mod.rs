@@ -1,7 +1,7 @@
 //! Doing I/O without blocking: raw images by io_uring, or by threads where it
 //! is refused; other formats by threads.
 
-mod parts;
+mod concat;
 mod qcow2;
 mod threads;
 mod uring;
@@ -14,7 +14,7 @@ use std::sync::Arc;
 use self::threads::Threads;
 use self::uring::Uring;
 
-pub use self::parts::Parts;
+pub use self::concat::Concat;
 pub use self::qcow2::{ImageError, Qcow2};
 #[cfg(test)]
 pub use self::threads::Worker;
@@ -32,7 +32,7 @@ pub enum Image {
     /// QEMU's format.
     Qcow2(Box<Qcow2>),
     /// Files one after the other.
-    Parts(Parts),
+    Concat(Concat),
 }
 
 /// What an operation does.
@@ -92,7 +92,7 @@ impl Engine {
     pub fn new(image: Image, prepare: &Arc<dyn Prepare>) -> io::Result<Self> {
         let file = match image {
             Image::Raw(file) => file,
-            Image::Qcow2(_) | Image::Parts(_) => return Engine::threads(image, prepare),
+            Image::Qcow2(_) | Image::Concat(_) => return Engine::threads(image, prepare),
         };
         match Uring::new(file.try_clone()?) {
             Ok(uring) => Ok(Engine::Uring(Box::new(uring))),
@@ -108,7 +108,7 @@ impl Engine {
         let threads = match image {
             Image::Raw(file) => Threads::new(Arc::new(file), prepare),
             Image::Qcow2(qcow2) => Threads::new(Arc::new(*qcow2), prepare),
-            Image::Parts(parts) => Threads::new(Arc::new(parts), prepare),
+            Image::Concat(parts) => Threads::new(Arc::new(parts), prepare),
         };
         threads.map(Engine::Threads)
     }

@@ -311,7 +311,7 @@ impl Image {
                 .access
                 .into_inner()
                 .unwrap_or_else(PoisonError::into_inner)),
-            Image::Parts(_) => Err(io::Error::other("a backing image is one file")),
+            Image::Concat(_) => Err(io::Error::other("a backing image is one file")),
         }
     }
 }

@@ -10,7 +10,7 @@ use std::thread::{self, JoinHandle};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Completion, Kind, Operation, retry};
-use crate::handoff::Handoff;
+use crate::mailbox::Mailbox;
 use crate::poll::{entry, poll};
 
 const THREADS: usize = 4;
@@ -60,7 +60,7 @@ pub fn unprepared() -> Arc<dyn Prepare> {
 /// The threads, and what they are told and tell.
 pub struct Threads {
     jobs: Arc<Jobs>,
-    done: Handoff<Completion>,
+    done: Mailbox<Completion>,
     event: EventFd,
     threads: Vec<JoinHandle<()>>,
     prepare: Arc<dyn Prepare>,
@@ -145,7 +145,7 @@ unsafe impl Send for Job {}
 impl Threads {
     pub(super) fn new(worker: Arc<impl Worker>, prepare: &Arc<dyn Prepare>) -> io::Result<Self> {
         let jobs = Arc::new(Jobs::default());
-        let done = Handoff::default();
+        let done = Mailbox::default();
         // Whole from the start: should a thread be refused, its end ends the others.
         let mut threads = Threads {
             jobs: jobs.clone(),

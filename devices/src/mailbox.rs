@@ -7,22 +7,22 @@ use crate::bus::lock;
 /// Values that wait to be taken. The standard library's channels yield the CPU when
 /// threads meet in them, which is a system call that confined threads do not have.
 #[derive(Debug)]
-pub struct Handoff<T>(Arc<Mutex<Vec<T>>>);
+pub struct Mailbox<T>(Arc<Mutex<Vec<T>>>);
 
-impl<T> Default for Handoff<T> {
+impl<T> Default for Mailbox<T> {
     fn default() -> Self {
-        Handoff(Arc::default())
+        Mailbox(Arc::default())
     }
 }
 
-impl<T> Clone for Handoff<T> {
+impl<T> Clone for Mailbox<T> {
     /// Another end of the same.
     fn clone(&self) -> Self {
-        Handoff(self.0.clone())
+        Mailbox(self.0.clone())
     }
 }
 
-impl<T> Handoff<T> {
+impl<T> Mailbox<T> {
     /// Leaves a value.
     pub fn put(&self, value: T) {
         lock(&self.0).push(value);
@@ -42,14 +42,14 @@ mod tests {
     #[test]
     fn nothing_is_lost_and_each_has_its_order() {
         const COUNT: usize = 10_000;
-        let handoff = Handoff::default();
+        let mailbox = Mailbox::default();
         let threads = [0, 1, 2, 3].map(|thread| {
-            let handoff = handoff.clone();
-            thread::spawn(move || (0..COUNT).for_each(|number| handoff.put((thread, number))))
+            let mailbox = mailbox.clone();
+            thread::spawn(move || (0..COUNT).for_each(|number| mailbox.put((thread, number))))
         });
         let mut next = [0; 4];
         while next != [COUNT; 4] {
-            for (thread, number) in handoff.take() {
+            for (thread, number) in mailbox.take() {
                 assert_eq!(next[thread], number);
                 next[thread] += 1;
             }
@@ -57,6 +57,6 @@ mod tests {
         threads
             .into_iter()
             .for_each(|thread| thread.join().unwrap());
-        assert!(handoff.take().is_empty());
+        assert!(mailbox.take().is_empty());
     }
 }

@@ -1,28 +1,28 @@
 //! Which of several queues is next, so that none starves when a device has
 //! room or budget for only some chains.
 
-/// The most queues that take turns.
-pub const TURNS_MAX: usize = u64::BITS as usize;
+/// The most queues of one.
+pub const ROUND_ROBIN_MAX: usize = u64::BITS as usize;
 
 /// The queues that may have chains, and whose turn it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Turns {
+pub struct RoundRobin {
     /// A bit for each.
     waiting: u64,
     last: u32,
 }
 
-impl Turns {
+impl RoundRobin {
     /// A queue may have chains.
     pub fn add(&mut self, queue: usize) {
-        if queue < TURNS_MAX {
+        if queue < ROUND_ROBIN_MAX {
             self.waiting |= 1 << queue;
         }
     }
 
     /// A queue has no more, or will tell.
     pub fn remove(&mut self, queue: usize) {
-        if queue < TURNS_MAX {
+        if queue < ROUND_ROBIN_MAX {
             self.waiting &= !(1 << queue);
         }
     }
@@ -46,18 +46,18 @@ mod tests {
 
     #[test]
     fn all_have_their_turn() {
-        let mut turns = Turns::default();
-        assert_eq!(turns.next(), None);
+        let mut queues = RoundRobin::default();
+        assert_eq!(queues.next(), None);
         for queue in [0, 3, 63, 64, 1000] {
-            turns.add(queue);
+            queues.add(queue);
         }
-        let order: Vec<_> = (0..7).map_while(|_| turns.next()).collect();
+        let order: Vec<_> = (0..7).map_while(|_| queues.next()).collect();
         assert_eq!(order, [3, 63, 0, 3, 63, 0, 3]);
-        turns.remove(63);
-        turns.remove(64);
-        assert_eq!((turns.next(), turns.next()), (Some(0), Some(3)));
-        turns.remove(0);
-        turns.remove(3);
-        assert_eq!(turns.next(), None);
+        queues.remove(63);
+        queues.remove(64);
+        assert_eq!((queues.next(), queues.next()), (Some(0), Some(3)));
+        queues.remove(0);
+        queues.remove(3);
+        assert_eq!(queues.next(), None);
     }
 }

@@ -11,7 +11,7 @@ use crate::virtio::block::SECTOR;
 
 /// The files.
 #[derive(Debug, Default)]
-pub struct Parts {
+pub struct Concat {
     parts: Vec<Part>,
     len: u64,
 }
@@ -23,7 +23,7 @@ struct Part {
     file: File,
 }
 
-impl Parts {
+impl Concat {
     /// Appends a file of a length, which must be one of whole sectors.
     pub fn push(&mut self, file: File, len: u64) -> io::Result<()> {
         let end = self.len.checked_add(len);
@@ -52,7 +52,7 @@ impl Parts {
     }
 }
 
-impl Worker for Parts {
+impl Worker for Concat {
     unsafe fn run(
         &self,
         kind: Kind,
@@ -113,7 +113,7 @@ mod tests {
         file
     }
 
-    fn read(parts: &Parts, offset: u64, lens: &[usize]) -> io::Result<Vec<u8>> {
+    fn read(parts: &Concat, offset: u64, lens: &[usize]) -> io::Result<Vec<u8>> {
         let mut buffers: Vec<_> = lens.iter().map(|&len| vec![0xee; len]).collect();
         let iovecs: Vec<_> = buffers
             .iter_mut()
@@ -132,7 +132,7 @@ mod tests {
 
     #[test]
     fn a_read_ends_with_its_part_and_goes_on_in_the_next() {
-        let mut parts = Parts::default();
+        let mut parts = Concat::default();
         for (byte, sectors) in [(1, 1), (2, 2), (3, 1)] {
             let len = sectors * SECTOR as usize;
             parts.push(file(byte, len), len as u64).unwrap();
@@ -149,7 +149,7 @@ mod tests {
 
     #[test]
     fn only_whole_sectors_follow_each_other_and_nothing_is_written() {
-        let mut parts = Parts::default();
+        let mut parts = Concat::default();
         assert!(parts.push(file(1, 100), 100).is_err());
         assert!(parts.push(file(1, 0), 0).is_err());
         parts.push(file(1, 512), 512).unwrap();
