@@ -30,6 +30,7 @@ pub mod logging;
 pub mod machine;
 pub mod metrics;
 pub mod net;
+pub mod printable;
 pub mod run;
 pub mod sandbox;
 pub mod timing;

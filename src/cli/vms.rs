@@ -11,6 +11,8 @@ use serde_json::{Value, json};
 
 use crate::control::{Client, Command, Folder};
 use crate::failure::{Failure, OrFail};
+use crate::machine::Status;
+use crate::printable;
 use crate::run::detach::{self, DetachKeys};
 use crate::run::log::{Piece, Reader, Stamps, Tail};
 use crate::run::record::{Place, Record, State, now_ms};
@@ -286,40 +288,54 @@ fn each(names: &[String], act: impl Fn(&Place) -> Result<(), Failure>) -> Result
 }
 
 fn ps(all: bool, quiet: bool, as_json: bool) -> Result<(), Failure> {
-    let vms: Vec<(State, Record)> = Place::all()
+    let vms: Vec<(State, Record, Status)> = Place::all()
         .into_iter()
-        .filter_map(|place| Some((place.state(), place.record().ok()?)))
-        .filter(|(state, _)| all || *state == State::Running)
+        .filter_map(|place| Some((place.state(), place.record().ok()?, place.status())))
+        .filter(|(state, ..)| all || *state == State::Running)
         .collect();
     if as_json {
-        let all: Vec<Value> = vms.iter().map(|(state, vm)| describe(*state, vm)).collect();
+        let all = vms.iter().map(|(state, vm, how)| describe(*state, vm, how));
+        let all: Vec<Value> = all.collect();
         return super::print(&serde_json::to_string(&all).or_internal("--json")?);
     }
     if quiet {
-        return vms.iter().try_for_each(|(_, vm)| super::print(&vm.name));
+        return vms.iter().try_for_each(|(_, vm, _)| super::print(&vm.name));
     }
     super::print(&format!(
         "{:<24} {:<20} {:<24} {:<12} {:<24} {}",
         "NAME", "IMAGE", "COMMAND", "CREATED", "STATUS", "PORTS"
     ))?;
-    for (state, vm) in vms {
-        let command = printable(&vm.command.join(" "));
+    for (state, vm, how) in vms {
+        let command = printable::text(&vm.command.join(" "));
         super::print(&format!(
             "{:<24} {:<20} {:<24} {:<12} {:<24} {}",
             vm.name,
             vm.image,
             shorten(&command, 24),
             format!("{} ago", age(vm.created_ms)),
-            status(state, &vm),
+            status(state, &vm, &how),
             vm.ports.join(", ")
         ))?;
     }
     Ok(())
 }
 
-fn status(state: State, vm: &Record) -> String {
+fn status(state: State, vm: &Record, how: &Status) -> String {
     match (state, &vm.ended) {
-        (State::Running, _) => format!("up {}", age(vm.created_ms)),
+        (State::Running, _) => {
+            let paused = how.paused.then(|| "paused".to_owned());
+            let problems = match how.problems.len() {
+                0 => None,
+                1 => Some("1 problem".to_owned()),
+                number => Some(format!("{number} problems")),
+            };
+            let all: Vec<String> = paused.into_iter().chain(problems).collect();
+            let up = format!("up {}", age(vm.created_ms));
+            match all.is_empty() {
+                true => up,
+                false => format!("{up} ({})", all.join(", ")),
+            }
+        }
         (State::Ended, Some(ended)) => {
             format!("exited ({}) {} ago", ended.status, age(ended.at_ms))
         }
@@ -327,21 +343,31 @@ fn status(state: State, vm: &Record) -> String {
     }
 }
 
-fn describe(state: State, vm: &Record) -> Value {
+fn describe(state: State, vm: &Record, how: &Status) -> Value {
     let mut value = json!(vm);
     if let Value::Object(map) = &mut value {
         let state = match (state, &vm.ended) {
+            (State::Running, _) if how.paused => "paused",
             (State::Running, _) => "running",
             (State::Ended, Some(_)) => "exited",
             (State::Ended, None) => "killed",
         };
         map.insert("state".into(), state.into());
+        if (state, &vm.ended) == ("killed", &None) {
+            // As `wait` has it.
+            let reason = "the supervisor process was killed";
+            let ended = json!({ "status": end::STATUS_KILLED, "reason": reason });
+            map.insert("ended".into(), ended);
+        }
+        if vm.ended.is_none() {
+            map.insert("problems".into(), json!(how.problems));
+        }
     }
     value
 }
 
 fn inspect(place: &Place) -> Result<Value, Failure> {
-    let mut value = describe(place.state(), &place.record()?);
+    let mut value = describe(place.state(), &place.record()?, &place.status());
     let socket = Folder::locate().socket(&place.name());
     let client = Client::connect(&socket, PATIENCE);
     let machine = client.and_then(|mut client| client.ask(&Command::Info {}));
@@ -464,12 +490,6 @@ fn age(since_ms: u64) -> String {
     }
 }
 
-/// What a command's words look like in a list, whatever they hold.
-fn printable(text: &str) -> String {
-    let plain = |it: char| if it.is_control() { '?' } else { it };
-    text.chars().map(plain).collect()
-}
-
 fn shorten(text: &str, len: usize) -> String {
     match text.chars().count() > len {
         true => text.chars().take(len - 1).chain(['…']).collect(),
@@ -482,8 +502,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lists_are_harmless_and_short() {
-        assert_eq!(printable("a\x1b[2Jb"), "a?[2Jb");
+    fn lists_are_short() {
         assert_eq!(shorten("abcdef", 4), "abc…");
         assert_eq!(shorten("äöü", 3), "äöü");
         assert_eq!(age(now_ms() - 61_000), "61 s");

@@ -54,6 +54,14 @@ pub struct Subscription {
     _here: Arc<()>,
 }
 
+#[cfg(test)]
+impl Subscription {
+    /// All that came until nobody could tell more.
+    pub fn all(self) -> Vec<Event> {
+        self.events.iter().collect()
+    }
+}
+
 impl Subscriber {
     /// Both ends.
     pub fn new() -> (Self, Subscription) {

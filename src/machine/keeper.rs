@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
@@ -24,15 +24,17 @@ use serde_json::{Value, json};
 use super::link::{Done, Errand, Link, Order, Word};
 use super::pidfile::PidFile;
 use super::resources::Resources;
-use super::run::{self, Ending, Legacy};
+use super::run::{self, Ending, Legacy, Outcome};
 use super::signals::{Signals, leave_to_others};
+use super::status::StatusBoard;
 use crate::config::MachineConfig;
 use crate::console::Opened;
-use crate::control::{Ask, Command, Event, Folder, Reply, Server, Subscriber};
+use crate::control::{Ask, Command, Event, Folder, Reply, Server};
 use crate::disk_lock::DiskLocks;
 use crate::failure::{Class, Failure, OrFail};
 use crate::helper::{Ready, Running};
 use crate::logging;
+use crate::printable;
 use crate::sandbox::{self, Cgroup, Child, Layer, Mode, Policy, Report, Share, Status};
 use crate::timing::Timeline;
 use crate::unix_socket::Name;
@@ -44,7 +46,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const ASKED_MAX: usize = 64;
 /// One that closed its link has so long to end by itself.
 const LAST_WORD_MS: i32 = 1000;
-const LINK: &str = "talking to the machine's process";
+const LINK: &str = "talking to the VMM process";
 
 /// Builds a machine and runs it to its end.
 pub fn run(config: &MachineConfig, timeline: Timeline) -> Result<Ending, Failure> {
@@ -65,6 +67,8 @@ pub struct Keeper<'a> {
     says: Option<JoinHandle<()>>,
     /// Those of its disks, which are free when it has ended.
     locks: DiskLocks,
+    board: StatusBoard,
+    timeline: Timeline,
 }
 
 /// Ends a machine, from any thread.
@@ -134,12 +138,16 @@ impl Drop for Keeper<'_> {
     }
 }
 
-/// Passes on what the machine's process says, as it says it.
-fn pass_on_words(mut said: io::PipeReader) {
-    let mut words = [0; 4096];
+/// Passes on what the VMM process says on standard error, line by line. A guest may have
+/// taken it over: its words are for a terminal, and harmless there.
+fn pass_on_words(said: impl Read, mut to: impl Write) {
+    const LINE_MAX: u64 = 4096;
+    let mut said = BufReader::new(said);
+    let mut line = Vec::new();
     // Also when nobody wants to hear it any more, or it could say no more.
-    while let Ok(len @ 1..) = said.read(&mut words) {
-        let _ = io::stderr().write_all(words.get(..len).unwrap_or_default());
+    while let Ok(1..) = (&mut said).take(LINE_MAX).read_until(b'\n', &mut line) {
+        let _ = to.write_all(printable::lines(&line).as_bytes());
+        line.clear();
     }
 }
 
@@ -271,12 +279,12 @@ impl<'a> Keeper<'a> {
             says: says.into(),
         };
         let child = given.spawn(config, &log, timeline);
-        let child = child.or_host("starting the machine's process")?;
+        let child = child.or_host("starting the VMM process")?;
         if let Some(cgroup) = &mut cgroup {
             confine(&child, cgroup, config.sandbox)?;
         }
         let says = thread::Builder::new().name("stderr".into());
-        let says = says.spawn(move || pass_on_words(said));
+        let says = says.spawn(move || pass_on_words(said, io::stderr()));
         let exited = child.pidfd().try_clone_to_owned();
         let exited = exited.or_host("duplicating a descriptor")?;
         let helpers = helpers.into_iter().map(Ready::watch);
@@ -298,6 +306,8 @@ impl<'a> Keeper<'a> {
             cgroup,
             says: Some(says.or_host("starting a thread")?),
             locks,
+            board: StatusBoard::default(),
+            timeline,
         };
         keeper.await_built()?;
         Ok(keeper)
@@ -307,14 +317,21 @@ impl<'a> Keeper<'a> {
     fn await_built(&self) -> Result<(), Failure> {
         match self.link().receive() {
             Ok(Some(Word::Built)) => Ok(()),
-            Ok(Some(Word::Failed { class, message })) => Err(Failure::new(class, message)),
-            _ => Err(self.died()),
+            Ok(Some(Word::Failed { class, message })) => {
+                Err(Failure::new(class, printable::text(&message)))
+            }
+            _ => Err(Failure::new(Class::Internal, self.why_died())),
         }
     }
 
     /// Ends the machine, from any thread.
     pub fn ender(&self) -> Ender {
         self.ender.clone()
+    }
+
+    /// What users are told of the machine while it runs.
+    pub fn board(&self) -> StatusBoard {
+        self.board.clone()
     }
 
     fn link(&self) -> &Link {
@@ -354,6 +371,7 @@ impl<'a> Keeper<'a> {
         let clients = Arc::new(Clients {
             link: link.try_clone().or_host("duplicating a descriptor")?,
             state: Mutex::default(),
+            board: self.board.clone(),
         });
         let asked = clients.clone();
         let server = Server::start(listener, socket, move |ask| asked.ask(ask))
@@ -373,6 +391,10 @@ impl<'a> Keeper<'a> {
         let ending = self.follow(clients);
         self.ender.insist();
         let _ = self.ender.0.wait();
+        if let Ok(ending) = &ending {
+            let how = ending.outcome.to_string();
+            self.board.tell(&Event::now("ended", Some(how)));
+        }
         ending
     }
 
@@ -391,15 +413,15 @@ impl<'a> Keeper<'a> {
             let [said, errand, signal] = ready.map(|entry| entry.revents != 0);
             if said {
                 match self.link().receive() {
-                    Ok(Some(Word::Ended(ending))) => return Ok(ending),
+                    Ok(Some(Word::Ended(ending))) => return Ok(harmless(ending)),
                     Ok(Some(Word::Failed { class, message })) => {
-                        return Err(Failure::new(class, message));
+                        return Err(Failure::new(class, printable::text(&message)));
                     }
                     Ok(Some(Word::Reply { id, reply })) => clients.answer(id, reply),
-                    Ok(Some(Word::Event(event))) => clients.tell(&event),
+                    Ok(Some(Word::Event(event))) => self.board.tell(&event),
                     Ok(Some(Word::Closed(report))) => self.note(clients, report),
                     Ok(Some(Word::Built)) => {}
-                    Ok(None) | Err(_) => return Err(self.died()),
+                    Ok(None) | Err(_) => return Ok(self.died()),
                 }
             }
             if errand && self.run_errand().is_err() {
@@ -459,13 +481,23 @@ impl<'a> Keeper<'a> {
         }
     }
 
+    /// The end of a VM whose process has ended without a word about it.
+    fn died(&self) -> Ending {
+        Ending {
+            outcome: Outcome::Internal(self.why_died()),
+            guest_status: None,
+            last_lines: Vec::new(),
+            timeline: self.timeline,
+        }
+    }
+
     /// Why it does not speak any more. If it lives, it says what makes no sense.
-    fn died(&self) -> Failure {
+    fn why_died(&self) -> String {
         // One that has ended closed its link a moment before.
         ready(self.ender.0.exited.as_raw_fd(), libc::POLLIN, LAST_WORD_MS);
         self.ender.0.kill();
-        let what = "the machine's process";
-        let message = match self.ender.0.wait() {
+        let what = "the VMM process";
+        match self.ender.0.wait() {
             Ok(status) if status.code() == Some(sandbox::VIOLATION.into()) => {
                 format!("{what} was ended, as it did what its sandbox forbids")
             }
@@ -480,22 +512,36 @@ impl<'a> Keeper<'a> {
                 None => format!("{what} ended with {status}"),
             },
             Err(error) => format!("{what}: {error}"),
-        };
-        Failure::new(Class::Internal, message)
+        }
     }
+}
+
+/// What a VMM process says of its end, in words that may be shown: a guest may have taken
+/// it over.
+fn harmless(mut ending: Ending) -> Ending {
+    const LINES_MAX: usize = 50;
+    let skipped = ending.last_lines.len().saturating_sub(LINES_MAX);
+    ending.last_lines.drain(..skipped);
+    for line in &mut ending.last_lines {
+        *line = printable::line(line);
+    }
+    if let Outcome::Crash(why) | Outcome::Internal(why) = &mut ending.outcome {
+        *why = printable::line(why);
+    }
+    ending
 }
 
 /// Who asks, and who listens, over the control socket.
 struct Clients {
     link: Link,
     state: Mutex<State>,
+    board: StatusBoard,
 }
 
 #[derive(Default)]
 struct State {
     next: u64,
     asked: BTreeMap<u64, (Command, SyncSender<Reply>)>,
-    subscribers: Vec<Subscriber>,
     /// Nobody will answer any more.
     over: bool,
     sandbox: Option<Report>,
@@ -508,9 +554,7 @@ impl Clients {
             return;
         }
         if ask.command == (Command::Events {}) {
-            // Those that left would gather while nothing happens.
-            state.subscribers.retain(Subscriber::is_here);
-            state.subscribers.extend(ask.subscriber);
+            self.board.subscribe(ask.subscriber);
             let _ = ask.reply.try_send(Reply::done());
             return;
         }
@@ -540,22 +584,23 @@ impl Clients {
         let Some((command, client)) = state.asked.remove(&id) else {
             return;
         };
+        match (&command, &reply) {
+            (Command::Pause {}, Reply::Ok(_)) => self.board.set_paused(true),
+            // A guest that is to turn off runs again.
+            (Command::Resume {} | Command::Shutdown { .. }, Reply::Ok(_)) => {
+                self.board.set_paused(false);
+            }
+            _ => {}
+        }
         let reply = match (command, reply) {
             (Command::Info {}, Reply::Ok(Value::Object(mut info))) => {
                 info.insert("sandbox".into(), json!(state.sandbox));
+                info.insert("problems".into(), json!(self.board.status().problems));
                 Reply::Ok(info.into())
             }
             (_, reply) => reply,
         };
         let _ = client.try_send(reply);
-    }
-
-    /// Tells all who listen; one that lags behind is let go.
-    fn tell(&self, event: &Event) {
-        let mut state = lock(&self.state);
-        state
-            .subscribers
-            .retain(|subscriber| subscriber.tell(event.clone()));
     }
 
     /// Lets all of them know that it is over.
@@ -564,6 +609,7 @@ impl Clients {
             over: true,
             ..State::default()
         };
+        self.board.close();
     }
 }
 
@@ -575,8 +621,7 @@ mod tests {
 
     use super::*;
     use crate::config::RawConfig;
-    use crate::control::Subscription;
-    use crate::machine::run::Outcome;
+    use crate::control::{Subscriber, Subscription};
     use crate::machine::signals::raise;
 
     /// What a machine's process has here, rather than [`PATIENCE`].
@@ -586,8 +631,12 @@ mod tests {
 
     fn clients() -> (Clients, Link) {
         let (link, other) = Link::pair().unwrap();
-        let state = Mutex::default();
-        (Clients { link, state }, other)
+        let clients = Clients {
+            link,
+            state: Mutex::default(),
+            board: StatusBoard::default(),
+        };
+        (clients, other)
     }
 
     fn ask(clients: &Clients, command: Command) -> (mpsc::Receiver<Reply>, Subscription) {
@@ -599,6 +648,38 @@ mod tests {
             reply,
         });
         (answer, subscription)
+    }
+
+    #[test]
+    fn what_a_vmm_process_says_is_harmless() {
+        let said = [&b"\x1b[2Jfine\n"[..], &[b'x'; 10_000], b"\x07"].concat();
+        let mut passed = Vec::new();
+        pass_on_words(&said[..], &mut passed);
+        let expected = [&b"?[2Jfine\n"[..], &[b'x'; 10_000], b"?"].concat();
+        assert_eq!(passed, expected);
+    }
+
+    #[test]
+    fn what_is_paused_is_known_to_be() {
+        let (clients, machine) = clients();
+        let commands = [
+            Command::Pause {},
+            Command::Info {},
+            Command::Resume {},
+            Command::Pause {},
+            Command::Shutdown { deadline: 1 },
+        ];
+        let mut paused = Vec::new();
+        for command in commands {
+            let (answer, _) = ask(&clients, command);
+            let Some(Order::Ask { id, .. }) = machine.receive().unwrap() else {
+                panic!();
+            };
+            clients.answer(id, Reply::done());
+            answer.recv().unwrap();
+            paused.push(clients.board.status().paused);
+        }
+        assert_eq!(paused, [true, true, false, true, false]);
     }
 
     #[test]
@@ -678,10 +759,13 @@ mod tests {
                 cgroup: None,
                 says: None,
                 locks: DiskLocks::default(),
+                board: StatusBoard::default(),
+                timeline: Timeline::start(),
             };
             let clients = Clients {
                 link: keeper.link().try_clone().unwrap(),
                 state: Mutex::default(),
+                board: keeper.board.clone(),
             };
             act(&keeper);
             let started = Instant::now();
@@ -716,8 +800,8 @@ mod tests {
     #[test]
     fn one_that_ignores_a_signal_ends() {
         let (ending, time) = keep("exec sleep 60", String::new(), terminate);
-        let failure = ending.unwrap_err().to_string();
-        assert!(failure.contains("ended by signal 9"), "{failure}");
+        let reason = "the VMM process was ended by signal 9";
+        assert_eq!(ending.unwrap().outcome, Outcome::Internal(reason.into()));
         assert!(time >= SHORT, "{time:?}");
     }
 
@@ -731,8 +815,8 @@ mod tests {
             while poll(&mut errand, -1).is_ok() && keeper.run_errand().is_ok() {}
             terminate(keeper);
         });
-        let failure = ending.unwrap_err().to_string();
-        assert!(failure.contains("ended by signal 9"), "{failure}");
+        let reason = "the VMM process was ended by signal 9";
+        assert_eq!(ending.unwrap().outcome, Outcome::Internal(reason.into()));
         assert!(time >= SHORT, "{time:?}");
     }
 
@@ -743,9 +827,9 @@ mod tests {
         for _ in 0..5 {
             drop(ask(&clients, Command::Events {}));
         }
-        assert_eq!(lock(&clients.state).subscribers.len(), 2);
-        clients.tell(&Event::now("one", None));
-        assert_eq!(lock(&clients.state).subscribers.len(), 1);
+        assert_eq!(clients.board.subscribers(), 2);
+        clients.board.tell(&Event::now("one", None));
+        assert_eq!(clients.board.subscribers(), 1);
         drop(stays);
     }
 }

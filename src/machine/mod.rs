@@ -11,6 +11,7 @@ mod platform;
 mod resources;
 mod run;
 mod signals;
+mod status;
 
 pub(crate) use build::open_kvm;
 pub use keeper::{Ender, Keeper, run};
@@ -18,3 +19,4 @@ pub use platform::PlatformHandle;
 pub(crate) use resources::refusal;
 pub use run::{Ending, Outcome};
 pub(crate) use signals::Signals;
+pub use status::{Status, StatusBoard};

@@ -79,6 +79,15 @@ impl Outcome {
     }
 }
 
+impl std::fmt::Display for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Outcome::Crash(why) | Outcome::Internal(why) => write!(f, "{}: {why}", self.name()),
+            _ => f.write_str(self.name()),
+        }
+    }
+}
+
 /// All there is to say about a machine that ended.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Ending {
@@ -247,9 +256,6 @@ fn live(legacy: Legacy) -> Result<Ending, Failure> {
     }
     // What disks have in flight ends here, before their locks are released.
     drop((events, machine.slots));
-    commander
-        .borrow_mut()
-        .tell("ended", Some(outcome.name().to_owned()));
     drop((commander, machine.vm));
 
     let mut learnt = learnt.borrow_mut();

@@ -20,6 +20,7 @@ use mayfly_guest::protocol::{
 };
 
 use super::detach::DetachKeys;
+use crate::printable;
 
 /// A guest has so long to let a user go.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -54,17 +55,9 @@ impl From<io::Error> for AgentError {
     }
 }
 
-/// A guest's words for a terminal: one line of them, and nothing that moves it.
-pub fn harmless_line(text: &str) -> String {
-    const LEN: usize = 200;
-    let plain = |it: char| if it.is_control() { '?' } else { it };
-    let line = text.lines().next().unwrap_or_default();
-    line.chars().take(LEN).map(plain).collect()
-}
-
 fn harmless(failed: Failed) -> Failed {
     Failed {
-        reason: harmless_line(&failed.reason),
+        reason: printable::line(&failed.reason),
         ..failed
     }
 }

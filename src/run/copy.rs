@@ -12,11 +12,12 @@ use flate2::bufread::MultiGzDecoder;
 use mayfly_guest::copy::{Entry, Files, Keep, Kind, Place, Sink, Source, Walk, copy};
 use mayfly_guest::protocol::{HostMessage, Unpack};
 
-use super::agent::{Agent, harmless_line};
+use super::agent::Agent;
 use super::record::{self, State};
 use crate::failure::{Failure, OrFail};
 use crate::image::tarball::{self, Entries, Meta, Writer};
 use crate::image::tree::normalised;
+use crate::printable;
 
 /// What to copy, in the user's words.
 #[derive(Clone, Debug, Default)]
@@ -79,12 +80,13 @@ fn connect(vm: &str) -> Result<Agent, Failure> {
             "{vm}: has ended, and its files with it; a volume outlives its VM"
         )));
     }
+    place.need_unpaused()?;
     Agent::connect(&place.vsock()).or_host(vm)
 }
 
 /// Errors may have a guest's words in them.
 fn failed(vm: &str) -> impl Fn(io::Error) -> Failure + '_ {
-    move |error| Failure::host(format!("{vm}: {}", harmless_line(&error.to_string())))
+    move |error| Failure::host(format!("{vm}: {}", printable::line(&error.to_string())))
 }
 
 /// From a guest.

@@ -1,8 +1,9 @@
 //! Ending VMs from outside.
 
+use std::fs;
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mayfly_guest::protocol::HostMessage;
 use rustix::process::{Pid, Signal, kill_process};
@@ -12,19 +13,39 @@ use super::record::{Place, State};
 use crate::control::{Client, Command, Folder};
 use crate::failure::{Failure, OrFail};
 
-/// What a VM whose process was killed counts as.
+/// What a VM whose supervisor process was killed counts as.
 pub const STATUS_KILLED: u8 = 137;
-/// So long a machine has to end when it was told to.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// The time that a guest has to answer, and a VM to end when it was told to.
+const END_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What is left of a time.
+#[derive(Clone, Copy)]
+struct Deadline(Option<Instant>);
+
+impl Deadline {
+    fn after(time: Duration) -> Self {
+        // One that is beyond all clocks never comes.
+        Deadline(Instant::now().checked_add(time))
+    }
+
+    fn left(self) -> Duration {
+        self.0.map_or(Duration::MAX, |end| {
+            end.saturating_duration_since(Instant::now())
+        })
+    }
+}
 
 /// Asks a VM's command to end, and ends the VM when its time is over.
 pub fn stop(place: &Place, time: Duration) -> Result<(), Failure> {
     if place.state() == State::Ended {
         return Ok(());
     }
-    let signal = place.record()?.stop_signal;
-    let told = signal_main(place, signal);
-    if told.is_ok() && wait(place, time)? {
+    let deadline = Deadline::after(time);
+    let record = place.record()?;
+    wake(place, record.pid, deadline.left())?;
+    let timeout = deadline.left().min(END_TIMEOUT);
+    let told = signal_main(place, record.stop_signal, timeout);
+    if told.is_ok() && wait(place, deadline.left())? {
         return Ok(());
     }
     force(place)
@@ -36,18 +57,50 @@ pub fn kill(place: &Place, signal: i32) -> Result<(), Failure> {
     if place.state() == State::Ended {
         return Err(Failure::config(format!("{}: has ended", place.name())));
     }
-    match signal_main(place, signal) {
-        Ok(()) if signal != libc::SIGKILL || wait(place, PATIENCE)? => Ok(()),
-        Err(failure) if signal != libc::SIGKILL => Err(failure),
-        _ => force(place),
+    if signal != libc::SIGKILL {
+        place.need_unpaused()?;
+        return signal_main(place, signal, END_TIMEOUT);
+    }
+    let deadline = Deadline::after(END_TIMEOUT);
+    wake(place, place.record()?.pid, deadline.left())?;
+    let told = signal_main(place, signal, deadline.left());
+    match told.is_ok() && wait(place, deadline.left())? {
+        true => Ok(()),
+        false => force(place),
+    }
+}
+
+/// Lets go on what could not hear that it is to end: processes that a signal has
+/// stopped, and a guest that is paused.
+fn wake(place: &Place, supervisor: u32, time: Duration) -> Result<(), Failure> {
+    continue_processes(supervisor);
+    if place.status().paused {
+        let socket = Folder::locate().socket(&place.name());
+        let resume = move || Client::connect(&socket, END_TIMEOUT)?.ask(&Command::Resume {});
+        // One that does not go on is ended by force.
+        within(time.min(END_TIMEOUT), resume)?;
+    }
+    Ok(())
+}
+
+/// Continues a VM's processes: its supervisor's, whose number is its own while its lock
+/// is held, and those that it started.
+fn continue_processes(supervisor: u32) {
+    let children = fs::read_to_string(format!("/proc/{supervisor}/task/{supervisor}/children"));
+    let children = children.unwrap_or_default();
+    let children = children.split_whitespace().map(str::parse);
+    let all = [Ok(supervisor.cast_signed())].into_iter().chain(children);
+    for pid in all.flatten().filter_map(Pid::from_raw) {
+        // Nothing happens to one that is not stopped.
+        let _ = kill_process(pid, Signal::CONT);
     }
 }
 
 /// Its guest may say anything, or nothing.
-fn signal_main(place: &Place, signal: i32) -> Result<(), Failure> {
+fn signal_main(place: &Place, signal: i32, time: Duration) -> Result<(), Failure> {
     let socket = place.vsock();
     let ask = move || Agent::connect(&socket)?.ask(&HostMessage::SignalMain(signal));
-    match within(PATIENCE, ask)? {
+    match within(time, ask)? {
         Some(result) => result.or_host(place.name()),
         None => Err(Failure::host(format!(
             "{}: its guest does not answer",
@@ -56,7 +109,7 @@ fn signal_main(place: &Place, signal: i32) -> Result<(), Failure> {
     }
 }
 
-/// Does something for so long, and no longer: then its thread ends with this process.
+/// Does something for a time, and no longer: then its thread ends with this process.
 fn within<T: Send + 'static>(
     time: Duration,
     work: impl FnOnce() -> T + Send + 'static,
@@ -68,15 +121,18 @@ fn within<T: Send + 'static>(
     Ok(result.recv_timeout(time).ok())
 }
 
-/// Ends a VM, whatever its guest does; its process, if it does not answer.
+/// Ends a VM, whatever its guest does; its processes, if they do not answer.
 fn force(place: &Place) -> Result<(), Failure> {
+    let deadline = Deadline::after(END_TIMEOUT);
+    let record = place.record()?;
+    continue_processes(record.pid);
     let socket = Folder::locate().socket(&place.name());
-    let end = move || Client::connect(&socket, PATIENCE)?.ask(&Command::Shutdown { deadline: 0 });
-    let told = within(PATIENCE, end)?;
-    if matches!(told, Some(Ok(_))) && wait(place, PATIENCE)? {
+    let end =
+        move || Client::connect(&socket, END_TIMEOUT)?.ask(&Command::Shutdown { deadline: 0 });
+    let told = within(deadline.left(), end)?;
+    if matches!(told, Some(Ok(_))) && wait(place, deadline.left())? {
         return Ok(());
     }
-    let record = place.record()?;
     // The lock is held: the number is still that process's.
     let pid = i32::try_from(record.pid).ok().and_then(Pid::from_raw);
     if let (State::Running, Some(pid)) = (place.state(), pid) {

@@ -85,6 +85,7 @@ fn running(name: &str) -> Result<(Place, Record), Failure> {
             "{name}: has ended; see mayfly logs {name}"
         )));
     }
+    place.need_unpaused()?;
     let record = place.record()?;
     Ok((place, record))
 }

@@ -193,29 +193,21 @@ fn run_here(
         &owned,
         timeline,
     );
+    // What never ran leaves nothing behind, as there is nothing to see. A VM whose VMM
+    // process was killed did run.
     let ended = match &result {
-        Ok(end) => Ended {
+        Err(_) => owned.remove(),
+        Ok(end) => owned.end(Ended {
             at_ms: now_ms(),
             status: end.status,
             reason: end.reason.clone(),
-        },
-        Err(failure) => Ended {
-            at_ms: now_ms(),
-            status: STATUS_FAILED,
-            reason: Some(failure.to_string()),
-        },
-    };
-    // What never ran leaves nothing behind, as there is nothing to see.
-    let ended = match &result {
-        Err(_) => owned.remove(),
-        Ok(_) => owned.end(ended),
+            last_lines: end.last_lines.clone(),
+            problems: end.problems.clone(),
+        }),
     };
     let end = result?;
     if let Err(failure) = ended {
         let _ = writeln!(io::stderr(), "mayfly: {failure}");
-    }
-    for line in &end.last_lines {
-        let _ = writeln!(io::stderr(), "  {line}");
     }
     Ok(end.status)
 }
@@ -224,6 +216,19 @@ struct End {
     status: u8,
     reason: Option<String>,
     last_lines: Vec<String>,
+    /// What had failed before.
+    problems: Vec<String>,
+}
+
+impl End {
+    fn new(status: u8, reason: Option<String>) -> Self {
+        End {
+            status,
+            reason,
+            last_lines: Vec::new(),
+            problems: Vec::new(),
+        }
+    }
 }
 
 /// Boots the machine and follows its session to the end.
@@ -251,6 +256,12 @@ fn run_machine(
     let log = Log::create(&place.log()).or_host("the log")?;
     // Before there are other threads.
     let keeper = Keeper::start(&config, timeline)?;
+    let (board, place) = (keeper.board(), place.clone());
+    board.observe(move |status| {
+        if let Err(error) = place.set_status(status) {
+            ::log::warn!("writing down how the VM does: {error}");
+        }
+    });
     let session = Session::start(options, plan, (listener, socket), log, keeper.ender())?;
     let ending = keeper.run();
     let end = session.end();
@@ -258,9 +269,19 @@ fn run_machine(
     if options.timing {
         let _ = write!(io::stderr(), "{}", ending.timeline);
     }
-    let end = judge(&end, &ending, &name, &memory);
+    let end = End {
+        problems: board.status().problems,
+        ..judge(&end, &ending, &name, &memory)
+    };
     if let Some(reason) = &end.reason {
-        let _ = writeln!(io::stderr(), "mayfly: {reason}");
+        let what_follows = match end.last_lines.is_empty() {
+            true => "",
+            false => "; its last lines:",
+        };
+        let _ = writeln!(io::stderr(), "mayfly: {reason}{what_follows}");
+    }
+    for line in &end.last_lines {
+        let _ = writeln!(io::stderr(), "  {line}");
     }
     if options.json {
         let record = json!({
@@ -277,11 +298,7 @@ fn run_machine(
 
 /// What to exit with, and what to say.
 fn judge(session: &SessionEnd, ending: &Ending, name: &str, memory: &str) -> End {
-    let said = |status, reason: String| End {
-        status,
-        reason: Some(reason),
-        last_lines: Vec::new(),
-    };
+    let said = |status, reason: String| End::new(status, Some(reason));
     match session {
         SessionEnd::Exited(Exit {
             status,
@@ -290,11 +307,7 @@ fn judge(session: &SessionEnd, ending: &Ending, name: &str, memory: &str) -> End
             *status,
             format!("{name} ran out of memory ({memory}); give it more with --memory"),
         ),
-        SessionEnd::Exited(exit) => End {
-            status: exit.status,
-            reason: None,
-            last_lines: Vec::new(),
-        },
+        SessionEnd::Exited(exit) => End::new(exit.status, None),
         SessionEnd::TimedOut(after) => said(
             STATUS_TIMEOUT,
             format!(
@@ -312,28 +325,21 @@ fn judge(session: &SessionEnd, ending: &Ending, name: &str, memory: &str) -> End
             name,
             memory,
         ),
-        SessionEnd::Signalled(signal) => End {
-            status: signalled(*signal),
-            reason: None,
-            last_lines: Vec::new(),
-        },
+        SessionEnd::Signalled(signal) => End::new(signalled(*signal), None),
         SessionEnd::Failed(status, reason) => match &ending.outcome {
             Outcome::Panic => End {
                 last_lines: ending.last_lines.clone(),
                 ..said(
                     STATUS_FAILED,
-                    format!("{name}: the guest's kernel panicked; its last lines:"),
+                    format!("{name}: the guest's kernel panicked"),
                 )
             },
             Outcome::Crash(why) => End {
                 last_lines: ending.last_lines.clone(),
-                ..said(
-                    STATUS_FAILED,
-                    format!("{name}: the guest crashed: {why}; its last lines:"),
-                )
+                ..said(STATUS_FAILED, format!("{name}: the guest crashed: {why}"))
             },
             Outcome::Forced => said(signalled(libc::SIGKILL), format!("{name} was ended")),
-            Outcome::Internal(why) => said(STATUS_FAILED, why.clone()),
+            Outcome::Internal(why) => said(STATUS_FAILED, format!("{name}: {why}")),
             _ => said(*status, format!("{name}: {reason}")),
         },
     }

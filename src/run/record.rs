@@ -14,6 +14,7 @@ use tempfile::NamedTempFile;
 
 use crate::control::Folder;
 use crate::failure::{Failure, OrFail};
+use crate::machine::Status;
 use crate::timing::milliseconds;
 
 const RECORD: &str = "vm.json";
@@ -21,7 +22,9 @@ const LOCK: &str = "lock";
 /// What becomes the record in the end: there may be no space for another then.
 const SPARE: &str = "spare";
 /// How much longer than the first the last record is, at most.
-const ENDED_MAX: usize = 4096;
+const ENDED_MAX: usize = 16 << 10;
+/// How a VM that runs does.
+const STATUS: &str = "status.json";
 /// How folders that are being made are called at first.
 const NEW: &str = ".new-";
 /// Whoever looks at a VM takes no longer.
@@ -76,6 +79,12 @@ pub struct Ended {
     pub status: u8,
     /// What there is to say about it.
     pub reason: Option<String>,
+    /// The guest's last lines, if it is its kernel that failed.
+    #[serde(default)]
+    pub last_lines: Vec<String>,
+    /// What had failed before.
+    #[serde(default)]
+    pub problems: Vec<String>,
 }
 
 /// Milliseconds since 1970.
@@ -197,10 +206,45 @@ impl Place {
         lock.write_all(b"\n")
     }
 
+    /// Refuses what needs a guest that runs.
+    pub fn need_unpaused(&self) -> Result<(), Failure> {
+        let name = self.name();
+        match self.status().paused {
+            true => Err(Failure::config(format!(
+                "{name}: is paused; let it go on with mayfly ctl {name} resume"
+            ))),
+            false => Ok(()),
+        }
+    }
+
+    /// Writes down how a VM that runs does. What is written comes whole, or not at all.
+    pub fn set_status(&self, status: &Status) -> io::Result<()> {
+        let mut file = NamedTempFile::new_in(&self.0)?;
+        file.write_all(&serde_json::to_vec(status)?)?;
+        file.persist(self.0.join(STATUS))?;
+        Ok(())
+    }
+
+    /// How a VM does, as far as its supervisor could write that down.
+    pub fn status(&self) -> Status {
+        let text = fs::read(self.0.join(STATUS)).unwrap_or_default();
+        serde_json::from_slice(&text).unwrap_or_default()
+    }
+
     /// Writes down how it ended, where space was taken for that.
-    fn finish(&self, record: &Record) -> io::Result<()> {
-        let (spare, text) = (self.0.join(SPARE), serde_json::to_vec_pretty(record)?);
+    fn finish(&self, record: &mut Record) -> io::Result<()> {
+        let spare = self.0.join(SPARE);
         let file = File::options().write(true).open(&spare)?;
+        let space = file.metadata()?.len();
+        let mut text = serde_json::to_vec_pretty(record)?;
+        // The last of the lines tell most.
+        while let Some(ended) = &mut record.ended
+            && text.len() as u64 > space
+            && !ended.last_lines.is_empty()
+        {
+            ended.last_lines.remove(0);
+            text = serde_json::to_vec_pretty(record)?;
+        }
         file.write_all_at(&text, 0)?;
         file.set_len(text.len() as u64)?;
         fs::rename(spare, self.0.join(RECORD))
@@ -291,7 +335,7 @@ impl Owned {
         }
         self.record.ended = Some(ended);
         self.place
-            .finish(&self.record)
+            .finish(&mut self.record)
             .or_host("writing down how the VM ended")
     }
 }
