@@ -90,6 +90,9 @@ pub struct Sample {
     pub marks_ns: BTreeMap<Mark, u64>,
     /// The launcher's exit status; 128 and more for signals.
     pub status: Option<i32>,
+    /// The command's exit status; 128 and more for signals. A run counts only with 0.
+    #[serde(default)]
+    pub command_status: Option<i32>,
     /// Why it does not count.
     pub error: Option<String>,
 }

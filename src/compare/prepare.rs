@@ -66,10 +66,7 @@ pub fn prepare(options: &Options, scene: &Scene) -> Result<(Place, Image), Failu
     fs::copy(own, &program).or_host(program.display())?;
 
     let config = RunConfig {
-        env: match image.config.config.env.is_empty() {
-            true => vec![PATH.to_owned()],
-            false => image.config.config.env.clone(),
-        },
+        env: environment(&image.config.config.env),
         ..RunConfig::default()
     };
     let data = files.join("data");
@@ -95,6 +92,23 @@ pub fn prepare(options: &Options, scene: &Scene) -> Result<(Place, Image), Failu
     Ok((place, image))
 }
 
+/// What all engines have the command find: `PATH`, as `mayfly run` has it, then the image's
+/// variables. The last one of a name counts, and is the only one, as engines choose
+/// differently among several; so do they where one has no name or no value, and it is left
+/// out.
+fn environment(image: &[String]) -> Vec<String> {
+    let mut all = BTreeMap::new();
+    for variable in [PATH].into_iter().chain(image.iter().map(String::as_str)) {
+        match variable.split_once('=') {
+            Some((name, _)) if !name.is_empty() && !variable.contains('\0') => {
+                all.insert(name, variable);
+            }
+            _ => {}
+        }
+    }
+    all.into_values().map(str::to_owned).collect()
+}
+
 /// The digests of what VMs boot: by them, two comparisons can be told to be of one kernel.
 pub fn guest_files(place: &Place) -> Result<BTreeMap<String, String>, Failure> {
     let Some((kernel, initrd)) = &place.guest else {
@@ -107,4 +121,22 @@ pub fn guest_files(place: &Place) -> Result<BTreeMap<String, String>, Failure> {
         Ok((name.into_owned(), Digest::of(&data).to_string()))
     };
     files.filter(|path| path.exists()).map(digest).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_environment_has_a_path_and_each_name_once() {
+        let of =
+            |image: &[&str]| environment(&image.iter().map(|&it| it.into()).collect::<Vec<_>>());
+        assert_eq!(of(&[]), [PATH]);
+        assert_eq!(of(&["LANG=C"]), ["LANG=C", PATH]);
+        assert_eq!(
+            of(&["PATH=/a", "A=1", "PATH=/b", "A=2=3"]),
+            ["A=2=3", "PATH=/b"]
+        );
+        assert_eq!(of(&["HOST", "=x", "A=\0", "B="]), ["B=", PATH]);
+    }
 }

@@ -59,6 +59,16 @@ impl Comparison {
         (output, self.record())
     }
 
+    /// One that is a failure, and says so.
+    pub fn fail(&mut self, status: i32) -> (String, Report) {
+        let output = self.command.output().unwrap();
+        assert_eq!(output.status.code(), Some(status), "{output:?}");
+        (
+            String::from_utf8_lossy(&output.stderr).into_owned(),
+            self.record(),
+        )
+    }
+
     pub fn start(&mut self) -> Child {
         let output = [Stdio::null(), Stdio::null()];
         let [output, errors] = output;

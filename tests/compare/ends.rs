@@ -169,7 +169,7 @@ fn groups_of_a_launcher_that_hangs_are_removed() {
     comparison
         .command
         .env("PATH", std::env::join_paths(folders).unwrap());
-    let (_, report) = comparison.run();
+    let (_, report) = comparison.fail(3);
     let missing = report.engines.first().unwrap().missing.clone();
     assert!(missing.unwrap().contains("does not work here"));
     nothing_is_left();

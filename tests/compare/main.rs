@@ -7,5 +7,6 @@
 
 mod common;
 mod ends;
+mod failures;
 mod figures;
 mod hosts;

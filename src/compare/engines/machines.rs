@@ -31,6 +31,9 @@ pub struct Machine {
     disk: PathBuf,
     /// QEMU can be a network's other side by itself; others need a device of the host's.
     network: bool,
+    /// The image has other variables than `PATH`, which a kernel's command line would take for
+    /// its own.
+    only_path: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -74,6 +77,7 @@ impl Machine {
             initrd,
             disk: place.root.with_extension("squashfs"),
             network: kind == Monitor::Qemu,
+            only_path: place.env.iter().any(|it| !it.starts_with("PATH=")),
         })
     }
 }
@@ -110,6 +114,9 @@ impl Engine for Machine {
         if self.kind == Monitor::Firecracker {
             notes.push("without its jailer".into());
         }
+        if self.only_path {
+            notes.push("of the image's variables, the command has only PATH".into());
+        }
         About {
             version: self.version.clone(),
             network: match self.network {
@@ -141,11 +148,10 @@ impl Engine for Machine {
         if self.network {
             cmdline.extend([" ", SLIRP]);
         }
-        for variable in &place.env {
-            // The kernel gives its init what it does not know itself.
-            if variable.starts_with("PATH=") {
-                cmdline.extend([" ", variable]);
-            }
+        // The kernel gives its init what it does not know itself.
+        let path = place.env.iter().find(|it| it.starts_with("PATH="));
+        if let Some(path) = path {
+            cmdline.extend([" ".to_owned(), quoted(path)?]);
         }
         // The probe is the first process there, and ends the machine.
         let end = match self.kind {
@@ -159,18 +165,7 @@ impl Engine for Machine {
             .chain(guest_words)
             .chain(job.words.iter().map(String::as_str))
         {
-            // The kernel takes quotes as a shell does, but none within.
-            if word.contains('"') {
-                return Err(Failure::config(format!(
-                    "{word}: a kernel's command line cannot have quotes"
-                )));
-            }
-            let quote = if word.contains(char::is_whitespace) {
-                "\""
-            } else {
-                ""
-            };
-            cmdline.extend([" ", quote, word, quote]);
+            cmdline.extend([" ".to_owned(), quoted(word)?]);
         }
         let text = |path: &PathBuf| path.to_string_lossy().into_owned();
         let (kernel, initrd, disk) = (text(&self.kernel), text(&self.initrd), text(&self.disk));
@@ -268,6 +263,18 @@ impl Engine for Machine {
             own_status: true,
             ..Launch::default()
         })
+    }
+}
+
+/// A word as a kernel's command line has it.
+fn quoted(word: &str) -> Result<String, Failure> {
+    // The kernel takes quotes as a shell does, but none within.
+    match word {
+        _ if word.contains('"') => Err(Failure::config(format!(
+            "{word}: a kernel's command line cannot have quotes"
+        ))),
+        _ if word.contains(char::is_whitespace) => Ok(format!("\"{word}\"")),
+        _ => Ok(word.to_owned()),
     }
 }
 

@@ -11,14 +11,13 @@ use super::super::model::Mark;
 use super::super::processes::{descendants, kill_descendants};
 use super::super::undo::{run_quietly, undo};
 use super::watch::Watch;
-use super::{Instance, Launch, Sign, now};
+use super::{Instance, Launch, SIGNALLED, Sign, now};
 use crate::machine::Signals;
 
 /// One that is told to end has so long.
 const FAREWELL: Duration = Duration::from_secs(10);
 /// What a launcher leaves running may take so long to end after it.
 const LINGER: Duration = Duration::from_secs(10);
-const SIGNALLED: i32 = 128;
 
 /// Why a batch did not come to its end.
 #[derive(Debug, thiserror::Error)]

@@ -38,6 +38,8 @@ const RECORD_MAX: usize = 64 << 10;
 /// Of marks that an engine tells, a line is shorter than this.
 const LINE_MAX: usize = 4 << 10;
 const NANOSECONDS: u64 = 1_000_000_000;
+/// A status above this is the number of the signal that killed a process, and this.
+const SIGNALLED: i32 = 128;
 
 /// The clock of all marks: `CLOCK_MONOTONIC`, in nanoseconds.
 pub fn now() -> u64 {
@@ -229,7 +231,9 @@ impl Instance {
             (Some(status), None) if !self.has(Mark::Command) => Some(because(format!(
                 "the command did not begin (status {status})"
             ))),
-            (_, Some(126 | 127)) => Some(because("the command could not be run".into())),
+            (_, Some(status @ (126 | 127))) => Some(because(format!(
+                "the command could not be run (exit status {status})"
+            ))),
             (Some(status), None) => Some(because(format!(
                 "the command did not end (status {status})"
             ))),
@@ -239,8 +243,15 @@ impl Instance {
             (Some(_), Some(_)) if !self.has(Mark::Gone) => {
                 Some(because("what it started did not end".into()))
             }
-            (Some(_), Some(_)) => None,
+            (Some(_), Some(own)) => self.failed_command().map(|_| because(failure_of(own))),
         }
+    }
+
+    /// The exit status of a command that failed, where all else is well.
+    pub fn failed_command(&self) -> Option<i32> {
+        let launcher = self.launch.own_status || self.status == self.command_status;
+        let status = self.command_status.filter(|&status| status != 0)?;
+        (launcher && self.has(Mark::Gone)).then_some(status)
     }
 
     /// As a sample of a comparison.
@@ -258,6 +269,7 @@ impl Instance {
             position,
             marks_ns,
             status: self.status,
+            command_status: self.command_status,
             error: self.error(),
         }
     }
@@ -441,6 +453,16 @@ impl Instance {
                 self.mark(mark, (start + time) * 1000);
             }
         }
+    }
+}
+
+/// Says that a command failed.
+fn failure_of(status: i32) -> String {
+    match status.checked_sub(SIGNALLED) {
+        Some(signal @ 1..=64) => format!(
+            "the command's exit status is {status}, as of one that was killed by signal {signal}"
+        ),
+        _ => format!("the command's exit status is {status}"),
     }
 }
 

@@ -253,7 +253,7 @@ fn loads(engines: &[&EngineReport]) -> Grid {
         vec![
             printable(&engine.name),
             load.at_once.to_string(),
-            units::digits(load.starts_per_second),
+            view::starts_per_second(load),
             time(load.start.map(|it| it.median)),
             time(load.start.map(|it| it.p95)),
             time(load.start.map(|it| it.max)),

@@ -27,6 +27,7 @@ pub fn engine(name: &str, kind: Kind, samples: &[&[(Mark, u64)]]) -> EngineRepor
         position: place as u32,
         marks_ns: marks.iter().copied().collect(),
         status: Some(0),
+        command_status: Some(0),
         error: None,
     };
     let mut engine = EngineReport {
@@ -110,6 +111,7 @@ impl Source {
                 .into_iter()
                 .collect(),
             status: self.maybe(|it| it.number() as i32),
+            command_status: self.maybe(|it| it.number() as i32),
             error: self.maybe(Source::text),
         }
     }

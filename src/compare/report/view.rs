@@ -1,7 +1,7 @@
 //! What all forms of a report derive from its record.
 
-use super::units::{list, printable};
-use crate::compare::model::{EngineReport, Figure, Kind, Mark, MemoryPoint, Report, Way};
+use super::units::{digits, list, printable};
+use crate::compare::model::{EngineReport, Figure, Kind, Load, Mark, MemoryPoint, Report, Way};
 use crate::compare::statistics::Summary;
 
 /// The engines that were compared: the fastest to the command's first instruction first,
@@ -48,6 +48,21 @@ pub fn failures(engine: &EngineReport) -> Option<(usize, usize, &str)> {
     let mut errors = engine.samples.iter().filter_map(|it| it.error.as_deref());
     let first = errors.next()?;
     Some((1 + errors.count(), engine.samples.len(), first))
+}
+
+/// How many of the runs that come before failed, of how many, and what the first of those says.
+pub fn failed_warmups(engine: &EngineReport) -> Option<(usize, usize, &str)> {
+    let mut errors = engine.warmups.iter().filter_map(|it| it.error.as_deref());
+    let first = errors.next()?;
+    Some((1 + errors.count(), engine.warmups.len(), first))
+}
+
+/// Starts a second of many at once: of none that started, there is no figure.
+pub fn starts_per_second(load: &Load) -> String {
+    match load.starts_ns.is_empty() {
+        true => "–".to_owned(),
+        false => digits(load.starts_per_second),
+    }
 }
 
 /// How many times as long one takes as another.

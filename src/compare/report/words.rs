@@ -2,7 +2,8 @@
 
 use super::units::{duration, list, mib, printable, times};
 use super::view::{
-    bar, differ, failures, fastest, further, memory, missing, ranked, ratio, started,
+    bar, differ, failed_warmups, failures, fastest, further, memory, missing, ranked, ratio,
+    started,
 };
 use crate::compare::model::{EngineReport, Kind, Mark, PageCache, Report};
 use crate::compare::statistics::Summary;
@@ -287,6 +288,13 @@ pub fn warnings(report: &Report) -> Vec<String> {
             let does = does(u32::try_from(failed).unwrap_or(u32::MAX));
             warnings.push(format!(
                 "{}: {failed} of {of} runs {does} not count: {}",
+                printable(&engine.name),
+                printable(why)
+            ));
+        }
+        if let Some((failed, of, why)) = failed_warmups(engine) {
+            warnings.push(format!(
+                "{}: {failed} of {of} runs before those that count failed: {}",
                 printable(&engine.name),
                 printable(why)
             ));

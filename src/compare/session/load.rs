@@ -46,13 +46,18 @@ impl Session<'_> {
                 }
             };
             self.clean_up(&instances)?;
-            let good = instances.iter().filter(|it| it.error().is_none());
-            let starts_ns: Vec<u64> = good
+            let good = || instances.iter().filter(|it| it.error().is_none());
+            if let Some(error) = instances.iter().find_map(Instance::error) {
+                let failed = instances.len() - good().count();
+                let note = format!("{at_once} at once: {failed} failed, the first as {error}");
+                self.parts[index].report.notes.push(note);
+            }
+            let starts_ns: Vec<u64> = good()
                 .filter_map(|it| it.since_launch(Mark::Command))
                 .collect();
             let first = instances.iter().map(Instance::launched).min().unwrap_or(0);
             let latest = instances.iter().map(Instance::launched).max();
-            let last = instances.iter().filter_map(|it| it.at(Mark::Command)).max();
+            let last = good().filter_map(|it| it.at(Mark::Command)).max();
             let span = last.unwrap_or(first).saturating_sub(first) as f64 / 1e9;
             self.parts[index].report.load = Some(Load {
                 at_once,

@@ -20,12 +20,10 @@ impl Session<'_> {
         let instance = self.one(self.parts.len() - 1, &words, None);
         self.parts.pop();
         let facts = match instance {
-            Ok(instance) => {
-                let error = instance
-                    .error()
-                    .unwrap_or_else(|| "nothing was said".into());
-                instance.data.ok_or(error)
-            }
+            Ok(instance) => match (instance.error(), instance.data) {
+                (None, Some(data)) => Ok(data),
+                (error, _) => Err(error.unwrap_or_else(|| "nothing was said".into())),
+            },
             Err(Stop::Failed(failure)) => Err(failure.to_string()),
             Err(stop) => return Err(stop),
         };
@@ -48,7 +46,9 @@ impl Session<'_> {
                 .and_then(|data| serde_json::from_str(data).ok());
             let part = &mut self.parts[index].report;
             match (facts, &self.host) {
-                (Some(facts), Some(host)) => part.isolation = Some(isolation(part, &facts, host)),
+                (Some(facts), Some(host)) if instance.error().is_none() => {
+                    part.isolation = Some(isolation(part, &facts, host))
+                }
                 _ => part.notes.push(match instance.error() {
                     Some(error) => format!("what it shows of the host could not be seen: {error}"),
                     None => "what it shows of the host could not be seen".into(),

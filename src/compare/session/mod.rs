@@ -2,6 +2,7 @@
 
 mod load;
 mod look;
+mod verdict;
 mod weigh;
 mod work;
 
@@ -42,6 +43,8 @@ pub struct Session<'a> {
     place: Place,
     parts: Vec<Part>,
     missing: Vec<EngineReport>,
+    /// The engines in which the command failed when they were tried, and its exit status.
+    refused: Vec<(String, i32)>,
     /// How many were launched, of those that count, and of those before.
     launched: u32,
     taken: u32,
@@ -55,6 +58,8 @@ struct Refusal {
     why: String,
     /// It took too long.
     late: bool,
+    /// The engine did what it should, and the command failed with this exit status.
+    command: Option<i32>,
 }
 
 /// Why it goes no further.
@@ -121,6 +126,7 @@ impl<'a> Session<'a> {
             place,
             parts,
             missing,
+            refused: Vec::new(),
             launched: 0,
             taken: 0,
             warmed: 0,
@@ -139,7 +145,11 @@ impl<'a> Session<'a> {
         }
         let mut failed = None;
         match stop {
-            None => {}
+            None => {
+                failed = self.verdict();
+                let told = failed.as_ref().map(Failure::to_string);
+                self.report.warnings.extend(told);
+            }
             Some(Stop::Interrupted) => self.report.interrupted = true,
             Some(Stop::Failed(failure)) => {
                 if self.parts.iter().all(|part| part.report.samples.is_empty()) {
@@ -216,14 +226,14 @@ impl<'a> Session<'a> {
                 Some(Refusal { late: false, .. }) => self.try_one(index)?,
                 other => other,
             };
-            let Some(Refusal { why, .. }) = tried else {
+            let Some(Refusal { why, command, .. }) = tried else {
                 index += 1;
                 continue;
             };
             let part = &mut self.parts[index];
             // What is launched from now on is something else.
             part.report.command_line.clear();
-            if part.engine.ask_less() {
+            if command.is_none() && part.engine.ask_less() {
                 let note = format!("asked for less, as it failed: {why}");
                 if !part.report.notes.contains(&note) {
                     part.report.notes.push(note);
@@ -231,8 +241,14 @@ impl<'a> Session<'a> {
             } else {
                 let part = self.parts.remove(index);
                 super::undo::undo(&part.engine.undo());
+                let what = match command {
+                    Some(_) => "the command fails in it",
+                    None => "it does not work here",
+                };
+                self.refused
+                    .extend(command.map(|status| (name.clone(), status)));
                 self.missing.push(EngineReport {
-                    missing: Some(format!("it does not work here: {why}")),
+                    missing: Some(format!("{what}: {why}")),
                     ..part.report
                 });
             }
@@ -251,11 +267,14 @@ impl<'a> Session<'a> {
                     }
                 }
                 let late = !instance.ended();
-                Ok(instance.error().map(|why| Refusal { why, late }))
+                // If its launcher failed as well, that may be why.
+                let command = instance.failed_command();
+                Ok(instance.error().map(|why| Refusal { why, late, command }))
             }
             Err(Stop::Failed(failure)) => Ok(Some(Refusal {
                 why: failure.to_string(),
                 late: false,
+                command: None,
             })),
             Err(stop) => Err(stop),
         }

@@ -72,7 +72,19 @@ impl Session<'_> {
                     self.parts[index].report.notes.push(note.into());
                     break;
                 };
-                self.parts[index].report.memory.push(point);
+                // One that ended meanwhile was not weighed whole.
+                match batch.turn(&self.ends, Duration::ZERO) {
+                    Err(BatchError::Interrupted) => {
+                        batch.end(&self.ends);
+                        return Err(Stop::Interrupted);
+                    }
+                    _ if batch.instances.iter().any(Instance::ended) => {
+                        let note = format!("memory: one of {wanted} ended while it was looked at");
+                        self.parts[index].report.notes.push(note);
+                        break;
+                    }
+                    _ => self.parts[index].report.memory.push(point),
+                }
             }
             batch.end(&self.ends);
             self.forget()?;

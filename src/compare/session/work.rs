@@ -43,14 +43,15 @@ impl Session<'_> {
                 .and_then(|data| serde_json::from_str(data).ok());
             let report = &mut self.parts[index].report;
             match (found, instance.error()) {
-                (Some(Steady { figures, tcp }), _) => {
+                (Some(Steady { figures, tcp }), None) => {
                     if let Some(Way::Lost(why)) = &tcp {
                         let note = format!("TCP could not be measured: {why}");
                         report.notes.push(note);
                     }
                     (report.steady, report.tcp) = (figures, tcp);
                 }
-                (None, error) => report.notes.push(format!(
+                // Figures of one that failed are none.
+                (_, error) => report.notes.push(format!(
                     "it could not be seen at work: {}",
                     error.unwrap_or_else(|| "it said nothing".into())
                 )),

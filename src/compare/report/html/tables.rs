@@ -146,7 +146,7 @@ pub fn load(engines: &[&EngineReport]) -> Markup {
             };
             let cells = vec![
                 text(load.at_once.to_string()),
-                text(digits(load.starts_per_second)),
+                text(view::starts_per_second(load)),
                 time(|it| it.median),
                 time(|it| it.p95),
                 time(|it| it.max),
