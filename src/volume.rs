@@ -139,10 +139,25 @@ pub enum Journal {
     No,
 }
 
+/// Into less no file system goes.
+const SIZE_MIN: u64 = 1 << 20;
+
 /// Makes a file a disk with an empty file system, sparse.
 pub fn make_ext4(path: &Path, size: u64, journal: Journal, what: &str) -> Result<(), Failure> {
     let file = File::create(path).or_host(what)?;
-    file.set_len(size).or_host(what)?;
+    if size < SIZE_MIN {
+        return Err(Failure::config(format!("{what}: a disk has at least 1M")));
+    }
+    match file.set_len(size) {
+        // Of the file system, or the user's limit.
+        Err(error) if error.kind() == ErrorKind::FileTooLarge => {
+            return Err(Failure::host(format!(
+                "{what}: the file system that is to keep it, or ulimit -f, allows no file of {size} \
+                 bytes"
+            )));
+        }
+        set => set.or_host(what)?,
+    }
     // A new file is all zeroes: none need be written.
     let lazy = "lazy_itable_init=1,lazy_journal_init=1,nodiscard";
     let mut words = vec!["-q", "-F", "-m", "0", "-E", lazy];

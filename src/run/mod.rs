@@ -36,7 +36,7 @@ pub use self::usage::Usage;
 
 use self::log::Log;
 use self::options::Mode;
-use self::record::{Ended, Owned, Place, Record, now_ms};
+use self::record::{Ended, NotCreated, Owned, Place, Record, now_ms};
 use self::session::{Session, SessionEnd};
 use self::volumes::Volumes;
 use crate::arguments;
@@ -133,6 +133,23 @@ fn tell_started() {
     let _ = dup2_stderr(&null);
 }
 
+/// Makes the VM's folder. A name that the user did not choose may be another VM's: then there
+/// is another.
+fn create_place(options: &Options, plan: &mut Plan, image: &Image) -> Result<Owned, Failure> {
+    const TRIES: usize = 16;
+    let mut unnamed = options.clone();
+    unnamed.detached = None;
+    for _ in 1..TRIES {
+        match Place::create(&record(options, plan, image)) {
+            Err(NotCreated::Taken(_)) if options.name.is_none() => {
+                *plan = Plan::new(&unnamed, &image.config.config)?;
+            }
+            created => return created.map_err(NotCreated::into_failure),
+        }
+    }
+    Place::create(&record(options, plan, image)).map_err(NotCreated::into_failure)
+}
+
 fn run_here(
     options: &Options,
     mut plan: Plan,
@@ -140,6 +157,8 @@ fn run_here(
     network: Option<(NetConfig, Net)>,
     timeline: Timeline,
 ) -> Result<u8, Failure> {
+    let guest = guest_files(options)?;
+    let owned = create_place(options, &mut plan, image)?;
     for layer in &image.layers {
         let len = layer.metadata().or_host(layer.display())?.len();
         plan.setup.layers.push(len);
@@ -154,7 +173,6 @@ fn run_here(
     // What is in another comes behind it.
     let depth = |mount: &Mount| mount.target.iter().filter(|&&byte| byte == b'/').count();
     plan.setup.mounts.sort_by_key(depth);
-    let owned = Place::create(&record(options, &plan, image))?;
     let mut raw = RawConfig {
         name: Some(plan.name.clone()),
         cpus: options.cpus.clone(),
@@ -171,11 +189,15 @@ fn run_here(
         accept_kvm: options.accept_kvm,
         ..RawConfig::default()
     };
-    (raw.kernel, raw.initrd) = guest_files(options)?;
+    (raw.kernel, raw.initrd) = guest;
     // Open until the machine has it open.
     let mut _scratch = None;
     if let Some(size) = plan.disk_size {
-        let file = make_scratch(size)?;
+        let what = format!(
+            "--disk-size {}",
+            options.disk_size.as_deref().unwrap_or_default()
+        );
+        let file = make_scratch(size, &what)?;
         raw.disk
             .push(format!("path=/proc/self/fd/{}", file.as_raw_fd()));
         plan.setup.scratch = Some(SCRATCH_DISK.to_owned());
@@ -193,20 +215,15 @@ fn run_here(
         &owned,
         timeline,
     );
-    // What never ran leaves nothing behind, as there is nothing to see. A VM whose VMM
-    // process was killed did run.
-    let ended = match &result {
-        Err(_) => owned.remove(),
-        Ok(end) => owned.end(Ended {
-            at_ms: now_ms(),
-            status: end.status,
-            reason: end.reason.clone(),
-            last_lines: end.last_lines.clone(),
-            problems: end.problems.clone(),
-        }),
-    };
     let end = result?;
-    if let Err(failure) = ended {
+    let ended = Ended {
+        at_ms: now_ms(),
+        status: end.status,
+        reason: end.reason.clone(),
+        last_lines: end.last_lines.clone(),
+        problems: end.problems.clone(),
+    };
+    if let Err(failure) = owned.end(ended) {
         let _ = writeln!(io::stderr(), "mayfly: {failure}");
     }
     Ok(end.status)
@@ -388,8 +405,7 @@ fn guest_files(options: &Options) -> Result<(Option<PathBuf>, Option<PathBuf>), 
 
 /// Makes the disk for what a VM writes: where the user keeps data, as memory is
 /// what it is to save, and without a name, so that it goes with the VM.
-fn make_scratch(size: u64) -> Result<File, Failure> {
-    let what = "--disk-size";
+fn make_scratch(size: u64, what: &str) -> Result<File, Failure> {
     let folder = data_folder()?;
     let file = tempfile::Builder::new()
         .prefix("scratch-")

@@ -21,7 +21,7 @@ pub struct Options {
     /// Run in the background, and print the VM's name
     #[arg(short, long)]
     pub(super) detach: bool,
-    /// What the VM is called [default: the image's name and four digits]
+    /// What the VM is called [default: the image's name and eight digits]
     #[arg(long, value_name = "NAME")]
     pub(super) name: Option<String>,
     /// An environment variable, the host's own if there is no value (repeatable)

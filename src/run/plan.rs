@@ -283,10 +283,10 @@ fn invented_name(image: &str) -> String {
         "" => "vm",
         name => name,
     };
-    let mut random = [0; 2];
+    let mut random = [0; 4];
     let read = fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut random));
     match read {
-        Ok(()) => format!("{name}-{:04x}", u16::from_le_bytes(random)),
+        Ok(()) => format!("{name}-{:08x}", u32::from_le_bytes(random)),
         Err(_) => format!("{name}-{}", std::process::id()),
     }
 }

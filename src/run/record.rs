@@ -1,16 +1,16 @@
 //! What is known of a VM of `mayfly run`: a private folder of its own, locked
 //! while it lives.
 
-use std::fs::{self, File, Permissions, TryLockError};
+use std::fs::{self, File, Metadata, Permissions, TryLockError};
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde::{Deserialize, Serialize};
-use tempfile::NamedTempFile;
+use tempfile::{NamedTempFile, TempDir};
 
 use crate::control::Folder;
 use crate::failure::{Failure, OrFail};
@@ -27,6 +27,11 @@ const ENDED_MAX: usize = 16 << 10;
 const STATUS: &str = "status.json";
 /// How folders that are being made are called at first.
 const NEW: &str = ".new-";
+/// Locked shared while a new folder has no lock of its own yet, and alone while those are
+/// removed that were left.
+const MAKING: &str = ".making";
+/// Either takes no longer, unless a process is stopped.
+const MAKING_TIMEOUT: Duration = Duration::from_secs(10);
 /// Whoever looks at a VM takes no longer.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -139,50 +144,41 @@ impl Place {
     }
 
     /// Makes the folder of a new VM, whole and locked from the start.
-    pub fn create(record: &Record) -> Result<Owned, Failure> {
-        let what = format!("--name {}", record.name);
+    pub fn create(record: &Record) -> Result<Owned, NotCreated> {
         let folder = Folder::locate();
         folder.make()?;
+        let what = || format!("keeping the VM's record in {}", folder.path().display());
         sweep(folder.path());
-        let fresh = tempfile::Builder::new()
-            .prefix(NEW)
-            .tempdir_in(folder.path())
-            .or_host(&what)?;
-        let mut lock = File::create(fresh.path().join(LOCK)).or_host(&what)?;
-        lock.lock().or_host(&what)?;
+        let (fresh, mut lock) = make_new(folder.path()).or_host(what())?;
         Place(fresh.path().to_owned())
             .begin(&mut lock, record)
-            .or_host(&what)?;
+            .or_host(what())?;
         let path = folder.of(&record.name);
         let mut renamed = rename_new(fresh.path(), &path);
-        if renamed.is_err() {
-            // One that was to leave nothing behind, and was killed.
-            let place = Place(path.clone());
-            if place.state() == State::Ended && place.record().is_ok_and(|old| old.remove) {
-                place.remove()?;
-                renamed = rename_new(fresh.path(), &path);
-            }
+        if renamed.is_err() && Place(path.clone()).is_left_over() {
+            Place(path.clone()).remove()?;
+            renamed = rename_new(fresh.path(), &path);
         }
         match renamed {
             Ok(()) => {}
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                let place = Place(path);
-                return Err(Failure::config(match place.state() {
-                    State::Running => format!("{what}: a VM of that name runs; choose another"),
-                    State::Ended => format!(
-                        "{what}: a VM of that name has ended; remove it with mayfly rm {}, or choose another",
-                        record.name
-                    ),
-                }));
+                return Err(NotCreated::Taken(Place(path)));
             }
-            Err(error) => return Err(error).or_host(what),
+            Err(error) => return Err(error).or_host(what())?,
         }
         let _ = fresh.keep();
         Ok(Owned {
             place: Place(path),
             lock,
             record: record.clone(),
+            stays: false,
         })
+    }
+
+    /// It was to leave nothing behind, and its process was killed.
+    fn is_left_over(&self) -> bool {
+        let left = |record: Record| record.remove && record.ended.is_none();
+        self.state() == State::Ended && self.record().is_ok_and(left)
     }
 
     /// What was written down.
@@ -287,6 +283,10 @@ impl Place {
             }
             thread::sleep(LOOK / 50);
         }
+        // Another may have removed it meanwhile, and a new VM have its name.
+        if !is_at(&lock, &self.0.join(LOCK)) {
+            return Ok(());
+        }
         // Of a process that was killed.
         let _ = fs::remove_file(Folder::locate().socket(&self.name()));
         fs::remove_dir_all(&self.0).or_host(what())
@@ -309,17 +309,53 @@ impl Place {
     }
 }
 
-/// The folder of the VM that this process runs.
+/// Why a VM's folder was not made.
+pub enum NotCreated {
+    /// A VM has that name, or had it.
+    Taken(Place),
+    /// Another reason.
+    Failed(Failure),
+}
+
+impl From<Failure> for NotCreated {
+    fn from(failure: Failure) -> Self {
+        NotCreated::Failed(failure)
+    }
+}
+
+impl NotCreated {
+    /// What to say of it.
+    pub fn into_failure(self) -> Failure {
+        let place = match self {
+            NotCreated::Taken(place) => place,
+            NotCreated::Failed(failure) => return failure,
+        };
+        let name = place.name();
+        Failure::config(match place.state() {
+            State::Running => format!("--name {name}: a VM of that name runs; choose another"),
+            State::Ended => format!(
+                "--name {name}: a VM of that name has ended; remove it with mayfly rm {name}, or \
+                 choose another"
+            ),
+        })
+    }
+}
+
+/// The folder of the VM that this process runs. Unless the VM's end is written down, it goes
+/// with this: what never ran leaves nothing behind, as there is nothing to see.
 pub struct Owned {
     /// Where it is.
     pub place: Place,
     lock: File,
     record: Record,
+    /// The folder stays, or is gone already.
+    stays: bool,
 }
 
 impl Owned {
     /// Removes it.
-    pub fn remove(self) -> Result<(), Failure> {
+    pub fn remove(mut self) -> Result<(), Failure> {
+        self.stays = true;
         // Those that wait for the lock find it gone.
         fs::remove_dir_all(&self.place.0)
             .or_host(format_args!("removing {}", self.place.0.display()))
@@ -333,6 +369,7 @@ impl Owned {
         if self.record.remove {
             return self.remove();
         }
+        self.stays = true;
         self.record.ended = Some(ended);
         self.place
             .finish(&mut self.record)
@@ -340,15 +377,66 @@ impl Owned {
     }
 }
 
-/// Removes what was left of folders whose making was cut off.
-fn sweep(folder: &Path) {
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        let new = entry.file_name().to_string_lossy().starts_with(NEW);
-        let lock = File::open(entry.path().join(LOCK));
-        // One that has no lock yet is somebody's.
-        if new && lock.is_ok_and(|lock| lock.try_lock().is_ok()) {
-            let _ = fs::remove_dir_all(entry.path());
+impl Drop for Owned {
+    fn drop(&mut self) {
+        if !self.stays {
+            let _ = fs::remove_dir_all(&self.place.0);
         }
+    }
+}
+
+/// Makes a folder with a name that no VM has, and locks it.
+fn make_new(folder: &Path) -> io::Result<(TempDir, File)> {
+    let making = File::create(folder.join(MAKING))?;
+    let deadline = Instant::now() + MAKING_TIMEOUT;
+    while let Err(error) = making.try_lock_shared() {
+        match error {
+            TryLockError::WouldBlock if Instant::now() < deadline => thread::sleep(LOOK / 100),
+            TryLockError::WouldBlock => {
+                let why = "another mayfly has it locked, and is stopped";
+                return Err(io::Error::new(ErrorKind::TimedOut, why));
+            }
+            TryLockError::Error(error) => return Err(error),
+        }
+    }
+    let fresh = tempfile::Builder::new().prefix(NEW).tempdir_in(folder)?;
+    let lock = File::create(fresh.path().join(LOCK))?;
+    lock.lock()?;
+    Ok((fresh, lock))
+}
+
+/// Removes folders whose making was cut off, and those of VMs that were killed and were to
+/// leave nothing behind.
+fn sweep(folder: &Path) {
+    // Else somebody makes a folder just now, or sweeps: the next one does it.
+    if let Ok(making) = File::create(folder.join(MAKING))
+        && making.try_lock().is_ok()
+    {
+        sweep_alone(folder);
+    }
+}
+
+fn sweep_alone(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let name = name.to_str().unwrap_or_default();
+        let place = Place(entry.path());
+        if name.starts_with(NEW) {
+            if place.state() == State::Ended {
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        } else if crate::control::valid_name(name) && place.is_left_over() {
+            let _ = place.remove();
+        }
+    }
+}
+
+/// Whether a path leads to an open file.
+fn is_at(file: &File, path: &Path) -> bool {
+    let identity = |metadata: Metadata| (metadata.dev(), metadata.ino());
+    match (file.metadata(), path.symlink_metadata()) {
+        (Ok(open), Ok(there)) => identity(open) == identity(there),
+        _ => false,
     }
 }
 
@@ -356,4 +444,108 @@ fn sweep(folder: &Path) {
 fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     fs::set_permissions(from, Permissions::from_mode(0o700))?;
     Ok(renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+
+    use super::*;
+
+    #[test]
+    fn a_folder_that_is_made_is_not_swept() {
+        const MAKERS: usize = 8;
+        const EACH: usize = 200;
+        let folder = tempfile::tempdir().unwrap();
+        let start = Barrier::new(MAKERS);
+        thread::scope(|scope| {
+            for _ in 0..MAKERS {
+                scope.spawn(|| {
+                    start.wait();
+                    for _ in 0..EACH {
+                        sweep(folder.path());
+                        let (fresh, mut lock) = make_new(folder.path()).unwrap();
+                        let place = Place(fresh.path().to_owned());
+                        place.begin(&mut lock, &Record::default()).unwrap();
+                        assert!(fresh.path().join(RECORD).exists());
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn what_was_left_is_swept_and_what_lives_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let make = |name: &str, remove: bool| {
+            let (fresh, mut lock) = make_new(folder.path()).unwrap();
+            let record = Record {
+                remove,
+                ..Record::default()
+            };
+            let place = Place(fresh.path().to_owned());
+            place.begin(&mut lock, &record).unwrap();
+            fs::rename(fresh.keep(), folder.path().join(name)).unwrap();
+            lock
+        };
+        // Whoever made these was killed, but for the last two.
+        fs::create_dir(folder.path().join(".new-without-a-lock")).unwrap();
+        drop(make(".new-locked-once", false));
+        drop(make("killed-and-to-be-removed", true));
+        drop(make("killed", false));
+        let _alive = [make(".new-alive", false), make("alive", true)];
+        sweep(folder.path());
+        let entries = fs::read_dir(folder.path()).unwrap();
+        let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, [".making", ".new-alive", "alive", "killed"]);
+    }
+
+    #[test]
+    fn what_never_ran_leaves_nothing_behind() {
+        let folder = tempfile::tempdir().unwrap();
+        let owned = |name: &str| {
+            let (fresh, lock) = make_new(folder.path()).unwrap();
+            let path = folder.path().join(name);
+            fs::rename(fresh.keep(), &path).unwrap();
+            Owned {
+                place: Place(path),
+                lock,
+                record: Record::default(),
+                stays: false,
+            }
+        };
+        let ran = owned("ran");
+        ran.place
+            .begin(
+                &mut File::create(folder.path().join("x")).unwrap(),
+                &ran.record,
+            )
+            .unwrap();
+        let ended = Ended {
+            at_ms: 0,
+            status: 3,
+            reason: None,
+            last_lines: Vec::new(),
+            problems: Vec::new(),
+        };
+        ran.end(ended).unwrap();
+        drop(owned("refused"));
+        assert!(folder.path().join("ran").exists());
+        assert!(!folder.path().join("refused").exists());
+    }
+
+    #[test]
+    fn a_new_vm_of_the_same_name_is_not_removed_for_the_old_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vm");
+        fs::create_dir(&path).unwrap();
+        let old = File::create(path.join(LOCK)).unwrap();
+        assert!(is_at(&old, &path.join(LOCK)));
+        fs::remove_dir_all(&path).unwrap();
+        assert!(!is_at(&old, &path.join(LOCK)));
+        fs::create_dir(&path).unwrap();
+        File::create(path.join(LOCK)).unwrap();
+        assert!(!is_at(&old, &path.join(LOCK)));
+    }
 }
