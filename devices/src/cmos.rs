@@ -49,7 +49,7 @@ pub struct Cmos {
 
 impl Cmos {
     /// A clock in a saved state.
-    pub fn restore(state: CmosState) -> Self {
+    pub fn new(state: CmosState) -> Self {
         Cmos { state }
     }
 
@@ -160,7 +160,7 @@ mod tests {
         assert_eq!(read(&mut clock, DATA, 1), [STATUS_D_VALUE]);
         assert_eq!(read(&mut clock, INDEX, 1), [0xff]);
         assert_eq!(read(&mut clock, INDEX, 2), [0xff, 0xff]);
-        let copy = Cmos::restore(clock.save());
+        let copy = Cmos::new(clock.save());
         assert_eq!(copy.save(), clock.save());
     }
 }

@@ -48,7 +48,7 @@ impl GedHandle {
     }
 
     /// What the guest sees.
-    pub fn state(&self) -> GedState {
+    pub fn save(&self) -> GedState {
         *lock(&self.0.state)
     }
 }
@@ -83,10 +83,10 @@ mod tests {
         handle.raise(1);
         assert_eq!(interrupt.read().unwrap(), 3);
         assert_eq!(read(2), [0, 0]); // no such register
-        assert_eq!(handle.state(), GedState { pending: 3 });
+        assert_eq!(handle.save(), GedState { pending: 3 });
         assert_eq!((read(1), read(1)), (vec![3], vec![0]));
         handle.raise(2);
         device.write(0, &[0]);
-        assert_eq!(handle.state().pending, 2);
+        assert_eq!(handle.save().pending, 2);
     }
 }

@@ -84,10 +84,10 @@ mod tests {
         let id = GenerationId::new(memory.clone(), 0x1000, ged.clone(), 2).unwrap();
         let first = read();
         assert_ne!(first, [0; LEN]);
-        assert_eq!(ged.state().pending, 0);
+        assert_eq!(ged.save().pending, 0);
         id.renew().unwrap();
         assert_ne!(read(), first);
-        assert_eq!(ged.state().pending, 2);
+        assert_eq!(ged.save().pending, 2);
         let after: [u8; LEN] = memory.read_obj(GuestAddress(0x1010)).unwrap();
         assert_eq!(after, [0; LEN]);
         assert!(GenerationId::new(memory, 0x1ff8, ged, 2).is_err());

@@ -69,7 +69,7 @@ impl Watchdog {
     }
 
     /// What the guest sees.
-    pub fn state(&self) -> WatchdogState {
+    pub fn save(&self) -> WatchdogState {
         self.state
     }
 
@@ -220,7 +220,7 @@ mod tests {
         device.write(2, &[0, 0]);
         device.write(0, &[1]);
         assert_eq!(
-            device.state(),
+            device.save(),
             WatchdogState {
                 running: true,
                 count: 1
@@ -256,8 +256,8 @@ mod tests {
                 } else {
                     device.read(offset, &mut data);
                 }
-                prop_assert!(device.state().count > 0);
-                prop_assert_eq!(device.timer.is_armed().unwrap(), device.state().running);
+                prop_assert!(device.save().count > 0);
+                prop_assert_eq!(device.timer.is_armed().unwrap(), device.save().running);
             }
         }
     }

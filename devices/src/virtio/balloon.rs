@@ -11,12 +11,12 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::chain::{Buffer, Chain};
 use super::device::{DeviceId, NeedsReset, Token, VirtioDevice};
 use super::queues::Queues;
+use super::state::{BalloonState, DeviceState, RestoreError, SaveError};
 use super::{GuestMemory, feature};
 use crate::bus::lock;
 
@@ -140,16 +140,6 @@ pub struct Abilities {
     pub deflate_on_oom: bool,
     /// The guest reports pages that it does not use.
     pub reporting: bool,
-}
-
-/// What the guest can see of the device.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct BalloonState {
-    /// The configuration space (virtio 1.2, 5.5.4), in pages.
-    target: u32,
-    actual: u32,
-    /// The buffer for statistics that the driver waits for.
-    held: Option<u16>,
 }
 
 /// The device.
@@ -375,6 +365,27 @@ impl<R: Reclaim> VirtioDevice for Balloon<R> {
         Ok(())
     }
 
+    fn save(&self) -> Result<DeviceState, SaveError> {
+        Ok(DeviceState::Balloon(self.state.clone()))
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Balloon(state) = state else {
+            return Err(RestoreError::Kind(DeviceId::Balloon));
+        };
+        let size = self.queue_sizes().get(STATISTICS).copied().unwrap_or(0);
+        if state.held.is_some_and(|head| head >= size) {
+            return Err(RestoreError::Mismatch(
+                "the balloon's buffer for statistics is not in its queue",
+            ));
+        }
+        // The target is what the guest was asked for, whatever the flags say now.
+        lock(&self.handle.shared).target = state.target;
+        self.state = state;
+        self.show();
+        Ok(())
+    }
+
     fn reset(&mut self) {
         self.state = BalloonState::default();
         self.look();
@@ -392,4 +403,4 @@ impl<R: Reclaim> VirtioDevice for Balloon<R> {
 
 #[cfg(test)]
 #[path = "balloon_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -9,7 +9,8 @@ const CONFIG: u64 = 0x100;
 
 type Taken = Arc<Mutex<Vec<(u64, u64)>>>;
 
-struct Host(Taken);
+#[derive(Default)]
+pub(in crate::virtio) struct Host(Taken);
 
 impl Reclaim for Host {
     fn reclaim(&mut self, start: u64, len: u64) -> Option<u64> {
@@ -268,4 +269,40 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn a_restored_balloon_has_its_size_and_answers_with_the_buffer_it_held() {
+    let mut bench = Bench::started();
+    bench.handle.set_target(2 << 20);
+    bench.driver.handle_event();
+    let actual = 7u32.to_le_bytes();
+    bench.driver.transport.write(CONFIG + ACTUAL, &actual);
+    bench.driver.write(DATA, &[0; STATISTIC]);
+    let chain = [Descriptor::readable(DATA, STATISTIC as u32)];
+    bench.driver.add(STATISTICS, &chain);
+    bench.driver.kick(STATISTICS);
+    let state = bench.driver.save();
+
+    let other = Balloon::new(Host::default(), ALL, 1 << 20).unwrap();
+    let handle = other.handle();
+    bench
+        .driver
+        .restore(Box::new(other), state.clone())
+        .unwrap();
+    assert_eq!((handle.target(), handle.actual()), (2 << 20, 7 << 12));
+    assert_eq!(bench.target(), 512);
+    assert_eq!(bench.driver.save(), state);
+    assert_eq!(bench.driver.used(STATISTICS), []);
+    handle.request_statistics();
+    bench.driver.handle_event();
+    assert_eq!(bench.driver.used(STATISTICS), [(0, 0)]);
+
+    let mut foreign = state;
+    let DeviceState::Balloon(balloon) = &mut foreign.device else {
+        panic!();
+    };
+    balloon.held = Some(QUEUE_SIZES[STATISTICS]);
+    let other = Balloon::new(Host::default(), ALL, 0).unwrap();
+    assert!(bench.driver.restore(Box::new(other), foreign).is_err());
 }

@@ -4,30 +4,11 @@
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-use virtio_bindings::virtio_ids;
+pub use super::device_id::DeviceId;
 
 use super::GuestMemory;
 use super::queues::{Queues, Ring};
-
-/// The kind of device (virtio 1.2, section 5).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub enum DeviceId {
-    /// Network card.
-    Net = virtio_ids::VIRTIO_ID_NET,
-    /// Block device.
-    Block = virtio_ids::VIRTIO_ID_BLOCK,
-    /// Console.
-    Console = virtio_ids::VIRTIO_ID_CONSOLE,
-    /// Entropy source.
-    Rng = virtio_ids::VIRTIO_ID_RNG,
-    /// Memory balloon.
-    Balloon = virtio_ids::VIRTIO_ID_BALLOON,
-    /// Sockets between guest and host.
-    Vsock = virtio_ids::VIRTIO_ID_VSOCK,
-    /// File system.
-    Fs = virtio_ids::VIRTIO_ID_FS,
-}
+use super::state::{DeviceState, RestoreError, SaveError};
 
 /// The guest broke the rules, or a backend failed, in a way that the device cannot
 /// go on: it needs to be reset (virtio 1.2, 2.1.1, `DEVICE_NEEDS_RESET`).
@@ -93,6 +74,20 @@ pub trait VirtioDevice: Send {
 
     /// Forgets the guest: when this returns, nothing of it is touched any more.
     fn reset(&mut self);
+
+    /// Finishes what was begun with popped chains, or puts them back, so that all that
+    /// is on its way lies in the rings, in guest memory and in the state. It comes just
+    /// before [`VirtioDevice::save`]; afterwards the device goes on.
+    fn quiesce(&mut self, _: &mut Queues) -> Result<(), NeedsReset> {
+        Ok(())
+    }
+
+    /// What the guest can tell of the device, beside the transport and its memory.
+    fn save(&self) -> Result<DeviceState, SaveError>;
+
+    /// Takes a saved state over. If the driver was running, this comes after the
+    /// activation, and each queue is processed afterwards.
+    fn restore(&mut self, state: DeviceState) -> Result<(), RestoreError>;
 
     /// What it has counted since it was made, by name: `read_bytes`, …
     fn counters(&self) -> Vec<(&'static str, u64)> {

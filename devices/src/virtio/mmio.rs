@@ -4,7 +4,6 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use bitflags::bitflags;
-use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config as bits;
 use virtio_bindings::virtio_mmio as reg;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -13,6 +12,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{DeviceId, NeedsReset, Token, VirtioDevice};
 use super::queues::Queues;
+use super::state::{
+    QueueSetup, RestoreError, SaveError, TransportState, VERSION as STATE_VERSION, VirtioState,
+};
 use super::{GuestMemory, feature};
 use crate::bus::BusDevice;
 use crate::number::halves;
@@ -53,19 +55,6 @@ bitflags! {
     }
 }
 
-/// What the driver chose for a queue.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct QueueSetup {
-    max_size: u16,
-    size: u16,
-    ready: bool,
-    descriptors: u64,
-    available: u64,
-    used: u64,
-    next_available: u16,
-    next_used: u16,
-}
-
 impl QueueSetup {
     fn new(max_size: u16) -> Self {
         QueueSetup {
@@ -88,19 +77,6 @@ impl QueueSetup {
             used_ring: self.used,
         }
     }
-}
-
-/// What the guest can see of the transport.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TransportState {
-    status: u32,
-    device_features_select: u32,
-    driver_features_select: u32,
-    acked: u64,
-    queue_select: u32,
-    interrupts: u32,
-    config_generation: u32,
-    queues: Vec<QueueSetup>,
 }
 
 /// What the transport has counted since it was made.
@@ -188,8 +164,74 @@ impl VirtioMmio {
         all
     }
 
-    /// What the guest can see, the rings' positions included.
-    pub fn save(&self) -> TransportState {
+    /// Finishes what the device has begun, or puts it back: see
+    /// [`VirtioDevice::quiesce`]. It comes just before [`VirtioMmio::save`].
+    pub fn quiesce(&mut self) {
+        self.turn(None, |device, queues| device.quiesce(queues));
+    }
+
+    /// What the guest can see of the device, the rings' positions included.
+    pub fn save(&self) -> Result<VirtioState, SaveError> {
+        Ok(VirtioState {
+            version: STATE_VERSION,
+            transport: self.transport_state(),
+            device: self.device.save()?,
+        })
+    }
+
+    /// A transport and its device as they were saved. What the guest was to be told it is
+    /// told, once more if it knows.
+    pub fn restore(
+        device: Box<dyn VirtioDevice>,
+        memory: Arc<GuestMemory>,
+        interrupt: EventFd,
+        state: VirtioState,
+    ) -> Result<Self, RestoreError> {
+        if state.version != STATE_VERSION {
+            return Err(RestoreError::Version(state.version));
+        }
+        let host = |error: std::io::Error| RestoreError::Host(error.raw_os_error().unwrap_or(0));
+        let mut transport = VirtioMmio::new(device, memory, interrupt).map_err(host)?;
+        transport.check(&state.transport)?;
+        transport.state = state.transport;
+        let status = transport.status();
+        if status.contains(Status::DRIVER_OK) && !status.contains(Status::NEEDS_RESET) {
+            let activated = transport.try_activate();
+            let queues = activated.map_err(|NeedsReset(reason)| RestoreError::Mismatch(reason))?;
+            transport.active = Some(queues);
+        }
+        transport.device.restore(state.device)?;
+        if transport.active.is_some() {
+            transport.kick_all();
+        }
+        if transport.state.interrupts != 0 {
+            // Only refuses when it is signalled already.
+            let _ = transport.interrupt.write(1);
+        }
+        Ok(transport)
+    }
+
+    /// Whether registers can be as they are said to be.
+    fn check(&self, state: &TransportState) -> Result<(), RestoreError> {
+        let status = Status::from_bits(state.status)
+            .ok_or(RestoreError::Mismatch("a bit of the status is not known"))?;
+        let sizes = self.device.queue_sizes();
+        let offered = state.queues.iter().map(|queue| &queue.max_size);
+        let mismatch = if !offered.eq(sizes) {
+            "its queues are not those of the device"
+        } else if status.contains(Status::FEATURES_OK) && state.acked & !self.features() != 0 {
+            "the driver agreed on features that the device does not have"
+        } else if status.contains(Status::DRIVER_OK) && !status.contains(Status::FEATURES_OK) {
+            "the driver runs without having agreed on features"
+        } else if Interrupt::from_bits(state.interrupts).is_none() {
+            "a bit of the interrupt status is not known"
+        } else {
+            return Ok(());
+        };
+        Err(RestoreError::Mismatch(mismatch))
+    }
+
+    fn transport_state(&self) -> TransportState {
         let mut state = self.state.clone();
         let live = self.active.iter().flat_map(Queues::states);
         for (setup, live) in state.queues.iter_mut().zip(live) {
@@ -199,6 +241,14 @@ impl VirtioMmio {
             }
         }
         state
+    }
+
+    /// Lets the device look at all its queues.
+    fn kick_all(&self) {
+        for kick in &self.kicks {
+            // Only refuses when it is signalled already.
+            let _ = kick.write(1);
+        }
     }
 
     /// The driver notified a queue. The event is not read: it is watched on edges,
@@ -262,7 +312,7 @@ impl VirtioMmio {
     fn needs_reset(&mut self, error: NeedsReset) {
         log::warn!("{:?} device: {error}", self.device.id());
         self.counters.faults += 1;
-        self.state = self.save();
+        self.state = self.transport_state();
         self.active = None;
         self.device.reset();
         self.state.status |= Status::NEEDS_RESET.bits();
@@ -323,28 +373,29 @@ impl VirtioMmio {
     }
 
     fn activate(&mut self) {
-        let acked = self.state.acked;
-        let event_idx = acked & feature(VIRTIO_RING_F_EVENT_IDX) != 0;
-        let setups = self.state.queues.iter();
-        let states: Vec<_> = setups.map(|setup| setup.state(event_idx)).collect();
-        let activated = Queues::new(&self.memory, &states).and_then(|queues| {
-            self.device.activate(acked, &self.memory)?;
-            if self.device.is_vhost_user() {
-                self.device.start_backend(&queues.rings(&self.kicks)?)?;
-            }
-            Ok(queues)
-        });
-        match activated {
+        match self.try_activate() {
             Ok(queues) => {
                 self.active = Some(queues);
                 // The driver may have added chains, and sources may have
                 // become ready, before this.
-                for kick in &self.kicks {
-                    let _ = kick.write(1);
-                }
+                self.kick_all();
             }
             Err(error) => self.needs_reset(error),
         }
+    }
+
+    /// Checks the queues, and tells the device what was agreed on.
+    fn try_activate(&mut self) -> Result<Queues, NeedsReset> {
+        let acked = self.state.acked;
+        let event_idx = acked & feature(VIRTIO_RING_F_EVENT_IDX) != 0;
+        let setups = self.state.queues.iter();
+        let states: Vec<_> = setups.map(|setup| setup.state(event_idx)).collect();
+        let queues = Queues::new(&self.memory, &states)?;
+        self.device.activate(acked, &self.memory)?;
+        if self.device.is_vhost_user() {
+            self.device.start_backend(&queues.rings(&self.kicks)?)?;
+        }
+        Ok(queues)
     }
 
     fn queue(&self) -> Option<&QueueSetup> {

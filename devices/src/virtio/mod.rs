@@ -5,12 +5,14 @@ pub mod block;
 pub mod chain;
 pub mod console;
 pub mod device;
+mod device_id;
 pub mod fs;
 pub mod mmio;
 pub mod net;
 pub mod queues;
 pub mod rng;
 mod round_robin;
+pub mod state;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod transfer;

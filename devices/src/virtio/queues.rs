@@ -211,12 +211,13 @@ impl Queues {
         Err(NeedsReset("the available ring cannot be read"))
     }
 
-    /// Leaves the chain that was taken last, and not completed, to be taken again.
+    /// Leaves the chain that was taken last, and not completed, to be taken again. Called
+    /// several times, it leaves as many, the last first.
     pub fn unpop(&mut self, queue: usize) {
         if let Some(Some(active)) = self.queues.get_mut(queue) {
             active.queue.go_to_previous_position();
-            active.share += 1;
-            self.chains -= 1;
+            active.share = active.share.saturating_add(1);
+            self.chains = self.chains.saturating_sub(1);
         }
     }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::GuestMemory;
 use super::device::{DeviceId, NeedsReset, VirtioDevice};
 use super::queues::Queues;
+use super::state::{DeviceState, RestoreError, SaveError};
 
 const REQUESTS: usize = 0;
 const QUEUE_SIZES: [u16; 1] = [64];
@@ -62,6 +63,17 @@ impl<R: Read + Send> VirtioDevice for Rng<R> {
             queues.complete(REQUESTS, chain.head, len)?;
         }
         Ok(())
+    }
+
+    fn save(&self) -> Result<DeviceState, SaveError> {
+        Ok(DeviceState::Rng)
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), RestoreError> {
+        match state {
+            DeviceState::Rng => Ok(()),
+            _ => Err(RestoreError::Kind(DeviceId::Rng)),
+        }
     }
 
     fn reset(&mut self) {}

@@ -18,6 +18,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{Token, VirtioDevice};
 use super::mmio::{Status, VirtioMmio};
+use super::state::{RestoreError, VirtioState};
 use super::{GuestMemory, feature};
 use crate::bus::BusDevice;
 
@@ -90,20 +91,35 @@ impl Driver {
         let queues = device.queue_sizes().len();
         let transport =
             VirtioMmio::new(device, memory.clone(), interrupt.try_clone().unwrap()).unwrap();
-        let sources = Epoll::new().unwrap();
-        for (token, fd) in transport.sources() {
-            let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
-            let event = EpollEvent::new(events, token.into());
-            sources.ctl(ControlOperation::Add, fd, event).unwrap();
-        }
         Driver {
+            sources: watch(&transport),
             transport,
-            sources,
             ready: BTreeSet::new(),
             memory,
             interrupt,
             positions: vec![(0, 0); queues],
         }
+    }
+
+    /// What is saved of the device, which goes on.
+    pub fn save(&mut self) -> VirtioState {
+        self.transport.quiesce();
+        self.transport.save().unwrap()
+    }
+
+    /// Puts another device in the place of this one, in a saved state. If it is refused,
+    /// nothing changes.
+    pub fn restore(
+        &mut self,
+        device: Box<dyn VirtioDevice>,
+        state: VirtioState,
+    ) -> Result<(), RestoreError> {
+        let interrupt = self.interrupt.try_clone().unwrap();
+        let transport = VirtioMmio::restore(device, self.memory.clone(), interrupt, state)?;
+        self.sources = watch(&transport);
+        self.ready.clear();
+        self.transport = transport;
+        Ok(())
     }
 
     pub fn write_register(&mut self, offset: u32, value: u32) {
@@ -297,4 +313,15 @@ impl Driver {
             self.transport.event_ready(token);
         }
     }
+}
+
+/// Watches the sources of a device, as the event loop does.
+fn watch(transport: &VirtioMmio) -> Epoll {
+    let sources = Epoll::new().unwrap();
+    for (token, fd) in transport.sources() {
+        let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        let event = EpollEvent::new(events, token.into());
+        sources.ctl(ControlOperation::Add, fd, event).unwrap();
+    }
+    sources
 }

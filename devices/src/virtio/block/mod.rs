@@ -20,6 +20,7 @@ use self::request::{Action, Limits, Request, Status};
 use super::device::{DeviceId, NeedsReset, Token, VirtioDevice};
 use super::queues::Queues;
 use super::round_robin::RoundRobin;
+use super::state::{BlockState, DeviceState, RestoreError, SaveError};
 use super::{GuestMemory, feature};
 use crate::rate_limiter::{LimitHandle, Limits as RateLimits, RateLimiter};
 
@@ -102,6 +103,8 @@ pub struct Block {
     turns: RoundRobin,
     limiter: RateLimiter,
     new_limits: LimitHandle,
+    /// The guest knows another size, and is to be told that it changed.
+    resized: bool,
     counters: Counters,
 }
 
@@ -138,6 +141,7 @@ impl Block {
             turns: RoundRobin::default(),
             limiter: RateLimiter::new(disk.limits)?,
             new_limits: LimitHandle::new(disk.limits)?,
+            resized: false,
             counters: Counters::default(),
         })
     }
@@ -349,6 +353,16 @@ impl Block {
         Ok(())
     }
 
+    /// Takes all that is completed. Each is taken, even behind a fault: what is left is
+    /// waited for elsewhere.
+    fn take_completions(&mut self, queues: &mut Queues) -> Result<(), NeedsReset> {
+        let mut result = Ok(());
+        for completion in self.engine.completions() {
+            result = result.and(self.complete(completion, queues));
+        }
+        result
+    }
+
     fn take_limits(&mut self) {
         if let Some(limits) = self.new_limits.take() {
             self.limiter.set(limits);
@@ -380,7 +394,7 @@ impl InFlight {
         });
     }
 
-    /// RoundRobin the operation into a write of zeroes.
+    /// Turns the operation into a write of zeroes.
     fn write_zeroes(&mut self, len: u64, durable: bool) {
         let mut rest = usize::try_from(len).unwrap_or(usize::MAX);
         self.rest = rest;
@@ -467,6 +481,9 @@ impl VirtioDevice for Block {
     }
 
     fn process_queue(&mut self, queue: usize, queues: &mut Queues) -> Result<(), NeedsReset> {
+        if std::mem::take(&mut self.resized) {
+            queues.config_changed();
+        }
         self.turns.add(queue);
         let served = self.process_requests(queues);
         self.commit(queues);
@@ -484,12 +501,7 @@ impl VirtioDevice for Block {
     fn handle_event(&mut self, token: Token, queues: &mut Queues) -> Result<(), NeedsReset> {
         let mut result = Ok(());
         match token {
-            COMPLETED => {
-                for completion in self.engine.completions() {
-                    // Each is taken, even behind a fault: `drain` waits for the rest.
-                    result = result.and(self.complete(completion, queues));
-                }
-            }
+            COMPLETED => result = self.take_completions(queues),
             BUDGET => self.limiter.acknowledge(),
             _ => self.take_limits(),
         }
@@ -498,8 +510,38 @@ impl VirtioDevice for Block {
         served
     }
 
+    fn quiesce(&mut self, queues: &mut Queues) -> Result<(), NeedsReset> {
+        while self.in_flight.iter().any(Option::is_some) {
+            match self.engine.commit().and_then(|()| self.engine.wait()) {
+                Ok(()) => {}
+                // The kernel is short of memory for a moment.
+                Err(error) if is_passing(&error) => {}
+                Err(_) => return Err(NeedsReset("the disk's requests cannot be waited for")),
+            }
+            self.take_completions(queues)?;
+        }
+        // Chains may have waited for room.
+        queues.reschedule();
+        Ok(())
+    }
+
+    fn save(&self) -> Result<DeviceState, SaveError> {
+        Ok(DeviceState::Block(BlockState {
+            sectors: self.limits.sectors,
+        }))
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Block(BlockState { sectors }) = state else {
+            return Err(RestoreError::Kind(DeviceId::Block));
+        };
+        self.resized = sectors != self.limits.sectors;
+        Ok(())
+    }
+
     fn reset(&mut self) {
         self.drain();
+        self.resized = false;
         self.turns = RoundRobin::default();
     }
 

@@ -575,3 +575,87 @@ fn a_request_without_measure_is_refused() {
     assert_eq!(write(8), 0);
     assert_eq!(write(9), spec::VIRTIO_BLK_S_IOERR as u8);
 }
+
+/// Adds a request without waiting for its end; its header, data and status have places of
+/// their own.
+fn begin(driver: &mut Driver, index: u64, kind: u32, sector: u64) {
+    let mut header = [0; 16];
+    header[..4].copy_from_slice(&kind.to_le_bytes());
+    header[8..].copy_from_slice(&sector.to_le_bytes());
+    let (place, data) = (HEADER + index * 0x40, 0x10000 + index * 512);
+    driver.write(place, &header);
+    driver.write(place + 32, &[0xee]);
+    let data = match kind {
+        spec::VIRTIO_BLK_T_IN => Descriptor::writable(data, 512),
+        _ => Descriptor::readable(data, 512),
+    };
+    let chain = [
+        Descriptor::readable(place, 16),
+        data,
+        Descriptor::writable(place + 32, 1),
+    ];
+    driver.add(0, &chain);
+}
+
+fn requests_in_flight_are_in_no_state(make: fn(&File) -> Block) {
+    let file = image();
+    let mut driver = started(make(&file));
+    for index in 0..4 {
+        driver.write(0x10000 + index * 512, &[0xa0 + index as u8; 512]);
+        begin(&mut driver, index, spec::VIRTIO_BLK_T_OUT, 10 + index);
+    }
+    driver.kick(0);
+    let state = driver.save();
+    // All are done, before anything is saved, and none is done twice.
+    assert_eq!(driver.used(0).len(), 4);
+    assert_eq!(state.transport.queues[0].next_available, 4);
+    assert_eq!(state.transport.queues[0].next_used, 4);
+    for index in 0..4 {
+        let sector = content(&file, 10 + index, 512);
+        assert_eq!(sector, [0xa0 + index as u8; 512]);
+        assert_eq!(driver.read(HEADER + index * 0x40 + 32, 1), [0]);
+    }
+    driver
+        .restore(Box::new(make(&file)), state.clone())
+        .unwrap();
+    assert_eq!(driver.save(), state);
+    driver.interrupts();
+    let read = [Descriptor::writable(DATA, 512)];
+    assert_eq!(
+        request(&mut driver, spec::VIRTIO_BLK_T_IN, 10, &read),
+        (0, 513)
+    );
+    assert_eq!(driver.read(DATA, 512), [0xa0; 512]);
+}
+
+#[test]
+fn io_uring_s_requests_are_finished_before_a_disk_is_saved() {
+    requests_in_flight_are_in_no_state(|file| Block::new(disk(file, false)).unwrap());
+}
+
+#[test]
+fn threads_requests_are_finished_before_a_disk_is_saved() {
+    requests_in_flight_are_in_no_state(|file| {
+        let threads = |image| Engine::threads(image, &unprepared());
+        Block::with_engine(disk(file, false), threads).unwrap()
+    });
+}
+
+#[test]
+fn another_size_is_told_after_a_restore() {
+    let file = image();
+    let mut driver = driver(&file);
+    let state = driver.save();
+    let mut other = disk(&file, false);
+    other.sectors = SECTORS / 2;
+    let generation = |driver: &mut Driver| driver.read_register(0xfc);
+    let before = generation(&mut driver);
+    let block = Block::new(other).unwrap();
+    driver.restore(Box::new(block), state.clone()).unwrap();
+    driver.process_pending();
+    assert_eq!(generation(&mut driver), before + 1);
+    let block = Block::new(disk(&file, false)).unwrap();
+    driver.restore(Box::new(block), state).unwrap();
+    driver.process_pending();
+    assert_eq!(generation(&mut driver), before);
+}

@@ -9,7 +9,6 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex};
 
 use bitflags::bitflags;
-use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::port::{DevicePort, Port};
@@ -18,6 +17,7 @@ use crate::bus::lock;
 use crate::number;
 use crate::virtio::device::{DeviceId, NeedsReset, Token, VirtioDevice};
 use crate::virtio::queues::Queues;
+use crate::virtio::state::{ChannelState, DeviceState, RestoreError, SaveError};
 use crate::virtio::{GuestMemory, feature};
 
 /// The most channels of a device.
@@ -51,8 +51,8 @@ bitflags! {
 }
 
 /// What the guest can see of a channel, beside its bytes.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct ChannelState {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Progress {
     news: u8,
     /// The driver has made the port.
     ready: bool,
@@ -60,7 +60,7 @@ struct ChannelState {
     connected: bool,
 }
 
-impl ChannelState {
+impl Progress {
     fn news(&self) -> News {
         News::from_bits_truncate(self.news)
     }
@@ -74,7 +74,7 @@ impl ChannelState {
 
 struct Channel {
     name: String,
-    state: ChannelState,
+    state: Progress,
     port: DevicePort,
 }
 
@@ -157,7 +157,7 @@ impl Channels {
             .map(|(name, attention)| {
                 Ok(Channel {
                     name,
-                    state: ChannelState::default(),
+                    state: Progress::default(),
                     port: DevicePort::new(attention, wake.try_clone()?),
                 })
             })
@@ -202,7 +202,7 @@ impl Channels {
                 return Ok(());
             }
             for channel in &mut self.channels {
-                channel.state = ChannelState::default();
+                channel.state = Progress::default();
                 channel.state.set(News::ADD, true);
             }
             return Ok(());
@@ -215,7 +215,7 @@ impl Channels {
             ))?;
         match (event, value) {
             (PORT_READY, 1) => {
-                channel.state = ChannelState {
+                channel.state = Progress {
                     ready: true,
                     ..Default::default()
                 };
@@ -317,9 +317,54 @@ impl VirtioDevice for Channels {
         self.tell(queues)
     }
 
+    fn quiesce(&mut self, queues: &mut Queues) -> Result<(), NeedsReset> {
+        for (index, channel) in self.channels.iter_mut().enumerate() {
+            channel.port.put_back(receive_queue(index) + 1, queues);
+        }
+        Ok(())
+    }
+
+    fn save(&self) -> Result<DeviceState, SaveError> {
+        let channels = self.channels.iter().map(|channel| ChannelState {
+            name: channel.name.clone(),
+            news: channel.state.news,
+            ready: channel.state.ready,
+            connected: channel.state.connected,
+            port: channel.port.save(),
+        });
+        Ok(DeviceState::Channels(channels.collect()))
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Channels(states) = state else {
+            return Err(RestoreError::Kind(DeviceId::Console));
+        };
+        let names = self.channels.iter().map(|channel| &channel.name);
+        if !names.eq(states.iter().map(|state| &state.name)) {
+            return Err(RestoreError::Mismatch("its channels have other names"));
+        }
+        for (channel, state) in self.channels.iter_mut().zip(states) {
+            channel.state = Progress {
+                news: News::from_bits_truncate(state.news).bits(),
+                ready: state.ready,
+                connected: state.connected,
+            };
+            channel.port.restore(state.port)?;
+            // Whoever was connected is not any more; somebody else may be.
+            if channel.state.connected && !lock(channel.port.shared()).is_connected() {
+                channel.state.connected = false;
+                match channel.state.news().contains(News::OPEN) {
+                    true => channel.state.set(News::OPEN, false), // the guest never knew
+                    false => channel.state.set(News::CLOSE, true),
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn reset(&mut self) {
         for channel in &mut self.channels {
-            channel.state = ChannelState::default();
+            channel.state = Progress::default();
             channel.port.reset();
         }
     }

@@ -306,3 +306,42 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn restored_channels_know_that_their_clients_left() {
+    let mut bench = Bench::made(&["a", "b"]);
+    bench.host(0).connected(true);
+    bench.driver.handle_event();
+    assert_eq!(bench.told(), [news(1, PORT_OPEN, 1, "")]);
+    bench.say(1, PORT_OPEN, 1);
+    bench.host(0).input(b"before");
+    let state = bench.driver.save();
+
+    let attention = || EventFd::new(EFD_NONBLOCK).unwrap();
+    let channels = |names: [&str; 2]| {
+        let channels = names.map(|name| (name.to_owned(), attention()));
+        Channels::new(channels.into()).unwrap()
+    };
+    let other = channels(["a", "b"]);
+    bench.ports = other.ports();
+    bench
+        .driver
+        .restore(Box::new(other), state.clone())
+        .unwrap();
+    assert_eq!(bench.told(), [news(1, PORT_OPEN, 0, "")]);
+    bench.driver.add(4, &[Descriptor::writable(DATA, 100)]);
+    bench.driver.kick(4);
+    assert_eq!(bench.driver.read(DATA, 6), b"before");
+    bench.host(0).connected(true);
+    bench.driver.handle_event();
+    assert_eq!(bench.told(), [news(1, PORT_OPEN, 1, "")]);
+    for names in [["a", "c"], ["b", "a"]] {
+        let other = channels(names);
+        assert!(
+            bench
+                .driver
+                .restore(Box::new(other), state.clone())
+                .is_err()
+        );
+    }
+}

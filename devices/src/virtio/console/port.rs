@@ -6,7 +6,6 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
-use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::lock;
@@ -14,20 +13,12 @@ use crate::line::{Line, TerminalSize};
 use crate::virtio::chain::Buffer;
 use crate::virtio::device::NeedsReset;
 use crate::virtio::queues::Queues;
+use crate::virtio::state::{PortState, RestoreError};
 
 /// How many bytes wait at most in each direction.
 pub(super) const RING_MAX: usize = 64 << 10;
 /// A device that was stopped goes on when the ring has emptied to this.
 const RESUME_AT: usize = RING_MAX / 2;
-
-/// What the guest can see of a port, and what is on its way.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct PortState {
-    /// The guest listens.
-    open: bool,
-    input: VecDeque<u8>,
-    output: VecDeque<u8>,
-}
 
 /// A port as the host's side sees it.
 pub struct Port {
@@ -118,6 +109,8 @@ impl Line for Port {
 struct Held {
     head: u16,
     rest: Buffer,
+    /// How many of its bytes have gone.
+    taken: usize,
 }
 
 /// A port as its device sees it.
@@ -173,7 +166,36 @@ impl DevicePort {
     pub fn reset(&mut self) {
         self.held = None;
         self.set_open(false);
-        lock(&self.port).stalled = false;
+        let mut port = lock(&self.port);
+        port.stalled = false;
+        port.state.taken = 0;
+    }
+
+    /// Leaves a chain of which a part has no room in the ring, and remembers which part.
+    pub fn put_back(&mut self, queue: usize, queues: &mut Queues) {
+        if let Some(held) = self.held.take() {
+            queues.unpop(queue);
+            lock(&self.port).state.taken = held.taken;
+        }
+    }
+
+    /// What is on its way.
+    pub fn save(&self) -> PortState {
+        lock(&self.port).state.clone()
+    }
+
+    /// Takes over what was on its way.
+    pub fn restore(&mut self, state: PortState) -> Result<(), RestoreError> {
+        if state.input.len() > RING_MAX || state.output.len() > RING_MAX {
+            return Err(RestoreError::Mismatch(
+                "more bytes are on their way through a console than it holds",
+            ));
+        }
+        let mut port = lock(&self.port);
+        port.state = state;
+        // The host's side looks for what is there.
+        signal(&port.attention);
+        Ok(())
     }
 
     /// Takes what the guest sends, until there is no more, or no more room.
@@ -190,10 +212,14 @@ impl DevicePort {
                     Some(chain) if !chain.writable.is_empty() => {
                         return Err(NeedsReset("what a port sends must only be readable"));
                     }
-                    Some(chain) => Held {
-                        head: chain.head,
-                        rest: chain.readable,
-                    },
+                    Some(chain) => {
+                        let taken = std::mem::take(&mut port.state.taken);
+                        Held {
+                            head: chain.head,
+                            rest: chain.readable.split_at(taken).1,
+                            taken,
+                        }
+                    }
                     None => return Ok(()),
                 },
             };
@@ -209,7 +235,12 @@ impl DevicePort {
             if rest.is_empty() {
                 queues.complete(queue, held.head, 0)?;
             } else {
-                self.held = Some(Held { rest, ..held });
+                let taken = held.taken + now.len();
+                self.held = Some(Held {
+                    rest,
+                    taken,
+                    ..held
+                });
             }
         }
     }

@@ -12,6 +12,7 @@ use crate::bus::lock;
 use crate::line::TerminalSize;
 use crate::virtio::device::{DeviceId, NeedsReset, Token, VirtioDevice};
 use crate::virtio::queues::Queues;
+use crate::virtio::state::{ConsoleState, DeviceState, RestoreError, SaveError};
 use crate::virtio::{GuestMemory, feature};
 
 const RECEIVE: usize = 0;
@@ -121,6 +122,33 @@ impl VirtioDevice for Console {
         self.tell(queues);
         self.receive(queues)?;
         self.port.transmit(TRANSMIT, queues)
+    }
+
+    fn quiesce(&mut self, queues: &mut Queues) -> Result<(), NeedsReset> {
+        self.port.put_back(TRANSMIT, queues);
+        Ok(())
+    }
+
+    fn save(&self) -> Result<DeviceState, SaveError> {
+        Ok(DeviceState::Console(ConsoleState {
+            size: self.config,
+            notified: self.told,
+            port: self.port.save(),
+        }))
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Console(ConsoleState {
+            size,
+            notified,
+            port,
+        }) = state
+        else {
+            return Err(RestoreError::Kind(DeviceId::Console));
+        };
+        self.config = size;
+        self.told = notified;
+        self.port.restore(port)
     }
 
     fn reset(&mut self) {

@@ -289,3 +289,57 @@ fn the_next_client_is_heard_when_the_guest_took_what_the_first_said() {
     bench.driver.handle_event();
     assert!(lock(&bench.port).input_room() > 0);
 }
+
+#[test]
+fn what_is_on_its_way_survives_a_restore() {
+    let mut bench = Bench::started();
+    // A chain of which a part has no room.
+    let data: Vec<u8> = (0..RING_MAX + 1000).map(|at| at as u8).collect();
+    bench.send(&data);
+    lock(&bench.port).input(b"to the guest");
+    lock(&bench.port).resized(TerminalSize {
+        columns: 80,
+        rows: 24,
+    });
+    bench.driver.handle_event();
+    let state = bench.driver.save();
+    assert_eq!(bench.driver.used(TRANSMIT), []);
+    let drain = |port: &Arc<Mutex<Port>>| {
+        let mut port = lock(port);
+        let mut seen: Vec<u8> = Vec::new();
+        while !port.output().is_empty() {
+            seen.extend(port.output());
+            let count = port.output().len();
+            port.output_done(count);
+        }
+        seen
+    };
+    let attention = EventFd::new(EFD_NONBLOCK).unwrap();
+    let other = Console::new(attention.try_clone().unwrap()).unwrap();
+    let port = other.port();
+    bench
+        .driver
+        .restore(Box::new(other), state.clone())
+        .unwrap();
+    assert_eq!(bench.driver.save(), state);
+    assert_eq!(attention.read().unwrap(), 1);
+    assert_eq!(bench.size(), (80, 24));
+    let mut seen = drain(&port);
+    bench.driver.process_pending();
+    seen.extend(drain(&port));
+    assert_eq!(seen, data);
+    assert_eq!(bench.driver.used(TRANSMIT).len(), 1);
+    bench
+        .driver
+        .add(RECEIVE, &[Descriptor::writable(DATA, 100)]);
+    bench.driver.kick(RECEIVE);
+    assert_eq!(bench.driver.read(DATA, 12), b"to the guest");
+
+    let mut foreign = state;
+    let DeviceState::Console(console) = &mut foreign.device else {
+        panic!();
+    };
+    console.port.input = vec![0; RING_MAX + 1].into();
+    let other = Console::new(attention).unwrap();
+    assert!(bench.driver.restore(Box::new(other), foreign).is_err());
+}

@@ -18,6 +18,7 @@ use super::GuestMemory;
 use super::device::{DeviceId, NeedsReset, Token, VirtioDevice};
 use super::mmio::FEATURES;
 use super::queues::{Queues, Ring};
+use super::state::{DeviceState, RestoreError, SaveError};
 
 /// Urgent requests, which are those to forget, and all others.
 const QUEUE_SIZES: [u16; 2] = [128, 1024];
@@ -163,6 +164,17 @@ impl VirtioDevice for Fs {
             None if self.backend.is_some() => Err(self.fail(BackendError::Ended)),
             None => Ok(()),
         }
+    }
+
+    fn save(&self) -> Result<DeviceState, SaveError> {
+        Err(SaveError {
+            device: DeviceId::Fs,
+            reason: "its backend is another process, which has a state of its own",
+        })
+    }
+
+    fn restore(&mut self, _: DeviceState) -> Result<(), RestoreError> {
+        Err(RestoreError::Kind(DeviceId::Fs))
     }
 
     fn reset(&mut self) {

@@ -367,3 +367,11 @@ proptest! {
         prop_assert!(Frontend::greet(ours, PATIENCE).is_err());
     }
 }
+
+#[test]
+fn a_folder_of_the_host_s_says_that_it_cannot_be_saved() {
+    let (socket, _fake) = Fake::new(always_good());
+    let (driver, _) = driver(socket);
+    let refusal = driver.transport.save().unwrap_err();
+    assert_eq!(refusal.device, DeviceId::Fs);
+}

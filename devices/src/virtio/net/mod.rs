@@ -30,6 +30,7 @@ use self::pair::{Pair, Received};
 use super::device::{DeviceId, NeedsReset, Token, VirtioDevice};
 use super::queues::Queues;
 use super::round_robin::RoundRobin;
+use super::state::{DeviceState, NetState, RestoreError, SaveError};
 use super::{GuestMemory, feature};
 use crate::rate_limiter::{LimitHandle, Limits, RateLimiter};
 
@@ -115,6 +116,8 @@ pub struct Net {
     receive: Direction,
     transmit: Direction,
     new_limits: LimitHandle,
+    /// The guest is to be told that its link has changed.
+    link_changed: bool,
 }
 
 impl Net {
@@ -140,6 +143,7 @@ impl Net {
             receive: Direction::new(limits)?,
             transmit: Direction::new(limits)?,
             new_limits: LimitHandle::new(limits)?,
+            link_changed: false,
         })
     }
 
@@ -180,6 +184,11 @@ impl Net {
             self.receive.limiter.set(limits);
             self.transmit.limiter.set(limits);
         }
+    }
+
+    fn link_is_up(&self) -> bool {
+        let status = self.config.get(STATUS);
+        status.is_some_and(|status| *status != [0; 2])
     }
 
     /// Passes packets to the guest until there are none, or it has no room.
@@ -256,6 +265,9 @@ impl Net {
 
     /// What the guest sends may be answered here, so it comes first.
     fn work(&mut self, queues: &mut Queues) -> Result<(), NeedsReset> {
+        if std::mem::take(&mut self.link_changed) {
+            queues.config_changed();
+        }
         self.transmit(queues)?;
         self.receive(queues)?;
         for pair in &mut self.pairs {
@@ -350,7 +362,41 @@ impl VirtioDevice for Net {
         self.work(queues)
     }
 
+    fn quiesce(&mut self, queues: &mut Queues) -> Result<(), NeedsReset> {
+        for (index, pair) in self.pairs.iter_mut().enumerate() {
+            pair.put_back(2 * index, queues);
+        }
+        Ok(())
+    }
+
+    fn save(&self) -> Result<DeviceState, SaveError> {
+        Ok(DeviceState::Net(NetState {
+            // There are no more pairs than the configuration space can tell.
+            used_pairs: u16::try_from(self.used_pairs).unwrap_or(u16::MAX),
+            link_up: self.link_is_up(),
+        }))
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Net(NetState {
+            used_pairs,
+            link_up,
+        }) = state
+        else {
+            return Err(RestoreError::Kind(DeviceId::Net));
+        };
+        let count = usize::from(used_pairs);
+        if !(1..=self.pairs.len()).contains(&count) || !self.use_pairs(count) {
+            return Err(RestoreError::Mismatch(
+                "the network has not as many pairs of queues",
+            ));
+        }
+        self.link_changed = link_up != self.link_is_up();
+        Ok(())
+    }
+
     fn reset(&mut self) {
+        self.link_changed = false;
         for pair in &mut self.pairs {
             pair.reset();
         }

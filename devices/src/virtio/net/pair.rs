@@ -39,6 +39,13 @@ impl Pair {
         self.end.reset();
     }
 
+    /// Leaves the guest's buffers in the ring. They were taken last.
+    pub fn put_back(&mut self, queue: usize, queues: &mut Queues) {
+        for _ in self.held.drain(..) {
+            queues.unpop(queue);
+        }
+    }
+
     /// Passes one packet to the guest.
     pub fn receive(
         &mut self,

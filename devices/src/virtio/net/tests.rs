@@ -16,12 +16,16 @@ const TRANSMIT: usize = 1;
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
 /// A datagram socket keeps packets apart as a TAP does.
-fn driver(mergeable: bool) -> (Driver, UnixDatagram) {
+fn device() -> (Net, UnixDatagram) {
     let (ours, theirs) = UnixDatagram::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
     theirs.set_nonblocking(true).unwrap();
     let taps = vec![Backend::tap(File::from(OwnedFd::from(theirs)))];
-    let net = Net::new(taps, MAC, Limits::default()).unwrap();
+    (Net::new(taps, MAC, Limits::default()).unwrap(), ours)
+}
+
+fn driver(mergeable: bool) -> (Driver, UnixDatagram) {
+    let (net, ours) = device();
     let mut driver = Driver::new(Box::new(net));
     driver.start(match mergeable {
         true => feature(spec::VIRTIO_NET_F_MRG_RXBUF),
@@ -373,4 +377,57 @@ fn new_limits_count_at_once() {
     handle.set(Limits::default());
     driver.handle_event();
     assert_eq!(driver.used(TRANSMIT).len(), 9);
+}
+
+#[test]
+fn buffers_that_wait_for_a_packet_are_put_back_before_a_network_is_saved() {
+    let (mut driver, peer) = driver(true);
+    let data = packet(1000);
+    peer.send(&data).unwrap();
+    driver.handle_event();
+    // Two are taken, and not enough.
+    for index in 0..2 {
+        let buffer = Descriptor::writable(0x8000 + index * 0x200, 400);
+        driver.add(RECEIVE, &[buffer]);
+        driver.kick(RECEIVE);
+    }
+    let state = driver.save();
+    assert_eq!(state.transport.queues[RECEIVE].next_available, 0);
+    // The saved one goes on …
+    driver.add(RECEIVE, &[Descriptor::writable(0x8400, 400)]);
+    driver.kick(RECEIVE);
+    assert_eq!(driver.used(RECEIVE), [(0, 400), (1, 400), (2, 212)]);
+
+    // … and so does another in its place, with a packet of its own.
+    let (mut driver, _peer) = self::driver(true);
+    for index in 0..3 {
+        let buffer = Descriptor::writable(0x8000 + index * 0x200, 400);
+        driver.add(RECEIVE, &[buffer]);
+    }
+    let (net, peer) = device();
+    driver.restore(Box::new(net), state.clone()).unwrap();
+    assert_eq!(driver.save(), state);
+    peer.send(&data).unwrap();
+    driver.handle_event();
+    assert_eq!(driver.used(RECEIVE), [(0, 400), (1, 400), (2, 212)]);
+}
+
+#[test]
+fn a_link_that_is_up_again_is_told_after_a_restore() {
+    let (mut driver, _peer) = driver(true);
+    let mut state = driver.save();
+    let DeviceState::Net(net) = &mut state.device else {
+        panic!();
+    };
+    net.link_up = false;
+    let (other, _other_peer) = device();
+    driver.restore(Box::new(other), state.clone()).unwrap();
+    driver.interrupts();
+    driver.process_pending();
+    assert_eq!(driver.interrupts(), 1);
+    let DeviceState::Net(net) = &mut state.device else {
+        panic!();
+    };
+    net.used_pairs = 2;
+    assert!(driver.restore(Box::new(device().0), state).is_err());
 }

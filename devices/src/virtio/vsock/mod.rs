@@ -23,12 +23,12 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
 use self::muxer::Muxer;
 use self::packet::{HEADER, Header};
 use super::device::{DeviceId, NeedsReset, Token, VirtioDevice};
 use super::queues::Queues;
+pub use super::state::VsockState;
+use super::state::{DeviceState, RestoreError, SaveError};
 use super::{GuestMemory, feature};
 
 const RECEIVE: usize = 0;
@@ -83,21 +83,6 @@ impl Default for Limits {
     }
 }
 
-/// What the guest can see, but for its connections, which end with the device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VsockState {
-    cid: u32,
-    /// The guest is to be told that its connections ended.
-    ended: bool,
-}
-
-impl VsockState {
-    /// The state of a device whose guest has an identifier of [`CIDS`].
-    pub fn new(cid: u32) -> Self {
-        VsockState { cid, ended: false }
-    }
-}
-
 /// The device.
 pub struct Vsock {
     state: VsockState,
@@ -127,15 +112,6 @@ impl Vsock {
             muxer: Muxer::new(cid, listener, connect, limits)?,
             unpolled: true,
         })
-    }
-
-    /// The state for a snapshot. Connections are not in it: a device that is
-    /// made of it tells the guest that they ended.
-    pub fn save(&self) -> VsockState {
-        VsockState {
-            ended: true,
-            ..self.state.clone()
-        }
     }
 
     /// Moves packets both ways, until there are none or a queue has no chains.
@@ -251,6 +227,26 @@ impl VirtioDevice for Vsock {
     fn handle_event(&mut self, _: Token, queues: &mut Queues) -> Result<(), NeedsReset> {
         self.unpolled = true;
         self.work(queues)
+    }
+
+    /// Connections are not in the state: a device that is made of it notifies the guest
+    /// that they ended.
+    fn save(&self) -> Result<DeviceState, SaveError> {
+        Ok(DeviceState::Vsock(VsockState {
+            ended: true,
+            ..self.state.clone()
+        }))
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Vsock(state) = state else {
+            return Err(RestoreError::Kind(DeviceId::Vsock));
+        };
+        if state.cid != self.state.cid {
+            return Err(RestoreError::Mismatch("the guest's CID is another"));
+        }
+        self.state = state;
+        Ok(())
     }
 
     fn reset(&mut self) {

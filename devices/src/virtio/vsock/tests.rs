@@ -869,10 +869,15 @@ fn a_restored_device_tells_that_connections_ended() {
         let refuse = |_| Err(io::ErrorKind::ConnectionRefused.into());
         Vsock::new(state, listener, Box::new(refuse)).unwrap()
     };
-    let saved = device("a", VsockState::new(CID)).save();
-    let mut driver = Driver::new(Box::new(device("b", saved)));
-    driver.write(0x8000, &[0xff; 8]);
+    let mut driver = Driver::new(Box::new(device("a", VsockState::new(CID))));
     driver.start(0);
+    let state = driver.save();
+    let other = device("c", VsockState::new(CID + 1));
+    assert!(driver.restore(Box::new(other), state.clone()).is_err());
+    let other = device("b", VsockState::new(CID));
+    driver.restore(Box::new(other), state.clone()).unwrap();
+    assert_eq!(driver.save(), state);
+    driver.write(0x8000, &[0xff; 8]);
     driver.add(EVENT, &[Descriptor::writable(0x8000, 8)]);
     driver.add(EVENT, &[Descriptor::writable(0x8000, 8)]);
     driver.kick(EVENT);
