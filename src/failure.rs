@@ -91,7 +91,11 @@ impl<T, E: Error> OrFail<T> for Result<T, E> {
             let mut message = format!("{what}: {error}");
             let mut cause = error.source();
             while let Some(error) = cause {
-                message.push_str(&format!(": {error}"));
+                // Some errors tell their cause themselves.
+                let text = error.to_string();
+                if !message.ends_with(&text) {
+                    message.push_str(&format!(": {text}"));
+                }
                 cause = error.source();
             }
             Failure { class, message }

@@ -41,7 +41,7 @@ enum Verb {
     Import(Box<Import>),
     /// Add the images in an archive of `docker save` or `podman save`, or in an OCI layout
     Load {
-        /// The archive (plain, gzip or zstd), or the layout's folder
+        /// The archive (plain or compressed), or the layout's folder
         source: PathBuf,
         /// What the image is called, if it is the only one there
         #[arg(long, value_name = "NAME")]
@@ -75,7 +75,7 @@ enum Verb {
 
 #[derive(clap::Args)]
 struct Import {
-    /// A tar archive (plain, gzip or zstd), or a folder
+    /// A tar archive (plain or compressed), or a folder
     source: PathBuf,
     /// What the image is called: NAME or NAME:TAG
     name: String,

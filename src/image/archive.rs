@@ -4,18 +4,18 @@
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, Read, Seek, Write};
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::compression::{Section, SectionReader};
 use super::config::{Descriptor, ImageConfig, LAYERS_MAX, Manifest};
 use super::digest::{Digest, Hashing};
 use super::progress::Progress;
 use super::reference::Reference;
+use super::section::{Section, SectionReader};
 use super::store::{Image, Store, check_config, read_json};
 use super::tarball::{ArchiveError, Entries, Kind};
 use super::tree::{normalised, split};
@@ -118,7 +118,7 @@ impl Files {
         while let Some(entry) = entries.next()? {
             if members.len() >= MEMBERS_MAX {
                 return Err(ArchiveError::TooMuch(
-                    "more than 100000 files in an archive of images",
+                    "more than 100000 files in an archive of images".into(),
                 ));
             }
             let refuse = |why| ArchiveError::entry(&entry.path, why);
@@ -182,7 +182,7 @@ struct Found {
 }
 
 impl Store {
-    /// Adds the images in an archive (plain, gzip or zstd) or OCI layout. `name`
+    /// Adds the images in an archive (plain or compressed) or OCI layout. `name`
     /// is what the only one is called beside its own names.
     pub fn load(
         &self,
@@ -200,8 +200,11 @@ impl Store {
             let mut archive = File::open(path).and_then(Section::whole).or_config(&what)?;
             if !archive.is_plain().or_config(&what)? {
                 work = self.work()?;
-                let file = unpack(&archive, work.path(), progress).or_config(&what)?;
-                archive = Section::whole(file).or_host(self.failed())?;
+                let task = progress.begin("unpacking the archive", None);
+                let unpacked = archive.unpacked(&self.limits);
+                let spooled =
+                    unpacked.and_then(|input| Ok(Section::spooled(input, work.path(), &*task)?));
+                archive = spooled.or_config(&what)?;
             }
             Files::list(&archive).or_config(&what)?
         } else {
@@ -261,24 +264,6 @@ impl Store {
         }
         self.add_image(&image.config, &layers, &image.names, image.manifest)
     }
-}
-
-fn unpack(archive: &Section, folder: &Path, progress: &dyn Progress) -> Result<File, ArchiveError> {
-    let mut file = tempfile::tempfile_in(folder)?;
-    let mut input = archive.unpacked()?;
-    let task = progress.begin("unpacking the archive", None);
-    let mut buffer = vec![0; 256 << 10];
-    loop {
-        let count = input.read(&mut buffer)?;
-        let data = buffer.get(..count).unwrap_or_default();
-        if data.is_empty() {
-            break;
-        }
-        file.write_all(data)?;
-        task.advance(count as u64);
-    }
-    file.rewind()?;
-    Ok(file)
 }
 
 /// What `docker save` and `podman save` write.
@@ -419,6 +404,8 @@ pub fn count_layers(config: &ImageConfig, count: usize) -> Result<(), Failure> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+
     use super::*;
     use crate::image::tarball::{Meta, Writer};
 

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 
-use super::compression::Section;
 use super::config::Manifest;
 use super::layers::{self, LayerError, clean, inside};
+use super::limits::Limits;
 use super::progress::Quiet;
+use super::section::Section;
 use super::tarball::{Entries, Kind, Meta};
 use super::tree::{Inode, InodeKind, Tree};
 
@@ -17,7 +18,7 @@ pub type Told = BTreeMap<Vec<u8>, String>;
 /// should hold; none if its files have more than `most` bytes.
 pub fn rewritten(archive: File, most: u64) -> Result<Option<(Vec<u8>, Told)>, LayerError> {
     let section = Section::whole(archive)?;
-    let checked = layers::check(&section, None, &Quiet)?;
+    let checked = layers::check(&section, None, &Limits::default(), &Quiet)?;
     checked.record.inherited(&[&checked.record]);
     if checked.record.size > most {
         return Ok(None);
@@ -41,7 +42,7 @@ pub fn rewritten(archive: File, most: u64) -> Result<Option<(Vec<u8>, Told)>, La
 
 /// What an archive of our own leaves.
 pub fn told(archive: &[u8]) -> Result<Told, LayerError> {
-    let tree = Tree::read(&mut Entries::new(archive))?;
+    let tree = Tree::read(&mut Entries::new(archive), &Limits::default())?;
     let names = tree.names().filter(|(path, ..)| !path.is_empty());
     let entry = |(path, _, Inode { meta, kind }): (&[u8], usize, &Inode)| {
         (path.to_vec(), words(kind, meta))

@@ -6,16 +6,16 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-use super::compression::Section;
 use super::config::{ImageConfig, RootFs, RunConfig};
 use super::progress::Progress;
 use super::reference::Reference;
+use super::section::Section;
 use super::store::{Image, Store};
 use super::tarball::{Kind, Meta, Writer};
 use crate::failure::{Failure, OrFail};
 
 impl Store {
-    /// Makes an image of a root file system: an archive (plain, gzip or zstd), or
+    /// Makes an image of a root file system: an archive (plain or compressed), or
     /// a folder. Without a name it goes with the next [`Store::prune`].
     pub fn import(
         &self,

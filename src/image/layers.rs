@@ -18,9 +18,10 @@ use std::thread::{self, JoinHandle};
 
 use serde::{Deserialize, Serialize};
 
-use super::compression::Section;
 use super::digest::{Digest, Hasher, Hashing};
+use super::limits::Limits;
 use super::progress::{Progress, Task};
+use super::section::Section;
 use super::tarball::{ArchiveError, Entries, Kind, Meta, Writer};
 use super::tree::{Inode, InodeKind, Tree, split};
 use crate::helper;
@@ -52,7 +53,7 @@ pub enum LayerError {
     #[error("sqfstar: {0}")]
     Tool(String),
     /// A file of the store.
-    #[error("{0}")]
+    #[error(transparent)]
     Io(#[from] io::Error),
 }
 
@@ -236,6 +237,7 @@ impl Inheritance {
 /// An archive that was read once and found good.
 pub struct Checked<'a> {
     source: &'a Section,
+    limits: Limits,
     /// What is left in the end.
     pub tree: Tree,
     /// What there is to know of it.
@@ -246,22 +248,25 @@ pub struct Checked<'a> {
 pub fn check<'a>(
     source: &'a Section,
     expected: Option<Digest>,
+    limits: &Limits,
     progress: &dyn Progress,
 ) -> Result<Checked<'a>, LayerError> {
     let task = progress.begin("checking a layer", None);
     let input = Hashing::new(Watched {
-        inner: source.unpacked()?,
+        inner: source.unpacked(limits)?,
         task: &*task,
     });
     let mut entries = Entries::new(input);
-    let tree = Tree::read(&mut entries).map_err(told_plainly)?;
-    let (found, _) = entries.into_inner().finish()?;
+    let tree = Tree::read(&mut entries, limits).map_err(told_plainly)?;
+    let found = entries.into_inner().finish();
+    let (found, _) = found.map_err(|error| told_plainly(error.into()))?;
     if let Some(expected) = expected.filter(|expected| *expected != found) {
         return Err(LayerError::Digest { expected, found });
     }
     let record = Record::new(found, &tree);
     Ok(Checked {
         source,
+        limits: *limits,
         tree,
         record,
     })
@@ -362,18 +367,19 @@ impl Checked<'_> {
         Ok(())
     }
 
-    /// The files' data, in the order of the archive.
+    /// The files' data, in the order of the archive. It must still be what was checked.
     fn write_data(
         &self,
         out: &mut Writer<impl Write>,
         wanted: &BTreeMap<usize, (&[u8], &Inode)>,
         task: &dyn Task,
     ) -> Result<(), LayerError> {
-        let changed = || ArchiveError::Malformed("the file changed while it was read");
+        let changed = || ArchiveError::Changed;
         let Some(last) = wanted.last_key_value().map(|(entry, _)| *entry) else {
             return Ok(());
         };
-        let mut entries = Entries::new(self.source.unpacked()?);
+        let source = self.source.unpacked(&self.limits)?;
+        let mut entries = Entries::new(Hashing::new(source));
         for number in 0..=last {
             let entry = entries.next().map_err(told_plainly)?.ok_or_else(changed)?;
             let Some((path, inode)) = wanted.get(&number) else {
@@ -393,7 +399,11 @@ impl Checked<'_> {
             };
             out.entry(&inside(path), &Kind::File, &meta, entry.size, &mut data)?;
         }
-        Ok(())
+        let found = entries.into_inner().finish();
+        match found.map_err(|error| told_plainly(error.into()))?.0 == self.record.diff_id {
+            true => Ok(()),
+            false => Err(changed().into()),
+        }
     }
 }
 
@@ -549,5 +559,44 @@ impl<R: Read> Read for Watched<'_, R> {
         let count = self.inner.read(buffer)?;
         self.task.advance(count as u64);
         Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::progress::Quiet;
+
+    fn archive(entries: &[(&str, &str)]) -> Vec<u8> {
+        let mut out = Writer::new(Vec::new());
+        for (name, text) in entries {
+            let (meta, len) = (Meta::default(), text.len() as u64);
+            let mut data = text.as_bytes();
+            out.entry(name.as_bytes(), &Kind::File, &meta, len, &mut data)
+                .unwrap();
+        }
+        out.finish().unwrap()
+    }
+
+    /// Between the two readings somebody writes to the archive: the layer must not have
+    /// a genuine digest's name then.
+    #[test]
+    fn what_is_written_is_what_was_checked() {
+        let good = archive(&[("a", "good"), ("b", "")]);
+        for bad in [
+            archive(&[("a", "evil"), ("b", "")]),
+            archive(&[("a", "good"), ("b", "x")]),
+        ] {
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(&good).unwrap();
+            let other = file.try_clone().unwrap();
+            let source = Section::whole(file).unwrap();
+            let digest = Digest::of(&good);
+            let checked = check(&source, Some(digest), &Limits::default(), &Quiet).unwrap();
+            checked.write(io::sink(), &Quiet).unwrap();
+            other.write_all_at(&bad, 0).unwrap();
+            let error = checked.write(io::sink(), &Quiet).unwrap_err().to_string();
+            assert_eq!(error, "the archive changed while it was read");
+        }
     }
 }

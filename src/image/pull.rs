@@ -6,12 +6,12 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
 use super::archive::{choose, count_layers};
-use super::compression::{Section, TOTAL_MAX};
 use super::config::{Descriptor, ImageConfig, Manifest};
 use super::digest::Digest;
 use super::progress::Progress;
 use super::reference::Reference;
 use super::registry::Client;
+use super::section::Section;
 use super::store::{Image, Layer, Store, check_config, take_file};
 use crate::failure::{Failure, OrFail};
 
@@ -47,9 +47,11 @@ impl Store {
         drop(asking);
         let checked = check_config(&data, &what)?;
         count_layers(&checked, layers.len())?;
-        if layers.iter().any(|layer| layer.size > TOTAL_MAX) {
+        let sizes = layers.iter().map(|layer| layer.size);
+        if sizes.fold(0, u64::saturating_add) > self.limits.size() {
             return Err(Failure::config(format!(
-                "{what}: a layer of more than 64 GiB"
+                "{what}: {}",
+                self.limits.too_large()
             )));
         }
         let pull = Pull {

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 
+use super::limits::Limits;
 use super::tarball::{ArchiveError, Entries, Entry, Kind, Meta};
 
 /// Linux' own limits of a path, and of a name in one.
@@ -11,14 +12,13 @@ const PATH_MAX: usize = 4095;
 const NAME_MAX: usize = 255;
 const DEPTH_MAX: usize = 256;
 const ENTRIES_MAX: usize = 2_000_000;
-/// How many bytes names and attributes may have together.
+/// How many bytes names, targets of links and attributes may have together.
 const NAMES_MAX: usize = 256 << 20;
-/// What all files may have together, holes included.
-const DATA_MAX: u64 = super::compression::TOTAL_MAX;
 
 /// `.wh.NAME` in a layer says that NAME, of a layer below, is gone.
 const WHITEOUT: &[u8] = b".wh.";
-/// Notes of an older union file system.
+/// Notes of an older union file system. Files in its `.wh..wh.plnk` are what hard
+/// links elsewhere are names of.
 const NOTE: &[u8] = b".wh..wh.";
 /// All that layers below have in the folder is gone.
 const OPAQUE: &[u8] = b".wh..wh..opq";
@@ -50,30 +50,41 @@ pub struct Tree {
     /// Paths without a slash at either end; the root is the empty one.
     names: BTreeMap<Vec<u8>, usize>,
     whiteouts: BTreeSet<Vec<u8>>,
+    /// Folders that hide all that is below.
+    opaque: BTreeSet<Vec<u8>>,
+    /// Files in notes: no names of the layer, but what links may name.
+    noted: BTreeMap<Vec<u8>, usize>,
     data: u64,
     weight: usize,
+    limits: Limits,
 }
 
 impl Tree {
     /// Reads an archive to its end.
-    pub fn read<R: Read>(entries: &mut Entries<R>) -> Result<Self, ArchiveError> {
+    pub fn read<R: Read>(entries: &mut Entries<R>, limits: &Limits) -> Result<Self, ArchiveError> {
         let mut tree = Tree {
             inodes: Vec::new(),
             names: BTreeMap::new(),
             whiteouts: BTreeSet::new(),
+            opaque: BTreeSet::new(),
+            noted: BTreeMap::new(),
             data: 0,
             weight: 0,
+            limits: *limits,
         };
         tree.imply(b"", 0);
         let mut index = 0_usize;
         while let Some(entry) = entries.next()? {
             if index >= ENTRIES_MAX {
-                return Err(ArchiveError::TooMuch("more than two million entries"));
+                return Err(ArchiveError::TooMuch(
+                    "more than two million entries".into(),
+                ));
             }
             tree.add(entry, index)?;
             index = index.saturating_add(1);
         }
-        tree.settle_whiteouts();
+        tree.settle_opaque()?;
+        tree.settle_whiteouts()?;
         Ok(tree)
     }
 
@@ -126,19 +137,17 @@ impl Tree {
         let path = normalised(&entry.path).map_err(refuse)?;
         let xattrs = entry.meta.xattrs.iter();
         let xattrs: usize = xattrs.map(|(key, value)| key.len() + value.len()).sum();
-        self.weight = self
-            .weight
-            .saturating_add(path.len())
-            .saturating_add(xattrs);
-        if self.weight > NAMES_MAX {
-            return Err(ArchiveError::TooMuch("names of more than 256 MiB"));
-        }
+        let target = match &entry.kind {
+            Kind::Symlink(target) => target.len(),
+            _ => 0,
+        };
+        self.weigh(path.len().saturating_add(xattrs).saturating_add(target))?;
         let (parent, name) = split(&path);
         if path
             .split(|byte| *byte == b'/')
             .any(|name| name.starts_with(NOTE) && name != OPAQUE)
         {
-            return Ok(());
+            return self.note(path, entry, index);
         }
         if parent
             .split(|byte| *byte == b'/')
@@ -146,19 +155,11 @@ impl Tree {
         {
             return Err(refuse("lies below a whiteout"));
         }
-        self.make_parents(&entry, parent)?;
+        if name.starts_with(WHITEOUT) {
+            self.refuse_symlinks(&entry.path, parent)?;
+        }
         if name == OPAQUE {
-            let folder = self
-                .names
-                .get(parent)
-                .and_then(|inode| self.inodes.get_mut(*inode));
-            if let Some(Inode {
-                kind: InodeKind::Folder { opaque, .. },
-                ..
-            }) = folder
-            {
-                *opaque = true;
-            }
+            self.opaque.insert(parent.to_vec());
             return Ok(());
         }
         if let Some(hidden) = name.strip_prefix(WHITEOUT) {
@@ -173,6 +174,7 @@ impl Tree {
             self.whiteouts.insert(path);
             return Ok(());
         }
+        self.make_parents(&entry.path, entry.meta.mtime, parent)?;
         let kind = match entry.kind {
             Kind::Link(ref target) => return self.link(&entry, &path, target),
             Kind::Folder => {
@@ -193,16 +195,7 @@ impl Tree {
                     implied: false,
                 }
             }
-            Kind::File => {
-                self.data = self.data.saturating_add(entry.size);
-                if self.data > DATA_MAX {
-                    return Err(ArchiveError::TooMuch("files of more than 64 GiB"));
-                }
-                InodeKind::File {
-                    size: entry.size,
-                    entry: index,
-                }
-            }
+            Kind::File => self.file(entry.size, index)?,
             Kind::Symlink(ref target) => {
                 if target.is_empty() || target.len() > PATH_MAX || target.contains(&0) {
                     return Err(refuse("a symbolic link to nothing that can be"));
@@ -229,11 +222,39 @@ impl Tree {
         Ok(())
     }
 
+    fn weigh(&mut self, bytes: usize) -> Result<(), ArchiveError> {
+        self.weight = self.weight.saturating_add(bytes);
+        match self.weight > NAMES_MAX {
+            true => Err(ArchiveError::TooMuch("names of more than 256 MiB".into())),
+            false => Ok(()),
+        }
+    }
+
+    fn file(&mut self, size: u64, entry: usize) -> Result<InodeKind, ArchiveError> {
+        self.data = self.data.saturating_add(size);
+        match self.data > self.limits.size() {
+            true => Err(ArchiveError::TooMuch(self.limits.too_large())),
+            false => Ok(InodeKind::File { size, entry }),
+        }
+    }
+
+    /// Keeps a file of the notes aside.
+    fn note(&mut self, path: Vec<u8>, entry: Entry, index: usize) -> Result<(), ArchiveError> {
+        if entry.kind == Kind::File {
+            let kind = self.file(entry.size, index)?;
+            let meta = entry.meta;
+            let inode = self.inode(Inode { meta, kind });
+            self.noted.insert(path, inode);
+        }
+        Ok(())
+    }
+
     fn link(&mut self, entry: &Entry, path: &[u8], target: &[u8]) -> Result<(), ArchiveError> {
         let refuse =
             |why: &str| ArchiveError::entry(&entry.path, format!("a hard link, and {why}"));
         let target = normalised(target).map_err(|why| refuse(&format!("its target {why}")))?;
-        let Some(inode) = self.names.get(&target).copied() else {
+        let found = self.names.get(&target).or(self.noted.get(&target));
+        let Some(inode) = found.copied() else {
             return Err(refuse("no entry before it is its target"));
         };
         let kind = self.inodes.get(inode).map(|inode| &inode.kind);
@@ -279,68 +300,120 @@ impl Tree {
         self.names.insert(path.to_vec(), inode);
     }
 
-    fn make_parents(&mut self, entry: &Entry, parent: &[u8]) -> Result<(), ArchiveError> {
+    /// What the layer has under a name.
+    fn kind(&self, path: &[u8]) -> Option<&InodeKind> {
+        let inode = self.inodes.get(*self.names.get(path)?)?;
+        Some(&inode.kind)
+    }
+
+    fn is_folder(&self, path: &[u8]) -> bool {
+        matches!(self.kind(path), Some(InodeKind::Folder { .. }))
+    }
+
+    /// Makes the folders that an entry lies in.
+    fn make_parents(
+        &mut self,
+        entry: &[u8],
+        mtime: u32,
+        parent: &[u8],
+    ) -> Result<(), ArchiveError> {
         // What lies in a folder has folders all the way.
-        let found = self
-            .names
-            .get(parent)
-            .and_then(|inode| self.inodes.get(*inode));
-        if found.is_some_and(|inode| matches!(inode.kind, InodeKind::Folder { .. })) {
+        if self.is_folder(parent) {
             return Ok(());
         }
-        let slashes = parent.iter().enumerate().filter(|(_, byte)| **byte == b'/');
-        let ends: Vec<usize> = slashes.map(|(at, _)| at).chain([parent.len()]).collect();
-        for end in ends {
-            let path = parent.get(..end).unwrap_or_default();
-            let found = self
-                .names
-                .get(path)
-                .and_then(|inode| self.inodes.get(*inode));
-            match found.map(|inode| &inode.kind) {
+        for path in ancestors(parent) {
+            match self.kind(path) {
                 Some(InodeKind::Folder { .. }) => {}
-                Some(InodeKind::Other(Kind::Symlink(_))) => {
-                    let why = format!("lies below {}, a symbolic link", super::tarball::show(path));
-                    return Err(ArchiveError::entry(&entry.path, why));
-                }
+                Some(InodeKind::Other(Kind::Symlink(_))) => return Err(below_symlink(entry, path)),
                 Some(_) => {
                     let why = format!("lies below {}, no folder", super::tarball::show(path));
-                    return Err(ArchiveError::entry(&entry.path, why));
+                    return Err(ArchiveError::entry(entry, why));
                 }
                 None => {
-                    self.weight = self.weight.saturating_add(path.len());
+                    self.weigh(path.len())?;
                     if self.names.len() >= ENTRIES_MAX {
-                        return Err(ArchiveError::TooMuch("more than two million folders"));
+                        return Err(ArchiveError::TooMuch(
+                            "more than two million folders".into(),
+                        ));
                     }
-                    self.imply(path, entry.meta.mtime);
+                    self.imply(path, mtime);
                 }
             }
         }
         Ok(())
     }
 
+    /// Refuses what a symbolic link of the layer would lead elsewhere.
+    fn refuse_symlinks(&self, entry: &[u8], parent: &[u8]) -> Result<(), ArchiveError> {
+        let symlink = ancestors(parent)
+            .find(|path| matches!(self.kind(path), Some(InodeKind::Other(Kind::Symlink(_)))));
+        match symlink {
+            Some(path) => Err(below_symlink(entry, path)),
+            None => Ok(()),
+        }
+    }
+
+    /// Makes the folders that only a whiteout or a mark lies in, as folders of layers
+    /// below look so. False if the layer has something else there, or takes one of them
+    /// away: what is gone must not come back for that.
+    fn make_marked(&mut self, marked: &[u8]) -> Result<bool, ArchiveError> {
+        for path in ancestors(marked) {
+            match self.kind(path) {
+                Some(InodeKind::Folder { .. }) => {}
+                None if !self.whiteouts.contains(path) => {}
+                _ => return Ok(false),
+            }
+        }
+        self.make_parents(marked, 0, marked)?;
+        Ok(true)
+    }
+
+    fn settle_opaque(&mut self) -> Result<(), ArchiveError> {
+        for path in std::mem::take(&mut self.opaque) {
+            if self.make_marked(&path)? {
+                self.hide_below(&path);
+            }
+        }
+        Ok(())
+    }
+
+    fn hide_below(&mut self, path: &[u8]) {
+        let inode = self.names.get(path);
+        let inode = inode.and_then(|inode| self.inodes.get_mut(*inode));
+        if let Some(InodeKind::Folder { opaque, .. }) = inode.map(|inode| &mut inode.kind) {
+            *opaque = true;
+        }
+    }
+
     /// A whiteout hides what is below, not what this layer has under the name.
-    fn settle_whiteouts(&mut self) {
-        for path in std::mem::take(&mut self.whiteouts) {
-            let found = self
-                .names
-                .get(&path)
-                .and_then(|inode| self.inodes.get_mut(*inode));
-            match found.map(|inode| &mut inode.kind) {
-                Some(InodeKind::Folder { opaque, .. }) => *opaque = true,
+    fn settle_whiteouts(&mut self) -> Result<(), ArchiveError> {
+        let mut settled = BTreeSet::new();
+        for path in self.whiteouts.clone() {
+            match self.kind(&path) {
+                Some(InodeKind::Folder { .. }) => self.hide_below(&path),
                 Some(_) => {}
                 None => {
-                    let (parent, _) = split(&path);
-                    let parent = self
-                        .names
-                        .get(parent)
-                        .and_then(|inode| self.inodes.get(*inode));
-                    if parent.is_some_and(|inode| matches!(inode.kind, InodeKind::Folder { .. })) {
-                        self.whiteouts.insert(path);
+                    if self.make_marked(split(&path).0)? {
+                        settled.insert(path);
                     }
                 }
             }
         }
+        self.whiteouts = settled;
+        Ok(())
     }
+}
+
+/// A path's folders, from the outermost to itself.
+fn ancestors(path: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let slashes = path.iter().enumerate().filter(|(_, byte)| **byte == b'/');
+    let ends = slashes.map(|(at, _)| at).chain([path.len()]);
+    ends.filter_map(|end| path.get(..end))
+}
+
+fn below_symlink(entry: &[u8], path: &[u8]) -> ArchiveError {
+    let why = format!("lies below {}, a symbolic link", super::tarball::show(path));
+    ArchiveError::entry(entry, why)
 }
 
 /// A path's folder, and its name there.

@@ -27,7 +27,10 @@ fn archive(entries: &[Simple]) -> Vec<u8> {
 }
 
 fn tree(entries: &[Simple]) -> Result<Tree, ArchiveError> {
-    Tree::read(&mut Entries::new(archive(entries).as_slice()))
+    Tree::read(
+        &mut Entries::new(archive(entries).as_slice()),
+        &Limits::default(),
+    )
 }
 
 /// Names, and what they are: a letter, and the mode.
@@ -116,6 +119,99 @@ fn whiteouts_hide_what_is_below_only() {
 }
 
 #[test]
+fn a_whiteout_brings_no_folder_back() {
+    for entries in [
+        [&b".wh.gone"[..], b"gone/.wh.x"],
+        [b"gone/.wh.x", b".wh.gone"],
+        [b".wh.gone", b"gone/a/b/.wh.x"],
+        [b".wh.gone", b"gone/a/.wh..wh..opq"],
+    ] {
+        let entries = entries.map(|path| (path, Kind::File, 0));
+        assert_eq!(told(&tree(&entries).unwrap()), ["gone w"], "{entries:?}");
+    }
+    // One that the layer has otherwise stays, and so does one of a layer below.
+    let tree = tree(&[
+        (b".wh.new", Kind::File, 0),
+        (b"new/file", Kind::File, 0o644),
+        (b"new/.wh.x", Kind::File, 0),
+        (b"below/a/.wh.x", Kind::File, 0),
+        (b"file/.wh.x", Kind::File, 0),
+        (b"file", Kind::File, 0o644),
+    ]);
+    assert_eq!(
+        told(&tree.unwrap()),
+        [
+            "below i 755",
+            "below/a i 755",
+            "file f 644",
+            "new o 755",
+            "new/file f 644",
+            "below/a/x w",
+            "new/x w"
+        ]
+    );
+}
+
+#[test]
+fn links_to_notes_of_aufs_are_names_of_one_file() {
+    let link = || Kind::Link(b".wh..wh.plnk/12.34".to_vec());
+    let tree = tree(&[
+        (b".wh..wh.plnk", Kind::Folder, 0o700),
+        (b"./.wh..wh.plnk/12.34", Kind::File, 0o640),
+        (b"one", link(), 0),
+        (b"d/two", link(), 0),
+    ])
+    .unwrap();
+    assert_eq!(told(&tree), ["d i 755", "d/two f 640", "one f 640"]);
+    let inodes: BTreeSet<usize> = tree
+        .names()
+        .filter(|(path, ..)| [&b"one"[..], b"d/two"].contains(path))
+        .map(|(_, inode, _)| inode)
+        .collect();
+    assert_eq!(inodes.len(), 1);
+}
+
+/// The same again and again.
+struct Repeated {
+    data: Vec<u8>,
+    at: usize,
+}
+
+impl Read for Repeated {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let count = (&self.data[self.at..]).read(buffer)?;
+        self.at = (self.at + count) % self.data.len();
+        Ok(count)
+    }
+}
+
+/// Each of these is small when compressed, and 4 KiB in memory.
+#[test]
+fn targets_of_symbolic_links_count() {
+    let mut one = archive(&[(b"x", Kind::Symlink(vec![b'x'; PATH_MAX]), 0o777)]);
+    one.truncate(one.len() - 1024);
+    let all: Box<dyn Read> = Box::new(Repeated { data: one, at: 0 });
+    let read = Tree::read(&mut Entries::new(all), &Limits::default());
+    let error = read.err().unwrap().to_string();
+    assert!(error.contains("names of more than 256 MiB"), "{error}");
+}
+
+#[test]
+fn files_have_no_more_bytes_than_an_image_may() {
+    let read = |limits: Limits| {
+        let archive = archive(&[(b"a", Kind::File, 0), (b"b", Kind::File, 0)]);
+        Tree::read(&mut Entries::new(archive.as_slice()), &limits)
+    };
+    let limits = Limits::default().with_size(8);
+    assert_eq!(read(limits).unwrap().data(), 8);
+    let error = read(limits.less(1)).err().unwrap().to_string();
+    assert!(
+        error.contains("more than 8 bytes") && error.contains("--max-size"),
+        "{error}"
+    );
+}
+
+#[test]
 fn hard_links_are_names_of_what_was_there() {
     let tree = tree(&[
         (b"a", Kind::File, 0o644),
@@ -138,12 +234,23 @@ fn tricks_are_refused() {
     let symlink = |target: &str| Kind::Symlink(target.as_bytes().to_vec());
     let deep = b"d/".repeat(257);
     let long = b"x".repeat(256);
-    let cases: [(&[Simple], &str); 18] = [
+    let cases: [(&[Simple], &str); 20] = [
         (&[(b"../x", Kind::File, 0)], "leads out"),
         (&[(b"a/../../x", Kind::File, 0)], "leads out"),
         (&[(b"a/..", Kind::Folder, 0)], "leads out"),
         (
             &[(b"s", symlink("/etc"), 0), (b"s/passwd", Kind::File, 0)],
+            "below s, a symbolic link",
+        ),
+        (
+            &[(b"s", symlink("/etc"), 0), (b"s/.wh.passwd", Kind::File, 0)],
+            "below s, a symbolic link",
+        ),
+        (
+            &[
+                (b"s", symlink("/etc"), 0),
+                (b"s/a/.wh..wh..opq", Kind::File, 0),
+            ],
             "below s, a symbolic link",
         ),
         (
@@ -209,7 +316,7 @@ proptest! {
             out.entry(path.as_bytes(), kind, &Meta::default(), 0, &mut std::io::empty()).unwrap();
         }
         let archive = out.finish().unwrap();
-        if let Ok(tree) = Tree::read(&mut Entries::new(archive.as_slice())) {
+        if let Ok(tree) = Tree::read(&mut Entries::new(archive.as_slice()), &Limits::default()) {
             let folders: BTreeSet<&[u8]> = tree
                 .names()
                 .filter(|(_, _, inode)| matches!(inode.kind, InodeKind::Folder { .. }))

@@ -18,11 +18,11 @@ use ureq::{Agent, Body, Proxy};
 
 use self::challenge::Challenge;
 use self::credentials::Credentials;
-use super::compression::Section;
 use super::config::{Descriptor, JSON_MAX};
 use super::digest::{Digest, Hasher};
 use super::progress::Task;
 use super::reference::Reference;
+use super::section::Section;
 use crate::failure::{Failure, OrFail};
 
 /// Where the registry of names that say none answers.

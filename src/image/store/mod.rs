@@ -21,12 +21,13 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use super::compression::Section;
 use super::config::{ImageConfig, JSON_MAX, LAYERS_MAX};
 use super::digest::Digest;
 use super::layers::{self, IMAGE_FILE, LayerError, Record};
+use super::limits::Limits;
 use super::progress::Progress;
 use super::reference::Reference;
+use super::section::Section;
 use crate::failure::{Failure, OrFail};
 
 pub use folder::Work;
@@ -103,6 +104,8 @@ pub struct Layer {
 pub struct Store {
     folder: Folder,
     root: PathBuf,
+    /// What images that come may cost.
+    pub(super) limits: Limits,
 }
 
 /// What the user keeps: `mayfly` in `XDG_DATA_HOME`, or in `~/.local/share`.
@@ -130,7 +133,16 @@ impl Store {
         let folder = Folder::open(root).or_host(what())?;
         folder.clean().or_host(what())?;
         let root = root.to_owned();
-        Ok(Store { folder, root })
+        Ok(Store {
+            folder,
+            root,
+            limits: Limits::default(),
+        })
+    }
+
+    /// With other limits for the images that come.
+    pub fn with_limits(self, limits: Limits) -> Self {
+        Store { limits, ..self }
     }
 
     /// Says that something in the store failed.
@@ -377,8 +389,10 @@ impl Store {
         {
             return Ok(layer);
         }
-        let mut checked =
-            layers::check(source, expected, progress).map_err(|error| refused(error, what))?;
+        let below_have = below.iter().map(|layer| layer.record.size);
+        let limits = self.limits.less(below_have.fold(0, u64::saturating_add));
+        let mut checked = layers::check(source, expected, &limits, progress)
+            .map_err(|error| refused(error, what))?;
         let record = checked.record.clone();
         let inheritance = inherited(&record, below);
         let name = inheritance.name(&record.diff_id);

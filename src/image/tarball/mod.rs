@@ -1,5 +1,6 @@
 //! Tar archives: reading foreign ones, and writing plain ones.
 
+mod header;
 mod pax;
 mod reader;
 mod sparse;
@@ -16,7 +17,7 @@ use std::io;
 #[derive(Debug, thiserror::Error)]
 pub enum ArchiveError {
     /// It could not be read.
-    #[error("{0}")]
+    #[error(transparent)]
     Io(#[from] io::Error),
     /// It ends too early.
     #[error("the archive is cut off")]
@@ -32,9 +33,12 @@ pub enum ArchiveError {
         /// What is wrong.
         why: String,
     },
+    /// It is not what it was when it was checked.
+    #[error("the archive changed while it was read")]
+    Changed,
     /// It unpacks to too much.
     #[error("the archive holds too much: {0}")]
-    TooMuch(&'static str),
+    TooMuch(String),
 }
 
 impl ArchiveError {

@@ -59,6 +59,10 @@ impl Extensions {
             // An empty value takes the record back.
             b"path" => self.path = (!value.is_empty()).then(|| value.to_vec()),
             b"linkpath" => self.link = (!value.is_empty()).then(|| value.to_vec()),
+            b"size" if value.is_empty() => self.size = None,
+            b"uid" if value.is_empty() => self.uid = None,
+            b"gid" if value.is_empty() => self.gid = None,
+            b"mtime" if value.is_empty() => self.mtime = None,
             b"size" => self.size = Some(decimal(value).ok_or(BAD)?),
             b"uid" => self.uid = Some(decimal(value).ok_or(BAD)?),
             b"gid" => self.gid = Some(decimal(value).ok_or(BAD)?),

@@ -5,9 +5,21 @@ use std::io::{self, Read};
 
 use tar::{EntryType, Header};
 
+use super::header::{device, number, path as path_in, small, time};
 use super::pax::Extensions;
 use super::sparse::Map;
 use super::{ArchiveError, BLOCK, Entry, Kind, Meta, padding};
+
+/// An archive's label, by GNU tar.
+const LABEL: u8 = b'V';
+/// A folder with a list of what was in it when it was saved, by GNU tar.
+const DUMPED_FOLDER: u8 = b'D';
+/// The rest of a file that began in another volume.
+const CONTINUED: u8 = b'M';
+/// Solaris' names for what others have, or leave out.
+const SOLARIS_HEADER: u8 = b'X';
+const SOLARIS_ACL: u8 = b'A';
+const SOLARIS_ATTRIBUTES: u8 = b'E';
 
 /// The largest extended header, or long name.
 const EXTENSION_MAX: u64 = 1 << 20;
@@ -66,20 +78,23 @@ impl<R: Read> Entries<R> {
             };
             let kind = header.entry_type();
             extended = true;
-            match kind {
-                EntryType::XGlobalHeader => {
-                    self.expect(number(header.entry_size())?);
+            match (kind, kind.as_byte()) {
+                // What is true of all entries, and an archive's own name: of no use here.
+                (EntryType::XGlobalHeader, _) | (_, LABEL) => {
+                    self.expect(size(&header)?);
                     extended = false;
                 }
-                EntryType::XHeader => {
+                // Access lists and attributes of Solaris, which are the next entry's.
+                (_, SOLARIS_ACL | SOLARIS_ATTRIBUTES) => self.expect(size(&header)?),
+                (EntryType::XHeader, _) | (_, SOLARIS_HEADER) => {
                     let data = self.extension(&header)?;
                     extensions.parse(&data)?;
                 }
-                EntryType::GNULongName => {
+                (EntryType::GNULongName, _) => {
                     let data = self.extension(&header)?;
                     extensions.path.get_or_insert(until_nul(data));
                 }
-                EntryType::GNULongLink => {
+                (EntryType::GNULongLink, _) => {
                     let data = self.extension(&header)?;
                     extensions.link.get_or_insert(until_nul(data));
                 }
@@ -94,15 +109,11 @@ impl<R: Read> Entries<R> {
         mut extensions: Extensions,
     ) -> Result<Entry, ArchiveError> {
         let path = extensions.sparse.name.take().or(extensions.path.take());
-        let path = path.unwrap_or_else(|| header.path_bytes().into_owned());
+        let path = path.unwrap_or_else(|| path_in(header));
         let link = extensions.link.take();
         let link = || {
             link.or_else(|| header.link_name_bytes().map(|link| link.into_owned()))
                 .unwrap_or_default()
-        };
-        let device = || -> Result<(u32, u32), ArchiveError> {
-            let major = number(header.device_major())?.unwrap_or(0);
-            Ok((major, number(header.device_minor())?.unwrap_or(0)))
         };
         let kind = match header.entry_type() {
             EntryType::Regular | EntryType::Continuous if path.ends_with(b"/") => Kind::Folder,
@@ -110,9 +121,14 @@ impl<R: Read> Entries<R> {
             EntryType::Directory => Kind::Folder,
             EntryType::Symlink => Kind::Symlink(link()),
             EntryType::Link => Kind::Link(link()),
-            EntryType::Char => device().map(|(major, minor)| Kind::Char(major, minor))?,
-            EntryType::Block => device().map(|(major, minor)| Kind::Block(major, minor))?,
+            EntryType::Char => device(header).map(|(major, minor)| Kind::Char(major, minor))?,
+            EntryType::Block => device(header).map(|(major, minor)| Kind::Block(major, minor))?,
             EntryType::Fifo => Kind::Fifo,
+            other if other.as_byte() == DUMPED_FOLDER => Kind::Folder,
+            other if other.as_byte() == CONTINUED => {
+                let why = "begins in an archive before this one, of several volumes";
+                return Err(ArchiveError::entry(&path, why));
+            }
             other => {
                 let why = format!(
                     "entries of type {:?} are not known",
@@ -127,7 +143,7 @@ impl<R: Read> Entries<R> {
         if kind == Kind::File {
             let stored = match extensions.size {
                 Some(size) => size,
-                None => number(header.entry_size())?,
+                None => size(header)?,
             };
             // The blocks of an old map come before the data, a new one is part of them.
             let old = match header.entry_type() {
@@ -152,18 +168,23 @@ impl<R: Read> Entries<R> {
                 None => self.stored,
             };
         }
-        let id = |extension: Option<u32>, field: io::Result<u64>| match extension {
+        if header.entry_type().as_byte() == DUMPED_FOLDER {
+            // A list of what was in it.
+            self.expect(size(header)?);
+            self.size = 0;
+        }
+        let id = |extension: Option<u32>, field: &[u8]| match extension {
             Some(id) => Ok(id),
             None => u32::try_from(number(field)?)
                 .map_err(|_| ArchiveError::entry(&path, "its owner's number is too large")),
         };
         let meta = Meta {
-            mode: number(header.mode())? & 0o7777,
-            uid: id(extensions.uid, header.uid())?,
-            gid: id(extensions.gid, header.gid())?,
+            mode: small(&header.as_old().mode)? & 0o7777,
+            uid: id(extensions.uid, &header.as_old().uid)?,
+            gid: id(extensions.gid, &header.as_old().gid)?,
             mtime: match extensions.mtime {
                 Some(mtime) => mtime,
-                None => time(header)?,
+                None => time(&header.as_old().mtime)?,
             },
             xattrs: extensions.xattrs,
         };
@@ -200,7 +221,7 @@ impl<R: Read> Entries<R> {
             };
             bytes.map(sum).sum()
         };
-        let expected = i64::from(number(header.cksum())?);
+        let expected = i64::from(small(&header.as_old().cksum)?);
         if sums(i64::from) != expected && sums(|byte| i64::from(byte.cast_signed())) != expected {
             return Err(ArchiveError::Malformed("a header's checksum is wrong"));
         }
@@ -208,10 +229,10 @@ impl<R: Read> Entries<R> {
     }
 
     fn extension(&mut self, header: &Header) -> Result<Vec<u8>, ArchiveError> {
-        let size = number(header.entry_size())?;
+        let size = size(header)?;
         if size > EXTENSION_MAX {
             return Err(ArchiveError::TooMuch(
-                "an extended header of more than 1 MiB",
+                "an extended header of more than 1 MiB".into(),
             ));
         }
         self.expect(size);
@@ -268,16 +289,9 @@ impl<R: Read> Read for Entries<R> {
     }
 }
 
-fn number<T>(field: io::Result<T>) -> Result<T, ArchiveError> {
-    field.map_err(|_| ArchiveError::Malformed("a number in a header"))
-}
-
-fn time(header: &Header) -> Result<u32, ArchiveError> {
-    // A negative number of GNU's.
-    if header.as_old().mtime.first() == Some(&0xff) {
-        return Ok(0);
-    }
-    Ok(u32::try_from(number(header.mtime())?).unwrap_or(u32::MAX))
+/// The length of what is stored behind a header.
+fn size(header: &Header) -> Result<u64, ArchiveError> {
+    number(&header.as_old().size)
 }
 
 fn until_nul(mut data: Vec<u8>) -> Vec<u8> {

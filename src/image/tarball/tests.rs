@@ -348,3 +348,74 @@ fn hostile_headers_are_refused() {
     assert!(read(&member(b"x", EntryType::XHeader, &record("path", "y"))).is_err());
     assert!(read(b"\x7fELF and no archive").is_err());
 }
+
+#[test]
+fn labels_and_dumped_folders_are_read_past() {
+    let dump = b"Yfile\0\0".repeat(200);
+    let archive = [
+        member(b"backup-1", EntryType::new(b'V'), b""),
+        member(b"folder/", EntryType::new(b'D'), &dump),
+        member(b"acl", EntryType::new(b'A'), b"user::rwx"),
+        member(
+            b"long",
+            EntryType::new(b'X'),
+            &record("path", "folder/file"),
+        ),
+        member(b"short", EntryType::Regular, b"data"),
+        vec![0; 1024],
+    ];
+    let all = read(&archive.concat()).unwrap();
+    let told: Vec<_> = all
+        .iter()
+        .map(|(path, kind, _, data)| (&path[..], kind, &data[..]))
+        .collect();
+    assert_eq!(
+        told,
+        [
+            (&b"folder/"[..], &Kind::Folder, &b""[..]),
+            (b"folder/file", &Kind::File, b"data"),
+        ]
+    );
+    let error = read(&member(b"rest", EntryType::new(b'M'), b"x"))
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("several volumes"), "{error}");
+    let error = read(&member(b"odd", EntryType::new(b'Q'), b""))
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("'Q'"), "{error}");
+}
+
+/// As writers in the world fill them: with nothing, blanks, or a version of zeroes.
+#[test]
+fn headers_of_other_writers_are_read() {
+    let mut odd = Header::new_ustar();
+    let name = b"file";
+    odd.as_old_mut().name[..4].copy_from_slice(name);
+    odd.as_old_mut().mode.copy_from_slice(b"  644 \0\0");
+    odd.as_old_mut().uid.copy_from_slice(&[0; 8]);
+    odd.as_old_mut().gid.copy_from_slice(b"        ");
+    odd.as_old_mut().mtime.copy_from_slice(&[0; 12]);
+    odd.set_size(4);
+    let fields = odd.as_ustar_mut().unwrap();
+    fields.version = [0; 2];
+    fields.prefix[..6].copy_from_slice(b"folder");
+    odd.set_cksum();
+    let archive = [odd.as_bytes(), &b"data"[..], &[0; 508]].concat();
+    let all = read(&archive).unwrap();
+    let (path, kind, meta, data) = &all[0];
+    assert_eq!(
+        (&path[..], kind, &data[..]),
+        (&b"folder/file"[..], &Kind::File, &b"data"[..])
+    );
+    assert_eq!(
+        (meta.mode, meta.uid, meta.gid, meta.mtime),
+        (0o644, 0, 0, 0)
+    );
+    // A record without a value leaves the header's.
+    let records = ["uid", "gid", "size", "mtime"]
+        .map(|key| record(key, ""))
+        .concat();
+    let archive = [member(b"x", EntryType::XHeader, &records), archive].concat();
+    assert_eq!(read(&archive).unwrap(), all);
+}
