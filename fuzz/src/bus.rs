@@ -117,7 +117,7 @@ pub fn small_devices(accesses: Vec<Access>) {
             Access::Read(..) | Access::Write(..) => {}
         }
         assert!(serial.output().len() <= OUTPUT_MAX);
-        assert!(lock(&watchdog).state().count > 0);
+        assert!(lock(&watchdog).save().count > 0);
     }
     // A saved state is the same when it is restored.
     let state = lock(&serial).save();
@@ -141,7 +141,7 @@ pub fn virtio_registers(accesses: Vec<Access>) {
     };
     let device = Balloon::new(Host0, abilities, 0).unwrap();
     let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap());
-    let transport = VirtioMmio::new(Box::new(device), memory, event()).unwrap();
+    let transport = VirtioMmio::new(Box::new(device), memory.clone(), event()).unwrap();
     let transport = Arc::new(Mutex::new(transport));
     let mut bus = Bus::default();
     bus.insert(0, 0x200, transport.clone()).unwrap();
@@ -151,7 +151,8 @@ pub fn virtio_registers(accesses: Vec<Access>) {
         u32::from_le_bytes(data)
     };
     let queues = || {
-        let mut state = serde_json::to_value(lock(&transport).save()).unwrap();
+        let state = lock(&transport).save().unwrap().transport;
+        let mut state = serde_json::to_value(state).unwrap();
         let queues = state["queues"].as_array_mut().unwrap();
         for queue in queues.iter_mut().filter_map(Value::as_object_mut) {
             // These go on as the device works.
@@ -188,5 +189,15 @@ pub fn virtio_registers(accesses: Vec<Access>) {
             after.0 & 4 == 0 || after.0 & 8 != 0,
             "DRIVER_OK without FEATURES_OK"
         );
+    } // What is saved is restored, and saved the same.
+    let mut transport = lock(&transport);
+    transport.quiesce();
+    let state = transport.save().unwrap();
+    let device = Balloon::new(Host0, abilities, 0).unwrap();
+    let other = VirtioMmio::restore(Box::new(device), memory, event(), state.clone());
+    match other {
+        Ok(other) => assert_eq!(other.save().unwrap(), state),
+        // Queues that the device refused may be set up still.
+        Err(error) => panic!("{error}"),
     }
 }

@@ -331,7 +331,8 @@ impl Guest {
             }
             self.serve();
         }
-        self.driver.transport.save();
+        self.driver.transport.quiesce();
+        let _ = self.driver.transport.save();
         self.driver.transport.counters();
         self.reset();
     }
