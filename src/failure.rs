@@ -27,13 +27,46 @@ pub struct Failure {
     /// The class.
     pub class: Class,
     message: String,
+    signal: Option<i32>,
 }
+
+/// What a shell adds to a signal's number.
+const SIGNALLED: u8 = 128;
 
 impl Failure {
     /// A failure with a message of its own.
     pub fn new(class: Class, message: impl Into<String>) -> Self {
         let message = message.into();
-        Failure { class, message }
+        Failure {
+            class,
+            message,
+            signal: None,
+        }
+    }
+
+    /// A signal ended what had not begun yet.
+    pub fn signalled(signal: i32) -> Self {
+        let message = format!("signal {signal} ended it while it started");
+        Failure {
+            signal: Some(signal),
+            ..Failure::new(Class::Host, message)
+        }
+    }
+
+    /// The signal that is why.
+    pub fn signal(&self) -> Option<i32> {
+        self.signal
+    }
+
+    /// The status to exit with, if a signal is why.
+    pub fn signal_status(&self) -> Option<u8> {
+        let signal = u8::try_from(self.signal?).ok()?;
+        Some(SIGNALLED.saturating_add(signal))
+    }
+
+    /// The status to exit with.
+    pub fn status(&self) -> u8 {
+        self.signal_status().unwrap_or(self.class as u8)
     }
 
     /// What the user asked for cannot be.
@@ -98,7 +131,7 @@ impl<T, E: Error> OrFail<T> for Result<T, E> {
                 }
                 cause = error.source();
             }
-            Failure { class, message }
+            Failure::new(class, message)
         })
     }
 }

@@ -5,16 +5,20 @@
 
 use std::ffi::CStr;
 use std::io::{self, BufRead, BufReader, Read};
-use std::os::fd::RawFd;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mayfly_devices::bus::lock;
+use mayfly_devices::poll::ready;
+
+use crate::failure::{Failure, OrFail};
+use crate::machine::StartSignals;
 
 /// When it is told to end, this is plenty.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -92,9 +96,54 @@ pub fn end_with_us(command: &mut Command) {
     unsafe { command.pre_exec(prepare) };
 }
 
+/// What a program says on standard output, up to [`COMPLAINT_MAX`] bytes. One that takes
+/// longer than a time is ended, as is the wait by a signal.
+pub fn output(
+    mut command: Command,
+    what: &str,
+    timeout: Duration,
+    signals: &StartSignals,
+) -> Result<Vec<u8>, Failure> {
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null());
+    end_with_us(&mut command);
+    let mut child = command.spawn().or_host(what)?;
+    let deadline = Instant::now() + timeout;
+    let mut said = Vec::new();
+    let read = (|| {
+        let Some(stdout) = &mut child.stdout else {
+            return Ok(());
+        };
+        let mut chunk = [0; 1024];
+        while said.len() < COMPLAINT_MAX as usize {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if !signals.wait(stdout.as_fd(), left)? {
+                let seconds = timeout.as_secs();
+                return Err(Failure::host(format!(
+                    "{what}: says nothing for {seconds} s"
+                )));
+            }
+            let len = stdout.read(&mut chunk).or_host(what)?;
+            if len == 0 {
+                break;
+            }
+            said.extend_from_slice(chunk.get(..len).unwrap_or_default());
+        }
+        Ok(())
+    })();
+    // It has nothing to do any more.
+    let _ = child.kill();
+    let _ = child.wait();
+    read.map(|()| said)
+}
+
 /// Starts a program in a session of its own, with nothing open but standard streams.
 pub fn leave(command: &mut Command) {
     let prepare = || {
+        // Signals may be blocked here, as this waits for it.
+        unblock_signals()?;
         // SAFETY: numbers; descriptors are closed by exec only.
         unsafe {
             libc::setsid();
@@ -185,10 +234,22 @@ impl Helper {
     /// Ends it, as it did not start: returns why.
     pub fn complaint(&mut self) -> String {
         self.kill();
-        let mut text = String::new();
-        if let Some(stderr) = self.stderr.take() {
-            let _ = stderr.take(COMPLAINT_MAX).read_to_string(&mut text);
+        let mut text = Vec::new();
+        let deadline = Instant::now() + FAREWELL;
+        // A child of its own in another session may have it open for longer.
+        while let Some(stderr) = &mut self.stderr
+            && (text.len() as u64) < COMPLAINT_MAX
+        {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left = i32::try_from(left.as_millis()).unwrap_or(i32::MAX);
+            let mut chunk = [0; 1024];
+            match ready(stderr.as_raw_fd(), libc::POLLIN, left).then(|| stderr.read(&mut chunk)) {
+                Some(Ok(len @ 1..)) => text.extend(chunk.iter().take(len)),
+                _ => break,
+            }
         }
+        self.stderr = None;
+        let text = String::from_utf8_lossy(&text);
         let said: Vec<_> = text
             .lines()
             .map(str::trim)
@@ -336,8 +397,6 @@ fn listen(program: &str, chatter: Chatter, stderr: ChildStderr) {
 mod tests {
     use super::*;
     use std::io::Write;
-    use std::os::fd::AsRawFd;
-    use std::time::Instant;
 
     fn shell(script: &str) -> Helper {
         let mut command = Command::new("sh");

@@ -11,19 +11,20 @@
 use std::ffi::CString;
 use std::fs;
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use mayfly_devices::virtio::fs::{BackendError, Frontend};
 
 use crate::config::FolderConfig;
 use crate::failure::{Failure, OrFail};
-use crate::helper::{Chatter, Helper, Ready, find_program, inherit};
+use crate::helper::{self, Chatter, Helper, Ready, find_program, inherit};
+use crate::machine::StartSignals;
 
 const PROGRAM: &str = "virtiofsd";
 /// Where else it is: Debian's, others', cargo's, and that of Debian 12's QEMU.
@@ -71,11 +72,11 @@ enum Make {
 }
 
 /// Starts one for a folder; [`Starting::ready`] waits for it.
-pub fn start(config: &FolderConfig) -> Result<Starting, Failure> {
+pub fn start(config: &FolderConfig, signals: &StartSignals) -> Result<Starting, Failure> {
     let flag = config.flag.clone();
     let program = find().ok_or_else(|| Failure::host(format!("{flag}: {MISSING}")))?;
     let what = format!("{flag}: {}", program.display());
-    let make = make(&program).or_host(&what)?;
+    let make = make(&program, &what, signals)?;
     let (socket, listener) = connected().or_host(&what)?;
     // SAFETY: have no preconditions.
     let (user, group) = unsafe { (libc::geteuid(), libc::getegid()) };
@@ -116,11 +117,16 @@ pub fn start(config: &FolderConfig) -> Result<Starting, Failure> {
 
 impl Starting {
     /// Waits until it answers.
-    pub fn ready(mut self) -> Result<(Served, Ready), Failure> {
+    pub fn ready(mut self, signals: &StartSignals) -> Result<(Served, Ready), Failure> {
         let what = format!("{}: {PROGRAM}", self.flag);
         let own = self.socket.try_clone().or_host(&what)?;
-        let frontend = match Frontend::greet(self.socket, PATIENCE) {
+        let interrupt = Some(signals.as_fd());
+        let frontend = match Frontend::greet(self.socket, PATIENCE, interrupt) {
             Ok(frontend) => frontend,
+            Err(error @ BackendError::Interrupted) => {
+                signals.check()?;
+                return Err(error).or_host(&what);
+            }
             Err(BackendError::Ended) => {
                 return Err(Failure::host(format!(
                     "{what}: {}",
@@ -153,13 +159,11 @@ pub fn find() -> Option<PathBuf> {
 }
 
 /// Both have the same name, and may be anywhere.
-fn make(program: &Path) -> io::Result<Make> {
-    let said = Command::new(program)
-        .arg("--version")
-        .stdin(Stdio::null())
-        .stderr(Stdio::null())
-        .output()?;
-    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+fn make(program: &Path, what: &str, signals: &StartSignals) -> Result<Make, Failure> {
+    let mut command = Command::new(program);
+    command.arg("--version");
+    let said = helper::output(command, what, PATIENCE, signals)?;
+    let said = String::from_utf8_lossy(&said);
     // QEMU's says nothing to an ordinary user, as it cannot give up its groups.
     Ok(
         match said.starts_with("virtiofsd ") && !said.contains("FUSE kernel interface") {

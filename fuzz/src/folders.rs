@@ -101,7 +101,7 @@ fn backend(mut socket: UnixStream, answers: Vec<Answer>) {
 pub fn vhost_user((answers, program): (Vec<Answer>, Vec<Action<Nothing>>)) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let thread = thread::spawn(move || backend(theirs, answers));
-    if let Ok(frontend) = Frontend::greet(ours, Duration::from_secs(3)) {
+    if let Ok(frontend) = Frontend::greet(ours, Duration::from_secs(3), None) {
         let ends = Arc::new(AtomicU64::new(0));
         let counted = ends.clone();
         let end = move || {

@@ -110,7 +110,7 @@ pub fn run() -> ExitCode {
     };
     result.unwrap_or_else(|failure| {
         report(&failure);
-        ExitCode::from(failure.class as u8)
+        ExitCode::from(failure.status())
     })
 }
 

@@ -31,7 +31,7 @@ pub struct Args {
 pub fn run(args: Args, timeline: Timeline) -> ExitCode {
     let status = run::run(&args.options, timeline).unwrap_or_else(|failure| {
         super::report(&failure);
-        run::STATUS_FAILED
+        failure.signal_status().unwrap_or(run::STATUS_FAILED)
     });
     ExitCode::from(status)
 }

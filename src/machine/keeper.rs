@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mayfly_devices::bus::lock;
 use mayfly_devices::poll::{entry, poll, ready};
@@ -25,7 +25,7 @@ use super::link::{Done, Errand, Link, Order, Word};
 use super::pidfile::PidFile;
 use super::resources::Resources;
 use super::run::{self, Ending, Legacy, Outcome};
-use super::signals::{Signals, leave_to_others};
+use super::signals::{Signals, StartSignals};
 use super::status::StatusBoard;
 use crate::config::MachineConfig;
 use crate::console::Opened;
@@ -42,15 +42,21 @@ use crate::vsock;
 
 /// A machine that was told to end has so long before its process is killed.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// The VMM process has so long to build a VM, and as long again to let the guest run …
+const START_TIMEOUT: Duration = Duration::from_secs(120);
+/// … and a second more for each so many bytes that are to be touched before.
+const PREFAULTED_PER_S: u64 = 64 << 20;
 /// Questions that may wait for an answer; older ones are forgotten.
 const ASKED_MAX: usize = 64;
 /// One that closed its link has so long to end by itself.
 const LAST_WORD_MS: i32 = 1000;
+const FOR_EVER: i32 = -1;
 const LINK: &str = "talking to the VMM process";
 
 /// Builds a machine and runs it to its end.
 pub fn run(config: &MachineConfig, timeline: Timeline) -> Result<Ending, Failure> {
-    Keeper::start(config, timeline)?.run()
+    let signals = StartSignals::take().or_internal("blocking signals")?;
+    Keeper::start(config, timeline, &signals)?.run()
 }
 
 /// The keeper of a machine that is built, and does not run yet.
@@ -81,6 +87,8 @@ struct Process {
     /// Readable when it has ended.
     exited: OwnedFd,
     told: AtomicBool,
+    /// The guest does: there is something that may end in order.
+    runs: AtomicBool,
     patience: Duration,
 }
 
@@ -113,6 +121,9 @@ impl Ender {
     /// Kills the machine's process if it does not end soon, as it was told to, or said
     /// it would: a guest may have taken it over.
     fn insist(&self) {
+        if !self.0.runs.load(Ordering::Relaxed) {
+            return self.0.kill();
+        }
         if self.0.told.swap(true, Ordering::Relaxed) {
             return;
         }
@@ -164,12 +175,19 @@ fn errands() -> io::Result<(Link, Link)> {
     Ok((ours, theirs))
 }
 
-/// Blocks signals: from here on, in all threads, one waits for who takes it.
-fn take_signals(config: &MachineConfig) -> io::Result<Option<Signals>> {
-    match config.ignores_signals {
-        true => leave_to_others().map(|()| None),
-        false => Signals::new().map(Some),
-    }
+/// Rounded up, so that it is over then.
+fn milliseconds_until(deadline: Instant) -> i32 {
+    let left = deadline.saturating_duration_since(Instant::now());
+    i32::try_from(left.as_millis().saturating_add(1)).unwrap_or(i32::MAX)
+}
+
+/// How long a VM's process may take to build it.
+fn start_timeout(config: &MachineConfig) -> Duration {
+    let prefaulted = match config.memory.prefault {
+        true => config.memory.size / PREFAULTED_PER_S,
+        false => 0,
+    };
+    START_TIMEOUT + Duration::from_secs(prefaulted)
 }
 
 /// A control group for the machine's process, if it is to be in a sandbox.
@@ -246,19 +264,32 @@ impl Given {
     }
 }
 
+/// The VMM process said nothing for so long.
+fn too_late(what: &str, timeout: Duration) -> Failure {
+    let seconds = timeout.as_secs_f32();
+    Failure::host(format!("the VMM process did not {what} in {seconds} s"))
+}
+
 impl<'a> Keeper<'a> {
     /// Opens what a machine needs, and starts its process, which builds it. May only
     /// be called while this process has one thread. Nothing of the host is changed.
-    pub fn start(config: &'a MachineConfig, timeline: Timeline) -> Result<Self, Failure> {
+    pub fn start(
+        config: &'a MachineConfig,
+        timeline: Timeline,
+        start: &StartSignals,
+    ) -> Result<Self, Failure> {
         let log = config.log.start();
-        let signals = take_signals(config).or_internal("blocking signals")?;
+        let signals = match config.ignores_signals {
+            true => None,
+            false => Some(Signals::new().or_internal("blocking signals")?),
+        };
         if config.sandbox == Mode::Off {
             eprintln!(
                 "mayfly: --sandbox=off: a guest that takes over its monitor has all that you have"
             );
         }
         let strays = sandbox::descriptors().or_host("listing descriptors")?;
-        let (mut resources, helpers) = Resources::open(config)?;
+        let (mut resources, helpers) = Resources::open(config, start)?;
         let locks = mem::take(&mut resources.locks);
         let null = File::options().read(true).write(true).open("/dev/null");
         let null = null.or_host("/dev/null")?;
@@ -296,6 +327,7 @@ impl<'a> Keeper<'a> {
                 child: Mutex::new(child),
                 exited,
                 told: AtomicBool::new(false),
+                runs: AtomicBool::new(false),
                 patience: PATIENCE,
             })),
             errands,
@@ -309,12 +341,15 @@ impl<'a> Keeper<'a> {
             board: StatusBoard::default(),
             timeline,
         };
-        keeper.await_built()?;
+        keeper.await_built(start, start_timeout(config))?;
         Ok(keeper)
     }
 
     /// Hears whether the machine could be built.
-    fn await_built(&self) -> Result<(), Failure> {
+    fn await_built(&self, signals: &StartSignals, timeout: Duration) -> Result<(), Failure> {
+        if !signals.wait(self.link().as_fd(), timeout)? {
+            return Err(too_late("build the VM", timeout));
+        }
         match self.link().receive() {
             Ok(Some(Word::Built)) => Ok(()),
             Ok(Some(Word::Failed { class, message })) => {
@@ -388,7 +423,7 @@ impl<'a> Keeper<'a> {
 
     /// Keeps the machine's process to its end, which comes soon after it is told.
     fn attend(&self, clients: &Clients) -> Result<Ending, Failure> {
-        let ending = self.follow(clients);
+        let ending = self.follow(clients, START_TIMEOUT);
         self.ender.insist();
         let _ = self.ender.0.wait();
         if let Ok(ending) = &ending {
@@ -399,16 +434,23 @@ impl<'a> Keeper<'a> {
     }
 
     /// Does what the machine's process asks for, and hears what it says, to its end.
-    fn follow(&self, clients: &Clients) -> Result<Ending, Failure> {
+    fn follow(&self, clients: &Clients, start_timeout: Duration) -> Result<Ending, Failure> {
+        let deadline = Instant::now() + start_timeout;
         let signals = self.signals.as_ref().map_or(-1, AsRawFd::as_raw_fd);
         let mut ready = [self.link().as_raw_fd(), self.errands.as_raw_fd(), signals]
             .map(|fd| entry(fd, libc::POLLIN));
         loop {
-            match poll(&mut ready, -1) {
-                Err(error) if error.kind() != io::ErrorKind::Interrupted => {
-                    return Err(error).or_internal(LINK);
+            let timeout = match self.runs() {
+                true => FOR_EVER,
+                false => milliseconds_until(deadline),
+            };
+            match poll(&mut ready, timeout) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error).or_internal(LINK),
+                Ok(0) if Instant::now() >= deadline => {
+                    return Err(too_late("start the guest", start_timeout));
                 }
-                _ => {}
+                Ok(_) => {}
             }
             let [said, errand, signal] = ready.map(|entry| entry.revents != 0);
             if said {
@@ -421,30 +463,46 @@ impl<'a> Keeper<'a> {
                     Ok(Some(Word::Event(event))) => self.board.tell(&event),
                     Ok(Some(Word::Closed(report))) => self.note(clients, report),
                     Ok(Some(Word::Built)) => {}
+                    // What never ran leaves nothing behind.
+                    Ok(None) | Err(_) if !self.runs() => {
+                        return Err(Failure::new(Class::Internal, self.why_died()));
+                    }
                     Ok(None) | Err(_) => return Ok(self.died()),
                 }
             }
             if errand && self.run_errand().is_err() {
-                // It has no more; how it ended the other link says.
+                // It has no more; how it ended the other link says. Should it wait for an
+                // answer, it hears that none comes.
+                self.errands.shut_down();
                 ready[1].fd = -1;
             }
             if signal {
-                self.pass_on();
+                self.pass_on()?;
             }
         }
     }
 
+    fn runs(&self) -> bool {
+        self.ender.0.runs.load(Ordering::Relaxed)
+    }
+
     /// Keeps what was said of the sandbox before the guest ran.
     fn note(&self, clients: &Clients, mut report: Report) {
+        self.ender.0.runs.store(true, Ordering::Relaxed);
         let cgroup = self.cgroup.as_ref();
         let status = cgroup.map_or(&Status::Off, Cgroup::status).clone();
         report.set(Layer::Cgroup, status);
         lock(&clients.state).sandbox.get_or_insert(report);
     }
 
+    /// Does an errand, and answers. That it, or its answer, fails is an answer, too; an error
+    /// is that nobody hears one.
     fn run_errand(&self) -> io::Result<()> {
-        let errand = self.errands.receive()?;
-        let errand = errand.ok_or(io::ErrorKind::UnexpectedEof)?;
+        let errand = match self.errands.receive() {
+            Ok(errand) => errand.ok_or(io::ErrorKind::UnexpectedEof)?,
+            // What makes no sense, as only one says that a guest has taken over.
+            Err(error) => return self.refuse_errand(&error),
+        };
         let done = match errand {
             Errand::Connect(port) => match &self.config.vsock {
                 Some(vsock) => vsock::connect_to_port(&vsock.path, port).map(Some),
@@ -457,28 +515,35 @@ impl<'a> Keeper<'a> {
                 Ok(None)
             }
         };
-        match done {
-            Ok(socket) => {
-                let files: Vec<OwnedFd> = socket.into_iter().map(OwnedFd::from).collect();
-                self.errands.send(&Done::Done, &files)
-            }
-            Err(error) => {
-                let code = error.raw_os_error().unwrap_or(libc::EIO);
-                self.errands.send(&Done::Failed(code), &[])
-            }
+        let sent = done.and_then(|socket| {
+            let files: Vec<OwnedFd> = socket.into_iter().map(OwnedFd::from).collect();
+            self.errands.send(&Done::Done, &files)
+        });
+        match sent {
+            Ok(()) => Ok(()),
+            // A descriptor may be refused where a number is not: too many are on their way.
+            Err(error) => self.refuse_errand(&error),
         }
     }
 
-    fn pass_on(&self) {
+    fn refuse_errand(&self, error: &io::Error) -> io::Result<()> {
+        let code = error.raw_os_error().unwrap_or(libc::EIO);
+        self.errands.send(&Done::Failed(code), &[])
+    }
+
+    fn pass_on(&self) -> Result<(), Failure> {
         let order = match self.signals.as_ref().and_then(Signals::next) {
-            None => return,
+            None => return Ok(()),
             Some(libc::SIGWINCH) => Order::Resized,
+            // Nothing is there that could end in order.
+            Some(signal) if !self.runs() => return Err(Failure::signalled(signal)),
             Some(signal) => Order::Signal(signal),
         };
         let ends = matches!(order, Order::Signal(_));
         if self.link().try_send(&order).is_err() || ends {
             self.ender.insist();
         }
+        Ok(())
     }
 
     /// The end of a VM whose process has ended without a word about it.
@@ -722,6 +787,19 @@ mod tests {
         message: String,
         act: fn(&Keeper),
     ) -> (Result<Ending, Failure>, Duration) {
+        keep_while(script, message, move |keeper, clients, _| {
+            keeper.ender.0.runs.store(true, Ordering::Relaxed);
+            act(keeper);
+            keeper.attend(clients)
+        })
+    }
+
+    /// The same of one whose guest does not run yet.
+    fn keep_while(
+        script: &'static str,
+        message: String,
+        keep: impl FnOnce(&Keeper, &Clients, &StartSignals) -> Result<Ending, Failure> + Send + 'static,
+    ) -> (Result<Ending, Failure>, Duration) {
         let (told, end) = mpsc::sync_channel(1);
         // Signals are this thread's; and one that is held up can be told of.
         thread::spawn(move || {
@@ -732,6 +810,7 @@ mod tests {
             .validate()
             .unwrap();
             config.log.level = log::LevelFilter::Off;
+            let start = StartSignals::take().unwrap();
             let signals = Signals::new().unwrap();
             let (link, its_link) = Link::pair().unwrap();
             let (errands, its_errands) = errands().unwrap();
@@ -749,6 +828,7 @@ mod tests {
                     exited: child.pidfd().try_clone_to_owned().unwrap(),
                     child: Mutex::new(child),
                     told: AtomicBool::new(false),
+                    runs: AtomicBool::new(false),
                     patience: SHORT,
                 })),
                 errands,
@@ -767,9 +847,8 @@ mod tests {
                 state: Mutex::default(),
                 board: keeper.board.clone(),
             };
-            act(&keeper);
             let started = Instant::now();
-            let ending = keeper.attend(&clients);
+            let ending = keep(&keeper, &clients, &start);
             let _ = told.send((ending, started.elapsed()));
         });
         end.recv_timeout(LONG).expect("the keeper is held up")
@@ -781,6 +860,73 @@ mod tests {
 
     fn message(message: &impl serde::Serialize) -> String {
         serde_json::to_string(message).unwrap()
+    }
+
+    /// One that does nothing, as if it were stopped, before it has built a VM …
+    fn is_built(
+        keeper: &Keeper,
+        signals: &StartSignals,
+        timeout: Duration,
+    ) -> Result<Ending, Failure> {
+        keeper
+            .await_built(signals, timeout)
+            .map(|()| unreachable!())
+    }
+
+    #[test]
+    fn a_start_that_hangs_heeds_signals_and_has_an_end() {
+        let silent = "exec sleep 60";
+        type Keep = fn(&Keeper, &Clients, &StartSignals) -> Result<Ending, Failure>;
+        let keep = |keep: Keep| keep_while(silent, String::new(), keep).0.unwrap_err();
+        let signalled = keep(|keeper, _, signals| {
+            terminate(keeper);
+            is_built(keeper, signals, LONG)
+        });
+        assert_eq!(signalled.status(), 128 + 15);
+        let late = keep(|keeper, _, signals| is_built(keeper, signals, SHORT));
+        assert!(
+            late.to_string().contains("did not build the VM in 0.3 s"),
+            "{late}"
+        );
+        // … and after that, before its guest runs.
+        let signalled = keep(|keeper, clients, _| {
+            terminate(keeper);
+            keeper.attend(clients)
+        });
+        assert_eq!(signalled.status(), 128 + 15);
+        let late = keep(|keeper, clients, _| keeper.follow(clients, SHORT));
+        assert!(
+            late.to_string()
+                .contains("did not start the guest in 0.3 s"),
+            "{late}"
+        );
+        // A session ends it.
+        let ended = keep(|keeper, clients, _| {
+            keeper.ender().end();
+            keeper.attend(clients)
+        });
+        assert!(ended.to_string().contains("ended by signal 9"), "{ended}");
+    }
+
+    #[test]
+    fn one_that_dies_before_the_guest_runs_never_ran() {
+        let (ending, _) = keep_while("kill -9 $$", String::new(), |keeper, clients, _| {
+            keeper.attend(clients)
+        });
+        let failure = ending.unwrap_err().to_string();
+        assert!(failure.contains("ended by signal 9"), "{failure}");
+    }
+
+    #[test]
+    fn an_errand_that_makes_no_sense_is_answered_and_the_next_is_run() {
+        // It ends when it has had three answers: each is one message, and so one read.
+        let script = "printf nonsense; for errand in a b; do printf %s \"$1\"; done; \
+                      for answer in a b c; do dd bs=64k count=1 of=/dev/null <&1 2>/dev/null; done; \
+                      exit 7";
+        let errand = message(&Errand::EndHelper(usize::MAX));
+        let (ending, _) = keep(script, errand, |_| ());
+        let failure = ending.unwrap().outcome.to_string();
+        assert!(failure.contains("status: 7"), "{failure}");
     }
 
     #[test]
@@ -808,7 +954,7 @@ mod tests {
     #[test]
     fn one_that_reads_no_answers_ends() {
         let errand = message(&Errand::EndHelper(usize::MAX));
-        let script = "while printf %s \"$1\"; do :; done";
+        let script = "while printf %s \"$1\"; do :; done; exec sleep 60";
         let (ending, time) = keep(script, errand, |keeper| {
             // Until there is no room for more of them.
             let mut errand = [entry(keeper.errands.as_raw_fd(), libc::POLLIN)];

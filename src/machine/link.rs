@@ -12,8 +12,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketFlags,
-    SocketType, recvmsg, socketpair,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags,
+    SocketFlags, SocketType, recvmsg, socketpair,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -129,6 +129,11 @@ impl Link {
         Ok((Link(one), Link(other)))
     }
 
+    /// Neither end sends or hears anything any more.
+    pub fn shut_down(&self) {
+        let _ = rustix::net::shutdown(&self.0, rustix::net::Shutdown::Both);
+    }
+
     /// Another descriptor of this end.
     pub fn try_clone(&self) -> io::Result<Self> {
         self.0.try_clone().map(Link)
@@ -205,6 +210,10 @@ impl Link {
             )
         })?;
         let len = received.bytes;
+        if received.flags.contains(ReturnFlags::CTRUNC) {
+            // This process may have no more descriptors.
+            return Err(io::Error::from_raw_os_error(libc::EMFILE));
+        }
         let mut files = Vec::new();
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(all) = message {

@@ -12,6 +12,7 @@ use mayfly_devices::virtio::block::{Concat, Disk, ID_LEN, Image, Qcow2, SECTOR};
 use rustix::fs::{Access, OFlags, fcntl_getfl, fcntl_setfl, fstatfs};
 
 use super::build::open_kvm;
+use super::signals::StartSignals;
 use crate::config::{DiskConfig, Format, MachineConfig, Network};
 use crate::disk_lock::{self, DiskLocks};
 use crate::failure::{Class, Failure, OrFail};
@@ -67,7 +68,10 @@ pub struct Resources {
 impl Resources {
     /// Opens everything, or fails with nothing touched. Returns the processes beside
     /// the VM, too: those of networks, then those of folders.
-    pub fn open(config: &MachineConfig) -> Result<(Self, Vec<Ready>), Failure> {
+    pub fn open(
+        config: &MachineConfig,
+        signals: &StartSignals,
+    ) -> Result<(Self, Vec<Ready>), Failure> {
         let kernel = open_regular(&config.kernel, &config.kernel_flag)?;
         let initrd = match &config.initrd {
             Some(path) => Some(open_regular(path, &format!("--initrd {}", path.display()))?),
@@ -107,7 +111,8 @@ impl Resources {
         let random = File::open(RANDOM).or_host(RANDOM)?;
         let kvm = open_kvm(config.accept_kvm)?;
         // Last, as these are processes.
-        let folders = config.folders.iter().map(virtiofsd::start);
+        let folders = config.folders.iter();
+        let folders = folders.map(|folder| virtiofsd::start(folder, signals));
         let folders: Vec<_> = folders.collect::<Result<_, _>>()?;
         let nets = config.nets.iter().map(|net| match &net.network {
             Network::Tap { name, queues } => {
@@ -123,14 +128,14 @@ impl Resources {
         let nets = nets.into_iter().map(|net| match net {
             StartingNet::Tap(files) => Ok(HostNet::Tap(files)),
             StartingNet::Passt(starting) => {
-                let (socket, filter, helper) = starting.ready()?;
+                let (socket, filter, helper) = starting.ready(signals)?;
                 helpers.push(helper);
                 Ok(HostNet::Passt(socket, Box::new(filter)))
             }
         });
         let nets = nets.collect::<Result<_, Failure>>()?;
         let folders = folders.into_iter().map(|starting| {
-            let (served, helper) = starting.ready()?;
+            let (served, helper) = starting.ready(signals)?;
             helpers.push(helper);
             Ok(served)
         });

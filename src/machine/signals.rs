@@ -5,9 +5,12 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
 
+use mayfly_devices::poll::{entry, poll};
 use vmm_sys_util::signal::create_sigset;
 
+use crate::failure::{Failure, OrFail};
 use crate::kvm::vcpu::kick_signal;
 
 /// Those that end a machine in order, and the one that its terminal's size
@@ -19,6 +22,9 @@ const SIGNALS: [libc::c_int; 5] = [
     libc::SIGQUIT,
     libc::SIGWINCH,
 ];
+
+/// Those that end a start.
+const ENDING: [libc::c_int; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
 
 /// Those that are for the guest's command, where there is one.
 const PASSED_ON: [libc::c_int; 7] = [
@@ -101,6 +107,70 @@ impl Signals {
     }
 }
 
+/// The signals that end a VM's start, all of whose waits heed them: then nothing is left of
+/// it. Those that are for a VM that runs wait for who takes them.
+pub struct StartSignals(Signals);
+
+impl StartSignals {
+    /// Blocks all signals that a VM's supervisor takes, in this thread and all that it starts.
+    pub fn take() -> io::Result<Self> {
+        leave_to_others()?;
+        Signals::take(&ENDING, libc::SFD_NONBLOCK).map(StartSignals)
+    }
+
+    /// Fails if a signal was sent.
+    pub fn check(&self) -> Result<(), Failure> {
+        match self.0.next() {
+            Some(signal) => Err(Failure::signalled(signal)),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits until a descriptor is ready or broken, but not longer than a time: false then.
+    /// Fails if a signal is sent.
+    pub fn wait(&self, fd: BorrowedFd, timeout: Duration) -> Result<bool, Failure> {
+        self.wait_for(fd.as_raw_fd(), timeout)
+    }
+
+    /// Waits. Fails if a signal is sent.
+    pub fn sleep(&self, time: Duration) -> Result<(), Failure> {
+        const NONE: RawFd = -1;
+        self.wait_for(NONE, time).map(drop)
+    }
+
+    fn wait_for(&self, fd: RawFd, timeout: Duration) -> Result<bool, Failure> {
+        let deadline = Instant::now().checked_add(timeout);
+        let mut entries = [self.0.as_raw_fd(), fd].map(|fd| entry(fd, libc::POLLIN));
+        loop {
+            // Rounded up, so that it is over then.
+            let left = deadline.map_or(timeout, |it| it.saturating_duration_since(Instant::now()));
+            let left = left.as_millis() + u128::from(left.subsec_nanos() % 1_000_000 > 0);
+            let left = libc::c_int::try_from(left).unwrap_or(libc::c_int::MAX);
+            match poll(&mut entries, left) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error).or_host("waiting"),
+                Ok(_) => {}
+            }
+            let [signal, fd] = entries.map(|entry| entry.revents != 0);
+            if signal {
+                self.check()?;
+            }
+            if fd {
+                return Ok(true);
+            }
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return Ok(false);
+            }
+        }
+    }
+}
+
+impl AsFd for StartSignals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 fn ignored(signal: libc::c_int) -> bool {
     let mut action = MaybeUninit::<libc::sigaction>::uninit();
     // SAFETY: changes nothing; fills in the structure, or fails.
@@ -134,5 +204,32 @@ pub fn raise(signal: libc::c_int) {
 impl AsRawFd for Signals {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn a_wait_heeds_signals_and_has_an_end() {
+        // What is blocked, and what is sent, is of a thread.
+        let test = || {
+            let signals = StartSignals::take().unwrap();
+            let (reader, writer) = io::pipe().unwrap();
+            let wait = |time| signals.wait(reader.as_fd(), time);
+            assert!(!wait(Duration::from_millis(1)).unwrap());
+            drop(writer);
+            assert!(wait(Duration::MAX).unwrap());
+            signals.check().unwrap();
+            raise(libc::SIGUSR1); // for a command
+            raise(libc::SIGTERM);
+            let failure = signals.sleep(Duration::from_secs(3600)).unwrap_err();
+            assert_eq!(failure.status(), 128 + 15);
+            signals.check().unwrap();
+        };
+        thread::spawn(test).join().unwrap();
     }
 }

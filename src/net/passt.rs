@@ -6,11 +6,11 @@
 
 use std::ffi::CStr;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use etherparse::{ArpHardwareId, ArpOperation, ArpPacket, EtherType, PacketBuilder};
 
@@ -20,6 +20,7 @@ use super::user::UserNet;
 use crate::config::UserConfig;
 use crate::failure::{Failure, OrFail};
 use crate::helper::{self, Chatter, Helper, Ready, find_program};
+use crate::machine::StartSignals;
 
 const PROGRAM: &str = "passt";
 /// What a process that waits to become it is called.
@@ -137,15 +138,15 @@ fn arguments(net: &UserNet, config: &UserConfig, fd: RawFd) -> Vec<String> {
 impl Starting {
     /// Waits until it answers, if it starts now. Returns the socket for the guest's frames, and
     /// what these are to pass, too.
-    pub fn ready(mut self) -> Result<(UnixStream, Egress, Ready), Failure> {
+    pub fn ready(mut self, signals: &StartSignals) -> Result<(UnixStream, Egress, Ready), Failure> {
         let what = format!("{}: {PROGRAM}", self.flag);
         let greeted = match self.later {
             true => Ok(()),
-            false => self.greet(),
+            false => self.greet(signals)?,
         };
         match greeted {
             Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => {
                 return Err(Failure::host(format!("{what}: does not answer")));
             }
             Err(_) => {
@@ -160,28 +161,50 @@ impl Starting {
     }
 
     /// Asks for the gateway's address, which it answers once it has started.
-    fn greet(&mut self) -> io::Result<()> {
+    /// Fails if a signal ends the start; what is in it is how passt fares.
+    fn greet(&mut self, signals: &StartSignals) -> Result<io::Result<()>, Failure> {
         let request = arp_request();
-        let len = u32::try_from(request.len()).map_err(io::Error::other)?;
-        let mut frame = len.to_be_bytes().to_vec();
+        let mut frame = (request.len() as u32).to_be_bytes().to_vec();
         frame.extend(&request);
-        self.socket.set_read_timeout(Some(PATIENCE))?;
-        self.socket.write_all(&frame)?;
+        if let Err(error) = self.socket.write_all(&frame) {
+            return Ok(Err(error));
+        }
+        let deadline = Instant::now() + PATIENCE;
+        let mut read = |data: &mut [u8]| -> Result<io::Result<()>, Failure> {
+            let mut len = 0;
+            while let Some(rest @ [_, ..]) = data.get_mut(len..) {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if !signals.wait(self.socket.as_fd(), left)? {
+                    return Ok(Err(io::ErrorKind::TimedOut.into()));
+                }
+                match self.socket.read(rest) {
+                    Ok(0) => return Ok(Err(io::ErrorKind::UnexpectedEof.into())),
+                    Ok(more) => len += more,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => return Ok(Err(error)),
+                }
+            }
+            Ok(Ok(()))
+        };
         // Clients of published ports may come first.
         for _ in 0..100 {
             let mut len = [0; 4];
-            self.socket.read_exact(&mut len)?;
+            if let Err(error) = read(&mut len)? {
+                return Ok(Err(error));
+            }
             let len = u32::from_be_bytes(len) as usize;
             if len > FRAME_MAX {
                 break;
             }
             let mut frame = vec![0; len];
-            self.socket.read_exact(&mut frame)?;
+            if let Err(error) = read(&mut frame)? {
+                return Ok(Err(error));
+            }
             if frame.get(12..14) == Some(&EtherType::ARP.0.to_be_bytes()) {
-                return self.socket.set_read_timeout(None);
+                return Ok(Ok(()));
             }
         }
-        Err(io::ErrorKind::InvalidData.into())
+        Ok(Err(io::ErrorKind::InvalidData.into()))
     }
 }
 

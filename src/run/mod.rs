@@ -4,6 +4,7 @@
 //! another one talks to the guest's agent, and learns how the command ended.
 
 pub mod agent;
+mod background;
 mod copy;
 pub mod detach;
 pub mod end;
@@ -21,11 +22,9 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::path::{Path, PathBuf};
 
 use mayfly_guest::protocol::{Exit, Mount, Net, PORT};
-use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 use serde_json::json;
 
 pub use self::copy::{CopyOptions, cp};
@@ -43,9 +42,8 @@ use crate::arguments;
 use crate::config::{FolderConfig, NetConfig, RawConfig, escape};
 use crate::failure::{Failure, OrFail};
 use crate::guests;
-use crate::helper;
 use crate::image::{Bars, Image, LAYER_ROOT, PullOptions, Store, data_folder};
-use crate::machine::{Ending, Keeper, Outcome};
+use crate::machine::{Ending, Keeper, Outcome, StartSignals};
 use crate::timing::{Timeline, TimingUs};
 use crate::unix_socket;
 use crate::volume::{Journal, make_ext4};
@@ -64,7 +62,6 @@ fn signalled(signal: i32) -> u8 {
 const CID: u32 = 3;
 /// Where the guest finds the disk for what it writes: behind the layers.
 const SCRATCH_DISK: &str = "/dev/vdb";
-const STARTED: &[u8] = b"started\n";
 
 /// Runs an image's command in a VM, and returns the status to exit with.
 pub fn run(options: &Options, timeline: Timeline) -> Result<u8, Failure> {
@@ -81,7 +78,7 @@ pub fn run(options: &Options, timeline: Timeline) -> Result<u8, Failure> {
     }
     let plan = Plan::new(options, &image.config.config)?;
     if mode == Mode::Detach {
-        return detach(&plan.name);
+        return background::detach(&plan.name);
     }
     arguments::hide_values();
     run_here(options, plan, &image, network, timeline)
@@ -92,62 +89,27 @@ fn obtain(name: &str) -> Result<Image, Failure> {
     Store::open_default()?.obtain(name, &PullOptions::default(), &bars)
 }
 
-/// Starts this again in the background, and waits until its command runs.
-fn detach(name: &str) -> Result<u8, Failure> {
-    let what = "starting in the background";
-    let mut words = std::env::args_os();
-    let program = std::env::current_exe().or_host(what)?;
-    words.next();
-    let mut command = Command::new(program);
-    // The verb, then what makes it the one in the background, then all as given.
-    command.args(words.next());
-    command.args(["--detached", name]).args(words);
-    command.stdin(Stdio::null()).stdout(Stdio::piped());
-    helper::leave(&mut command);
-    let mut child = command.spawn().or_host(what)?;
-    let mut said = Vec::new();
-    if let Some(output) = &mut child.stdout {
-        io::Read::read_to_end(output, &mut said).or_host(what)?;
-    }
-    if said == STARTED {
-        let _ = writeln!(io::stdout(), "{name}");
-        return Ok(0);
-    }
-    // It said why on standard error.
-    let status = child.wait().or_host(what)?;
-    Ok(status
-        .code()
-        .and_then(|it| u8::try_from(it).ok())
-        .unwrap_or(STATUS_FAILED))
-}
-
-/// What is left to say in the background, when the command runs.
-fn tell_started() {
-    let _ = io::stdout().write_all(STARTED);
-    let _ = io::stdout().flush();
-    let Ok(null) = File::options().read(true).write(true).open("/dev/null") else {
-        return;
-    };
-    let _ = dup2_stdin(&null);
-    let _ = dup2_stdout(&null);
-    let _ = dup2_stderr(&null);
-}
-
 /// Makes the VM's folder. A name that the user did not choose may be another VM's: then there
 /// is another.
-fn create_place(options: &Options, plan: &mut Plan, image: &Image) -> Result<Owned, Failure> {
+fn create_place(
+    options: &Options,
+    plan: &mut Plan,
+    image: &Image,
+    signals: &StartSignals,
+) -> Result<Owned, Failure> {
     const TRIES: usize = 16;
     let mut unnamed = options.clone();
     unnamed.detached = None;
     for _ in 1..TRIES {
-        match Place::create(&record(options, plan, image)) {
+        match Place::create(&record(options, plan, image), signals) {
             Err(NotCreated::Taken(_)) if options.name.is_none() => {
                 *plan = Plan::new(&unnamed, &image.config.config)?;
             }
             created => return created.map_err(NotCreated::into_failure),
         }
     }
-    Place::create(&record(options, plan, image)).map_err(NotCreated::into_failure)
+    let place = Place::create(&record(options, plan, image), signals);
+    place.map_err(NotCreated::into_failure)
 }
 
 fn run_here(
@@ -158,15 +120,20 @@ fn run_here(
     timeline: Timeline,
 ) -> Result<u8, Failure> {
     let guest = guest_files(options)?;
-    let owned = create_place(options, &mut plan, image)?;
+    // Behind the layers, and the disk for what is written.
+    let disks_before = 1 + usize::from(plan.disk_size.is_some());
+    let volumes = Volumes::find(&options.volumes, disks_before)?;
+    // Open until the machine has it open.
+    let scratch = plan.disk_size.map(|size| make_scratch(size, options));
+    let scratch = scratch.transpose()?;
+    // From here on there is something to be removed: a signal ends the start in order.
+    let signals = StartSignals::take().or_internal("blocking signals")?;
+    let owned = create_place(options, &mut plan, image, &signals)?;
     for layer in &image.layers {
         let len = layer.metadata().or_host(layer.display())?.len();
         plan.setup.layers.push(len);
     }
     plan.setup.layer_root = LAYER_ROOT.to_owned();
-    // Behind the layers, and the disk for what is written.
-    let disks_before = 1 + usize::from(plan.disk_size.is_some());
-    let volumes = Volumes::find(&options.volumes, disks_before)?;
     plan.setup.mounts.extend(volumes.mounts);
     let own = volumes::of_image(&image.config.config.volumes, &plan.setup.mounts)?;
     plan.setup.mounts.extend(own);
@@ -190,18 +157,10 @@ fn run_here(
         ..RawConfig::default()
     };
     (raw.kernel, raw.initrd) = guest;
-    // Open until the machine has it open.
-    let mut _scratch = None;
-    if let Some(size) = plan.disk_size {
-        let what = format!(
-            "--disk-size {}",
-            options.disk_size.as_deref().unwrap_or_default()
-        );
-        let file = make_scratch(size, &what)?;
+    if let Some(file) = &scratch {
         raw.disk
             .push(format!("path=/proc/self/fd/{}", file.as_raw_fd()));
         plan.setup.scratch = Some(SCRATCH_DISK.to_owned());
-        _scratch = Some(file);
     }
     raw.disk.extend(volumes.disks);
     let nets = network.map(|(device, guest)| {
@@ -213,7 +172,7 @@ fn run_here(
         plan,
         (raw, nets, volumes.folders),
         &owned,
-        timeline,
+        (timeline, &signals),
     );
     let end = result?;
     let ended = Ended {
@@ -254,7 +213,7 @@ fn run_machine(
     plan: Plan,
     (raw, net, folders): (RawConfig, Option<NetConfig>, Vec<FolderConfig>),
     owned: &Owned,
-    timeline: Timeline,
+    (timeline, signals): (Timeline, &StartSignals),
 ) -> Result<End, Failure> {
     let started_us = timeline.started_us();
     let place = &owned.place;
@@ -272,7 +231,7 @@ fn run_machine(
         unix_socket::listen(&PathBuf::from(agent_socket), "the agent's socket")?;
     let log = Log::create(&place.log()).or_host("the log")?;
     // Before there are other threads.
-    let keeper = Keeper::start(&config, timeline)?;
+    let keeper = Keeper::start(&config, timeline, signals)?;
     let (board, place) = (keeper.board(), place.clone());
     board.observe(move |status| {
         if let Err(error) = place.set_status(status) {
@@ -282,7 +241,11 @@ fn run_machine(
     let session = Session::start(options, plan, (listener, socket), log, keeper.ender())?;
     let ending = keeper.run();
     let end = session.end();
-    let ending = ending?;
+    let ending = ending.map_err(|failure| match end {
+        // It was ended before the guest ran, or did not heed it.
+        SessionEnd::Signalled(signal) => Failure::signalled(signal),
+        _ => failure,
+    })?;
     if options.timing {
         let _ = write!(io::stderr(), "{}", ending.timeline);
     }
@@ -405,14 +368,14 @@ fn guest_files(options: &Options) -> Result<(Option<PathBuf>, Option<PathBuf>), 
 
 /// Makes the disk for what a VM writes: where the user keeps data, as memory is
 /// what it is to save, and without a name, so that it goes with the VM.
-fn make_scratch(size: u64, what: &str) -> Result<File, Failure> {
-    let folder = data_folder()?;
-    let file = tempfile::Builder::new()
-        .prefix("scratch-")
-        .tempfile_in(folder)
-        .or_host(what)?;
-    make_ext4(file.path(), size, Journal::No, what)?;
-    Ok(file.into_file())
+fn make_scratch(size: u64, options: &Options) -> Result<File, Failure> {
+    let given = options.disk_size.as_deref().unwrap_or_default();
+    let what = format!("--disk-size {given}");
+    let file = tempfile::tempfile_in(data_folder()?).or_host(&what)?;
+    // As another process can find it, too.
+    let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
+    make_ext4(Path::new(&path), size, Journal::No, &what)?;
+    Ok(file)
 }
 
 /// A standard stream as a file of its own.

@@ -14,6 +14,7 @@ use tempfile::{NamedTempFile, TempDir};
 
 use crate::control::Folder;
 use crate::failure::{Failure, OrFail};
+use crate::machine::StartSignals;
 use crate::machine::Status;
 use crate::timing::milliseconds;
 
@@ -123,6 +124,16 @@ impl Place {
         }
     }
 
+    /// Removes those of a process that was killed while it started its VM.
+    pub fn remove_of(pid: u32) {
+        // The VMM process ends with it, and may have the lock for a moment.
+        for place in Place::all() {
+            if place.record().is_ok_and(|record| record.pid == pid) {
+                let _ = place.remove();
+            }
+        }
+    }
+
     /// All folders, by name.
     pub fn all() -> Vec<Self> {
         let entries = fs::read_dir(Folder::locate().path());
@@ -144,12 +155,12 @@ impl Place {
     }
 
     /// Makes the folder of a new VM, whole and locked from the start.
-    pub fn create(record: &Record) -> Result<Owned, NotCreated> {
+    pub fn create(record: &Record, signals: &StartSignals) -> Result<Owned, NotCreated> {
         let folder = Folder::locate();
         folder.make()?;
         let what = || format!("keeping the VM's record in {}", folder.path().display());
         sweep(folder.path());
-        let (fresh, mut lock) = make_new(folder.path()).or_host(what())?;
+        let (fresh, mut lock) = make_new(folder.path(), &what(), signals)?;
         Place(fresh.path().to_owned())
             .begin(&mut lock, record)
             .or_host(what())?;
@@ -386,22 +397,23 @@ impl Drop for Owned {
 }
 
 /// Makes a folder with a name that no VM has, and locks it.
-fn make_new(folder: &Path) -> io::Result<(TempDir, File)> {
-    let making = File::create(folder.join(MAKING))?;
+fn make_new(folder: &Path, what: &str, signals: &StartSignals) -> Result<(TempDir, File), Failure> {
+    let making = File::create(folder.join(MAKING)).or_host(what)?;
     let deadline = Instant::now() + MAKING_TIMEOUT;
     while let Err(error) = making.try_lock_shared() {
         match error {
-            TryLockError::WouldBlock if Instant::now() < deadline => thread::sleep(LOOK / 100),
+            TryLockError::WouldBlock if Instant::now() < deadline => signals.sleep(LOOK / 100)?,
             TryLockError::WouldBlock => {
                 let why = "another mayfly has it locked, and is stopped";
-                return Err(io::Error::new(ErrorKind::TimedOut, why));
+                return Err(Failure::host(format!("{what}: {why}")));
             }
-            TryLockError::Error(error) => return Err(error),
+            TryLockError::Error(error) => return Err(error).or_host(what),
         }
     }
-    let fresh = tempfile::Builder::new().prefix(NEW).tempdir_in(folder)?;
-    let lock = File::create(fresh.path().join(LOCK))?;
-    lock.lock()?;
+    let fresh = tempfile::Builder::new().prefix(NEW).tempdir_in(folder);
+    let fresh = fresh.or_host(what)?;
+    let lock = File::create(fresh.path().join(LOCK)).or_host(what)?;
+    lock.lock().or_host(what)?;
     Ok((fresh, lock))
 }
 
@@ -454,6 +466,7 @@ mod tests {
 
     #[test]
     fn a_folder_that_is_made_is_not_swept() {
+        let signals = StartSignals::take().unwrap();
         const MAKERS: usize = 8;
         const EACH: usize = 200;
         let folder = tempfile::tempdir().unwrap();
@@ -464,7 +477,7 @@ mod tests {
                     start.wait();
                     for _ in 0..EACH {
                         sweep(folder.path());
-                        let (fresh, mut lock) = make_new(folder.path()).unwrap();
+                        let (fresh, mut lock) = make_new(folder.path(), "", &signals).unwrap();
                         let place = Place(fresh.path().to_owned());
                         place.begin(&mut lock, &Record::default()).unwrap();
                         assert!(fresh.path().join(RECORD).exists());
@@ -476,9 +489,10 @@ mod tests {
 
     #[test]
     fn what_was_left_is_swept_and_what_lives_is_not() {
+        let signals = StartSignals::take().unwrap();
         let folder = tempfile::tempdir().unwrap();
         let make = |name: &str, remove: bool| {
-            let (fresh, mut lock) = make_new(folder.path()).unwrap();
+            let (fresh, mut lock) = make_new(folder.path(), "", &signals).unwrap();
             let record = Record {
                 remove,
                 ..Record::default()
@@ -503,9 +517,10 @@ mod tests {
 
     #[test]
     fn what_never_ran_leaves_nothing_behind() {
+        let signals = StartSignals::take().unwrap();
         let folder = tempfile::tempdir().unwrap();
         let owned = |name: &str| {
-            let (fresh, lock) = make_new(folder.path()).unwrap();
+            let (fresh, lock) = make_new(folder.path(), "", &signals).unwrap();
             let path = folder.path().join(name);
             fs::rename(fresh.keep(), &path).unwrap();
             Owned {

@@ -13,11 +13,12 @@ use mayfly_guest::protocol::{Exit, HostMessage};
 use rustix::net::{Shutdown, shutdown};
 
 use super::agent::{Agent, AgentError, Link, Patient, Streams};
+use super::background::tell_started;
 use super::exec::here;
 use super::log::Log;
 use super::options::{Mode, Options};
 use super::plan::Plan;
-use super::{STATUS_FAILED, standard, tell_started};
+use super::{STATUS_FAILED, standard};
 use crate::console::terminal::RawTerminal;
 use crate::failure::{Failure, OrFail};
 use crate::machine::{Ender, Signals};
@@ -185,7 +186,7 @@ fn work(
     drop((listener, name));
     stream.set_nonblocking(false)?;
     let mut agent = Agent::greet(stream)?;
-    let link = agent.link();
+    let (link, name_of_vm) = (agent.link(), std::mem::take(&mut plan.name));
     let detached = options.mode() == Mode::Background;
     let result = (|| {
         agent.ask(&HostMessage::Setup(Box::new(plan.setup)))?;
@@ -199,7 +200,7 @@ fn work(
         };
         let streams = streams(options, log)?;
         if detached {
-            tell_started();
+            tell_started(&name_of_vm);
         }
         let exit = agent.follow(streams);
         drop(terminal);

@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -60,6 +60,9 @@ pub enum BackendError {
     /// It says nothing.
     #[error("the backend does not answer")]
     Silent,
+    /// Whoever waited was told to wait no longer.
+    #[error("interrupted")]
+    Interrupted,
     /// It says what makes no sense.
     #[error("the backend does not keep to vhost-user")]
     Nonsense,
@@ -92,17 +95,25 @@ pub struct Frontend {
     answers: File,
     features: u64,
     deadline: Instant,
+    /// Waits end when this is readable.
+    interrupt: Option<RawFd>,
 }
 
 impl Frontend {
     /// Greets a backend, which has so long to answer all there is to ask.
-    pub fn greet(socket: UnixStream, patience: Duration) -> Result<Self, BackendError> {
+    /// Should a descriptor become readable meanwhile, that is over.
+    pub fn greet(
+        socket: UnixStream,
+        patience: Duration,
+        interrupt: Option<BorrowedFd>,
+    ) -> Result<Self, BackendError> {
         socket.set_nonblocking(true)?;
         let mut frontend = Frontend {
             answers: OwnedFd::from(socket.try_clone()?).into(),
             socket,
             features: 0,
             deadline: Instant::now() + patience,
+            interrupt: interrupt.map(|fd| fd.as_raw_fd()),
         };
         let features = frontend.ask(Request::GetFeatures, &[])?;
         let needed = PROTOCOL_FEATURES | feature(VIRTIO_F_VERSION_1);
@@ -117,6 +128,7 @@ impl Frontend {
         let message = &REPLY_ACK.to_le_bytes();
         frontend.send(Request::SetProtocolFeatures, 0, message, &[])?;
         frontend.tell(Request::SetOwner, &[], &[])?;
+        frontend.interrupt = None;
         Ok(frontend)
     }
 
@@ -256,8 +268,13 @@ impl Frontend {
             // Rounded up: it must not become nothing.
             let left = self.left()?.as_millis().saturating_add(1);
             let left = libc::c_int::try_from(left).unwrap_or(libc::c_int::MAX);
-            match poll(&mut [entry(self.socket.as_raw_fd(), events)], left) {
+            let mut entries = [
+                entry(self.socket.as_raw_fd(), events),
+                entry(self.interrupt.unwrap_or(-1), libc::POLLIN),
+            ];
+            match poll(&mut entries, left) {
                 Ok(0) => return Err(BackendError::Silent),
+                Ok(_) if entries[1].revents != 0 => return Err(BackendError::Interrupted),
                 Ok(_) => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error.into()),

@@ -99,7 +99,8 @@ impl Fs {
         self.running.clear();
         NeedsReset(match error {
             BackendError::Ended => "the backend has ended",
-            BackendError::Silent => "the backend does not answer",
+            // Nobody interrupts it once it has been greeted.
+            BackendError::Silent | BackendError::Interrupted => "the backend does not answer",
             BackendError::Nonsense => "the backend does not keep to vhost-user",
             BackendError::Refused => "the backend refused what it was told",
             BackendError::Unfit => "the backend is not fit for it",

@@ -127,7 +127,7 @@ fn always_good() -> Answer {
 fn driver(socket: UnixStream) -> (Driver, Arc<AtomicU32>) {
     let ends = Arc::new(AtomicU32::new(0));
     let count = ends.clone();
-    let frontend = Frontend::greet(socket, PATIENCE).unwrap();
+    let frontend = Frontend::greet(socket, PATIENCE, None).unwrap();
     let end = Box::new(move || {
         count.fetch_add(1, Ordering::Relaxed);
     });
@@ -324,7 +324,7 @@ fn a_backend_never_hears_of_queues_outside_of_memory() {
 #[test]
 fn memory_must_be_shared() {
     let (socket, _fake) = Fake::new(always_good());
-    let frontend = Frontend::greet(socket, PATIENCE).unwrap();
+    let frontend = Frontend::greet(socket, PATIENCE, None).unwrap();
     let device = Fs::new(frontend, "v0", Box::new(|| {})).unwrap();
     let mut driver = Driver::new(Box::new(device));
     start(&mut driver);
@@ -349,11 +349,11 @@ fn what_is_no_backend_is_refused() {
         (Request::SetOwner, Some(vec![1]), BackendError::Silent),
     ] {
         let (socket, _fake) = Fake::new(until(at, bytes));
-        let greeted = Frontend::greet(socket, Duration::from_millis(100));
+        let greeted = Frontend::greet(socket, Duration::from_millis(100), None);
         assert_eq!(greeted.err(), Some(error), "{at:?}");
     }
     let (socket, _fake) = Fake::new(always_good());
-    let frontend = Frontend::greet(socket, PATIENCE).unwrap();
+    let frontend = Frontend::greet(socket, PATIENCE, None).unwrap();
     assert!(Fs::new(frontend, &"v".repeat(37), Box::new(|| {})).is_err());
 }
 
@@ -364,7 +364,7 @@ proptest! {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.write_all(&garbage).unwrap();
         theirs.shutdown(Shutdown::Write).unwrap();
-        prop_assert!(Frontend::greet(ours, PATIENCE).is_err());
+        prop_assert!(Frontend::greet(ours, PATIENCE, None).is_err());
     }
 }
 
