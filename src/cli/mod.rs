@@ -11,6 +11,7 @@ pub mod image;
 pub mod initramfs;
 pub mod kernel;
 pub mod list;
+mod logs;
 pub mod run;
 pub mod vms;
 pub mod volume;

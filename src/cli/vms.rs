@@ -9,12 +9,12 @@ use std::time::Duration;
 use clap::Subcommand;
 use serde_json::{Value, json};
 
+use super::logs;
 use crate::control::{Client, Command, Folder};
 use crate::failure::{Failure, OrFail};
 use crate::machine::Status;
 use crate::printable;
 use crate::run::detach::{self, DetachKeys};
-use crate::run::log::{Piece, Reader, Stamps, Tail};
 use crate::run::record::{Place, Record, State, now_ms};
 use crate::run::{self, CopyOptions, ExecOptions, Usage, end, signal};
 
@@ -45,7 +45,7 @@ pub enum Verb {
         #[arg(long)]
         json: bool,
     },
-    /// Print what a VM's command wrote
+    /// Print what a VM's command wrote, as far as it is kept (run --log-size)
     Logs {
         /// Go on until it ends
         #[arg(short, long)]
@@ -174,7 +174,7 @@ pub fn run(verb: Verb) -> Result<ExitCode, Failure> {
             tail,
             timestamps,
             vm,
-        } => logs(&Place::find(&vm)?, follow, tail, timestamps)?,
+        } => logs::print(&Place::find(&vm)?, follow, tail, timestamps)?,
         Verb::Exec {
             interactive,
             tty,
@@ -375,57 +375,6 @@ fn inspect(place: &Place) -> Result<Value, Failure> {
         map.insert("machine".into(), machine);
     }
     Ok(value)
-}
-
-fn logs(place: &Place, follow: bool, tail: Option<usize>, timestamps: bool) -> Result<(), Failure> {
-    let path = place.log();
-    let what = || path.display();
-    let mut reader = Reader::open(&path).or_host(what())?;
-    let mut tail = tail.map(Tail::new);
-    let mut stamps = timestamps.then(Stamps::default);
-    let mut print = |piece: Piece| {
-        let data = match &mut stamps {
-            Some(stamps) => stamps.put(&piece),
-            None => piece.data,
-        };
-        match piece.stream {
-            2 => io::stderr().write_all(&data),
-            _ => io::stdout().write_all(&data),
-        }
-    };
-    loop {
-        // Asked before: what is written until it ends must not be missed.
-        let running = place.state() == State::Running;
-        loop {
-            let piece = match follow {
-                true => match reader.follow() {
-                    // It removed itself.
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-                    piece => piece.or_host(what())?,
-                },
-                false => reader.piece().or_host(what())?,
-            };
-            let Some(piece) = piece else { break };
-            match &mut tail {
-                Some(tail) => tail.push(piece),
-                // Whoever read it may have gone.
-                None if print(piece).is_err() => return Ok(()),
-                None => {}
-            }
-        }
-        // What comes later is printed as it comes.
-        let lines = tail.take().into_iter().flat_map(Tail::into_lines);
-        for line in lines {
-            if print(line).is_err() {
-                return Ok(());
-            }
-        }
-        let _ = io::stdout().flush();
-        if !follow || !running {
-            return Ok(());
-        }
-        thread::sleep(Duration::from_millis(100));
-    }
 }
 
 fn stats(names: &[String], as_json: bool, once: bool) -> Result<(), Failure> {

@@ -229,7 +229,7 @@ fn run_machine(
     agent_socket.push(format!("_{PORT}"));
     let (listener, socket) =
         unix_socket::listen(&PathBuf::from(agent_socket), "the agent's socket")?;
-    let log = Log::create(&place.log()).or_host("the log")?;
+    let log = Log::create(&place.make_log()?, plan.log_size).or_host("the log")?;
     // Before there are other threads.
     let keeper = Keeper::start(&config, timeline, signals)?;
     let (board, place) = (keeper.board(), place.clone());
@@ -238,6 +238,8 @@ fn run_machine(
             ::log::warn!("writing down how the VM does: {error}");
         }
     });
+    let problems = board.clone();
+    log.on_failure(move |problem| problems.add_problem(problem));
     let session = Session::start(options, plan, (listener, socket), log, keeper.ender())?;
     let ending = keeper.run();
     let end = session.end();

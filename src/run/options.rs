@@ -75,6 +75,10 @@ pub struct Options {
     /// Keep what is written on a disk of that size, not in memory
     #[arg(long, value_name = "SIZE")]
     pub disk_size: Option<String>,
+    /// Keep at most that much of the command's output for `mayfly logs`, and at least half
+    /// of it [default: 64M]
+    #[arg(long, value_name = "SIZE")]
+    pub log_size: Option<String>,
     /// End the VM after that long: 10s, 5m, 1h; a plain number is seconds
     #[arg(long, value_name = "TIME")]
     pub timeout: Option<String>,

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use mayfly_guest::protocol::{Mount, Process, Setup, Source};
 
+use super::log;
 use super::options::Options;
 use crate::config::parse_size;
 use crate::failure::{Failure, OrFail};
@@ -37,6 +38,13 @@ pub struct Plan {
     pub timeout: Option<Duration>,
     /// The size of a disk for what is written.
     pub disk_size: Option<u64>,
+    /// How much of its output is kept.
+    pub log_size: u64,
+}
+
+/// How much of a command's output is to be kept.
+fn log_size(text: &str) -> Result<u64, Failure> {
+    parse_size(text, MIB).map_err(|error| Failure::config(format!("--log-size {text}: {error}")))
 }
 
 impl Plan {
@@ -103,6 +111,10 @@ impl Plan {
             stop_signal,
             timeout: options.timeout.as_deref().map(time).transpose()?,
             disk_size: options.disk_size.as_ref().map(size).transpose()?,
+            log_size: match &options.log_size {
+                Some(text) => log_size(text)?,
+                None => log::SIZE,
+            },
         })
     }
 }

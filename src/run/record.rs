@@ -12,6 +12,7 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde::{Deserialize, Serialize};
 use tempfile::{NamedTempFile, TempDir};
 
+use super::log;
 use crate::control::Folder;
 use crate::failure::{Failure, OrFail};
 use crate::machine::StartSignals;
@@ -238,6 +239,14 @@ impl Place {
         serde_json::from_slice(&text).unwrap_or_default()
     }
 
+    /// What has failed in it, also when it has ended.
+    pub fn problems(&self) -> Vec<String> {
+        match self.record().map(|record| record.ended) {
+            Ok(Some(ended)) => ended.problems,
+            _ => self.status().problems,
+        }
+    }
+
     /// Writes down how it ended, where space was taken for that.
     fn finish(&self, record: &mut Record) -> io::Result<()> {
         let spare = self.0.join(SPARE);
@@ -300,6 +309,7 @@ impl Place {
         }
         // Of a process that was killed.
         let _ = fs::remove_file(Folder::locate().socket(&self.name()));
+        log::remove_folder(&self.0);
         fs::remove_dir_all(&self.0).or_host(what())
     }
 
@@ -314,9 +324,14 @@ impl Place {
         self.0.join("vsock")
     }
 
+    /// Makes a place for what its main process writes.
+    pub fn make_log(&self) -> Result<PathBuf, Failure> {
+        log::make_folder(&self.0)
+    }
+
     /// What its main process wrote.
     pub fn log(&self) -> PathBuf {
-        self.0.join("log")
+        log::path(&self.0)
     }
 }
 
@@ -367,6 +382,7 @@ impl Owned {
     /// Removes it.
     pub fn remove(mut self) -> Result<(), Failure> {
         self.stays = true;
+        log::remove_folder(&self.place.0);
         // Those that wait for the lock find it gone.
         fs::remove_dir_all(&self.place.0)
             .or_host(format_args!("removing {}", self.place.0.display()))
@@ -391,6 +407,7 @@ impl Owned {
 impl Drop for Owned {
     fn drop(&mut self) {
         if !self.stays {
+            log::remove_folder(&self.place.0);
             let _ = fs::remove_dir_all(&self.place.0);
         }
     }
