@@ -6,7 +6,9 @@
     reason = "words of the command line are overwritten in place"
 )]
 
-use std::ffi::{CStr, c_char, c_int};
+use std::ffi::{CStr, OsStr, OsString, c_char, c_int};
+use std::io::{self, Read, Write};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
@@ -22,9 +24,88 @@ extern "C" fn note(_: c_int, words: *mut *mut c_char, _: *mut *mut c_char) {
     WORDS.store(words, Ordering::Relaxed);
 }
 
+/// The verbs with values to hide.
+const VERBS: [&str; 2] = ["run", "exec"];
+/// What a process begins with that gets its words from another.
+const HANDED_OVER: [&str; 2] = ["run", "--detached"];
+/// Linux lets no program be started with more.
+const WORDS_MAX: u64 = 8 << 20;
+
+/// All words, before anything else is done: what may be secret in them is then no
+/// longer to be seen from outside. There must be no other thread.
+pub fn take() -> io::Result<Vec<OsString>> {
+    let mut words: Vec<OsString> = std::env::args_os().collect();
+    let begins = |index: usize, known: &str| words.get(index).is_some_and(|it| it == known);
+    if VERBS.iter().any(|verb| begins(1, verb)) {
+        hide_values();
+    }
+    if HANDED_OVER
+        .iter()
+        .zip(1..)
+        .all(|(known, at)| begins(at, known))
+    {
+        // The name stays; the rest is what others may see.
+        words.truncate(HANDED_OVER.len() + 2);
+        let mut rest = Vec::new();
+        io::stdin().lock().take(WORDS_MAX).read_to_end(&mut rest)?;
+        let rest = rest
+            .strip_suffix(b"\0")
+            .map(|rest| rest.split(|&byte| byte == 0));
+        words.extend(
+            rest.into_iter()
+                .flatten()
+                .map(|word| OsString::from_vec(word.to_vec())),
+        );
+    }
+    Ok(words)
+}
+
+/// Gives words to a process that was started with [`HANDED_OVER`].
+pub fn hand_over(words: &[OsString], mut to: impl Write) -> io::Result<()> {
+    for word in words {
+        to.write_all(word.as_bytes())?;
+        to.write_all(b"\0")?;
+    }
+    to.flush()
+}
+
+/// Words as others may see them.
+pub fn without_values(words: &[OsString]) -> Vec<OsString> {
+    let mut is_value = false;
+    let mut hide = |word: &OsString| {
+        let mut bytes = word.as_bytes().to_vec();
+        let hidden = value(&bytes, is_value);
+        is_value = is_flag(&bytes);
+        bytes.get_mut(hidden).unwrap_or_default().fill(HIDDEN);
+        OsString::from_vec(bytes)
+    };
+    words.iter().map(&mut hide).collect()
+}
+
+/// What is before the first byte of a kind, and what is behind it, if there is one.
+pub fn split_at(text: &OsStr, byte: u8) -> (&[u8], Option<&[u8]>) {
+    let bytes = text.as_bytes();
+    let mut parts = bytes.splitn(2, |&it| it == byte);
+    (parts.next().unwrap_or_default(), parts.next())
+}
+
+/// What stands where a value was.
+const HIDDEN: u8 = b'*';
+
+/// The next word is a variable.
+fn is_flag(word: &[u8]) -> bool {
+    match word {
+        b"--env" => true,
+        [b'-', b'-', ..] => false,
+        // Short flags may come together: -ite NAME=VALUE.
+        [b'-', .., last] => *last == b'e' && !word.contains(&b'='),
+        _ => false,
+    }
+}
+
 /// Overwrites the values of `-e NAME=VALUE` and `--env NAME=VALUE`. Copies must have
 /// been taken before, and there must be no other thread.
-pub fn hide_values() {
+fn hide_values() {
     let words = WORDS.swap(ptr::null_mut(), Ordering::Relaxed);
     if words.is_null() {
         return;
@@ -40,10 +121,10 @@ pub fn hide_values() {
         // SAFETY: a string in memory that the process may write to; nobody else does.
         let text = unsafe { CStr::from_ptr(word) }.to_bytes();
         let hidden = value(text, is_value);
-        is_value = matches!(text, b"-e" | b"--env");
+        is_value = is_flag(text);
         for place in hidden {
             // SAFETY: within the string, whose end is not touched.
-            unsafe { word.add(place).write(b'*'.cast_signed()) };
+            unsafe { word.add(place).write(HIDDEN.cast_signed()) };
         }
     }
 }
@@ -94,6 +175,40 @@ mod tests {
         ] {
             assert_eq!(left(other, false), other);
         }
+    }
+
+    #[test]
+    fn words_are_handed_over_whole_and_shown_without_values() {
+        let words = [
+            "-it",
+            "-ite",
+            "KEY=secret",
+            "--env",
+            "A=b",
+            "-eC=d",
+            "img",
+            "",
+            "-e",
+        ];
+        let words = words.map(OsString::from);
+        let shown = without_values(&words);
+        let expected = [
+            "-it",
+            "-ite",
+            "KEY=******",
+            "--env",
+            "A=*",
+            "-eC=*",
+            "img",
+            "",
+            "-e",
+        ];
+        assert_eq!(shown, expected);
+        let mut wire = Vec::new();
+        hand_over(&words, &mut wire).unwrap();
+        let all = wire.strip_suffix(b"\0").unwrap().split(|&byte| byte == 0);
+        let all: Vec<_> = all.map(|word| OsString::from_vec(word.to_vec())).collect();
+        assert_eq!(all, words);
     }
 
     #[test]

@@ -19,6 +19,9 @@ pub enum Class {
     GuestCrash = 4,
     /// The guest's kernel panicked.
     GuestPanic = 5,
+    /// Whoever read the output has gone: there is nobody to tell. The status is that of
+    /// a process that SIGPIPE ended.
+    ReaderGone = 141,
 }
 
 /// One line for the user, and its class.
@@ -133,5 +136,34 @@ impl<T, E: Error> OrFail<T> for Result<T, E> {
             }
             Failure::new(class, message)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io;
+
+    #[derive(Debug, thiserror::Error)]
+    enum Outer {
+        #[error("reading it: {0}")]
+        Told(#[source] io::Error),
+        #[error("reading it")]
+        Untold(#[source] io::Error),
+        #[error("{0}")]
+        Same(#[source] io::Error),
+    }
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let error = || io::Error::other("no space");
+        for (outer, told) in [
+            (Outer::Told(error()), "x: reading it: no space"),
+            (Outer::Untold(error()), "x: reading it: no space"),
+            (Outer::Same(error()), "x: no space"),
+        ] {
+            let failure = Err::<(), _>(outer).or_host("x").unwrap_err();
+            assert_eq!(failure.to_string(), told);
+        }
     }
 }

@@ -8,11 +8,11 @@
 
 #![allow(unsafe_code, reason = "what runs between fork and exec")]
 
-use std::ffi::CString;
+use std::ffi::{CString, OsString};
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -184,21 +184,28 @@ fn connected() -> io::Result<(UnixStream, OwnedFd)> {
     Ok((socket, listener.into()))
 }
 
-fn arguments(make: Make, config: &FolderConfig, listener: RawFd) -> Vec<String> {
-    let path = config.path.to_string_lossy();
-    let fd = format!("--fd={listener}");
+fn arguments(make: Make, config: &FolderConfig, listener: RawFd) -> Vec<OsString> {
+    let path = config.path.as_os_str().as_bytes();
+    let with = |before: &str, path: &[u8], behind: &str| {
+        OsString::from_vec([before.as_bytes(), path, behind.as_bytes()].concat())
+    };
+    let fd = format!("--fd={listener}").into();
     match make {
         Make::Rust => vec![
             fd,
-            format!("--shared-dir={path}"),
-            "--sandbox=namespace".to_owned(),
-            "--log-level=error".to_owned(),
+            with("--shared-dir=", path, ""),
+            "--sandbox=namespace".into(),
+            "--log-level=error".into(),
         ],
         Make::Qemu => {
             // Of a list.
-            let path = path.replace('\\', "\\\\").replace(',', "\\,");
-            let options = format!("source={path},sandbox=namespace,log_level=err");
-            vec![fd, "-f".to_owned(), "-o".to_owned(), options]
+            let mut escaped = Vec::new();
+            for &byte in path {
+                escaped.extend(b"\\,".contains(&byte).then_some(b'\\'));
+                escaped.push(byte);
+            }
+            let options = with("source=", &escaped, ",sandbox=namespace,log_level=err");
+            vec![fd, "-f".into(), "-o".into(), options]
         }
     }
 }
@@ -369,15 +376,20 @@ mod tests {
     #[test]
     fn a_path_is_one_word() {
         let config = FolderConfig {
-            path: "/a,b\\c".into(),
+            path: OsString::from_vec(b"/a,b\\c\xfc".to_vec()).into(),
             tag: "v0".into(),
             read_only: false,
             flag: String::new(),
         };
-        let words = arguments(Make::Qemu, &config, 5);
-        assert!(words.contains(&"source=/a\\,b\\\\c,sandbox=namespace,log_level=err".to_owned()));
-        let words = arguments(Make::Rust, &config, 5);
-        assert!(words.contains(&"--shared-dir=/a,b\\c".to_owned()));
+        let has = |make, word: &[u8]| {
+            let words = arguments(make, &config, 5);
+            assert!(words.iter().any(|it| it.as_bytes() == word), "{words:?}");
+        };
+        has(
+            Make::Qemu,
+            b"source=/a\\,b\\\\c\xfc,sandbox=namespace,log_level=err",
+        );
+        has(Make::Rust, b"--shared-dir=/a,b\\c\xfc");
     }
 
     #[test]

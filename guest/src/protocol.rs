@@ -21,7 +21,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// What both ends must agree on.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// The vsock port, of the host and of the guest.
 pub const PORT: u32 = 1024;
 /// How many bytes of standard input the guest has not taken yet, at most.
@@ -155,6 +155,8 @@ pub struct Setup {
     pub read_only: bool,
     /// The machine's name.
     pub hostname: String,
+    /// Other names that it knows the addresses of.
+    pub hosts: Vec<(String, IpAddr)>,
     /// Its network, if it has one.
     pub net: Option<Net>,
     /// What else is mounted, in order.
@@ -218,10 +220,27 @@ pub struct Process {
     pub folder: Bytes,
     /// `USER[:GROUP]`, by names or numbers; root if empty.
     pub user: String,
+    /// Groups that it is in beside the user's, by names or numbers.
+    pub groups: Vec<String>,
+    /// What it may have.
+    pub limits: Vec<Limit>,
+    /// No program that it executes gives it privileges.
+    pub no_new_privileges: bool,
     /// It has a terminal of a size.
     pub terminal: Option<Size>,
     /// Its standard input comes from here.
     pub input: bool,
+}
+
+/// A limit of a process (`setrlimit(2)`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limit {
+    /// What is limited, by Linux' number.
+    pub resource: u8,
+    /// What holds; the largest number is no limit.
+    pub soft: u64,
+    /// What the process may set it to.
+    pub hard: u64,
 }
 
 /// What came over a connection.

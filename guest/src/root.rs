@@ -160,7 +160,7 @@ fn mount_root(root: &Root, device: &Path) -> Result<(), String> {
     for kind in &types {
         let mount = |flags| {
             let flags = flags | libc::MS_SILENT;
-            mount(&device, NEW_ROOT, kind, flags, &root.flags)
+            mount(device.as_bytes(), NEW_ROOT, kind, flags, &root.flags)
         };
         let mut result = match root.read_only {
             true => mount(libc::MS_RDONLY),

@@ -75,13 +75,19 @@ pub fn mount_all() -> Result<(), String> {
 
 /// Mounts, or moves what is mounted.
 pub fn mount(
-    source: &str,
-    target: &str,
+    source: impl AsRef<[u8]>,
+    target: impl AsRef<[u8]>,
     kind: &str,
     flags: libc::c_ulong,
     data: &str,
 ) -> io::Result<()> {
-    let [source, target, kind, data] = [source, target, kind, data].map(CString::new);
+    let texts = [
+        source.as_ref(),
+        target.as_ref(),
+        kind.as_bytes(),
+        data.as_bytes(),
+    ];
+    let [source, target, kind, data] = texts.map(CString::new);
     let (source, target, kind, data) = (source?, target?, kind?, data?);
     // SAFETY: four strings that live until the call returns.
     let result = unsafe {

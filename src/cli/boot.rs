@@ -68,9 +68,7 @@ pub fn run(args: Args, timeline: Timeline) -> Result<ExitCode, Failure> {
             list.extend_from_slice(path.as_os_str().as_bytes());
             list.push(0);
         }
-        std::io::stdout()
-            .write_all(&list)
-            .or_host("standard output")?;
+        super::print_bytes(&list)?;
         return Ok(ExitCode::SUCCESS);
     }
     let ending = machine::run(&config, timeline)?;

@@ -16,6 +16,7 @@ pub mod run;
 pub mod vms;
 pub mod volume;
 
+use std::ffi::OsString;
 use std::fmt::Display;
 use std::fs::{self, Permissions};
 use std::io::{self, Write};
@@ -26,11 +27,12 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use tempfile::NamedTempFile;
 
-use crate::failure::{Class, Failure, OrFail};
+use crate::failure::{Class, Failure};
 
 /// A VM that starts faster than a container.
 #[derive(Parser)]
-#[command(name = "mayfly", version, about, after_help = EXIT_CODES, args_conflicts_with_subcommands = true)]
+#[command(name = "mayfly", version, about, after_help = EXIT_CODES, args_conflicts_with_subcommands = true,
+          args_override_self = true)]
 pub struct Cli {
     #[command(subcommand)]
     verb: Option<Verb>,
@@ -88,9 +90,16 @@ Exit codes:
 pub fn run() -> ExitCode {
     let launched = crate::compare::container::now();
     let timeline = crate::timing::Timeline::start();
-    let cli = match Cli::try_parse() {
+    let words = match crate::arguments::take() {
+        Ok(words) => words,
+        Err(error) => {
+            report(&format_args!("reading the command line: {error}"));
+            return ExitCode::from(Class::Internal as u8);
+        }
+    };
+    let cli = match Cli::try_parse_from(&words) {
         Ok(cli) => cli,
-        Err(error) => return refuse(&error),
+        Err(error) => return refuse(&error, words.get(1)),
     };
     let result = match cli.verb {
         None => boot::run(boot::Args::bare(), timeline),
@@ -102,7 +111,9 @@ pub fn run() -> ExitCode {
         Some(Verb::Image(args)) => image::run(args),
         Some(Verb::Guest(args)) => guest::run(args),
         Some(Verb::Volume(args)) => volume::run(args),
-        Some(Verb::Run(args)) => return run::run(*args, timeline),
+        Some(Verb::Run(args)) => {
+            return run::run(*args, words.get(2..).unwrap_or_default(), timeline);
+        }
         Some(Verb::Vms(verb)) => vms::run(verb),
         Some(Verb::Doctor(args)) => doctor::run(args),
         Some(Verb::Kernel(args)) => kernel::run(args),
@@ -117,20 +128,34 @@ pub fn run() -> ExitCode {
 
 /// Prints help, or what is wrong with the words. Those whose status is that of a
 /// command in a VM need one of their own.
-fn refuse(error: &clap::Error) -> ExitCode {
-    let _ = error.print();
-    let verb = std::env::args_os().nth(1).unwrap_or_default();
-    match error.exit_code() {
-        0 => ExitCode::SUCCESS,
-        _ if ["run", "exec", "attach"].iter().any(|it| verb == *it) => {
-            ExitCode::from(crate::run::STATUS_FAILED)
+fn refuse(error: &clap::Error, verb: Option<&OsString>) -> ExitCode {
+    let failed = match verb {
+        Some(verb) if ["run", "exec", "attach"].iter().any(|it| verb == *it) => {
+            crate::run::STATUS_FAILED
         }
-        code => ExitCode::from(u8::try_from(code).unwrap_or(Class::Config as u8)),
+        _ => Class::Config as u8,
+    };
+    let printed = error.print().and_then(|()| io::stdout().flush());
+    match (error.exit_code(), printed) {
+        (0, Ok(())) => ExitCode::SUCCESS,
+        (0, Err(error)) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        (0, Err(error)) => {
+            report(&format_args!("standard output: {error}"));
+            match failed {
+                crate::run::STATUS_FAILED => ExitCode::from(failed),
+                _ => ExitCode::from(Class::Host as u8),
+            }
+        }
+        _ => ExitCode::from(failed),
     }
 }
 
 /// One line on standard error. Nobody may be there to read it.
 fn report(message: &impl Display) {
+    let message = message.to_string();
+    if message.is_empty() {
+        return; // nobody is to be told
+    }
     let _ = writeln!(std::io::stderr(), "mayfly: {message}");
 }
 
@@ -150,7 +175,94 @@ fn replace(path: &Path, data: &[u8]) -> io::Result<()> {
     file.persist(path).map(drop).map_err(|error| error.error)
 }
 
-/// Prints a line; a reader that has gone is a failure, not a panic.
+/// Prints a line.
 fn print(line: &str) -> Result<(), Failure> {
-    writeln!(std::io::stdout(), "{line}").or_host("standard output")
+    print_bytes(&[line.as_bytes(), b"\n"].concat())
+}
+
+/// Prints something, at once. That its reader has gone is no news, but there is no use
+/// in going on either.
+fn print_bytes(bytes: &[u8]) -> Result<(), Failure> {
+    let mut output = io::stdout().lock();
+    printed(output.write_all(bytes).and_then(|()| output.flush()))
+}
+
+/// What comes of printing.
+fn printed(result: io::Result<()>) -> Result<(), Failure> {
+    result.map_err(|error| match error.kind() {
+        io::ErrorKind::BrokenPipe => Failure::new(Class::ReaderGone, ""),
+        _ => Failure::host(format!("standard output: {error}")),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::ffi::OsStringExt;
+
+    /// What `mayfly run` makes of words; the flags, and what is behind the image.
+    fn run_words(words: &[OsString]) -> (crate::run::Options, Vec<OsString>) {
+        let words = [&["mayfly".into(), "run".into()], words].concat();
+        match Cli::try_parse_from(words).unwrap().verb {
+            Some(Verb::Run(args)) => {
+                let options = args.options.sort().unwrap();
+                let command = options.command.clone();
+                (options, command)
+            }
+            _ => panic!("another verb"),
+        }
+    }
+
+    fn words(text: &str) -> Vec<OsString> {
+        text.split(' ').map(OsString::from).collect()
+    }
+
+    #[test]
+    fn nothing_behind_the_image_is_mayfly_s() {
+        for behind in [
+            "--help",
+            "-h",
+            "-i",
+            "-t",
+            "-d",
+            "--rm",
+            "--json",
+            "-v",
+            "-e",
+            "--",
+            "-- -n a",
+            "a -- b",
+            "--detached x",
+            "--only-obtain",
+            "-e A=b --memory 1G",
+            "--unknown",
+        ] {
+            for before in ["img", "--rm img", "-it -e A=b --name n img", "-- img"] {
+                let all = words(&format!("{before} {behind}"));
+                let (options, command) = run_words(&all);
+                assert_eq!(options.image, "img", "{before} {behind}");
+                assert_eq!(command, words(behind), "{before} {behind}");
+            }
+            let all = words(&format!("mayfly exec -i -- web {behind}"));
+            match Cli::try_parse_from(all).unwrap().verb {
+                Some(Verb::Vms(vms::Verb::Exec(args))) => {
+                    assert_eq!(args.words()[1..], words(behind), "{behind}");
+                }
+                _ => panic!("another verb"),
+            }
+        }
+        let bytes = OsString::from_vec(b"gr\xfcn".to_vec());
+        let (_, command) = run_words(&["img".into(), bytes.clone()]);
+        assert_eq!(command, [bytes]);
+    }
+
+    #[test]
+    fn flags_are_taken_as_docker_takes_them() {
+        let (options, _) = run_words(&words("--rm --rm=false -it=false --name a --name b img"));
+        assert!(!options.remove && options.interactive && !options.terminal);
+        assert_eq!(options.name().unwrap(), "b");
+        let (options, _) = run_words(&words("-e A -e B --env C --network none --init img"));
+        assert_eq!(options.environment, ["A", "B", "C"]);
+        assert_eq!(options.net.as_deref(), Some("none"));
+    }
 }

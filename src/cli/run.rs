@@ -1,5 +1,6 @@
 //! `mayfly run`
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use crate::run::{self, Options};
@@ -23,13 +24,15 @@ Exit status: the command's own; 128+N if a signal ended it; 124 after --timeout;
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
+    /// What is wanted.
     #[command(flatten)]
-    options: Options,
+    pub(super) options: Options,
 }
 
 /// Runs an image; mayfly's own failures have a status that commands hardly use.
-pub fn run(args: Args, timeline: Timeline) -> ExitCode {
-    let status = run::run(&args.options, timeline).unwrap_or_else(|failure| {
+/// `words` are those of the command line behind the verb.
+pub fn run(args: Args, words: &[OsString], timeline: Timeline) -> ExitCode {
+    let status = run::run(args.options, words, timeline).unwrap_or_else(|failure| {
         super::report(&failure);
         failure.signal_status().unwrap_or(run::STATUS_FAILED)
     });

@@ -1,7 +1,9 @@
 //! `mayfly ps`, `logs`, `exec`, `attach`, `cp`, `stop`, `kill`, `wait`, `rm`,
 //! `inspect`, `stats`: VMs of `mayfly run`.
 
-use std::io::{self, IsTerminal, Write};
+use std::ffi::OsString;
+use std::io::{self, IsTerminal};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
@@ -20,6 +22,9 @@ use crate::run::{self, CopyOptions, ExecOptions, Usage, end, signal};
 
 /// A machine that takes longer to tell of itself is left out.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How many seconds a command has to end, if nobody says how many.
+const STOP_TIMEOUT: u64 = 10;
 
 const CP_EXAMPLES: &str = "\
 Examples:
@@ -61,31 +66,7 @@ pub enum Verb {
     },
     /// Run another command in a VM
     #[command(after_help = "Examples:\n  mayfly exec web ls /\n  mayfly exec -it web sh")]
-    Exec {
-        /// Pass standard input on
-        #[arg(short, long)]
-        interactive: bool,
-        /// Give the command a terminal
-        #[arg(short, long)]
-        tty: bool,
-        /// An environment variable, the host's own if there is no value (repeatable)
-        #[arg(short, long, value_name = "NAME[=VALUE]")]
-        env: Vec<String>,
-        /// The folder to run in [default: that of the VM's command]
-        #[arg(short, long, value_name = "DIR")]
-        workdir: Option<String>,
-        /// Who runs it [default: the user of the VM's command]
-        #[arg(short, long, value_name = "USER[:GROUP]")]
-        user: Option<String>,
-        /// What to type on a terminal to leave it; it goes on
-        #[arg(long, value_name = "KEYS", default_value = detach::DEFAULT)]
-        detach_keys: String,
-        /// The VM's name
-        vm: String,
-        /// What to run
-        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
-        command: Vec<String>,
-    },
+    Exec(ExecArgs),
     /// Connect to the command of a VM in the background
     Attach {
         /// Do not pass standard input on
@@ -108,16 +89,16 @@ pub enum Verb {
         follow_link: bool,
         /// VM:PATH, a path of the host, or - for a tar archive on standard input
         #[arg(value_name = "SRC")]
-        from: String,
+        from: OsString,
         /// VM:PATH, a path of the host, or - for a tar archive on standard output
         #[arg(value_name = "DEST")]
-        to: String,
+        to: OsString,
     },
     /// Ask VMs' commands to end; after a time, end them
     Stop {
-        /// How many seconds they have
-        #[arg(short, long, value_name = "SECONDS", default_value_t = 10)]
-        time: u64,
+        /// How many seconds they have [default: what --stop-timeout of run said, else 10]
+        #[arg(short, long, visible_alias = "timeout", value_name = "SECONDS")]
+        time: Option<u64>,
         /// Their names
         #[arg(required = true)]
         vm: Vec<String>,
@@ -165,6 +146,80 @@ pub enum Verb {
     },
 }
 
+/// What to run in a VM.
+#[derive(clap::Args)]
+pub struct ExecArgs {
+    /// Pass standard input on
+    #[arg(short, long, num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          default_value = "false", hide_default_value = true, value_name = "true|false",
+          hide_possible_values = true, action = clap::ArgAction::Set)]
+    interactive: bool,
+    /// Give the command a terminal
+    #[arg(short, long, num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          default_value = "false", hide_default_value = true, value_name = "true|false",
+          hide_possible_values = true, action = clap::ArgAction::Set)]
+    tty: bool,
+    /// Let it run, and do not wait for it
+    #[arg(short, long, num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          default_value = "false", hide_default_value = true, value_name = "true|false",
+          hide_possible_values = true, action = clap::ArgAction::Set)]
+    detach: bool,
+    /// An environment variable, the host's own if there is no value (repeatable)
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    env: Vec<OsString>,
+    /// A file with a variable in each line (repeatable)
+    #[arg(long, value_name = "FILE")]
+    env_file: Vec<PathBuf>,
+    /// The folder to run in [default: that of the VM's command]
+    #[arg(short, long, value_name = "DIR")]
+    workdir: Option<OsString>,
+    /// Who runs it [default: the user of the VM's command]
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    user: Option<String>,
+    /// Nothing, for Docker's command lines: root has all that the VM's kernel gives
+    #[arg(long)]
+    privileged: bool,
+    /// What to type on a terminal to leave it; it goes on
+    #[arg(long, value_name = "KEYS", default_value = detach::DEFAULT)]
+    detach_keys: String,
+    /// The VM's name, and what to run, word by word, with whatever flags it has
+    // One list: nothing behind its first word is a flag.
+    #[arg(value_names = ["VM", "COMMAND"], required = true, num_args = 1..,
+          trailing_var_arg = true)]
+    words: Vec<OsString>,
+}
+
+impl ExecArgs {
+    #[cfg(test)]
+    pub(super) fn words(&self) -> &[OsString] {
+        &self.words
+    }
+
+    fn run(self) -> Result<u8, Failure> {
+        let mut words = self.words.into_iter();
+        let name = words.next().unwrap_or_default();
+        let command: Vec<_> = words.collect();
+        let name = name.to_string_lossy().into_owned();
+        if command.is_empty() {
+            return Err(Failure::config(format!(
+                "exec {name}: say what to run: mayfly exec {name} COMMAND"
+            )));
+        }
+        run::exec(ExecOptions {
+            interactive: self.interactive,
+            terminal: self.tty,
+            detach: self.detach,
+            environment: self.env,
+            environment_files: self.env_file,
+            folder: self.workdir,
+            user: self.user,
+            detach_keys: keys(&self.detach_keys)?,
+            name,
+            command,
+        })
+    }
+}
+
 /// Does it.
 pub fn run(verb: Verb) -> Result<ExitCode, Failure> {
     match verb {
@@ -175,30 +230,7 @@ pub fn run(verb: Verb) -> Result<ExitCode, Failure> {
             timestamps,
             vm,
         } => logs::print(&Place::find(&vm)?, follow, tail, timestamps)?,
-        Verb::Exec {
-            interactive,
-            tty,
-            env,
-            workdir,
-            user,
-            detach_keys,
-            vm,
-            command,
-        } => {
-            let exec = |detach_keys| {
-                run::exec(ExecOptions {
-                    interactive,
-                    terminal: tty,
-                    environment: env,
-                    folder: workdir,
-                    user,
-                    detach_keys,
-                    name: vm,
-                    command,
-                })
-            };
-            return Ok(exit_code(keys(&detach_keys).and_then(exec)));
-        }
+        Verb::Exec(args) => return Ok(exit_code(args.run())),
         Verb::Attach {
             no_stdin,
             detach_keys,
@@ -219,6 +251,8 @@ pub fn run(verb: Verb) -> Result<ExitCode, Failure> {
             to,
         })?,
         Verb::Stop { time, vm } => each(&vm, |place| {
+            let said = || place.record().ok().and_then(|vm| vm.stop_timeout);
+            let time = time.or_else(said).unwrap_or(STOP_TIMEOUT);
             end::stop(place, Duration::from_secs(time))?;
             super::print(&place.name())
         })?,
@@ -306,7 +340,7 @@ fn ps(all: bool, quiet: bool, as_json: bool) -> Result<(), Failure> {
         "NAME", "IMAGE", "COMMAND", "CREATED", "STATUS", "PORTS"
     ))?;
     for (state, vm, how) in vms {
-        let command = printable::text(&vm.command.join(" "));
+        let command = printable::text(&command_line(&vm));
         super::print(&format!(
             "{:<24} {:<20} {:<24} {:<12} {:<24} {}",
             vm.name,
@@ -318,6 +352,11 @@ fn ps(all: bool, quiet: bool, as_json: bool) -> Result<(), Failure> {
         ))?;
     }
     Ok(())
+}
+
+fn command_line(vm: &Record) -> String {
+    let words: Vec<_> = vm.command.iter().map(ToString::to_string).collect();
+    words.join(" ")
 }
 
 fn status(state: State, vm: &Record, how: &Status) -> String {
@@ -398,7 +437,7 @@ fn stats(names: &[String], as_json: bool, once: bool) -> Result<(), Failure> {
         if !as_json {
             if !once {
                 // The screen is this list's.
-                let _ = io::stdout().write_all(b"\x1b[2J\x1b[H");
+                super::print_bytes(b"\x1b[2J\x1b[H")?;
             }
             super::print(&format!(
                 "{:<24} {:>7} {:>20}",

@@ -1,5 +1,7 @@
 //! `--disk`
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -63,21 +65,44 @@ pub struct DiskConfig {
     pub limits: Limits,
     /// How many queues it has.
     pub queues: Queues,
+    /// What asked for it, if that was not `--disk`.
+    pub origin: Option<String>,
 }
 
-impl FromStr for DiskConfig {
-    type Err = String;
+impl DiskConfig {
+    /// The disk of a volume of `mayfly run`, which a flag asked for.
+    pub fn of_volume(path: PathBuf, read_only: bool, flag: String) -> Self {
+        DiskConfig {
+            path,
+            format: Format::Raw,
+            backing: None,
+            read_only,
+            id: None,
+            limits: Limits::default(),
+            queues: Queues::Number(1),
+            origin: Some(flag),
+        }
+    }
 
-    fn from_str(text: &str) -> Result<Self, String> {
-        let mut keys = Keys::parse(text, SYNTAX);
+    /// What asked for it, for messages.
+    pub fn flag(&self) -> String {
+        let own = || format!("--disk path={}", self.path.display());
+        self.origin.clone().unwrap_or_else(own)
+    }
+
+    /// Reads a value of `--disk`, whose paths may be of any bytes.
+    pub fn parse(text: &OsStr) -> Result<Self, String> {
+        let mut keys = Keys::parse_bytes(text.as_bytes(), SYNTAX);
+        let path = keys.path("path")?;
         let disk = DiskConfig {
-            path: keys.required("path")?.into(),
+            path: path.ok_or_else(|| format!("has no path=; write {SYNTAX}"))?,
             format: take_format(&mut keys, "format")?.unwrap_or_default(),
             backing: take_backing(&mut keys)?,
             read_only: keys.flag("ro")?,
             id: keys.value("id")?,
             limits: take_limits(&mut keys, "iops")?,
             queues: Queues::take(&mut keys)?,
+            origin: None,
         };
         keys.finish()?;
         if disk.backing.is_some() && disk.format != Format::Qcow2 {
@@ -92,6 +117,14 @@ impl FromStr for DiskConfig {
     }
 }
 
+impl FromStr for DiskConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        DiskConfig::parse(text.as_ref())
+    }
+}
+
 fn take_format(keys: &mut Keys, key: &str) -> Result<Option<Format>, String> {
     let value = keys.value(key)?;
     let format = value.as_deref().map(str::parse).transpose();
@@ -100,9 +133,9 @@ fn take_format(keys: &mut Keys, key: &str) -> Result<Option<Format>, String> {
 
 fn take_backing(keys: &mut Keys) -> Result<Option<BackingConfig>, String> {
     let format = take_format(keys, "backing-format")?;
-    match (keys.value("backing")?, format) {
+    match (keys.path("backing")?, format) {
         (Some(path), format) => Ok(Some(BackingConfig {
-            path: path.into(),
+            path,
             format: format.unwrap_or_default(),
         })),
         (None, Some(_)) => Err("backing-format needs backing=".into()),
@@ -132,6 +165,13 @@ mod tests {
         };
         assert_eq!((disk.format, disk.backing), (Format::Qcow2, Some(backing)));
         assert_eq!(disk.queues.number(3), 3);
+        let bytes = b"path=gr\xfcn,,b=c.img,ro,format=qcow2,backing=\xfc";
+        let disk = DiskConfig::parse(OsStr::from_bytes(bytes)).unwrap();
+        assert_eq!(disk.path.as_os_str().as_bytes(), b"gr\xfcn,b=c.img");
+        let backing = disk.backing.unwrap();
+        assert_eq!(backing.path.as_os_str().as_bytes(), b"\xfc");
+        let refused = DiskConfig::parse(OsStr::from_bytes(b"path=a,id=\xfc"));
+        assert_eq!(refused.unwrap_err(), "id= is not UTF-8");
         for bad in [
             "",
             "a.img",

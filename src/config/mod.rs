@@ -16,6 +16,7 @@ mod size;
 mod vsock;
 mod watchdog;
 
+use std::ffi::OsStr;
 use std::iter;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -156,11 +157,13 @@ impl RawConfig {
             let fits = balloon.check(&memory);
             fits.map_err(|reason| Failure::config(format!("--balloon {text}: {reason}")))?;
         }
-        let disks: Vec<DiskConfig> = parse_all(&self.disk, "--disk")?;
+        let mut disks = self.disk.iter().map(|text| disk(text));
+        let mut disks: Vec<DiskConfig> = disks.by_ref().collect::<Result<_, _>>()?;
         let nets: Vec<NetConfig> = parse_all(&self.net, "--net")?;
         for (text, disk) in self.disk.iter().zip(&disks) {
-            check_queues(disk.queues, cpus, "--disk", text)?;
+            check_queues(disk.queues, cpus, "--disk", &text.to_string_lossy())?;
         }
+        disks.extend(self.volumes);
         for (text, net) in self.net.iter().zip(&nets) {
             check_queues(net.queues(), cpus, "--net", text)?;
         }
@@ -177,7 +180,7 @@ impl RawConfig {
         let devices = disks.len() + nets.len();
         if devices + others > layout::VIRTIO_MAX {
             return Err(Failure::config(format!(
-                "--disk, --net: {devices} devices are too many; at most {} fit",
+                "{devices} disks and network devices are too many; at most {} fit",
                 layout::VIRTIO_MAX - others
             )));
         }
@@ -196,8 +199,8 @@ impl RawConfig {
             let other = disks[..index].iter().find(same);
             if other.is_some_and(|other| !(other.read_only && disk.read_only)) {
                 return Err(Failure::config(format!(
-                    "--disk path={}: given twice; only a disk with ,ro can be",
-                    disk.path.display()
+                    "{}: given twice; only a disk with ,ro can be",
+                    disk.flag()
                 )));
             }
         }
@@ -245,6 +248,11 @@ impl RawConfig {
             accept_kvm: self.accept_kvm,
         })
     }
+}
+
+fn disk(text: &OsStr) -> Result<DiskConfig, Failure> {
+    DiskConfig::parse(text)
+        .map_err(|error| Failure::config(format!("--disk {}: {error}", text.display())))
 }
 
 fn parse_all<T: FromStr<Err = String>>(texts: &[String], flag: &str) -> Result<Vec<T>, Failure> {
@@ -358,7 +366,7 @@ mod tests {
         let config = |queues: &str| RawConfig {
             kernel: Some("k".into()),
             cpus: Some("2".into()),
-            disk: vec![format!("path=a,queues={queues}")],
+            disk: vec![format!("path=a,queues={queues}").into()],
             net: vec![format!("tap=a,queues={queues}")],
             ..Default::default()
         };

@@ -1,5 +1,6 @@
 //! What the user gave: flags of `mayfly boot`, or the same words as TOML.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -8,6 +9,7 @@ use mayfly_boot::Protocol;
 use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
+use super::disk::DiskConfig;
 use super::keys::escape;
 use crate::failure::{Failure, OrFail};
 use crate::kvm::accept::AcceptKvm;
@@ -53,8 +55,8 @@ pub struct RawConfig {
         long,
         value_name = "path=F[,ro][,id=S][,format=raw|qcow2][,backing=F][,bw=10M][,iops=500][,queues=N]"
     )]
-    #[serde(deserialize_with = "words")]
-    pub disk: Vec<String>,
+    #[serde(deserialize_with = "os_words")]
+    pub disk: Vec<OsString>,
     /// A network device on a TAP device, or on sockets by passt (repeatable); limits
     /// are a second's, each way. A user's network may have publish=[IP:]HOST:GUEST[/udp],
     /// allow=CIDR|DOMAIN[:PORT], dns=IP (each repeatable), host-loopback
@@ -109,6 +111,10 @@ pub struct RawConfig {
     #[arg(skip)]
     #[serde(skip)]
     pub layers: Vec<PathBuf>,
+    /// The disks of an image's volumes, behind those of `--disk`
+    #[arg(skip)]
+    #[serde(skip)]
+    pub volumes: Vec<DiskConfig>,
     /// Signals do not end the machine: whoever runs it takes them
     #[arg(skip)]
     #[serde(skip)]
@@ -163,7 +169,9 @@ impl RawConfig {
 
     /// These flags, and what they leave open as the file says.
     pub fn or(self, file: RawConfig) -> Self {
-        let either = |flags: Vec<String>, file| if flags.is_empty() { file } else { flags };
+        fn either<T>(flags: Vec<T>, file: Vec<T>) -> Vec<T> {
+            if flags.is_empty() { file } else { flags }
+        }
         RawConfig {
             name: self.name.or(file.name),
             kernel: self.kernel.or(file.kernel),
@@ -185,6 +193,7 @@ impl RawConfig {
             pidfile: self.pidfile.or(file.pidfile),
             accept_kvm: self.accept_kvm,
             layers: self.layers,
+            volumes: self.volumes,
             ignores_signals: self.ignores_signals,
         }
     }
@@ -271,10 +280,14 @@ fn words<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::E
     deserializer.deserialize_seq(List)
 }
 
+fn os_words<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<OsString>, D::Error> {
+    words(deserializer).map(|words| words.into_iter().map(OsString::from).collect())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{DiskConfig, NetConfig};
+    use crate::config::NetConfig;
 
     #[test]
     fn toml_says_what_flags_say() {
@@ -296,7 +309,7 @@ mod tests {
         assert_eq!(file.cpus.as_deref(), Some("2"));
         assert_eq!(file.memory.as_deref(), Some("2G,shared"));
         assert_eq!(file.boot_protocol, Some(BootProtocol::Pvh));
-        let disk: DiskConfig = file.disk[0].parse().unwrap();
+        let disk = DiskConfig::parse(&file.disk[0]).unwrap();
         assert!(file.net[1].parse::<NetConfig>().is_ok());
         assert_eq!(disk.path, Path::new("a,b.img"));
         assert!(disk.read_only && disk.id.as_deref() == Some("root"));

@@ -109,7 +109,7 @@ pub fn attach(
         devices.add("layers", "the image's layers", device);
     }
     for (index, (disk, from)) in resources.disks.drain(..).zip(&config.disks).enumerate() {
-        let flag = format!("--disk path={}", from.path.display());
+        let flag = from.flag();
         let block = Block::with_prepared(disk, prepare).or_host(&flag)?;
         let limits = Some(block.limit_handle());
         devices.add_limited(format!("disk{index}"), flag, block, limits);

@@ -245,7 +245,7 @@ fn open_layers(files: &[PathBuf], locks: &mut DiskLocks) -> Result<Disk, Failure
 
 /// Opens a disk.
 fn open_disk(config: &DiskConfig, cpus: u8, locks: &mut DiskLocks) -> Result<Disk, Failure> {
-    let flag = format!("--disk path={}", config.path.display());
+    let flag = config.flag();
     let (file, len) = open_image(&config.path, config.read_only, &flag, locks)?;
     let backing = match &config.backing {
         None => None,
@@ -339,7 +339,7 @@ fn open_image(
             "{flag}: is locked: another VM uses it{}",
             match read_only {
                 true => " and may write to it",
-                false => "; VMs can share it if all have it with ,ro",
+                false => "; VMs can share it if all have it read-only",
             }
         ))),
         Err(TryLockError::Error(error)) => Err(refusal(&error, flag)),

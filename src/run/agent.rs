@@ -190,6 +190,22 @@ impl Agent {
         self.ask(&HostMessage::Start(Box::new(process)))
     }
 
+    /// Leaves a process that runs; what it wrote until then is nobody's.
+    pub fn leave(&mut self) -> Result<(), AgentError> {
+        self.link.send(&HostMessage::Detach)?;
+        loop {
+            match self.frames.frame()? {
+                Some(Frame::Message(GuestMessage::Done | GuestMessage::Exited(_))) => return Ok(()),
+                Some(Frame::Message(GuestMessage::Failed(failed))) => {
+                    return Err(AgentError::Failed(harmless(failed)));
+                }
+                Some(Frame::Data(Stream::Out | Stream::Err, _)) => {}
+                Some(_) => return Err(AgentError::Nonsense),
+                None => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+            }
+        }
+    }
+
     /// The entries of what was asked for.
     pub fn entries(&mut self) -> io::Result<impl Source> {
         self.link.lock().set_read_timeout(None)?;

@@ -1,5 +1,6 @@
 //! Starting a VM in the background.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
@@ -12,6 +13,7 @@ use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
 use super::record::Place;
 use super::{STATUS_FAILED, signalled};
+use crate::arguments;
 use crate::failure::{Failure, OrFail};
 use crate::helper;
 use crate::machine::StartSignals;
@@ -24,22 +26,28 @@ const SAID_MAX: usize = 256;
 /// One that was told to end by a signal has so long to clear up.
 const GRACE_PERIOD: Duration = Duration::from_secs(10);
 
-/// Starts this program again in the background, and waits until its command runs.
-pub fn detach(name: &str) -> Result<u8, Failure> {
-    let mut words = std::env::args_os();
+/// Starts this program again in the background, and waits until its command runs. `words` are
+/// those of the command line behind the verb.
+pub fn detach(name: &str, words: &[OsString]) -> Result<u8, Failure> {
     let program = std::env::current_exe().or_host(WHAT)?;
-    words.next();
     let mut command = Command::new(program);
-    // The verb, then what makes it the one in the background, then all as given.
-    command.args(words.next());
-    command.args(["--detached", name]).args(words);
-    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    // What makes it the one in the background, then all as given; but everybody can
+    // read what a process was started with, and values may be secrets.
+    command.args(["run", "--detached", name]);
+    command.args(arguments::without_values(words));
+    command.stdin(Stdio::piped()).stdout(Stdio::piped());
     helper::leave(&mut command);
     let signals = StartSignals::take().or_internal("blocking signals")?;
     let mut child = command.spawn().or_host(WHAT)?;
+    if let Some(input) = child.stdin.take() {
+        // If it has gone, it told why.
+        let _ = arguments::hand_over(words, input);
+    }
     let (said, sent) = hear(&mut child, &signals)?;
+    // The name is another if a VM had the one that was made up here.
     if let Some(name) = started(&said) {
-        let _ = writeln!(io::stdout(), "{name}");
+        writeln!(io::stdout(), "{name}")
+            .or_host(format_args!("standard output, as {name} runs"))?;
         return Ok(0);
     }
     let status = child.wait().or_host(WHAT)?;

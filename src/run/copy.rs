@@ -4,6 +4,7 @@
 //! place that the user named and nowhere else, and what it calls its things is never
 //! asked: a copy of `VM:/etc/hosts` is a file of the name `hosts`, or nothing.
 
+use std::ffi::{OsStr, OsString};
 use std::io::{self, BufRead, BufReader, BufWriter, IsTerminal, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -14,7 +15,8 @@ use mayfly_guest::protocol::{HostMessage, Unpack};
 
 use super::agent::Agent;
 use super::record::{self, State};
-use crate::failure::{Failure, OrFail};
+use crate::arguments::split_at;
+use crate::failure::{Class, Failure, OrFail};
 use crate::image::tarball::{self, Entries, Meta, Writer};
 use crate::image::tree::normalised;
 use crate::printable;
@@ -27,9 +29,9 @@ pub struct CopyOptions {
     /// Follow a symbolic link that is named itself.
     pub follow: bool,
     /// `VM:PATH`, a path of the host, or `-` for a tar archive.
-    pub from: String,
+    pub from: OsString,
     /// The same.
-    pub to: String,
+    pub to: OsString,
 }
 
 /// One side of a copy.
@@ -37,25 +39,33 @@ pub struct CopyOptions {
 enum Side<'a> {
     Tar,
     Host(&'a Path),
-    Guest(&'a str, &'a str),
+    Guest(&'a str, &'a [u8]),
 }
 
-/// A path with a colon in it is a VM's, unless it begins with a slash or a dot.
-fn side(text: &str) -> Side<'_> {
-    match text.split_once(':') {
+/// A path with a colon in it is a VM's, unless it begins with a slash or a dot. VMs have
+/// names of ASCII: what is none is a path.
+fn side(text: &OsStr) -> Side<'_> {
+    let (vm, path) = split_at(text, b':');
+    match (std::str::from_utf8(vm), path) {
         _ if text == "-" => Side::Tar,
-        Some((vm, path)) if !text.starts_with(['/', '.']) => Side::Guest(vm, path),
+        (Ok(vm), Some(path)) if !vm.starts_with(['/', '.']) => Side::Guest(vm, path),
         _ => Side::Host(Path::new(text)),
     }
 }
 
 /// What a source is called where it goes; nothing, if only what is in it goes there.
-fn name_of(path: &str) -> &str {
-    match path.trim_end_matches('/').rsplit('/').next() {
+fn name_of(path: &[u8]) -> &[u8] {
+    let end = path
+        .iter()
+        .rposition(|&byte| byte != b'/')
+        .map_or(0, |last| last + 1);
+    let name = path.get(..end).unwrap_or_default();
+    let name = name.rsplit(|&byte| byte == b'/').next().unwrap_or_default();
+    match name {
         // The folder itself.
-        _ if path.ends_with("/.") || path == "." => "",
-        Some(name) if name != ".." => name,
-        _ => "",
+        _ if path.ends_with(b"/.") || path == b"." => b"",
+        b".." => b"",
+        name => name,
     }
 }
 
@@ -90,7 +100,7 @@ fn failed(vm: &str) -> impl Fn(io::Error) -> Failure + '_ {
 }
 
 /// From a guest.
-fn fetch(options: &CopyOptions, vm: &str, path: &str, to: &Side) -> Result<(), Failure> {
+fn fetch(options: &CopyOptions, vm: &str, path: &[u8], to: &Side) -> Result<(), Failure> {
     if *to == Side::Tar && io::stdout().is_terminal() {
         return Err(Failure::config(
             "an archive is not for a terminal; write its output to a file, or to tar",
@@ -107,10 +117,13 @@ fn fetch(options: &CopyOptions, vm: &str, path: &str, to: &Side) -> Result<(), F
     let name = name_of(path);
     let Side::Host(target) = *to else {
         let mut sink = ToTar::new(name, BufWriter::new(io::stdout()));
-        return copy(&mut source, &mut sink).map_err(failed(vm));
+        return copy(&mut source, &mut sink).map_err(|error| match error.kind() {
+            io::ErrorKind::BrokenPipe => Failure::new(Class::ReaderGone, ""),
+            _ => failed(vm)(error),
+        });
     };
     let first = source.next().map_err(failed(vm))?;
-    let first = first.ok_or_else(|| Failure::host(format!("{vm}: {path}: nothing came")))?;
+    let first = first.ok_or_else(|| Failure::host(format!("{vm}: nothing came")))?;
     let place = Place::of_target(&Unpack {
         path: target.as_os_str().as_bytes().to_vec(),
         name: name.into(),
@@ -136,7 +149,7 @@ fn fetch(options: &CopyOptions, vm: &str, path: &str, to: &Side) -> Result<(), F
 }
 
 /// Into a guest.
-fn bring(options: &CopyOptions, from: &Side, vm: &str, path: &str) -> Result<(), Failure> {
+fn bring(options: &CopyOptions, from: &Side, vm: &str, path: &[u8]) -> Result<(), Failure> {
     let wish = Unpack {
         path: path.into(),
         ..Unpack::default()
@@ -151,7 +164,7 @@ fn bring(options: &CopyOptions, from: &Side, vm: &str, path: &str) -> Result<(),
             let place = Place::of_source(text, options.follow).or_config("cp")?;
             let walk = Walk::new(&place).or_config("cp")?;
             let wish = Unpack {
-                name: name_of(&source.to_string_lossy()).into(),
+                name: name_of(text).into(),
                 folder: walk.is_folder(),
                 ..wish
             };
@@ -203,7 +216,7 @@ struct ToTar<W: Write> {
 }
 
 impl<W: Write> ToTar<W> {
-    fn new(name: &str, output: W) -> Self {
+    fn new(name: &[u8], output: W) -> Self {
         ToTar {
             name: name.into(),
             writer: Some(Writer::new(output)),
@@ -249,7 +262,8 @@ impl<W: Write> Sink for ToTar<W> {
 
     fn finish(&mut self) -> io::Result<()> {
         match self.writer.take() {
-            Some(writer) => writer.finish().map(drop),
+            // What it holds back may be what cannot be written.
+            Some(writer) => writer.finish().and_then(|mut output| output.flush()),
             None => Ok(()),
         }
     }
@@ -329,13 +343,13 @@ mod tests {
     fn sides_are_docker_s() {
         for (text, expected) in [
             ("-", Side::Tar),
-            ("web:/etc", Side::Guest("web", "/etc")),
-            ("web:", Side::Guest("web", "")),
+            ("web:/etc", Side::Guest("web", b"/etc")),
+            ("web:", Side::Guest("web", b"")),
             ("a/b", Side::Host(Path::new("a/b"))),
             ("./a:b", Side::Host(Path::new("./a:b"))),
             ("/a:b", Side::Host(Path::new("/a:b"))),
         ] {
-            assert_eq!(side(text), expected, "{text}");
+            assert_eq!(side(text.as_ref()), expected, "{text}");
         }
         for (path, name) in [
             ("/etc", "etc"),
@@ -347,7 +361,7 @@ mod tests {
             ("", ""),
             ("a/..", ""),
         ] {
-            assert_eq!(name_of(path), name, "{path}");
+            assert_eq!(name_of(path.as_bytes()), name.as_bytes(), "{path}");
         }
         let words = |from: &str, to: &str| {
             cp(&CopyOptions {
@@ -367,7 +381,7 @@ mod tests {
         data: &[u8],
     ) -> io::Result<Vec<(Entry, Vec<u8>)>> {
         let path = tempfile::NamedTempFile::new()?;
-        let mut sink = ToTar::new(name, path.reopen()?);
+        let mut sink = ToTar::new(name.as_bytes(), path.reopen()?);
         for entry in entries {
             sink.put(entry, &mut &*data)?;
         }

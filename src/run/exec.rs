@@ -1,6 +1,9 @@
 //! `mayfly exec` and `mayfly attach`: more connections to a VM's agent.
 
+use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
@@ -8,11 +11,10 @@ use mayfly_guest::protocol::{HostMessage, Process, Size};
 
 use super::agent::{Agent, AgentError, Link, Patient, Streams};
 use super::detach::DetachKeys;
-use super::plan::variables;
+use super::environment::Wishes;
 use super::record::{Place, Record, State};
 use super::session::{Insistence, send_apart};
 use super::{SIGNALLED, standard};
-use crate::arguments;
 use crate::console::terminal::{self, RawTerminal};
 use crate::failure::{Failure, OrFail};
 use crate::machine::Signals;
@@ -24,10 +26,14 @@ pub struct ExecOptions {
     pub interactive: bool,
     /// Give the command a terminal.
     pub terminal: bool,
+    /// Let it run, and wait for nothing.
+    pub detach: bool,
     /// `NAME[=VALUE]`
-    pub environment: Vec<String>,
+    pub environment: Vec<OsString>,
+    /// Files with a variable in each line.
+    pub environment_files: Vec<PathBuf>,
     /// The folder to run in.
-    pub folder: Option<String>,
+    pub folder: Option<OsString>,
     /// `USER[:GROUP]`
     pub user: Option<String>,
     /// What to leave it with.
@@ -35,32 +41,39 @@ pub struct ExecOptions {
     /// The VM's name.
     pub name: String,
     /// What to run.
-    pub command: Vec<String>,
+    pub command: Vec<OsString>,
 }
 
 /// Runs a command in a VM, and returns its status.
 pub fn exec(options: ExecOptions) -> Result<u8, Failure> {
-    need_terminal(options.terminal)?;
+    check_terminal(options.terminal && options.interactive && !options.detach)?;
     let (place, record) = running(&options.name)?;
-    let mut environment: Vec<(Vec<u8>, Vec<u8>)> = record
-        .environment
-        .iter()
-        .map(|(name, value)| (name.clone().into(), value.clone().into()))
-        .collect();
-    if options.terminal {
-        let terminal = std::env::var("TERM").unwrap_or_else(|_| "xterm".into());
-        environment.push((b"TERM".into(), terminal.into()));
-    }
-    environment.extend(variables(&options.environment, "--env")?);
-    arguments::hide_values();
-    let process = Process {
-        arguments: options.command.into_iter().map(Into::into).collect(),
-        environment,
-        folder: options.folder.unwrap_or(record.folder).into(),
-        user: options.user.unwrap_or(record.user),
-        terminal: options.terminal.then(here),
-        input: options.interactive,
+    let wishes = Wishes {
+        flags: &options.environment,
+        files: &options.environment_files,
+        terminal: options.terminal,
     };
+    let given = record.environment.into_iter();
+    let mut given: Vec<_> = given.map(|(name, value)| (name.0, value.0)).collect();
+    given.extend(wishes.terminal());
+    let process = Process {
+        arguments: options
+            .command
+            .into_iter()
+            .map(OsString::into_vec)
+            .collect(),
+        environment: wishes.onto(given)?,
+        folder: options.folder.map_or(record.folder.0, OsString::into_vec),
+        user: options.user.unwrap_or(record.user),
+        groups: record.groups,
+        limits: record.limits,
+        no_new_privileges: record.no_new_privileges,
+        terminal: options.terminal.then(here),
+        input: options.interactive && !options.detach,
+    };
+    if options.detach {
+        return start_only(&place, process);
+    }
     follow(
         &place,
         HostMessage::Start(Box::new(process)),
@@ -90,19 +103,42 @@ fn running(name: &str) -> Result<(Place, Record), Failure> {
     Ok((place, record))
 }
 
-/// Refuses what asks for a terminal where there is none.
-pub fn need_terminal(wanted: bool) -> Result<(), Failure> {
+/// Starts a process that goes on when nobody follows it.
+fn start_only(place: &Place, process: Process) -> Result<u8, Failure> {
+    let mut agent = Agent::connect(&place.vsock()).or_host(place.name())?;
+    match agent.start(process).and_then(|()| agent.leave()) {
+        Ok(()) => Ok(0),
+        Err(error) => tell(place, error),
+    }
+}
+
+/// Tells why a command did not start; what that comes to as a status.
+fn tell(place: &Place, error: AgentError) -> Result<u8, Failure> {
+    match error {
+        AgentError::Failed(failed) => {
+            let _ = writeln!(io::stderr(), "mayfly: {}: {}", place.name(), failed.reason);
+            Ok(failed.status)
+        }
+        error => Err(error).or_host(place.name()),
+    }
+}
+
+/// Refuses to pass on what is typed on a terminal where there is none, as Docker does.
+/// Without input, the command has a terminal all the same.
+pub fn check_terminal(wanted: bool) -> Result<(), Failure> {
     match wanted && !io::stdin().is_terminal() {
         true => Err(Failure::config(
-            "-t needs a terminal as standard input; leave it out, or run it in one",
+            "-i and -t: standard input is no terminal; leave one of them out",
         )),
         false => Ok(()),
     }
 }
 
-/// The size of the terminal that this has.
+/// The size of the terminal that this has: where it is typed, else where it is shown.
 pub fn here() -> Size {
-    let size = standard(io::stdin()).ok().as_ref().and_then(terminal::size);
+    let input = standard(io::stdin()).ok();
+    let output = standard(io::stdout()).ok();
+    let size = [input, output].iter().flatten().find_map(terminal::size);
     match size {
         Some(size) => Size {
             rows: size.rows,
@@ -130,13 +166,7 @@ fn follow(
         .spawn(move || pass_on(&signals, &link, terminal))
         .or_host("starting a thread")?;
     let mut agent = Agent::connect(&place.vsock()).or_host(place.name())?;
-    let failed = |error: AgentError| match error {
-        AgentError::Failed(failed) => {
-            let _ = writeln!(io::stderr(), "mayfly: {}: {}", place.name(), failed.reason);
-            Ok(failed.status)
-        }
-        error => Err(error).or_host(place.name()),
-    };
+    let failed = |error| tell(place, error);
     if let Err(error) = agent.ask(&request) {
         return failed(error);
     }

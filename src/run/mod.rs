@@ -5,19 +5,27 @@
 
 pub mod agent;
 mod background;
+mod cidfile;
 mod copy;
 pub mod detach;
+mod docker;
 pub mod end;
+mod environment;
 mod exec;
+mod limits;
 pub mod log;
+mod mount;
 mod network;
 mod options;
 mod plan;
 pub mod record;
 mod session;
+mod text;
 mod usage;
 mod volumes;
 
+use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd};
@@ -33,16 +41,18 @@ pub use self::options::Options;
 pub use self::plan::{Plan, signal};
 pub use self::usage::Usage;
 
+use self::cidfile::CidFile;
 use self::log::Log;
-use self::options::Mode;
+use self::options::{Mode, Pull};
 use self::record::{Ended, NotCreated, Owned, Place, Record, now_ms};
 use self::session::{Session, SessionEnd};
+use self::text::Text;
 use self::volumes::Volumes;
 use crate::arguments;
-use crate::config::{FolderConfig, NetConfig, RawConfig, escape};
+use crate::config::{DiskConfig, FolderConfig, NetConfig, RawConfig, escape};
 use crate::failure::{Failure, OrFail};
 use crate::guests;
-use crate::image::{Bars, Image, LAYER_ROOT, PullOptions, Store, data_folder};
+use crate::image::{Bars, Image, LAYER_ROOT, Progress, PullOptions, Quiet, Store, data_folder};
 use crate::machine::{Ending, Keeper, Outcome, StartSignals};
 use crate::timing::{Timeline, TimingUs};
 use crate::unix_socket;
@@ -63,14 +73,20 @@ const CID: u32 = 3;
 /// Where the guest finds the disk for what it writes: behind the layers.
 const SCRATCH_DISK: &str = "/dev/vdb";
 
-/// Runs an image's command in a VM, and returns the status to exit with.
-pub fn run(options: &Options, timeline: Timeline) -> Result<u8, Failure> {
+/// Runs an image's command in a VM, and returns the status to exit with. `words` are
+/// those of the command line behind the verb.
+pub fn run(options: Options, words: &[OsString], timeline: Timeline) -> Result<u8, Failure> {
+    let options = &options.sort()?;
     let mode = options.mode();
-    exec::need_terminal(options.terminal && mode == Mode::Foreground)?;
+    options.docker.check()?;
+    exec::check_terminal(options.interactive && options.terminal && mode == Mode::Foreground)?;
     let network = network::network(options)?;
-    let image = obtain(&options.image)?;
+    if mode == Mode::Foreground || mode == Mode::Detach {
+        options.cidfile.as_deref().map_or(Ok(()), cidfile::check)?;
+    }
+    let image = obtain(options)?;
     if mode == Mode::Obtain {
-        for folder in Volumes::find(&options.volumes, 1)?.written {
+        for folder in Volumes::find(&options.volumes, &options.mounts, 1)?.written {
             let name = [folder.as_os_str().as_bytes(), b"\0"].concat();
             io::stdout().write_all(&name).or_host("standard output")?;
         }
@@ -78,15 +94,37 @@ pub fn run(options: &Options, timeline: Timeline) -> Result<u8, Failure> {
     }
     let plan = Plan::new(options, &image.config.config)?;
     if mode == Mode::Detach {
-        return background::detach(&plan.name);
+        return background::detach(&plan.name, words);
     }
-    arguments::hide_values();
     run_here(options, plan, &image, network, timeline)
 }
 
-fn obtain(name: &str) -> Result<Image, Failure> {
-    let bars = Bars::new();
-    Store::open_default()?.obtain(name, &PullOptions::default(), &bars)
+/// The image, from where `--pull` lets it come from.
+fn obtain(options: &Options) -> Result<Image, Failure> {
+    let name = options.image.as_str();
+    let progress: Box<dyn Progress> = match options.quiet {
+        true => Box::new(Quiet),
+        false => Box::new(Bars::new()),
+    };
+    let store = Store::open_default()?;
+    let is_path = name.starts_with(['/', '.']);
+    // What runs in the background was asked for in the foreground, and got.
+    let pull = match options.mode() {
+        Mode::Background => Pull::Missing,
+        _ => options.pull,
+    };
+    match pull {
+        Pull::Always if !is_path => {
+            let reference = name.parse().or_config("image")?;
+            store.pull(&reference, &PullOptions::default(), &*progress)
+        }
+        Pull::Never if !is_path => store.find(name)?.ok_or_else(|| {
+            Failure::config(format!(
+                "{name}: is not in the store, and --pull never is given"
+            ))
+        }),
+        _ => store.obtain(name, &PullOptions::default(), &*progress),
+    }
 }
 
 /// Makes the VM's folder. A name that the user did not choose may be another VM's: then there
@@ -122,7 +160,7 @@ fn run_here(
     let guest = guest_files(options)?;
     // Behind the layers, and the disk for what is written.
     let disks_before = 1 + usize::from(plan.disk_size.is_some());
-    let volumes = Volumes::find(&options.volumes, disks_before)?;
+    let volumes = Volumes::find(&options.volumes, &options.mounts, disks_before)?;
     // Open until the machine has it open.
     let scratch = plan.disk_size.map(|size| make_scratch(size, options));
     let scratch = scratch.transpose()?;
@@ -140,6 +178,7 @@ fn run_here(
     // What is in another comes behind it.
     let depth = |mount: &Mount| mount.target.iter().filter(|&&byte| byte == b'/').count();
     plan.setup.mounts.sort_by_key(depth);
+    let cidfile = CidFile::write(options.cidfile.as_deref(), &plan.name)?;
     let mut raw = RawConfig {
         name: Some(plan.name.clone()),
         cpus: options.cpus.clone(),
@@ -158,11 +197,12 @@ fn run_here(
     };
     (raw.kernel, raw.initrd) = guest;
     if let Some(file) = &scratch {
-        raw.disk
-            .push(format!("path=/proc/self/fd/{}", file.as_raw_fd()));
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd()).into();
+        let flag = scratch_flag(options);
+        raw.volumes.push(DiskConfig::of_volume(path, false, flag));
         plan.setup.scratch = Some(SCRATCH_DISK.to_owned());
     }
-    raw.disk.extend(volumes.disks);
+    raw.volumes.extend(volumes.disks);
     let nets = network.map(|(device, guest)| {
         plan.setup.net = Some(guest);
         device
@@ -175,6 +215,7 @@ fn run_here(
         (timeline, &signals),
     );
     let end = result?;
+    cidfile.keep();
     let ended = Ended {
         at_ms: now_ms(),
         status: end.status,
@@ -273,7 +314,18 @@ fn run_machine(
             "started_us": started_us,
             "timing_us": TimingUs::from(&ending.timeline),
         });
-        let _ = writeln!(io::stdout(), "{record}");
+        // Who asked for it must not take its absence for success.
+        let printed = writeln!(io::stdout(), "{record}");
+        if let Err(error) = printed
+            && error.kind() != io::ErrorKind::BrokenPipe
+            && end.status == 0
+        {
+            let _ = writeln!(io::stderr(), "mayfly: standard output: {error}");
+            return Ok(End {
+                status: STATUS_FAILED,
+                ..end
+            });
+        }
     }
     Ok(end)
 }
@@ -328,31 +380,49 @@ fn judge(session: &SessionEnd, ending: &Ending, name: &str, memory: &str) -> End
 }
 
 fn record(options: &Options, plan: &Plan, image: &Image) -> Record {
-    let text = |bytes: &Vec<u8>| String::from_utf8_lossy(bytes).into_owned();
+    let text = |bytes: &Vec<u8>| Text(bytes.clone());
+    let variables = plan.process.environment.iter();
+    let volumes = options.volumes.iter().chain(&options.mounts);
     Record {
         name: plan.name.clone(),
         image: options.image.clone(),
         image_id: image.id.to_string(),
         command: plan.process.arguments.iter().map(text).collect(),
-        environment: plan
-            .process
-            .environment
-            .iter()
+        environment: variables
             .map(|(name, value)| (text(name), text(value)))
             .collect(),
         user: plan.process.user.clone(),
+        groups: plan.process.groups.clone(),
         folder: text(&plan.process.folder),
         terminal: options.terminal,
-        volumes: options.volumes.clone(),
+        volumes: volumes.map(Text::from).collect(),
         ports: options.publish.clone(),
         cpus: options.cpus.clone().unwrap_or_else(|| "1".into()),
         memory: options.memory.clone().unwrap_or_else(|| "512M".into()),
         stop_signal: plan.stop_signal,
+        stop_timeout: options.stop_timeout,
+        limits: plan.process.limits.clone(),
+        no_new_privileges: plan.process.no_new_privileges,
+        labels: labels(options, image),
         created_ms: now_ms(),
         pid: std::process::id(),
         remove: options.remove,
         ended: None,
     }
+}
+
+/// The image's labels and the user's, which win.
+fn labels(options: &Options, image: &Image) -> BTreeMap<String, Text> {
+    let of_image = image.config.config.labels.iter();
+    let of_image = of_image.map(|(name, value)| (name.clone(), Text(value.clone().into())));
+    let own = options.labels.iter().map(|label| {
+        let (name, value) = arguments::split_at(label, b'=');
+        (
+            String::from_utf8_lossy(name).into_owned(),
+            Text(value.unwrap_or_default().to_vec()),
+        )
+    });
+    of_image.chain(own).collect()
 }
 
 /// The kernel, and the initramfs with our init and its modules.
@@ -368,11 +438,15 @@ fn guest_files(options: &Options) -> Result<(Option<PathBuf>, Option<PathBuf>), 
     Ok((Some(kernel), Some(initrd)))
 }
 
+fn scratch_flag(options: &Options) -> String {
+    let given = options.disk_size.as_deref().unwrap_or_default();
+    format!("--disk-size {given}")
+}
+
 /// Makes the disk for what a VM writes: where the user keeps data, as memory is
 /// what it is to save, and without a name, so that it goes with the VM.
 fn make_scratch(size: u64, options: &Options) -> Result<File, Failure> {
-    let given = options.disk_size.as_deref().unwrap_or_default();
-    let what = format!("--disk-size {given}");
+    let what = scratch_flag(options);
     let file = tempfile::tempfile_in(data_folder()?).or_host(&what)?;
     // As another process can find it, too.
     let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());

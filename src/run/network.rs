@@ -25,7 +25,11 @@ pub fn network(options: &Options) -> Result<Option<(NetConfig, Net)>, Failure> {
         );
         return Ok(None);
     }
-    let text = options.net.as_deref().unwrap_or("user");
+    let text = match options.net.as_deref() {
+        // Docker's words for what every VM has to itself.
+        None | Some("bridge" | "default") => "user",
+        Some(text) => text,
+    };
     if text == "user" {
         return user(options).map(Some);
     }
@@ -40,6 +44,12 @@ pub fn network(options: &Options) -> Result<Option<(NetConfig, Net)>, Failure> {
     }
     match text {
         "none" => Ok(None),
+        "host" => Err(Failure::config(
+            "--net host: a VM has a network of its own; publish its ports with -p, and say --net user",
+        )),
+        _ if text.starts_with("container:") => Err(Failure::config(format!(
+            "--net {text}: a VM cannot have another's network"
+        ))),
         _ => tap(text, options)
             .map(Some)
             .map_err(|why| Failure::config(format!("--net {text}: {why}"))),
@@ -63,7 +73,7 @@ fn user(options: &Options) -> Result<(NetConfig, Net), Failure> {
         addresses,
         gateways,
         dns: net.dns.clone(),
-        search: Vec::new(),
+        search: options.dns_search.clone(),
     };
     Ok((config.into(), guest))
 }
@@ -88,7 +98,7 @@ fn tap(text: &str, options: &Options) -> Result<(NetConfig, Net), String> {
         addresses: vec![(ip, prefix)],
         gateways: gateway.into_iter().collect(),
         dns: options.dns.clone(),
-        search: Vec::new(),
+        search: options.dns_search.clone(),
     };
     Ok((config, guest))
 }
@@ -115,6 +125,10 @@ mod tests {
     #[test]
     fn networks_are_few() {
         assert!(network(&options("none")).unwrap().is_none());
+        for text in ["user", "bridge", "default"] {
+            let (device, _) = network(&options(text)).unwrap().unwrap();
+            assert!(device.user().is_some(), "{text}");
+        }
         let (device, guest) = network(&options("user")).unwrap().unwrap();
         assert!(device.user().is_some());
         assert_eq!(guest.addresses[0].1, 24);
@@ -126,6 +140,8 @@ mod tests {
         for wrong in [
             "",
             "host",
+            "container:web",
+            "mynet",
             "tap=t0",
             "tap=t0,ip=10.0.0.2",
             "tap=t0,ip=10.0.0.2/33",

@@ -1,8 +1,11 @@
 //! What the user wants of `mayfly run`.
 
+use std::ffi::OsString;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use super::docker::DockerFlags;
+use crate::failure::Failure;
 use crate::kvm::accept::AcceptKvm;
 use crate::sandbox;
 
@@ -10,55 +13,81 @@ use crate::sandbox;
 #[derive(clap::Args, Clone, Debug, Default)]
 pub struct Options {
     /// Leave nothing behind: no record, no log
-    #[arg(long = "rm")]
+    #[arg(long = "rm", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          default_value = "false", hide_default_value = true, value_name = "true|false",
+          hide_possible_values = true, action = clap::ArgAction::Set)]
     pub remove: bool,
     /// Pass standard input on
-    #[arg(short, long)]
+    #[arg(short, long, num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          default_value = "false", hide_default_value = true, value_name = "true|false",
+          hide_possible_values = true, action = clap::ArgAction::Set)]
     pub interactive: bool,
     /// Give the command a terminal
-    #[arg(short = 't', long = "tty")]
+    #[arg(short = 't', long = "tty", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          default_value = "false", hide_default_value = true, value_name = "true|false",
+          hide_possible_values = true, action = clap::ArgAction::Set)]
     pub terminal: bool,
     /// Run in the background, and print the VM's name
-    #[arg(short, long)]
+    #[arg(short, long, num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          default_value = "false", hide_default_value = true, value_name = "true|false",
+          hide_possible_values = true, action = clap::ArgAction::Set)]
     pub(super) detach: bool,
     /// What the VM is called [default: the image's name and eight digits]
     #[arg(long, value_name = "NAME")]
     pub(super) name: Option<String>,
     /// An environment variable, the host's own if there is no value (repeatable)
     #[arg(short = 'e', long = "env", value_name = "NAME[=VALUE]")]
-    pub environment: Vec<String>,
+    pub environment: Vec<OsString>,
     /// A file with a variable in each line (repeatable)
     #[arg(long = "env-file", value_name = "FILE")]
     pub environment_files: Vec<PathBuf>,
     /// The folder to run in [default: the image's]
     #[arg(short = 'w', long = "workdir", value_name = "DIR")]
-    pub folder: Option<String>,
+    pub folder: Option<OsString>,
     /// Who runs it [default: the image's]
     #[arg(short, long, value_name = "USER[:GROUP]")]
     pub user: Option<String>,
     /// What runs, with COMMAND as its arguments [default: the image's]
     #[arg(long, value_name = "PROGRAM")]
-    pub entrypoint: Option<String>,
+    pub entrypoint: Option<OsString>,
     /// A folder of the host, an ext4 disk's image, or a named volume, which is made
     /// if it is missing, and filled with what the image has there; a DIR alone is one
     /// that ends with the VM (repeatable)
     #[arg(short = 'v', long = "volume", value_name = "[SRC:]DIR[:ro]")]
-    pub volumes: Vec<String>,
+    pub volumes: Vec<OsString>,
+    /// The same in other words; of type tmpfs, it is memory (repeatable)
+    #[arg(
+        long = "mount",
+        value_name = "type=bind|volume|tmpfs[,src=SRC],dst=DIR[,ro]"
+    )]
+    pub mounts: Vec<OsString>,
     /// Memory as a folder (repeatable)
     #[arg(long, value_name = "DIR[:size=64M]")]
-    pub tmpfs: Vec<String>,
+    pub tmpfs: Vec<OsString>,
+    /// How much shared memory there may be in /dev/shm [default: half of the memory]
+    #[arg(long, value_name = "SIZE")]
+    pub shm_size: Option<String>,
     /// Nothing may be written but to volumes and memory
-    #[arg(long)]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          default_value = "false", hide_default_value = true, value_name = "true|false",
+          hide_possible_values = true, action = clap::ArgAction::Set)]
     pub read_only: bool,
     /// The guest's name [default: the image's, else the VM's]
     #[arg(short = 'H', long, value_name = "NAME")]
     pub hostname: Option<String>,
+    /// Another name in the guest's /etc/hosts (repeatable)
+    #[arg(long, value_name = "NAME:IP")]
+    pub add_host: Vec<String>,
     /// Let a port of the host be one of the guest's (repeatable)
     #[arg(short, long, value_name = "[IP:]HOST:GUEST[/udp]")]
     pub publish: Vec<String>,
     /// The network: sockets of the user's own (by passt), a TAP device, or none
     /// [default: user]
-    #[arg(long, value_name = "user|none|tap=NAME,ip=CIDR[,gateway=IP]")]
+    #[arg(
+        long,
+        visible_alias = "network",
+        value_name = "user|none|tap=NAME,ip=CIDR[,gateway=IP]"
+    )]
     pub net: Option<String>,
     /// Let the guest reach nothing but this (repeatable)
     #[arg(long, value_name = "CIDR|DOMAIN[:PORT]")]
@@ -66,6 +95,9 @@ pub struct Options {
     /// The guest's resolver [default: the host's] (repeatable)
     #[arg(long, value_name = "IP")]
     pub dns: Vec<IpAddr>,
+    /// A domain in which the guest looks names up (repeatable)
+    #[arg(long, value_name = "DOMAIN")]
+    pub dns_search: Vec<String>,
     /// vCPUs, 1 to 32 [default: 1]
     #[arg(long, value_name = "N")]
     pub cpus: Option<String>,
@@ -82,6 +114,35 @@ pub struct Options {
     /// End the VM after that long: 10s, 5m, 1h; a plain number is seconds
     #[arg(long, value_name = "TIME")]
     pub timeout: Option<String>,
+    /// What asks the command to end, for mayfly stop [default: the image's, else TERM]
+    #[arg(long, value_name = "SIGNAL")]
+    pub stop_signal: Option<String>,
+    /// How many seconds mayfly stop gives it [default: 10]
+    #[arg(long, value_name = "SECONDS")]
+    pub stop_timeout: Option<u64>,
+    /// A limit of each process, as of setrlimit(2) (repeatable)
+    #[arg(long, value_name = "NAME=SOFT[:HARD]")]
+    pub ulimit: Vec<String>,
+    /// A group beside the user's own (repeatable)
+    #[arg(long, value_name = "GROUP")]
+    pub group_add: Vec<String>,
+    /// When the registry is asked: if the image is missing, always, or never
+    #[arg(
+        long,
+        value_name = "missing|always|never",
+        default_value = "missing",
+        hide_possible_values = true
+    )]
+    pub pull: Pull,
+    /// Do not show how a pull goes on
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// What mayfly inspect tells of the VM (repeatable)
+    #[arg(short, long = "label", value_name = "NAME[=VALUE]")]
+    pub labels: Vec<OsString>,
+    /// Write the VM's name to a file, which must not be there
+    #[arg(long, value_name = "FILE")]
+    pub cidfile: Option<PathBuf>,
     /// What surrounds the machine's process: all that the host has (on), all there is, or
     /// no VM (require), or nothing (off) [default: on]
     #[arg(long, value_name = "on|require|off")]
@@ -104,17 +165,34 @@ pub struct Options {
     /// Only see to it that the image and volumes are there, and print folders to write to
     #[arg(long, hide = true)]
     pub(super) only_obtain: bool,
-    /// A name in the store or of a registry; the path of an archive, an OCI layout
-    /// or a root folder, if it begins with / or .
-    #[arg(value_name = "IMAGE")]
+    /// A name in the store or of a registry, or the path of an archive, an OCI layout
+    /// or a root folder, if it begins with / or .; then what to run, word by word, with
+    /// whatever flags it has [default: what the image says]
+    // One list: nothing behind its first word is a flag.
+    #[arg(value_names = ["IMAGE", "COMMAND"], required = true, num_args = 1..,
+          trailing_var_arg = true)]
+    pub(super) words: Vec<OsString>,
+    /// What is taken of Docker's words.
+    #[command(flatten)]
+    pub docker: DockerFlags,
+    /// The first of the words.
+    #[arg(skip)]
     pub image: String,
-    /// What to run [default: the image's]
-    #[arg(
-        value_name = "COMMAND",
-        trailing_var_arg = true,
-        allow_hyphen_values = true
-    )]
-    pub command: Vec<String>,
+    /// The others.
+    #[arg(skip)]
+    pub command: Vec<OsString>,
+}
+
+/// When the registry is asked for an image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Pull {
+    /// If the store has none of that name.
+    #[default]
+    Missing,
+    /// In any case: it may have a newer one.
+    Always,
+    /// Not at all.
+    Never,
 }
 
 /// What a call of `mayfly run` is to do.
@@ -132,6 +210,17 @@ pub enum Mode {
 }
 
 impl Options {
+    /// Tells the image and the command apart.
+    pub fn sort(mut self) -> Result<Self, Failure> {
+        let mut words = std::mem::take(&mut self.words).into_iter();
+        let image = words.next().unwrap_or_default();
+        self.image = image.into_string().map_err(|image| {
+            Failure::config(format!("{}: an image's name is UTF-8", image.display()))
+        })?;
+        self.command = words.collect();
+        Ok(self)
+    }
+
     /// What is to be done.
     pub fn mode(&self) -> Mode {
         match self {

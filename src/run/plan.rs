@@ -1,22 +1,24 @@
 //! From an image and the user's wishes to a machine, its setup and its process.
 
-use std::collections::HashSet;
-use std::env;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::Read;
-use std::os::unix::ffi::OsStringExt;
+use std::net::IpAddr;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::time::Duration;
 
-use mayfly_guest::protocol::{Mount, Process, Setup, Source};
+use mayfly_guest::protocol::{Limit, Mount, Process, Setup, Source};
 
+use super::environment::{self, Wishes};
+use super::limits;
 use super::log;
 use super::options::Options;
 use crate::config::parse_size;
-use crate::failure::{Failure, OrFail};
+use crate::failure::Failure;
 use crate::image::RunConfig;
 
-/// What an image's command is looked for in, where the image does not say.
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Where programs share memory.
+const SHARED_MEMORY: &str = "/dev/shm";
 const SIGTERM: i32 = libc::SIGTERM;
 /// A plain number of a disk's size counts MiB.
 const MIB: u32 = 20;
@@ -60,55 +62,47 @@ impl Plan {
             }
             None => invented_name(&options.image),
         };
-        let hostname = match (&options.hostname, image.hostname.as_str()) {
-            (Some(name), _) => name.clone(),
-            (None, "") => name.chars().take(HOSTNAME_MAX).collect(),
-            (None, name) => name.to_owned(),
-        };
-        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b".-_".contains(&byte);
-        if hostname.is_empty() || hostname.len() > HOSTNAME_MAX || !hostname.bytes().all(plain) {
-            return Err(Failure::config(format!(
-                "--hostname {hostname}: write 1 to {HOSTNAME_MAX} letters, digits, and . - _"
-            )));
-        }
-        let mut mounts = Vec::new();
-        for text in &options.tmpfs {
-            mounts.push(tmpfs(text)?);
-        }
-        let folder = options.folder.as_ref().unwrap_or(&image.working_dir);
-        if !folder.is_empty() && !folder.starts_with('/') {
-            return Err(Failure::config(format!(
-                "--workdir {folder}: must begin with a slash"
-            )));
-        }
-        let stop_signal = match image.stop_signal.as_str() {
-            "" => SIGTERM,
-            text => signal(text).ok_or_else(|| {
-                Failure::config(format!("the image's STOPSIGNAL {text} is no signal"))
-            })?,
-        };
+        let hostname = hostname(options, image, &name)?;
+        let folder = folder(options, image)?;
+        let mut mounts = options.tmpfs.iter().map(|text| tmpfs(text));
+        let mut mounts: Vec<Mount> = mounts.by_ref().collect::<Result<_, _>>()?;
+        mounts.extend(options.shm_size.as_deref().map(shared_memory).transpose()?);
         let size = |text: &String| {
             let size = parse_size(text, MIB);
             size.map_err(|error| Failure::config(format!("--disk-size {text}: {error}")))
         };
+        let wishes = Wishes {
+            flags: &options.environment,
+            files: &options.environment_files,
+            terminal: options.terminal,
+        };
+        let given = environment::of_image(&image.env, &hostname, &wishes);
         Ok(Plan {
             setup: Setup {
                 read_only: options.read_only,
-                hostname: hostname.clone(),
+                hostname,
+                hosts: options
+                    .add_host
+                    .iter()
+                    .map(|text| host(text))
+                    .collect::<Result<_, _>>()?,
                 mounts,
-                folder: folder.clone().into_bytes(),
+                folder: folder.clone(),
                 ..Setup::default()
             },
             process: Process {
                 arguments: arguments(options, image)?,
-                environment: environment(options, image, &hostname)?,
-                folder: folder.clone().into_bytes(),
+                environment: wishes.onto(given)?,
+                folder,
                 user: options.user.as_ref().unwrap_or(&image.user).clone(),
+                groups: options.group_add.clone(),
+                limits: limits(&options.ulimit)?,
+                no_new_privileges: options.docker.no_new_privileges()?,
                 terminal: None,
                 input: options.interactive,
             },
             name,
-            stop_signal,
+            stop_signal: stop_signal(options, image)?,
             timeout: options.timeout.as_deref().map(time).transpose()?,
             disk_size: options.disk_size.as_ref().map(size).transpose()?,
             log_size: match &options.log_size {
@@ -119,81 +113,141 @@ impl Plan {
     }
 }
 
+/// The guest's name: whoever chose it is named where it is none.
+fn hostname(options: &Options, image: &RunConfig, name: &str) -> Result<String, Failure> {
+    let (hostname, whose) = match (&options.hostname, image.hostname.as_str()) {
+        (Some(hostname), _) => (hostname.clone(), "--hostname"),
+        (None, "") => (name.chars().take(HOSTNAME_MAX).collect(), "--name"),
+        (None, hostname) => (hostname.to_owned(), "the image's hostname"),
+    };
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b".-_".contains(&byte);
+    match hostname.is_empty() || hostname.len() > HOSTNAME_MAX || !hostname.bytes().all(plain) {
+        true => Err(Failure::config(format!(
+            "{whose} {}: a hostname has 1 to {HOSTNAME_MAX} letters, digits, and . - _",
+            hostname.escape_debug()
+        ))),
+        false => Ok(hostname),
+    }
+}
+
+/// Where the command runs. An image's folder may lack the slash, as in Docker.
+fn folder(options: &Options, image: &RunConfig) -> Result<Vec<u8>, Failure> {
+    match &options.folder {
+        Some(folder) if folder.is_empty() => Ok(Vec::new()),
+        Some(folder) if !folder.as_bytes().starts_with(b"/") => Err(Failure::config(format!(
+            "-w {}: must begin with a slash",
+            folder.display()
+        ))),
+        Some(folder) => Ok(folder.as_bytes().to_vec()),
+        None => Ok(match image.working_dir.as_str() {
+            folder if folder.is_empty() || folder.starts_with('/') => folder.into(),
+            folder => format!("/{folder}").into_bytes(),
+        }),
+    }
+}
+
+fn stop_signal(options: &Options, image: &RunConfig) -> Result<i32, Failure> {
+    let (text, whose) = match (&options.stop_signal, image.stop_signal.as_str()) {
+        (Some(text), _) => (text.as_str(), "--stop-signal"),
+        (None, "") => return Ok(SIGTERM),
+        (None, text) => (text, "the image's STOPSIGNAL"),
+    };
+    signal(text).ok_or_else(|| {
+        Failure::config(format!(
+            "{whose} {}: is no signal; write a name such as INT, or a number",
+            text.escape_debug()
+        ))
+    })
+}
+
+/// The limits that a user wants.
+pub fn limits(texts: &[String]) -> Result<Vec<Limit>, Failure> {
+    let one = |text: &String| {
+        let limit = limits::parse(text);
+        limit.map_err(|why| Failure::config(format!("--ulimit {text}: {why}")))
+    };
+    texts.iter().map(one).collect()
+}
+
+/// `NAME:IP`, or `NAME=IP`.
+fn host(text: &str) -> Result<(String, IpAddr), Failure> {
+    let failed = |why: &str| Failure::config(format!("--add-host {text}: {why}"));
+    let (name, address) = text
+        .split_once(['=', ':'])
+        .ok_or_else(|| failed("write NAME:IP"))?;
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b".-_".contains(&byte);
+    if name.is_empty() || !name.bytes().all(plain) {
+        return Err(failed("a name has letters, digits, and . - _"));
+    }
+    if address == "host-gateway" {
+        return Err(failed(
+            "the host is no neighbour of a VM; give the address of a service that is to be reached",
+        ));
+    }
+    let inner = address
+        .strip_prefix('[')
+        .and_then(|it| it.strip_suffix(']'));
+    let address = inner.unwrap_or(address).parse();
+    let address = address.map_err(|_| failed("write NAME:IP, such as db:192.0.2.7"))?;
+    Ok((name.to_owned(), address))
+}
+
+fn shared_memory(text: &str) -> Result<Mount, Failure> {
+    // As in Docker, where a plain number is bytes.
+    let size = parse_size(text, 0);
+    let size = size.map_err(|error| Failure::config(format!("--shm-size {text}: {error}")))?;
+    Ok(Mount {
+        target: SHARED_MEMORY.into(),
+        source: Source::Tmpfs {
+            options: format!("mode=1777,size={size}"),
+            no_exec: true,
+        },
+        read_only: false,
+    })
+}
+
 /// Entrypoint and command, as Docker has them: another entrypoint takes the
 /// image's command with it.
 fn arguments(options: &Options, image: &RunConfig) -> Result<Vec<Vec<u8>>, Failure> {
-    let (entrypoint, command): (&[String], &[String]) = match &options.entrypoint {
-        Some(program) if program.is_empty() => (&[], &options.command),
-        Some(program) => (std::slice::from_ref(program), &options.command),
-        None if options.command.is_empty() => (&image.entrypoint, &image.cmd),
-        None => (&image.entrypoint, &options.command),
+    let of_image = |words: &[String]| words.iter().map(OsString::from).collect();
+    let (mut all, command): (Vec<OsString>, _) = match &options.entrypoint {
+        Some(program) if program.is_empty() => (Vec::new(), options.command.clone()),
+        Some(program) => (vec![program.clone()], options.command.clone()),
+        None if options.command.is_empty() => (of_image(&image.entrypoint), of_image(&image.cmd)),
+        None => (of_image(&image.entrypoint), options.command.clone()),
     };
-    let all: Vec<_> = entrypoint.iter().chain(command).cloned().collect();
+    all.extend(command);
     match all.is_empty() {
         true => Err(Failure::config(format!(
             "{}: the image names no command; give one",
             options.image
         ))),
-        false => Ok(all.into_iter().map(String::into_bytes).collect()),
+        false => Ok(all.into_iter().map(OsString::into_vec).collect()),
     }
 }
 
-/// Names and values.
-pub type Variables = Vec<(Vec<u8>, Vec<u8>)>;
-
-/// The image's variables, then files', then flags'; the last one of a name wins.
-fn environment(options: &Options, image: &RunConfig, hostname: &str) -> Result<Variables, Failure> {
-    let mut all: Variables = vec![(b"PATH".into(), PATH.into())];
-    all.push((b"HOSTNAME".into(), hostname.into()));
-    if options.terminal {
-        let terminal = env::var_os("TERM").unwrap_or_else(|| "xterm".into());
-        all.push((b"TERM".into(), terminal.into_vec()));
-    }
-    all.extend(variables(&image.env, "the image's ENV")?);
-    for path in &options.environment_files {
-        let flag = format!("--env-file {}", path.display());
-        let text = fs::read_to_string(path).or_config(&flag)?;
-        let lines = text.lines().map(str::trim_start);
-        let lines = lines.filter(|line| !line.is_empty() && !line.starts_with('#'));
-        let lines: Vec<String> = lines.map(str::to_owned).collect();
-        all.extend(variables(&lines, &flag)?);
-    }
-    all.extend(variables(&options.environment, "--env")?);
-    let mut seen = HashSet::new();
-    let mut last: Variables = all.into_iter().rev().collect();
-    last.retain(|(name, _)| seen.insert(name.clone()));
-    last.reverse();
-    Ok(last)
-}
-
-/// `NAME=VALUE`, or `NAME` for the host's own value, if it has one.
-pub fn variables(texts: &[String], flag: &str) -> Result<Variables, Failure> {
-    let mut all = Variables::new();
-    for text in texts {
-        let (name, value) = match text.split_once('=') {
-            Some((name, value)) => (name, Some(value.as_bytes().to_vec())),
-            None => (text.as_str(), env::var_os(text).map(OsStringExt::into_vec)),
-        };
-        if name.is_empty() || text.contains('\0') {
-            return Err(Failure::config(format!("{flag} {text}: has no name")));
-        }
-        all.extend(value.map(|value| (name.into(), value)));
-    }
-    Ok(all)
-}
-
-fn tmpfs(text: &str) -> Result<Mount, Failure> {
-    let (target, options) = text.split_once(':').unwrap_or((text, ""));
-    let failed = |reason: &str| Failure::config(format!("--tmpfs {text}: {reason}"));
-    if !target.starts_with('/') {
+fn tmpfs(text: &OsStr) -> Result<Mount, Failure> {
+    let bytes = text.as_bytes();
+    let failed = |reason: &str| Failure::config(format!("--tmpfs {}: {reason}", text.display()));
+    let (target, options) = match bytes.iter().position(|&byte| byte == b':') {
+        Some(at) => (&bytes[..at], &bytes[at + 1..]),
+        None => (bytes, &[][..]),
+    };
+    if !target.starts_with(b"/") {
         return Err(failed("the folder must begin with a slash"));
     }
+    let options = std::str::from_utf8(options).unwrap_or("?");
+    memory(target, options).map_err(|why| failed(&why))
+}
+
+/// Memory as a folder, with options of tmpfs(5).
+pub fn memory(target: &[u8], options: &str) -> Result<Mount, String> {
     let mut data = vec!["mode=1777".to_owned()];
     let (mut read_only, mut no_exec) = (false, false);
     for option in options.split(',').filter(|option| !option.is_empty()) {
         match option.split_once('=') {
             Some(("size", size)) => {
-                let size = parse_size(size, 0).map_err(|error| failed(&error))?;
+                let size = parse_size(size, 0)?;
                 data.push(format!("size={size}"));
             }
             Some(("mode", mode)) if u32::from_str_radix(mode, 8).is_ok() => {
@@ -207,9 +261,9 @@ fn tmpfs(text: &str) -> Result<Mount, Failure> {
             // As it is anyway.
             None if ["rw", "exec", "nosuid", "nodev"].contains(&option) => {}
             _ => {
-                return Err(failed(
-                    "write size=64M, mode=1777, uid=0, gid=0, ro, noexec, nosuid, nodev",
-                ));
+                return Err(
+                    "write size=64M, mode=1777, uid=0, gid=0, ro, noexec, nosuid, nodev".into(),
+                );
             }
         }
     }
@@ -342,7 +396,7 @@ mod tests {
         let other = |it: &mut Options| it.entrypoint = Some("sh".into());
         assert_eq!(words(&options(other)), ["sh"]);
         let none = |it: &mut Options| {
-            it.entrypoint = Some(String::new());
+            it.entrypoint = Some(OsString::new());
             it.command = vec!["ls".into()];
         };
         assert_eq!(words(&options(none)), ["ls"]);
@@ -380,6 +434,65 @@ mod tests {
     }
 
     #[test]
+    fn words_are_bytes() {
+        let bytes = |bytes: &[u8]| OsString::from_vec(bytes.to_vec());
+        let wishes = options(|it| {
+            it.command = vec!["--help".into(), "--".into(), bytes(b"gr\xfcn")];
+            it.folder = Some(bytes(b"/\xfc"));
+            it.tmpfs = vec![bytes(b"/t\xfc:size=1m")];
+        });
+        let plan = Plan::new(&wishes, &image()).unwrap();
+        let words = plan.process.arguments;
+        assert_eq!(words, [&b"/entry"[..], b"--help", b"--", b"gr\xfcn"]);
+        assert_eq!(plan.process.folder, b"/\xfc");
+        assert_eq!(plan.setup.mounts[0].target, b"/t\xfc");
+    }
+
+    #[test]
+    fn docker_s_wishes_become_the_guest_s() {
+        let wishes = options(|it| {
+            it.stop_signal = Some("INT".into());
+            it.shm_size = Some("64m".into());
+            it.ulimit = vec!["nofile=64:128".into()];
+            it.add_host = ["db:192.0.2.7", "a=::1", "b:[::2]"]
+                .map(str::to_owned)
+                .to_vec();
+            it.docker.security_opt = vec!["no-new-privileges".into()];
+        });
+        let plan = Plan::new(&wishes, &image()).unwrap();
+        assert_eq!(plan.stop_signal, libc::SIGINT);
+        assert!(plan.process.no_new_privileges);
+        assert_eq!(plan.process.limits[0].hard, 128);
+        let hosts = [("db", "192.0.2.7"), ("a", "::1"), ("b", "::2")];
+        let hosts = hosts.map(|(name, ip)| (name.to_owned(), ip.parse().unwrap()));
+        assert_eq!(plan.setup.hosts, hosts);
+        assert_eq!(plan.setup.mounts[0].target, SHARED_MEMORY.as_bytes());
+    }
+
+    #[test]
+    fn a_refusal_names_who_said_it() {
+        let refused = |options: &Options, image: &RunConfig| {
+            Plan::new(options, image).unwrap_err().to_string()
+        };
+        let of_image = |change: fn(&mut RunConfig)| {
+            let mut image = image();
+            change(&mut image);
+            image
+        };
+        let given = options(|_| {});
+        let told = refused(&given, &of_image(|it| it.hostname = "a\x1b b".into()));
+        assert!(
+            told.starts_with("the image's hostname a\\u{1b} b: "),
+            "{told}"
+        );
+        let told = refused(&given, &of_image(|it| it.stop_signal = "X".into()));
+        assert!(told.starts_with("the image's STOPSIGNAL X: "), "{told}");
+        // As Docker has it.
+        let plan = Plan::new(&given, &of_image(|it| it.working_dir = "srv".into()));
+        assert_eq!(plan.unwrap().process.folder, b"/srv");
+    }
+
+    #[test]
     fn what_makes_no_sense_is_refused() {
         for change in [
             (|it: &mut Options| it.name = Some("a/b".into())) as fn(&mut Options),
@@ -393,6 +506,13 @@ mod tests {
             |it| it.tmpfs = vec!["/tmp:suid".into()],
             |it| it.environment = vec!["=x".into()],
             |it| it.environment_files = vec!["/nowhere".into()],
+            |it| it.stop_signal = Some("WHAT".into()),
+            |it| it.shm_size = Some("x".into()),
+            |it| it.ulimit = vec!["nofile".into()],
+            |it| it.add_host = vec!["db".into()],
+            |it| it.add_host = vec!["a b:1.2.3.4".into()],
+            |it| it.add_host = vec!["db:host-gateway".into()],
+            |it| it.add_host = vec!["db:1.2.3".into()],
             |it| it.disk_size = Some("x".into()),
         ] {
             let options = options(change);

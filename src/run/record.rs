@@ -1,6 +1,7 @@
 //! What is known of a VM of `mayfly run`: a private folder of its own, locked
 //! while it lives.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata, Permissions, TryLockError};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
@@ -8,11 +9,13 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use mayfly_guest::protocol::Limit;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde::{Deserialize, Serialize};
 use tempfile::{NamedTempFile, TempDir};
 
 use super::log;
+use super::text::Text;
 use crate::control::Folder;
 use crate::failure::{Failure, OrFail};
 use crate::machine::StartSignals;
@@ -47,18 +50,21 @@ pub struct Record {
     /// The image's digest.
     pub image_id: String,
     /// What it runs.
-    pub command: Vec<String>,
+    pub command: Vec<Text>,
     /// Its environment, for `exec`.
-    pub environment: Vec<(String, String)>,
+    pub environment: Vec<(Text, Text)>,
     /// The user of its main process.
     pub user: String,
+    /// The groups beside the user's.
+    #[serde(default)]
+    pub groups: Vec<String>,
     /// The folder of its main process.
-    pub folder: String,
+    pub folder: Text,
     /// It has a terminal.
     pub terminal: bool,
     /// Its volumes, as the user wrote them.
     #[serde(default)]
-    pub volumes: Vec<String>,
+    pub volumes: Vec<Text>,
     /// The published ports, as the user wrote them.
     pub ports: Vec<String>,
     /// vCPUs.
@@ -67,6 +73,18 @@ pub struct Record {
     pub memory: String,
     /// What asks its main process to end.
     pub stop_signal: i32,
+    /// How many seconds it has then, if that was said.
+    #[serde(default)]
+    pub stop_timeout: Option<u64>,
+    /// The limits of its processes.
+    #[serde(default)]
+    pub limits: Vec<Limit>,
+    /// No program gives its processes privileges.
+    #[serde(default)]
+    pub no_new_privileges: bool,
+    /// What its image and its user say of it.
+    #[serde(default)]
+    pub labels: BTreeMap<String, Text>,
     /// When it was started: milliseconds since 1970.
     pub created_ms: u64,
     /// The process that runs it.

@@ -1,11 +1,14 @@
 //! The volumes of a VM of `mayfly run`: folders of the host, disks, named volumes.
 
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use mayfly_guest::protocol::{Mount, Source};
 
-use crate::config::{FolderConfig, escape};
+use super::mount;
+use crate::config::{DiskConfig, FolderConfig};
 use crate::failure::{Failure, OrFail};
 use crate::machine::refusal;
 use crate::volume::{Volumes as Named, is_ext4};
@@ -13,14 +16,30 @@ use crate::volume::{Volumes as Named, is_ext4};
 const SYNTAX: &str = "write FOLDER:DIR[:ro], with the name of a volume or the path of a disk in \
                       place of FOLDER, or DIR alone";
 const TARGET: &str = "the guest's folder must begin with a slash, be below /, and have no ..";
+/// What other engines share folders by, where they need it. It means nothing here.
+const MEANINGLESS: [&str; 13] = [
+    "z",
+    "Z",
+    "cached",
+    "delegated",
+    "consistent",
+    "private",
+    "rprivate",
+    "shared",
+    "rshared",
+    "slave",
+    "rslave",
+    "bind",
+    "rbind",
+];
 
 /// What the machine has for them, and what its guest mounts.
 #[derive(Debug, Default)]
 pub struct Volumes {
     /// Folders, which need shared memory.
     pub folders: Vec<FolderConfig>,
-    /// Disks, as `--disk` has them.
-    pub disks: Vec<String>,
+    /// Disks.
+    pub disks: Vec<DiskConfig>,
     /// The host's folders with what the guest may write to.
     pub written: Vec<PathBuf>,
     /// What goes where.
@@ -28,12 +47,27 @@ pub struct Volumes {
 }
 
 /// What a user wrote.
-#[derive(Debug, PartialEq, Eq)]
-struct Wish<'a> {
-    /// None is the VM's own, which ends with it.
-    source: Option<&'a str>,
-    target: &'a str,
-    read_only: bool,
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wish {
+    /// What of the host's.
+    pub source: Wanted,
+    /// Where in the guest.
+    pub target: Vec<u8>,
+    /// The guest may not write there.
+    pub read_only: bool,
+    /// A named volume that is empty is left so.
+    pub no_copy: bool,
+}
+
+/// What of the host's a volume is to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// A folder, or a disk's image.
+    Path(PathBuf),
+    /// A volume of that name.
+    Named(String),
+    /// The VM's own, which ends with it.
+    Own,
 }
 
 /// What that is on this host.
@@ -47,45 +81,65 @@ enum Found {
 impl Volumes {
     /// Finds what the user wants, whose disks come behind so many others. Named ones
     /// are made if they are missing, once all the rest is found.
-    pub fn find(texts: &[String], disks_before: usize) -> Result<Self, Failure> {
-        let mut all = Vec::new();
+    pub fn find(
+        texts: &[OsString],
+        mounts: &[OsString],
+        disks_before: usize,
+    ) -> Result<Self, Failure> {
+        let mut volumes = Volumes::default();
+        let mut wishes = Vec::new();
         for text in texts {
-            let flag = format!("-v {text}");
+            let flag = format!("-v {}", text.display());
             let wish = parse(text).map_err(|why| Failure::config(format!("{flag}: {why}")))?;
-            let found = match wish.source {
-                Some(source) => look(source, &flag)?,
-                None => Found::Own,
-            };
-            all.push((flag, wish, found));
+            wishes.push((flag, wish));
         }
-        for (index, (flag, wish, _)) in all.iter().enumerate() {
-            let same = |(_, other, _): &&(_, Wish, _)| other.target == wish.target;
-            if all[..index].iter().any(|other| same(&other)) {
+        for text in mounts {
+            let flag = format!("--mount {}", text.display());
+            match mount::parse(text).map_err(|why| Failure::config(format!("{flag}: {why}")))? {
+                mount::Kind::Volume(wish) => wishes.push((flag, wish)),
+                mount::Kind::Memory(memory) => volumes.mounts.push(memory),
+            }
+        }
+        for (index, (flag, wish)) in wishes.iter().enumerate() {
+            let same = |target: &[u8]| target == wish.target;
+            let earlier = wishes.iter().take(index).map(|(_, wish)| &wish.target);
+            if earlier
+                .chain(volumes.mounts.iter().map(|it| &it.target))
+                .any(|it| same(it))
+            {
                 return Err(Failure::config(format!(
                     "{flag}: another volume goes to {}, too",
-                    wish.target
+                    OsStr::from_bytes(&wish.target).display()
                 )));
             }
         }
-        let mut volumes = Volumes::default();
+        let mut all = Vec::new();
+        for (flag, wish) in wishes {
+            let found = match &wish.source {
+                Wanted::Path(path) => look(path, &flag)?,
+                Wanted::Named(name) => Found::Named(name.clone()),
+                Wanted::Own => Found::Own,
+            };
+            all.push((flag, wish, found));
+        }
         for (flag, wish, found) in all {
             let source = match found {
                 Found::Folder(path) => volumes.add_folder(path, wish.read_only, flag),
-                Found::Disk(path) => {
-                    volumes.add_disk(&path, wish.read_only, disks_before, &flag)?
-                }
+                Found::Disk(path) => volumes.add_disk(path, wish.read_only, disks_before, flag)?,
                 Found::Named(name) => {
                     let path = Named::open_default()?.take(&name)?;
-                    let disk = volumes.add_disk(&path, wish.read_only, disks_before, &flag)?;
+                    let disk = volumes.add_disk(path, wish.read_only, disks_before, flag)?;
                     match disk {
-                        Source::Disk(disk) if !wish.read_only => Source::Volume(disk),
+                        Source::Disk(disk) if !wish.read_only && !wish.no_copy => {
+                            Source::Volume(disk)
+                        }
                         disk => disk,
                     }
                 }
                 Found::Own => Source::Own,
             };
             volumes.mounts.push(Mount {
-                target: wish.target.into(),
+                target: wish.target,
                 source,
                 read_only: wish.read_only,
             });
@@ -109,65 +163,107 @@ impl Volumes {
 
     fn add_disk(
         &mut self,
-        path: &Path,
+        path: PathBuf,
         read_only: bool,
         before: usize,
-        flag: &str,
+        flag: String,
     ) -> Result<Source, Failure> {
         let letter = u8::try_from(before + self.disks.len()).ok();
         let letter = letter.and_then(|index| b'a'.checked_add(index));
         let letter = letter.filter(u8::is_ascii_lowercase);
         let letter = letter.ok_or_else(|| Failure::config(format!("{flag}: too many disks")))?;
+        let same = |other: &&DiskConfig| other.path == path;
+        if let Some(other) = self.disks.iter().find(same)
+            && !(other.read_only && read_only)
+        {
+            return Err(Failure::config(format!(
+                "{flag}: {} has that disk, too; only one that is read-only (:ro) can be had twice",
+                other.flag()
+            )));
+        }
         if let (false, Some(folder)) = (read_only, path.parent()) {
             self.written.push(folder.to_owned());
         }
-        let mode = if read_only { ",ro" } else { "" };
-        let path = escape(&path.to_string_lossy());
-        self.disks.push(format!("path={path}{mode}"));
+        self.disks
+            .push(DiskConfig::of_volume(path, read_only, flag));
         Ok(Source::Disk(format!("/dev/vd{}", char::from(letter))))
     }
 }
 
-fn parse(text: &str) -> Result<Wish<'_>, String> {
-    if text.starts_with('/') && !text.contains(':') {
-        return Ok(Wish {
-            source: None,
-            target: target(text)?,
-            read_only: false,
-        });
+fn parse(text: &OsStr) -> Result<Wish, String> {
+    let bytes = text.as_bytes();
+    let wish = |source, folder, read_only, no_copy| {
+        Ok(Wish {
+            source,
+            target: target(folder)?,
+            read_only,
+            no_copy,
+        })
+    };
+    if bytes.starts_with(b"/") && !bytes.contains(&b':') {
+        return wish(Wanted::Own, bytes, false, false);
     }
-    let mut parts = text.split(':');
+    let mut parts = bytes.split(|&byte| byte == b':');
     let (Some(source), Some(folder), options, None) =
         (parts.next(), parts.next(), parts.next(), parts.next())
     else {
         return Err(SYNTAX.into());
     };
-    let mut read_only = false;
-    for option in options.into_iter().flat_map(|options| options.split(',')) {
-        match option {
-            "ro" => read_only = true,
-            "rw" => read_only = false,
-            _ => return Err(format!("{option}: write ro, or rw")),
+    let (mut read_only, mut no_copy) = (false, false);
+    for option in options
+        .into_iter()
+        .flat_map(|options| options.split(|&byte| byte == b','))
+    {
+        match std::str::from_utf8(option) {
+            Ok("ro" | "readonly") => read_only = true,
+            Ok("rw") => read_only = false,
+            Ok("nocopy") => no_copy = true,
+            Ok(option) if MEANINGLESS.contains(&option) => {}
+            _ => {
+                let option = OsStr::from_bytes(option);
+                return Err(format!("{:?}: write ro, or rw", option));
+            }
         }
     }
-    if source.is_empty() {
-        return Err(SYNTAX.into());
-    }
-    Ok(Wish {
-        source: Some(source),
-        target: target(folder)?,
+    wish(
+        wanted(OsStr::from_bytes(source))?,
+        folder,
         read_only,
-    })
+        no_copy,
+    )
+}
+
+/// A path begins as one; all else is a name, as Docker has it.
+fn wanted(source: &OsStr) -> Result<Wanted, String> {
+    match source.as_bytes() {
+        [] => Err(SYNTAX.into()),
+        [b'/' | b'.', ..] => Ok(Wanted::Path(source.into())),
+        _ => volume_name(source).map(Wanted::Named),
+    }
+}
+
+/// The name of a volume.
+pub fn volume_name(text: &OsStr) -> Result<String, String> {
+    match text
+        .to_str()
+        .filter(|name| crate::control::valid_name(name))
+    {
+        Some(name) => Ok(name.to_owned()),
+        None => Err(format!(
+            "{} is no name of a volume; a path begins with / or ./",
+            text.display()
+        )),
+    }
 }
 
 /// A folder of the guest's.
-fn target(text: &str) -> Result<&str, String> {
-    let target = text.strip_suffix('/').unwrap_or(text);
-    let mut parts = target.split('/');
-    let bad = |part| [".", ".."].contains(&part);
-    match !target.starts_with('/') || parts.any(bad) || text.contains('\0') {
+pub fn target(text: &[u8]) -> Result<Vec<u8>, String> {
+    let target = text.strip_suffix(b"/").unwrap_or(text);
+    let mut parts = target.split(|&byte| byte == b'/');
+    let bad = |part: &[u8]| [&b"."[..], b".."].contains(&part);
+    match !target.starts_with(b"/") || parts.any(bad) || text.contains(&0) {
         true => Err(TARGET.into()),
-        false => Ok(target),
+        false => Ok(target.to_owned()),
     }
 }
 
@@ -175,8 +271,11 @@ fn target(text: &str) -> Result<&str, String> {
 pub fn of_image(texts: &[String], others: &[Mount]) -> Result<Vec<Mount>, Failure> {
     let mut all = Vec::new();
     for text in texts {
-        let failed = |why| Failure::config(format!("the image's VOLUME {text}: {why}"));
-        let target = target(text).map_err(failed)?.as_bytes().to_vec();
+        let failed = |why| {
+            let text = text.escape_debug();
+            Failure::config(format!("the image's VOLUME {text}: {why}"))
+        };
+        let target = target(text.as_bytes()).map_err(failed)?;
         let same =
             |other: &Mount| other.target.strip_suffix(b"/").unwrap_or(&other.target) == target;
         if !others.iter().chain(&all).any(same) {
@@ -190,20 +289,12 @@ pub fn of_image(texts: &[String], others: &[Mount]) -> Result<Vec<Mount>, Failur
     Ok(all)
 }
 
-/// A path begins as one; all else is a name, as Docker has it.
-fn look(source: &str, flag: &str) -> Result<Found, Failure> {
-    if !source.starts_with(['/', '.']) {
-        return match crate::control::valid_name(source) {
-            true => Ok(Found::Named(source.to_owned())),
-            false => Err(Failure::config(format!(
-                "{flag}: {source} is no name of a volume; a path begins with / or ./"
-            ))),
-        };
-    }
-    let path = Path::new(source);
+/// What is at a path of the host's.
+fn look(path: &Path, flag: &str) -> Result<Found, Failure> {
     let metadata = path.metadata().map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => Failure::config(format!(
-            "{flag}: there is no {source}; make the folder first: mkdir -p {source}"
+            "{flag}: there is no {0}; make the folder first: mkdir -p {0}",
+            path.display()
         )),
         _ => refusal(&error, flag),
     })?;
@@ -232,15 +323,29 @@ mod tests {
     #[test]
     fn wishes() {
         for (text, target, read_only) in [
-            ("/b", "/b", false),
-            ("/b/", "/b", false),
-            ("a:/b", "/b", false),
-            ("./a:/b/:ro", "/b", true),
-            ("/a:/b/c:rw", "/b/c", false),
+            (&b"/b"[..], &b"/b"[..], false),
+            (b"/b/", b"/b", false),
+            (b"a:/b", b"/b", false),
+            (b"./a:/b/:ro", b"/b", true),
+            (b"/a:/b/c:rw", b"/b/c", false),
+            // What is for SELinux, macOS, or mounts of containers.
+            (b"a:/b:z", b"/b", false),
+            (b"a:/b:Z,ro", b"/b", true),
+            (b"a:/b:rw,cached", b"/b", false),
+            (b"a:/b:ro,delegated", b"/b", true),
+            (b"/a:/b:consistent,rslave", b"/b", false),
+            (b"/gr\xfcn:/\xfc:ro", b"/\xfc", true),
         ] {
-            let wish = parse(text).unwrap();
-            assert_eq!((wish.target, wish.read_only), (target, read_only), "{text}");
+            let wish = parse(OsStr::from_bytes(text)).unwrap();
+            assert_eq!(
+                (&*wish.target, wish.read_only),
+                (target, read_only),
+                "{text:?}"
+            );
         }
+        let path = parse(OsStr::from_bytes(b"/gr\xfcn:/b")).unwrap().source;
+        assert_eq!(path, Wanted::Path(OsStr::from_bytes(b"/gr\xfcn").into()));
+        assert!(parse("a:/b:nocopy".as_ref()).unwrap().no_copy);
         for text in [
             "",
             "a",
@@ -254,8 +359,10 @@ mod tests {
             "a:/b:",
             "a:/b:ro:x",
             "a:/b/../c",
+            "a/b:/x",
+            "-a:/x",
         ] {
-            assert!(parse(text).is_err(), "{text}");
+            assert!(parse(text.as_ref()).is_err(), "{text}");
         }
     }
 
@@ -291,12 +398,17 @@ mod tests {
             format!("{path}:/x:ro"),
             format!("{path}/a,disk:/y"),
             format!("{path}/.:/z"),
-        ];
-        let volumes = Volumes::find(&texts, 2).unwrap();
+        ]
+        .map(OsString::from);
+        let memory = ["type=tmpfs,dst=/m".into()];
+        let volumes = Volumes::find(&texts, &memory, 2).unwrap();
+        assert_eq!(volumes.mounts[0].target, b"/m");
+        let volumes = Volumes::find(&texts, &[], 2).unwrap();
         assert_eq!(volumes.folders.len(), 2);
         assert!(volumes.folders[0].read_only && !volumes.folders[1].read_only);
         assert_eq!(volumes.folders[0].path, volumes.folders[1].path);
-        assert_eq!(volumes.disks, [format!("path={path}/a,,disk")]);
+        assert_eq!(volumes.disks[0].path, disk.canonicalize().unwrap());
+        assert!(volumes.disks[0].flag().starts_with("-v "));
         let sources: Vec<_> = volumes.mounts.iter().map(|it| it.source.clone()).collect();
         let expected = [
             Source::Folder("v0".into()),
@@ -315,12 +427,24 @@ mod tests {
             ("a/b:/x".into(), "begins with / or ./"),
             ("-a:/x".into(), "begins with / or ./"),
         ] {
-            let refused = Volumes::find(&[text], 1).unwrap_err().to_string();
+            let refused = Volumes::find(&[text.into()], &[], 1)
+                .unwrap_err()
+                .to_string();
             assert!(refused.contains(reason), "{refused}");
         }
-        let twice = [format!("{path}:/x"), format!("{path}:/x/")];
-        let refused = Volumes::find(&twice, 1).unwrap_err().to_string();
+        let twice = [format!("{path}:/x"), format!("{path}:/x/")].map(OsString::from);
+        let refused = Volumes::find(&twice, &[], 1).unwrap_err().to_string();
         assert!(refused.contains("another volume"), "{refused}");
-        assert!(Volumes::find(&texts, 26).is_err());
+        let memory = ["type=tmpfs,dst=/x".into()];
+        assert!(Volumes::find(&twice[..1], &memory, 1).is_err());
+        assert!(Volumes::find(&texts, &[], 26).is_err());
+        let disk = |to: &str| format!("{path}/a,disk:/{to}").into();
+        let refused = Volumes::find(&[disk("x"), disk("y")], &[], 1).unwrap_err();
+        assert!(refused.to_string().starts_with("-v "), "{refused}");
+        assert!(
+            refused.to_string().contains("has that disk, too"),
+            "{refused}"
+        );
+        assert!(Volumes::find(&[disk("x:ro"), disk("y:ro")], &[], 1).is_ok());
     }
 }

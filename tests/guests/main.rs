@@ -13,6 +13,7 @@ mod copies;
 mod disks;
 mod distro;
 mod endings;
+mod flags;
 mod hostile;
 mod limits;
 mod memory;

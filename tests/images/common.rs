@@ -59,8 +59,15 @@ impl User {
         }
     }
 
-    /// The binary under test, run by this user.
+    /// The binary under test, run by this user for images.
     pub fn mayfly(&self, args: &[&str]) -> Command {
+        let mut command = self.verb("image");
+        command.args(args);
+        command
+    }
+
+    /// The same for another verb.
+    pub fn verb(&self, verb: &str) -> Command {
         let mut command = match self.id {
             None => Command::new(binary()),
             Some(id) => {
@@ -71,10 +78,7 @@ impl User {
                 command
             }
         };
-        command
-            .arg("image")
-            .args(args)
-            .env("HOME", self.home.path());
+        command.arg(verb).env("HOME", self.home.path());
         command
             .env_remove("XDG_DATA_HOME")
             .env_remove("DOCKER_CONFIG")

@@ -6,5 +6,6 @@
 mod archives;
 mod common;
 mod fake;
+mod output;
 mod pulls;
 mod stores;

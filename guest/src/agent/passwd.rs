@@ -15,18 +15,42 @@ pub struct User {
     pub home: String,
 }
 
-/// Finds `USER[:GROUP]`, by names or numbers; nothing is root.
-pub fn find(text: &str) -> Result<User, String> {
+/// Finds `USER[:GROUP]`, by names or numbers; nothing is root. Others are groups that it
+/// is in, too.
+pub fn find(text: &str, others: &[String]) -> Result<User, String> {
     let read = |path| fs::read(path).unwrap_or_default();
     let (passwd, group) = (read("/etc/passwd"), read("/etc/group"));
     let (passwd, group) = (
         String::from_utf8_lossy(&passwd),
         String::from_utf8_lossy(&group),
     );
-    find_in(text, &passwd, &group)
+    let mut user = find_in(text, &passwd, &group)?;
+    for other in others {
+        let gid = find_group(other, &group)?;
+        if !user.groups.contains(&gid) {
+            user.groups.push(gid);
+        }
+    }
+    Ok(user)
 }
 
-fn find_in(text: &str, passwd: &str, groups: &str) -> Result<User, String> {
+fn groups(text: &str) -> impl Iterator<Item = (&str, u32, &str)> {
+    text.lines().filter_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        let gid: u32 = fields.nth(1)?.parse().ok()?;
+        Some((name, gid, fields.next().unwrap_or_default()))
+    })
+}
+
+fn find_group(group: &str, text: &str) -> Result<u32, String> {
+    let number: Option<u32> = group.parse().ok();
+    let found = groups(text).find(|&(name, gid, _)| name == group || number == Some(gid));
+    let gid = found.map(|(_, gid, _)| gid).or(number);
+    gid.ok_or_else(|| format!("no group {group} in the image's /etc/group"))
+}
+
+fn find_in(text: &str, passwd: &str, group_file: &str) -> Result<User, String> {
     let (user, group) = match text.split_once(':') {
         Some((user, group)) => (user, Some(group)),
         None => (text, None),
@@ -47,25 +71,11 @@ fn find_in(text: &str, passwd: &str, groups: &str) -> Result<User, String> {
         (None, Some(uid)) => ("", uid, 0, "/"),
         (None, None) => return Err(format!("no user {user} in the image's /etc/passwd")),
     };
-    let lines = || {
-        groups.lines().filter_map(|line| {
-            let mut fields = line.split(':');
-            let name = fields.next()?;
-            let gid: u32 = fields.nth(1)?.parse().ok()?;
-            Some((name, gid, fields.next().unwrap_or_default()))
-        })
-    };
     let (gid, groups) = match group.filter(|group| !group.is_empty()) {
-        Some(group) => {
-            let number: Option<u32> = group.parse().ok();
-            let found = lines().find(|&(name, gid, _)| name == group || number == Some(gid));
-            let gid = found.map(|(_, gid, _)| gid).or(number);
-            let gid = gid.ok_or_else(|| format!("no group {group} in the image's /etc/group"))?;
-            (gid, Vec::new())
-        }
+        Some(group) => (find_group(group, group_file)?, Vec::new()),
         None => {
             let has = |members: &str| !name.is_empty() && members.split(',').any(|it| it == name);
-            let others = lines().filter(|&(_, _, members)| has(members));
+            let others = groups(group_file).filter(|&(_, _, members)| has(members));
             (gid, others.map(|(_, gid, _)| gid).collect())
         }
     };
@@ -110,6 +120,9 @@ mod tests {
         for bad in ["nobody", "web:nobody", "-1", "4294967296"] {
             assert!(find_in(bad, PASSWD, GROUP).is_err(), "{bad}");
         }
+        assert_eq!(find_group("log", GROUP), Ok(50));
+        assert_eq!(find_group("7", GROUP), Ok(7));
+        assert!(find_group("nobody", GROUP).is_err());
         assert_eq!(find_in("5", "", "").unwrap(), user(5, 0, &[], "/"));
         assert_eq!(find_in("", "", "").unwrap().home, "/");
     }

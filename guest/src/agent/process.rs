@@ -12,7 +12,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use mayfly_guest::protocol::{Failed, Process, Size};
+use mayfly_guest::protocol::{Failed, Limit, Process, Size};
 
 use super::passwd;
 use super::reaper::{Reaper, Started};
@@ -38,7 +38,8 @@ pub struct Running {
 /// Starts a process.
 pub fn start(process: &Process, reaper: &Reaper, main: bool) -> Result<Running, Failed> {
     let fail = |status, reason: String| Failed { status, reason };
-    let user = passwd::find(&process.user).map_err(|why| fail(STATUS_NOT_STARTED, why))?;
+    let user = passwd::find(&process.user, &process.groups)
+        .map_err(|why| fail(STATUS_NOT_STARTED, why))?;
     let Some((program, arguments)) = process.arguments.split_first() else {
         return Err(fail(STATUS_NOT_STARTED, "no command".into()));
     };
@@ -88,6 +89,7 @@ pub fn start(process: &Process, reaper: &Reaper, main: bool) -> Result<Running, 
     streams.map_err(|error: io::Error| fail(STATUS_NOT_STARTED, error.to_string()))?;
     let has_terminal = terminal.is_some();
     let (uid, gid, groups) = (user.uid, user.gid, user.groups);
+    let (limits, no_new_privileges) = (process.limits.clone(), process.no_new_privileges);
     // SAFETY: only system calls between fork and exec, and no allocation.
     unsafe {
         command.pre_exec(move || {
@@ -97,6 +99,12 @@ pub fn start(process: &Process, reaper: &Reaper, main: bool) -> Result<Running, 
             }
             for stream in 0..=2 {
                 give_pipe(stream, uid);
+            }
+            for limit in &limits {
+                set_limit(limit)?;
+            }
+            if no_new_privileges {
+                check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
             }
             check(libc::setgroups(groups.len(), groups.as_ptr()))?;
             check(libc::setgid(gid))?;
@@ -154,6 +162,16 @@ pub fn resize(terminal: &File, size: Size) {
     };
     // SAFETY: reads a live structure.
     unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &size) };
+}
+
+/// Sets a limit of this process. Safe between fork and exec.
+fn set_limit(limit: &Limit) -> io::Result<()> {
+    let values = libc::rlimit {
+        rlim_cur: limit.soft,
+        rlim_max: limit.hard,
+    };
+    // SAFETY: reads a live structure; a number that Linux does not know is refused.
+    check(unsafe { libc::setrlimit(limit.resource.into(), &values) })
 }
 
 /// Makes a pipe its user's, who may else not open `/dev/stdout`. Safe between

@@ -202,9 +202,13 @@ fn name(setup: &Setup) -> Result<(), String> {
         "" => format!("127.0.1.1\t{name}\n"),
         _ => own,
     };
+    let others = setup.hosts.iter();
+    let others: String = others
+        .map(|(name, address)| format!("{address}\t{name}\n"))
+        .collect();
     write(
         "/etc/hosts",
-        &format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{own}"),
+        &format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{others}{own}"),
     )
 }
 
@@ -267,9 +271,8 @@ fn mount_one(what: &Mount, target: &Path, root_is_read_only: bool) -> io::Result
     make_folder(target)?;
     // What is there is beneath it then.
     let below = File::open(target)?;
-    let target = target
-        .to_str()
-        .ok_or_else(|| io::Error::other("the path is not UTF-8"))?;
+    let path = target;
+    let target = target.as_os_str().as_bytes();
     let read_only = match what.read_only {
         true => libc::MS_RDONLY,
         false => 0,
@@ -287,7 +290,7 @@ fn mount_one(what: &Mount, target: &Path, root_is_read_only: bool) -> io::Result
         Source::Disk(device) => mount(device, target, "ext4", read_only, ""),
         Source::Volume(device) => {
             mount(device, target, "ext4", read_only, "")?;
-            fill(below, Path::new(target))
+            fill(below, path)
         }
         // Beside the root, it does not become read-only with it.
         Source::Own if root_is_read_only => mount(target, target, "", libc::MS_BIND, ""),
