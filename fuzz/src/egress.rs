@@ -9,9 +9,12 @@ use std::time::{Duration, Instant};
 use arbitrary::Arbitrary;
 use mayfly::config::UserConfig;
 use mayfly::net::egress::Egress;
+use mayfly::net::host::{HostNetworks, KnownHost};
 use mayfly::net::user::{UserNet, UserNet6};
 use mayfly_devices::virtio::net::{FrameFilter, Verdict};
 
+/// The host's own, for a start.
+const OWN: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 1, 0, 7), Ipv4Addr::new(93, 184, 216, 35)];
 const ALLOWED: [&str; 5] = [
     "10.1.0.0/16:443",
     "192.0.2.7",
@@ -98,7 +101,7 @@ fn net() -> &'static (UserNet, UserConfig) {
             publish: publish.map(|text| text.parse().unwrap()).into(),
             allow: ALLOWED.map(|text| text.parse().unwrap()).into(),
             dns: vec![RESOLVER.into()],
-            host_loopback: false,
+            ..UserConfig::default()
         };
         let mut net = UserNet::of(&config);
         // Whatever this host has.
@@ -272,6 +275,31 @@ fn never(address: IpAddr) -> bool {
     }
 }
 
+/// A name may open it.
+fn is_public(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(it) => {
+            let [a, b, ..] = it.octets();
+            let closed = it.is_private() || it.is_link_local() || OWN.contains(&it) || a >= 224;
+            !closed && !(a == 100 && b & 0xc0 == 64) && it != Ipv4Addr::new(168, 63, 129, 16)
+        }
+        IpAddr::V6(it) => {
+            let [a, b, ..] = it.octets();
+            let inner = match it.segments() {
+                [0x64, 0xff9b, 0, 0, 0, 0, high, low] => Some([high, low]),
+                [0x2002, high, low, ..] => Some([high, low]),
+                _ => None,
+            };
+            let inner = inner.map(|[high, low]| {
+                let [[a, b], [c, d]] = [high.to_be_bytes(), low.to_be_bytes()];
+                IpAddr::from([a, b, c, d])
+            });
+            let local = a & 0xfe == 0xfc || a == 0xff || (a == 0xfe && b & 0x80 != 0);
+            !local && inner.is_none_or(|it| is_public(it) && !never(it))
+        }
+    }
+}
+
 /// The name that is asked for, and nothing else.
 fn name_in(message: &[u8]) -> String {
     let mut name = Vec::new();
@@ -361,7 +389,7 @@ impl Known {
         }
         let gateway = to == IpAddr::from(net().0.gateway)
             || to == IpAddr::from(net().0.ip6.as_ref().unwrap().gateway);
-        let opened = self.told(to) && !gateway;
+        let opened = self.told(to) && !gateway && is_public(to);
         assert!(
             ruled || called || opened,
             "a packet for {to} {port:?} passed"
@@ -372,7 +400,13 @@ impl Known {
 /// Lets things happen.
 pub fn run(steps: Vec<Step>) {
     let (net, config) = net();
-    let mut filter = Egress::new(net.clone(), config);
+    let host = HostNetworks {
+        own: OWN
+            .map(|it| format!("{it}/32").parse().expect("a network"))
+            .into(),
+        near: Vec::new(),
+    };
+    let mut filter = Egress::new(net.clone(), config, KnownHost::new(&host));
     let mut known = Known::default();
     let mut now = Instant::now();
     for step in steps.into_iter().take(STEPS_MAX) {

@@ -15,7 +15,7 @@ use crate::net::publish::Publish;
 /// A network device's name is shorter than this (Linux' `IFNAMSIZ`).
 const TAP_NAME_MAX: usize = 16;
 const SYNTAX: &str = "tap=NAME[,queues=N|cpus] or \
-                      user[,publish=[IP:]HOST:GUEST[/udp]]…[,allow=CIDR|DOMAIN[:PORT]]…[,dns=IP]…[,host-loopback], \
+                      user[,publish=[IP:]HOST:GUEST[/udp]]…[,allow=CIDR|DOMAIN[:PORT]]…[,dns=IP]…[,isolated][,host-loopback], \
                       and [,mac=XX:XX:XX:XX:XX:XX][,bw=10M][,bw-burst=50M][,pps=5000][,pps-burst=1000]";
 
 /// A network device.
@@ -52,6 +52,8 @@ pub struct UserConfig {
     pub allow: Vec<Rule>,
     /// The guest's resolvers; else the host's.
     pub dns: Vec<IpAddr>,
+    /// The guest reaches no private networks, unless it is allowed to.
+    pub isolated: bool,
     /// The gateway's address is the host's loopback.
     pub host_loopback: bool,
 }
@@ -147,6 +149,7 @@ fn take_user(keys: &mut Keys) -> Result<UserConfig, String> {
             .iter()
             .map(address)
             .collect::<Result<_, _>>()?,
+        isolated: keys.flag("isolated")?,
         host_loopback: keys.flag("host-loopback")?,
     })
 }
@@ -215,7 +218,7 @@ mod tests {
         let plain: NetConfig = "user".parse().unwrap();
         assert_eq!(plain, UserConfig::default().into());
         let net: NetConfig = "user,publish=8080:80,allow=10.0.0.0/8:443,publish=0.0.0.0:53:53/udp,\
-                              allow=*.debian.org,dns=1.1.1.1,dns=::1,host-loopback,bw=1M"
+                              allow=*.debian.org,dns=1.1.1.1,dns=::1,isolated,host-loopback,bw=1M"
             .parse()
             .unwrap();
         let user = net.user().unwrap();
@@ -223,7 +226,7 @@ mod tests {
             (user.publish.len(), user.allow.len(), user.dns.len()),
             (2, 2, 2)
         );
-        assert!(user.host_loopback && net.limits.bandwidth.is_some());
+        assert!(user.isolated && user.host_loopback && net.limits.bandwidth.is_some());
         assert_eq!(net.flag(), "--net user");
     }
 }

@@ -59,7 +59,7 @@ pub struct RawConfig {
     pub disk: Vec<OsString>,
     /// A network device on a TAP device, or on sockets by passt (repeatable); limits
     /// are a second's, each way. A user's network may have publish=[IP:]HOST:GUEST[/udp],
-    /// allow=CIDR|DOMAIN[:PORT], dns=IP (each repeatable), host-loopback
+    /// allow=CIDR|DOMAIN[:PORT], dns=IP (each repeatable), isolated, host-loopback
     #[arg(
         long,
         value_name = "tap=NAME[,queues=N]|user[,KEY=…]…[,mac=…][,bw=10M][,pps=5000]"

@@ -23,6 +23,7 @@ use super::run::Outcome;
 use crate::console::{Console, Pumped};
 use crate::control::Reply;
 use crate::kvm::vcpu::VcpuEnd;
+use crate::net::host::Updates;
 use crate::timing::Timeline;
 
 /// What the loop has learnt.
@@ -115,6 +116,8 @@ pub struct Control {
     pub commander: Rc<RefCell<Commander>>,
     /// Signalled when the terminal's size changed.
     pub resized: Option<EventFd>,
+    /// Hears of changes of the host's networks.
+    pub host: Updates,
     /// Where it goes.
     pub learnt: Shared,
 }
@@ -190,6 +193,7 @@ impl MutEventSubscriber for Control {
                 // Only refuses when it is signalled already.
                 let _ = self.resized.as_ref().map(|console| console.write(1));
             }
+            Ok(Some(Order::HostNetworks { part, more })) => self.host.take(part, more),
             Ok(Some(Order::Signal(signal))) => {
                 outcome = outcome.or(Some(Outcome::Signal(signal)));
             }

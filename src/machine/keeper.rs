@@ -34,6 +34,7 @@ use crate::disk_lock::DiskLocks;
 use crate::failure::{Class, Failure, OrFail};
 use crate::helper::{Ready, Running};
 use crate::logging;
+use crate::net::host::{HostNetworks, Watch};
 use crate::printable;
 use crate::sandbox::{self, Cgroup, Child, Layer, Mode, Policy, Report, Share, Status};
 use crate::timing::Timeline;
@@ -65,6 +66,7 @@ pub struct Keeper<'a> {
     ender: Ender,
     errands: Link,
     vsock: Option<UnixListener>,
+    networks: Option<Watch>,
     helpers: Vec<Running>,
     signals: Option<Signals>,
     log: logging::Started,
@@ -190,6 +192,22 @@ fn start_timeout(config: &MachineConfig) -> Duration {
     START_TIMEOUT + Duration::from_secs(prefaulted)
 }
 
+/// Listens for changes of the host's networks, if a guest's filter has to know of them.
+fn watch_networks(config: &MachineConfig) -> Result<Option<Watch>, Failure> {
+    let filtered = config.nets.iter().any(|net| net.user().is_some());
+    let watch = filtered.then(Watch::open).transpose();
+    watch.or_host("--net user: listening for changes of the host's addresses")
+}
+
+fn tell_networks(link: &Link, now: &HostNetworks) -> io::Result<()> {
+    let mut parts = now.parts().into_iter().peekable();
+    while let Some(part) = parts.next() {
+        let more = parts.peek().is_some();
+        link.send(&Order::HostNetworks { part, more }, &[])?;
+    }
+    Ok(())
+}
+
 /// A control group for the machine's process, if it is to be in a sandbox.
 fn make_cgroup(config: &MachineConfig, resources: &Resources) -> Option<Cgroup> {
     match config.sandbox {
@@ -288,6 +306,8 @@ impl<'a> Keeper<'a> {
                 "mayfly: --sandbox=off: a guest that takes over its monitor has all that you have"
             );
         }
+        // The machine's process is not to have it, as others that were open before.
+        let networks = watch_networks(config)?;
         let strays = sandbox::descriptors().or_host("listing descriptors")?;
         let (mut resources, helpers) = Resources::open(config, start)?;
         let locks = mem::take(&mut resources.locks);
@@ -332,6 +352,7 @@ impl<'a> Keeper<'a> {
             })),
             errands,
             vsock,
+            networks,
             helpers: helpers.or_host("starting a thread")?,
             signals,
             log,
@@ -374,7 +395,7 @@ impl<'a> Keeper<'a> {
     }
 
     /// Runs the machine to its end.
-    pub fn run(self) -> Result<Ending, Failure> {
+    pub fn run(mut self) -> Result<Ending, Failure> {
         let config = self.config;
         // All that can be refused has been; now the host is changed.
         let log = config.log.open_file()?;
@@ -412,6 +433,9 @@ impl<'a> Keeper<'a> {
         let server = Server::start(listener, socket, move |ask| asked.ask(ask))
             .or_host("starting the control thread")?;
         link.send(&start, &files).or_internal(LINK)?;
+        if let Some(networks) = self.networks.take() {
+            self.tell_of(networks).or_host("starting a thread")?;
+        }
         // They are the other process's: a client sees that it closes one.
         drop(files);
         let ending = self.attend(&clients);
@@ -419,6 +443,15 @@ impl<'a> Keeper<'a> {
         drop(opened);
         server.farewell();
         ending
+    }
+
+    /// Tells the machine of the host's networks, on a thread, as they change.
+    fn tell_of(&self, networks: Watch) -> io::Result<()> {
+        let link = self.link().try_clone()?;
+        let ended = self.ender.0.exited.try_clone()?;
+        let tell = move || networks.follow(&ended, |now| tell_networks(&link, now));
+        let thread = thread::Builder::new().name("networks".into());
+        thread.spawn(tell).map(drop)
     }
 
     /// Keeps the machine's process to its end, which comes soon after it is told.
@@ -833,6 +866,7 @@ mod tests {
                 })),
                 errands,
                 vsock: None,
+                networks: None,
                 helpers: Vec::new(),
                 signals: Some(signals),
                 log: config.log.start(),

@@ -23,6 +23,7 @@ use super::run::Ending;
 use crate::console::Nature;
 use crate::control::{Command, Event, Reply};
 use crate::failure::{Class, Failure};
+use crate::net::host::HostNetworks;
 use crate::sandbox::Report;
 
 /// The longest message; a longer one could not be sent at once.
@@ -50,6 +51,13 @@ pub enum Order {
     },
     /// A signal is to end the machine.
     Signal(i32),
+    /// The host's networks are these now.
+    HostNetworks {
+        /// A part of them.
+        part: HostNetworks,
+        /// Another part follows.
+        more: bool,
+    },
     /// The terminal has another size.
     Resized,
     /// End it, now.

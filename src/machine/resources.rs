@@ -18,6 +18,7 @@ use crate::disk_lock::{self, DiskLocks};
 use crate::failure::{Class, Failure, OrFail};
 use crate::helper::Ready;
 use crate::net::egress::Egress;
+use crate::net::host::KnownHost;
 use crate::net::{passt, tap};
 use crate::virtiofsd::{self, Served};
 use crate::vsock;
@@ -173,6 +174,15 @@ impl Resources {
             }
         });
         Some(sizes.max().unwrap_or(0))
+    }
+
+    /// What networks' filters know of the host's.
+    pub fn known_hosts(&self) -> Vec<KnownHost> {
+        let nets = self.nets.iter().filter_map(|net| match net {
+            HostNet::Tap(_) => None,
+            HostNet::Passt(_, filter) => Some(filter.host()),
+        });
+        nets.collect()
     }
 
     /// How much memory disks may take that are written to and lie in memory, or may.

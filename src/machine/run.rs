@@ -28,6 +28,7 @@ use crate::failure::{Class, Failure, OrFail};
 use crate::kvm::gate::Gate;
 use crate::kvm::vcpu::{self, Buses, ExitCounters, Vcpu};
 use crate::logging;
+use crate::net::host::Updates;
 use crate::sandbox::{self, Inside, Keep, Limits, Role};
 use crate::timing::Timeline;
 use crate::vsock;
@@ -157,6 +158,7 @@ fn live(legacy: Legacy) -> Result<Ending, Failure> {
     take_standard_streams(null, says).or_host("standard streams")?;
     close_strays(&inside, &strays).or_host("closing descriptors")?;
     let file_size = resources.file_size();
+    let host = Updates::new(resources.known_hosts());
     let errands = Arc::new(Errands::new(errands));
     let prepare: Arc<dyn Prepare> = Arc::new(AtGate(inside.gate()));
     let building = (&errands, &prepare);
@@ -240,6 +242,7 @@ fn live(legacy: Legacy) -> Result<Ending, Failure> {
         panicked: false,
         grace: TimerFd::new().or_host("creating a timer")?,
         resized: resized.transpose()?,
+        host,
         commander: commander.clone(),
         learnt: learnt.clone(),
     });

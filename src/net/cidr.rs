@@ -4,8 +4,11 @@ use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 /// The addresses that begin with the same bits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub struct Cidr {
     address: IpAddr,
     prefix: u8,
@@ -17,6 +20,16 @@ impl Cidr {
         let prefix = prefix.min(width(address));
         let address = masked(address, prefix);
         Cidr { address, prefix }
+    }
+
+    /// How many bits its addresses share.
+    pub fn prefix(&self) -> u8 {
+        self.prefix
+    }
+
+    /// Its first address.
+    pub fn address(&self) -> IpAddr {
+        self.address
     }
 
     /// The address is in it.
@@ -70,6 +83,20 @@ impl FromStr for Cidr {
             true => Ok(network),
             false => Err(format!("has bits behind its prefix, unlike {network}")),
         }
+    }
+}
+
+impl From<Cidr> for String {
+    fn from(network: Cidr) -> Self {
+        network.to_string()
+    }
+}
+
+impl TryFrom<String> for Cidr {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
     }
 }
 

@@ -2,6 +2,7 @@
 
 pub mod cidr;
 pub mod egress;
+pub mod host;
 pub mod passt;
 pub mod publish;
 pub mod tap;

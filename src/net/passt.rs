@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use etherparse::{ArpHardwareId, ArpOperation, ArpPacket, EtherType, PacketBuilder};
 
 use super::egress::Egress;
+use super::host::{HostNetworks, KnownHost};
 use super::publish::Protocol;
 use super::user::UserNet;
 use crate::config::UserConfig;
@@ -65,6 +66,7 @@ pub fn start(config: &UserConfig) -> Result<Starting, Failure> {
     };
     let program = program().ok_or_else(missing)?;
     let net = UserNet::of(config);
+    let host = HostNetworks::list().or_host(format!("{flag}: listing the host's addresses"))?;
     let (socket, theirs) = UnixStream::pair().or_host(&flag)?;
     let fd = theirs.as_raw_fd();
     let mut command = Command::new(program);
@@ -75,7 +77,7 @@ pub fn start(config: &UserConfig) -> Result<Starting, Failure> {
         .map_err(|error| Failure::host(format!("{flag}: starting {PROGRAM}: {error}")))?;
     Ok(Starting {
         flag,
-        filter: Egress::new(net, config),
+        filter: Egress::new(net, config, KnownHost::new(&host)),
         socket,
         helper,
         later,

@@ -7,12 +7,14 @@ use std::str::FromStr;
 use mayfly_guest::protocol::Net;
 
 use super::options::Options;
-use crate::config::{Keys, NetConfig, UserConfig};
+use crate::config::{Keys, NetConfig, Network};
 use crate::failure::Failure;
+use crate::net::egress::rule::Rule;
 use crate::net::passt;
+use crate::net::publish::Publish;
 use crate::net::user::UserNet;
 
-const SYNTAX: &str = "user, none, or tap=NAME,ip=ADDRESS/PREFIX[,gateway=IP]";
+const SYNTAX: &str = "user[,isolated], none, or tap=NAME,ip=ADDRESS/PREFIX[,gateway=IP]";
 
 /// What the user asks for: a device, and the guest's side of it; neither, if there
 /// is to be no network.
@@ -30,8 +32,8 @@ pub fn network(options: &Options) -> Result<Option<(NetConfig, Net)>, Failure> {
         None | Some("bridge" | "default") => "user",
         Some(text) => text,
     };
-    if text == "user" {
-        return user(options).map(Some);
+    if text.split(',').next() == Some("user") {
+        return user(text, options).map(Some);
     }
     // These are carried out by what lies behind `user`.
     for (flag, given) in [
@@ -56,14 +58,20 @@ pub fn network(options: &Options) -> Result<Option<(NetConfig, Net)>, Failure> {
     }
 }
 
-fn user(options: &Options) -> Result<(NetConfig, Net), Failure> {
-    let config = UserConfig {
-        publish: parse("--publish", &options.publish)?,
-        allow: parse("--allow", &options.allow)?,
-        dns: options.dns.clone(),
-        host_loopback: false,
+fn user(text: &str, options: &Options) -> Result<(NetConfig, Net), Failure> {
+    let wrong = |why| Failure::config(format!("--net {text}: {why}"));
+    let mut device = NetConfig::from_str(text).map_err(wrong)?;
+    let Network::User(config) = &mut device.network else {
+        return Err(wrong(format!("write {SYNTAX}")));
     };
-    let net = UserNet::of(&config);
+    config
+        .publish
+        .extend(parse::<Publish>("--publish", &options.publish)?);
+    config
+        .allow
+        .extend(parse::<Rule>("--allow", &options.allow)?);
+    config.dns.extend(&options.dns);
+    let net = UserNet::of(config);
     let ip6 = net.ip6.as_ref();
     let mut addresses = vec![(IpAddr::V4(net.guest_ip), net.prefix)];
     addresses.extend(ip6.map(|ip6| (IpAddr::V6(ip6.guest_ip), ip6.prefix)));
@@ -75,7 +83,7 @@ fn user(options: &Options) -> Result<(NetConfig, Net), Failure> {
         dns: net.dns.clone(),
         search: options.dns_search.clone(),
     };
-    Ok((config.into(), guest))
+    Ok((device, guest))
 }
 
 fn tap(text: &str, options: &Options) -> Result<(NetConfig, Net), String> {
@@ -132,6 +140,15 @@ mod tests {
         let (device, guest) = network(&options("user")).unwrap().unwrap();
         assert!(device.user().is_some());
         assert_eq!(guest.addresses[0].1, 24);
+        let closed = Options {
+            allow: vec!["10.0.0.1".into()],
+            ..options("user,isolated,allow=a.example,dns=9.9.9.9")
+        };
+        let (device, guest) = network(&closed).unwrap().unwrap();
+        let user = device.user().unwrap();
+        assert!(user.isolated);
+        assert_eq!(user.allow.len(), 2);
+        assert_eq!(guest.dns, ["9.9.9.9".parse::<IpAddr>().unwrap()]);
         let (device, guest) = network(&options("tap=t0,ip=10.0.0.2/24,gateway=10.0.0.1"))
             .unwrap()
             .unwrap();
@@ -147,6 +164,8 @@ mod tests {
             "tap=t0,ip=10.0.0.2/33",
             "tap=t0,ip=10.0.0.2/24,gateway=x",
             "none,x",
+            "user,x",
+            "user,tap=t0",
         ] {
             assert!(network(&options(wrong)).is_err(), "{wrong}");
         }

@@ -81,12 +81,12 @@ pub struct Options {
     /// Let a port of the host be one of the guest's (repeatable)
     #[arg(short, long, value_name = "[IP:]HOST:GUEST[/udp]")]
     pub publish: Vec<String>,
-    /// The network: sockets of the user's own (by passt), a TAP device, or none
-    /// [default: user]
+    /// The network: sockets of the user's own (by passt), which reach the internet and,
+    /// unless isolated, private networks; a TAP device; or none [default: user]
     #[arg(
         long,
         visible_alias = "network",
-        value_name = "user|none|tap=NAME,ip=CIDR[,gateway=IP]"
+        value_name = "user[,isolated]|none|tap=NAME,ip=CIDR[,gateway=IP]"
     )]
     pub net: Option<String>,
     /// Let the guest reach nothing but this (repeatable)

@@ -9,25 +9,25 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use crate::common::{distro, random_file, tool};
-use crate::nets::{Namespace, Peer};
+use crate::nets::Peer;
 use crate::run::{NOBODY, User, data, eventually, text};
-use crate::user_nets::{HOSTS, Servers, loopback, within};
+use crate::user_nets::{HOSTS, Internet, OWN, Servers, internet, within};
 
 /// The store with Debian's images.
 const DEBIAN: &str = "debian";
 
-/// A namespace with loopback, resolvers, and packages on port 80 of all addresses.
+/// A host with a resolver, and packages on port 80 of the world's addresses.
 struct Host {
-    namespace: Namespace,
+    namespace: Internet,
     _servers: Servers,
     _httpd: Peer,
 }
 
 impl Host {
     fn new(name: &str) -> Self {
-        let namespace = loopback(name);
+        let namespace = internet(name);
         let _servers = Servers::start(&namespace);
-        let mut httpd = namespace.command("busybox");
+        let mut httpd = namespace.world.command("busybox");
         httpd.args(["httpd", "-f", "-p", "80", "-h"]);
         let _httpd = Peer(httpd.arg(distro("repository")).spawn().unwrap());
         Host {
@@ -124,7 +124,7 @@ fn nginx_is_published(user: &User, name: &str) {
     let missing = host.curl(&["http://127.0.0.1:8080/missing"]);
     assert!(succeeded(&missing).contains("404 Not Found"), "{missing:?}");
     // Nowhere but on loopback.
-    let elsewhere = within(&host.namespace, || TcpStream::connect((HOSTS[0], 8080)));
+    let elsewhere = within(&host.namespace, || TcpStream::connect((OWN, 8080)));
     assert!(elsewhere.is_err(), "{elsewhere:?}");
     let logged = |stream: fn(Output) -> Vec<u8>, what: &str| {
         eventually(what, || {
@@ -158,10 +158,10 @@ fn only_what_is_allowed_is_reached() {
         page() { curl -sS --max-time 300 http://$1/mayfly-greeting.deb 2>/tmp/error | sha256sum | cut -d ' ' -f 1
             echo ${PIPESTATUS[0]}; }
         fails() { curl -sS --max-time 300 http://$1/ >/dev/null 2>&1; echo $1: $?; }
-        page 10.77.0.1
-        fails 10.77.0.3
-        fails 10.77.0.1:8000
-        fails 10.77.0.2
+        page 198.51.100.1
+        fails 198.51.100.3
+        fails 198.51.100.1:8000
+        fails 198.51.100.2
         fails other.example
         page web.example
         getent ahostsv4 web.example | head -n 1 | cut -d ' ' -f 1
@@ -169,18 +169,18 @@ fn only_what_is_allowed_is_reached() {
         echo 1 0 >/proc/sys/net/ipv4/ping_group_range
         www() { setpriv --reuid www-data --regid www-data --clear-groups \"$@\"; }
         www ping -c 1 -W 60 web.example >/dev/null && echo ping: ok
-        www ping -c 1 -W 2 10.77.0.3 >/dev/null || echo ping: none
-        cp /usr/bin/ping /tmp && { www /tmp/ping -c 1 10.77.0.1 2>/dev/null || echo ping: not allowed; }
+        www ping -c 1 -W 2 198.51.100.3 >/dev/null || echo ping: none
+        cp /usr/bin/ping /tmp && { www /tmp/ping -c 1 198.51.100.1 2>/dev/null || echo ping: not allowed; }
         # Only root may read what a setuid program is asked for here.
         www cat /etc/shadow 2>/dev/null || www passwd -S | cut -d ' ' -f 1,2";
     let words = ["run", "--rm", "--dns", "127.0.0.1"];
-    let allowed = ["--allow", "10.77.0.1:80", "--allow", "web.example"];
+    let allowed = ["--allow", "198.51.100.1:80", "--allow", "web.example"];
     let command = [DEBIAN, "bash", "-c", script];
     let words = [&words[..], &allowed, &command].concat();
     let output = host.mayfly(&user, &words).output().unwrap();
     // curl's words for a refused connection, and for a name without an address.
     let expected = format!(
-        "{greeting}\n0\n10.77.0.3: 7\n10.77.0.1:8000: 7\n10.77.0.2: 7\nother.example: 6\n\
+        "{greeting}\n0\n198.51.100.3: 7\n198.51.100.1:8000: 7\n198.51.100.2: 7\nother.example: 6\n\
          {greeting}\n0\n{}\nping: ok\nping: none\nping: not allowed\nwww-data L\n",
         HOSTS[1]
     );

@@ -1,5 +1,5 @@
-//! Networks of the user's own sockets, by passt, in a network namespace that has
-//! nothing but loopback.
+//! Networks of the user's own sockets, by passt, in network namespaces that are the
+//! host's, and the world's beside it.
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -11,9 +11,16 @@ use std::time::{Duration, Instant};
 use crate::common::{Ended, Guest, Running, kernel, kill, tool};
 use crate::nets::Namespace;
 
-/// Addresses of the host, beside loopback's own.
-pub const HOSTS: [&str; 3] = ["10.77.0.1", "10.77.0.2", "10.77.0.3"];
+/// Addresses on the internet, or of a host, beside loopback's own.
+pub const HOSTS: [&str; 3] = ["198.51.100.1", "198.51.100.2", "198.51.100.3"];
+/// One of IPv6.
+const HOST_6: &str = "2001:db8:77::1";
+/// The host's own address, where there is an internet, and its router's.
+pub const OWN: &str = "10.77.1.1";
+const ROUTER: &str = "10.77.1.2";
 const WEB: u16 = 8000;
+/// Where a page is one line.
+const NOTE: u16 = 8001;
 const UDP: u16 = 5005;
 
 /// Does something in the namespace: sockets stay there.
@@ -31,44 +38,104 @@ pub fn within<T: Send>(namespace: &Namespace, act: impl FnOnce() -> T + Send) ->
     })
 }
 
+/// Runs `ip` there.
+fn ip(namespace: &Namespace, words: &str) {
+    let words: Vec<&str> = words.split(' ').collect();
+    tool("ip", &[&["-n", namespace.name()], &words[..]].concat());
+}
+
 /// A namespace with loopback, more addresses on it, and ping for all.
 pub fn loopback(name: &str) -> Namespace {
     let namespace = Namespace::bare(name);
     for address in HOSTS {
-        let address = format!("{address}/32");
-        tool(
-            "ip",
-            &["-n", namespace.name(), "addr", "add", &address, "dev", "lo"],
-        );
+        ip(&namespace, &format!("addr add {address}/32 dev lo"));
     }
+    ping_for_all(&namespace);
+    namespace
+}
+
+/// The host, and the world that it is connected to.
+pub struct Internet {
+    host: Namespace,
+    pub world: Namespace,
+}
+
+impl std::ops::Deref for Internet {
+    type Target = Namespace;
+
+    fn deref(&self) -> &Namespace {
+        &self.host
+    }
+}
+
+/// A host with an address of its own, and a world that has those of the internet.
+pub fn internet(name: &str) -> Internet {
+    let (host, world) = (
+        Namespace::bare(name),
+        Namespace::bare(&format!("{name}-world")),
+    );
+    let veth = ["link", "add", "wan", "netns", host.name(), "type", "veth"];
+    let peer = ["peer", "name", "lan", "netns", world.name()];
+    tool("ip", &[&veth[..], &peer].concat());
+    ip(&host, &format!("addr add {OWN}/24 dev wan"));
+    ip(&world, &format!("addr add {ROUTER}/24 dev lan"));
+    ip(&host, "link set wan up");
+    ip(&world, "link set lan up");
+    ip(&host, &format!("route add default via {ROUTER}"));
+    for address in HOSTS {
+        ip(&world, &format!("addr add {address}/32 dev lo"));
+    }
+    ping_for_all(&host);
+    Internet { host, world }
+}
+
+impl Internet {
+    /// With IPv6, too.
+    fn with_ipv6(self) -> Self {
+        for words in [
+            "addr add fe80::77/64 dev wan nodad",
+            "addr add fd88::1/64 dev wan nodad",
+            "-6 route add default via fd88::2",
+        ] {
+            ip(&self.host, words);
+        }
+        ip(&self.world, "addr add fd88::2/64 dev lan nodad");
+        ip(&self.world, &format!("addr add {HOST_6}/128 dev lo nodad"));
+        self
+    }
+}
+
+fn ping_for_all(namespace: &Namespace) {
     let range = "echo 0 2147483647 > /proc/sys/net/ipv4/ping_group_range";
     tool(
         "ip",
         &["netns", "exec", namespace.name(), "sh", "-c", range],
     );
-    namespace
 }
 
-/// The host's servers: of pages, and resolvers on loopback and elsewhere. They end
-/// with the process.
+/// Servers of pages and names in the world, the host's pages, and its resolver on
+/// loopback. They end with the process.
 pub struct Servers {
     asked: Arc<Mutex<Vec<String>>>,
 }
 
 impl Servers {
-    pub fn start(namespace: &Namespace) -> Self {
-        let (web, udp, dns) = within(namespace, || {
-            let web = TcpListener::bind(("::", WEB)).unwrap();
-            let udp = UdpSocket::bind(("0.0.0.0", UDP)).unwrap();
-            let dns = UdpSocket::bind(("127.0.0.1", 53)).unwrap();
-            (web, udp, dns)
+    pub fn start(internet: &Internet) -> Self {
+        let udp = within(&internet.world, || {
+            UdpSocket::bind((HOSTS[0], UDP)).unwrap()
         });
-        std::thread::spawn(move || {
-            for client in web.incoming() {
-                let client = client.unwrap();
-                std::thread::spawn(|| serve_page(client));
+        let dns = within(internet, || UdpSocket::bind(("127.0.0.1", 53)).unwrap());
+        for namespace in [&internet.host, &internet.world] {
+            for (port, serve) in [(WEB, serve_page as fn(TcpStream)), (NOTE, serve_note)] {
+                let web = within(namespace, || TcpListener::bind(("::", port)).unwrap());
+                std::thread::spawn(move || {
+                    for client in web.incoming() {
+                        let client = client.unwrap();
+                        std::thread::spawn(move || serve(client));
+                    }
+                });
             }
-        });
+        }
         let asked = Arc::new(Mutex::new(Vec::new()));
         for socket in [dns, udp] {
             let told = asked.clone();
@@ -91,12 +158,17 @@ fn page(address: IpAddr) -> String {
     format!("page of {address}\n{rest}")
 }
 
+fn serve_note(mut client: TcpStream) {
+    let address = client.local_addr().unwrap().ip().to_canonical();
+    let _ = client.write_all(format!("note of {address}\n").as_bytes());
+}
+
 fn serve_page(mut client: TcpStream) {
     let address = client.local_addr().unwrap().ip().to_canonical();
     let _ = client.write_all(page(address).as_bytes());
 }
 
-/// `web.example` is the second address, `other.example` the third.
+/// `web.example` is the second address, `other.example` the third, `lan.example` private.
 fn resolve(query: &[u8]) -> (String, Vec<u8>) {
     let mut labels = Vec::new();
     let mut at = 12;
@@ -110,6 +182,7 @@ fn resolve(query: &[u8]) -> (String, Vec<u8>) {
         "udp.example" => Some(HOSTS[0].parse().unwrap()),
         "web.example" => Some(HOSTS[1].parse().unwrap()),
         "other.example" => Some(HOSTS[2].parse().unwrap()),
+        "lan.example" => Some(Ipv4Addr::new(172, 16, 5, 5)),
         _ => None,
     };
     let mut answer = query[..at + 5].to_vec();
@@ -130,8 +203,13 @@ fn resolve(query: &[u8]) -> (String, Vec<u8>) {
 /// What a guest of these tests can do.
 const TOOLS: &str = "
     page() { nc -w 30 $1 $2 </dev/null 2>/tmp/error | head -n 1; }
+    note() { nc $1 8001 -e sh -c 'read line; echo $line >&2' 2>&1; }
     ask() { nslookup -type=a $1 $2 2>&1 | tr '\\n' ' '; }
     seconds() { cut -d. -f1 /proc/uptime; }
+    await_ipv6() {
+        until ip -6 addr show dev eth0 | grep -q 'inet6 fd6d.*global' &&
+            ip -6 route | grep -q default && ! ip -6 addr | grep -q tentative; do sleep 1; done
+    }
     while :; do nc -l -p 8080 -e cat; done &
     udp-echo 8081 &
 ";
@@ -222,12 +300,12 @@ fn expect_lines(ended: &Ended, lines: &[&str]) {
 const EVERYTHING: &str = "
     echo address: $(ip -4 addr show dev eth0 | grep -o 'inet [0-9./]*') $(cat /sys/class/net/eth0/mtu)
     echo resolver: $(cat /etc/resolv.conf)
-    echo tcp: $(page 10.77.0.1 8000)
-    nc 10.77.0.1 8000 -e dd of=/tmp/page bs=64k 2>/dev/null
+    echo tcp: $(page 198.51.100.1 8000)
+    nc 198.51.100.1 8000 -e dd of=/tmp/page bs=64k 2>/dev/null
     echo sum: $(md5sum </tmp/page)
     echo name: $(ask web.example)
-    echo udp: $(ask udp.example 10.77.0.1:5005)
-    ping -c 1 -W 30 10.77.0.1 >/dev/null && echo ping: ok
+    echo udp: $(ask udp.example 198.51.100.1:5005)
+    ping -c 1 -W 30 198.51.100.1 >/dev/null && echo ping: ok
     echo loopback: $(timeout 10 nc -w 10 10.0.2.2 8000 </dev/null | head -n 1)
     echo 1 >/proc/sys/net/ipv4/conf/all/route_localnet
     ip route del table local local 127.0.0.0/8 dev lo
@@ -241,7 +319,7 @@ const EVERYTHING: &str = "
 /// TCP, UDP, ping, names, and ports that are published, each with real peers.
 #[test]
 fn a_guest_reaches_the_host_and_is_reached_by_it() {
-    let namespace = loopback("user");
+    let namespace = internet("user");
     let servers = Servers::start(&namespace);
     let keys = ",publish=18080:8080,publish=18081:8081/udp";
     let mut running = start(&namespace, keys, EVERYTHING);
@@ -256,7 +334,7 @@ fn a_guest_reaches_the_host_and_is_reached_by_it() {
     for line in [
         "address: inet 10.0.2.15/24 1500\n",
         "resolver: nameserver 10.0.2.2\n",
-        "tcp: page of 10.77.0.1\n",
+        "tcp: page of 198.51.100.1\n",
         &sum,
         "ping: ok\n",
         // It is none of the guest's business.
@@ -280,7 +358,7 @@ fn a_guest_reaches_the_host_and_is_reached_by_it() {
     // Only on loopback, and by no other protocol.
     let elsewhere = within(&namespace, || {
         let open = |address: &str, port| TcpStream::connect((address, port)).is_ok();
-        [open("10.77.0.1", 18080), open("127.0.0.1", 18081)]
+        [open(OWN, 18080), open("127.0.0.1", 18081)]
     });
     assert_eq!(elsewhere, [false, false]);
     running.signal(libc::SIGTERM);
@@ -293,25 +371,25 @@ fn a_guest_reaches_the_host_and_is_reached_by_it() {
 /// With rules, what they do not name is refused, and at once.
 #[test]
 fn a_guest_reaches_only_what_is_allowed() {
-    let namespace = loopback("allow");
+    let namespace = internet("allow");
     let servers = Servers::start(&namespace);
-    let keys = ",allow=10.77.0.1:8000,allow=web.example,publish=18080:8080";
+    let keys = ",allow=198.51.100.1:8000,allow=web.example,publish=18080:8080";
     let mut running = start(
         &namespace,
         keys,
-        "echo allowed: $(page 10.77.0.1 8000)
+        "echo allowed: $(page 198.51.100.1 8000)
          start=$(seconds)
-         echo denied: $(page 10.77.0.3 8000) $(cat /tmp/error)
-         echo port: $(page 10.77.0.1 8001) $(cat /tmp/error)
-         echo early: $(page 10.77.0.2 8000) $(cat /tmp/error)
+         echo denied: $(page 198.51.100.3 8000) $(cat /tmp/error)
+         echo port: $(page 198.51.100.1 8001) $(cat /tmp/error)
+         echo early: $(page 198.51.100.2 8000) $(cat /tmp/error)
          echo loopback: $(page 127.0.0.1 8000) $(page 10.0.2.2 8000) $(cat /tmp/error)
-         echo udp: $(ask udp.example 10.77.0.1:5005)
+         echo udp: $(ask udp.example 198.51.100.1:5005)
          echo other: $(ask other.example)
          [ $(($(seconds) - start)) -lt 60 ] && echo quick: yes
          echo name: $(ask web.example)
-         echo opened: $(page 10.77.0.2 8000)
-         ping -c 1 -W 30 10.77.0.2 >/dev/null && echo ping: ok
-         echo still: $(page 10.77.0.3 8000) $(cat /tmp/error)
+         echo opened: $(page 198.51.100.2 8000)
+         ping -c 1 -W 30 198.51.100.2 >/dev/null && echo ping: ok
+         echo still: $(page 198.51.100.3 8000) $(cat /tmp/error)
          echo ready: now
          sleep 100000",
     );
@@ -319,15 +397,15 @@ fn a_guest_reaches_only_what_is_allowed() {
     assert_eq!(published(&namespace, 18080, false), "knock knock");
     let console = running.console();
     for (line, words) in [
-        ("allowed: ", "page of 10.77.0.1"),
+        ("allowed: ", "page of 198.51.100.1"),
         ("denied: ", "Connection refused"),
         ("port: ", "Connection refused"),
         ("early: ", "Connection refused"),
         ("loopback: ", "Connection refused"),
         ("other: ", "REFUSED"),
         ("quick: ", "yes"),
-        ("name: ", "10.77.0.2"),
-        ("opened: ", "page of 10.77.0.2"),
+        ("name: ", "198.51.100.2"),
+        ("opened: ", "page of 198.51.100.2"),
         ("ping: ", "ok"),
         ("still: ", "Connection refused"),
     ] {
@@ -339,11 +417,180 @@ fn a_guest_reaches_only_what_is_allowed() {
     assert!(asked.iter().all(|name| name == "web.example"), "{asked:?}");
 }
 
+/// Addresses, as far as a guest's reach goes: each has a listener.
+struct Reach {
+    /// The internet's.
+    public: &'static str,
+    /// The LAN's, and private ones behind it.
+    private: &'static str,
+    /// A link's, and reserved ones, at the router.
+    special: &'static str,
+    /// The host's own.
+    own: &'static str,
+}
+
+const REACH: Reach = Reach {
+    public: "198.51.100.1 2001:db8:77::1 64:ff9b::c633:6401",
+    private: "10.77.1.2 10.5.5.5 172.16.5.5 192.168.5.5 100.64.5.5 203.0.113.2 fd12::5 fd88::2 \
+              64:ff9b::a05:505",
+    special: "169.254.169.254 169.254.5.5 169.254.170.2 100.100.100.200 192.0.0.192 \
+              168.63.129.16 240.0.0.5 fd00:ec2::254 fd20:ce::254 64:ff9b::a9fe:a9fe \
+              2002:a9fe:a9fe::1 2001:0:a9fe:a9fe::1",
+    own: "10.77.1.1 203.0.113.1 198.51.100.77 192.168.5.77 fd88::1 2001:db8:77::77",
+};
+/// Reached on the host's link only.
+const LINK: &str = "fe80::77";
+
+impl Reach {
+    fn give(internet: &Internet) {
+        let give = |namespace: &Namespace, all: &str, device: &str| {
+            for address in all.split_whitespace() {
+                let nodad = if address.contains(':') { " nodad" } else { "" };
+                let bits = if address.contains(':') { 128 } else { 32 };
+                // Some are there.
+                let words = format!("addr replace {address}/{bits} dev {device}{nodad}");
+                ip(namespace, &words);
+            }
+        };
+        ip(&internet.host, "addr add 203.0.113.1/24 dev wan");
+        ip(&internet.world, "addr add 203.0.113.2/24 dev lan");
+        for all in [REACH.public, REACH.private, REACH.special] {
+            let elsewhere = |it: &&str| ![ROUTER, "203.0.113.2", "fd88::2"].contains(it);
+            let all: Vec<&str> = all.split_whitespace().filter(elsewhere).collect();
+            give(&internet.world, &all.join(" "), "lo");
+        }
+        give(
+            &internet.host,
+            "198.51.100.77 192.168.5.77 2001:db8:77::77",
+            "lo",
+        );
+    }
+
+    /// From the host, all of them answer.
+    fn check(internet: &Internet) {
+        within(internet, || {
+            for all in [REACH.public, REACH.private, REACH.special, REACH.own] {
+                for address in all.split_whitespace() {
+                    let to: IpAddr = address.parse().unwrap();
+                    let mut line = [0; 8];
+                    let mut client = TcpStream::connect((to, NOTE))
+                        .unwrap_or_else(|error| panic!("{address}: {error}"));
+                    client.read_exact(&mut line).unwrap();
+                    assert_eq!(&line, b"note of ", "{address}");
+                }
+            }
+        });
+    }
+}
+
+/// The table of what a guest reaches, tried from inside, with listeners everywhere.
+#[test]
+fn what_a_guest_reaches_without_being_allowed() {
+    let internet = internet("table").with_ipv6();
+    let _servers = Servers::start(&internet);
+    Reach::give(&internet);
+    Reach::check(&internet);
+    let Reach {
+        public,
+        private,
+        special,
+        own,
+    } = REACH;
+    let script = format!(
+        "try() {{ for address in $*; do echo $address: $(note $address); done; }}
+         echo name: $(ask lan.example)
+         sleep 1
+         await_ipv6
+         try {public}; try {private}; try {special}; try {own}
+         try {LINK}%eth0 10.0.2.2 fd6d:6179:666c::2
+         echo ping: $(ping -c 1 -W 1 169.254.169.254 >/dev/null 2>&1 && echo reached)
+         echo tried: all"
+    );
+    let open = |told: &str, address: &str, keys: &str| {
+        let refused = told.contains("Connection refused");
+        let reached = told.contains("note of");
+        assert!(refused != reached, "{keys}: {address}: {told}");
+        reached
+    };
+    let inside = format!("{LINK}%eth0 10.0.2.2 fd6d:6179:666c::2");
+    let try_all = |keys: &str, expected: [bool; 5], named: &str| {
+        let guest = start(&internet, keys, &script);
+        let ended = guest.wait();
+        assert!(ended.stdout.contains("tried: all"), "{ended:?}");
+        let all = [public, private, special, own, &inside];
+        for (addresses, expected) in all.into_iter().zip(expected) {
+            for address in addresses.split_whitespace() {
+                let told = told(&ended.stdout, &format!("{address}:"));
+                let named = named.split_whitespace().any(|it| it == address);
+                let reached = open(told, address, keys);
+                assert_eq!(reached, expected || named, "{keys}: {address}: {ended:?}");
+            }
+        }
+        assert_eq!(told(&ended.stdout, "ping:"), "", "{ended:?}");
+        ended
+    };
+    let ended = try_all(",isolated", [true, false, false, false, false], "");
+    assert!(ended.stderr.contains("is not allowed: it is"), "{ended:?}");
+    // Rules for all, and for some; a name that leads to the LAN opens nothing there.
+    let named = "169.254.5.5 10.77.1.1 10.5.5.5 fd00:ec2::254";
+    let mut keys = ",isolated,allow=0.0.0.0/0,allow=::/0,allow=lan.example".to_owned();
+    for address in named.split(' ') {
+        keys += &match address.contains(':') {
+            true => format!(",allow=[{address}]:8001"),
+            false => format!(",allow={address}:8001"),
+        };
+    }
+    let ended = try_all(&keys, [true, false, false, false, false], named);
+    let name = told(&ended.stdout, "name:");
+    assert!(name.contains("172.16.5.5"), "{ended:?}");
+    let why = "lan.example at 172.16.5.5 is not allowed: it is a private address";
+    assert!(ended.stderr.contains(why), "{ended:?}");
+}
+
+/// Addresses that the host gets while the guest runs are closed then.
+#[test]
+fn the_host_s_new_address_is_closed() {
+    let internet = internet("new").with_ipv6();
+    let _servers = Servers::start(&internet);
+    Reach::give(&internet);
+    Reach::check(&internet);
+    let Reach {
+        public,
+        private,
+        special,
+        own,
+    } = REACH;
+    let script = format!(
+        "try() {{ for address in $*; do echo $address: $(note $address); done; }}
+         await_ipv6
+         try {public}; try {private}; try {special}; try {own}
+         echo waits: now
+         while note 198.51.100.2 | grep -q note; do sleep 1; done
+         echo taken: $(note 198.51.100.2)"
+    );
+    let mut running = start(&internet, "", &script);
+    running.expect("waits: now");
+    let console = running.console();
+    for (addresses, words) in [
+        (public, "note of"),
+        (private, "note of"),
+        (special, "Connection refused"),
+        (own, "Connection refused"),
+    ] {
+        for address in addresses.split_whitespace() {
+            let told = told(&console, &format!("{address}:"));
+            assert!(told.contains(words), "{address}: {told}: {console}");
+        }
+    }
+    ip(&internet.host, "addr add 198.51.100.2/32 dev lo");
+    expect_lines(&running.wait(), &["taken: nc: ", "Connection refused"]);
+}
+
 /// passt ends with its VM, also where that is killed; without it, the link is
 /// down, and the VM goes on.
 #[test]
 fn passt_and_its_vm() {
-    let namespace = loopback("end");
+    let namespace = internet("end");
     let _servers = Servers::start(&namespace);
     let ended = start(
         &namespace,
@@ -364,7 +611,7 @@ fn passt_and_its_vm() {
 
     let script = "echo up: $(cat /sys/class/net/eth0/carrier)
         while [ $(cat /sys/class/net/eth0/carrier) = 1 ]; do sleep 1; done
-        ping -c 1 -W 1 10.77.0.1
+        ping -c 1 -W 1 198.51.100.1
         echo down: $(cat /sys/class/net/eth0/carrier)";
     let mut running = start(&namespace, "", script);
     running.expect("up: 1");
@@ -394,24 +641,13 @@ fn passt_and_its_vm() {
 /// The same as an ordinary user, and with IPv6 where the host has that.
 #[test]
 fn an_ordinary_user_and_ipv6() {
-    let namespace = Namespace::new("user6");
-    for words in [
-        "-6 addr add fe80::77/64 dev tap0 nodad",
-        "-6 addr add fd88::1/64 dev tap0 nodad",
-        "-6 route add default via fd88::2 dev tap0",
-        "addr add 10.77.0.1/32 dev lo",
-        "addr add 10.77.0.2/32 dev lo",
-    ] {
-        let words: Vec<&str> = words.split(' ').collect();
-        tool("ip", &[&["-n", namespace.name()], &words[..]].concat());
-    }
+    let namespace = internet("user6").with_ipv6();
     let _servers = Servers::start(&namespace);
     let guest = guest(
-        "echo tcp: $(page 10.77.0.1 8000)
+        "echo tcp: $(page 198.51.100.1 8000)
          echo name: $(ask web.example)
-         until ip -6 addr show dev eth0 | grep -q 'inet6 fd6d.*global' &&
-             ip -6 route | grep -q default && ! ip -6 addr | grep -q tentative; do sleep 1; done
-         echo tcp6: $(page fd88::1 8000)
+         await_ipv6
+         echo tcp6: $(page 2001:db8:77::1 8000)
          echo ready: now
          sleep 100000",
     );
@@ -443,7 +679,10 @@ fn an_ordinary_user_and_ipv6() {
     let mut running = namespace.enter(guest).start();
     running.expect("ready: now");
     let console = running.console();
-    for line in ["tcp: page of 10.77.0.1\n", "tcp6: page of fd88::1\n"] {
+    for line in [
+        "tcp: page of 198.51.100.1\n",
+        "tcp6: page of 2001:db8:77::1\n",
+    ] {
         assert!(console.contains(line), "no {line:?}: {console}");
     }
     let owner = tool(

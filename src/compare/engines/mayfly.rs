@@ -1,5 +1,7 @@
 //! mayfly: `mayfly run`, as users run it.
 
+use mayfly_guest::peer::Meeting;
+
 use super::{About, Engine, Job, Place, VOLUME, first_line, words};
 use crate::compare::instance::{Launch, Sign};
 use crate::failure::Failure;
@@ -59,6 +61,15 @@ impl Engine for Mayfly {
         ]));
         if place.accept_kvm.accept_kvm {
             command.push("--accept-kvm".into());
+        }
+        // The peer is the host, which a guest does not reach by itself.
+        let meetings = job.words.iter().filter_map(|word| word.parse().ok());
+        for Meeting {
+            port, addresses, ..
+        } in meetings.filter(|_| self.network == "user")
+        {
+            let rules = addresses.iter().map(|it| format!("--allow={it}:{port}"));
+            command.extend(rules.map(Into::into));
         }
         if let Some(volume) = &job.volume {
             command.extend(words(["-v", &format!("{}:{VOLUME}", volume.display())]));

@@ -1,21 +1,31 @@
 //! What a guest's user network lets pass. It sees what the guest sends before
 //! anything of the host does, and is out of the guest's reach.
 //!
-//! passt opens sockets on behalf of the guest wherever its packets are for, the
-//! host's loopback included, which is also behind the gateway's address. So there
-//! is a filter always. With `--allow`, it denies all but:
-//! - what a rule names by address;
-//! - queries to the resolvers for names that a rule names, by UDP;
-//! - the addresses that these gave in answer to such a query, for as long as
-//!   they said, and connections that were begun then, longer;
-//! - answers of published ports;
-//! - ARP, neighbour discovery and DHCP (not DHCPv6), which end in passt.
+//! passt opens sockets on behalf of the guest wherever its packets are for, as a process
+//! of the host: what trusts the host, or listens there, would trust the guest. So there
+//! is a filter always, which looks at whose an address is (`kind.rs`):
+//!
+//! | to | without `allow` | `isolated` | with `allow` |
+//! |---|---|---|---|
+//! | the internet | open | open | a rule names it |
+//! | private networks, and those the host is on | open | closed | a rule names it |
+//! | a link's, reserved, metadata, the host's own | closed | closed | a rule names it, not /0 |
+//! | the host's loopback | closed | closed | closed, unless `host-loopback` |
+//!
+//! A rule with a name opens the addresses that the resolver gave in answer to a query for
+//! it, for as long as it said, and connections that were begun then, longer: of the
+//! internet, as a name's owner may let it lead anywhere.
+//!
+//! Always open are queries to the resolvers, with `allow` only by UDP and for names that
+//! a rule names; answers of published ports; ARP, neighbour discovery and DHCP, which end
+//! in passt.
 //!
 //! Packets must be plain: no fragments, VLANs, IP options or extension headers.
 
 mod answer;
 mod dns;
 mod frame;
+mod kind;
 pub mod rule;
 mod table;
 #[cfg(test)]
@@ -29,8 +39,10 @@ use mayfly_devices::virtio::net::{FrameFilter, Verdict};
 
 use self::dns::Question;
 use self::frame::{Frame, Packet, Upper, icmp};
+use self::kind::Kind;
 use self::rule::Rule;
 use self::table::Table;
+use super::host::KnownHost;
 use super::publish::Protocol;
 use super::user::UserNet;
 use crate::config::UserConfig;
@@ -52,9 +64,17 @@ const UDP_IDLE: Duration = Duration::from_secs(180);
 /// Denials are told of so often.
 const TELL_EVERY: Duration = Duration::from_secs(1);
 
-/// Both ends of a conversation.
+/// An end of a conversation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum End {
+    Guest,
+    Peer,
+}
+
+/// A conversation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Flow {
+    begun_by: End,
     protocol: Protocol,
     guest_port: u16,
     peer: IpAddr,
@@ -72,7 +92,7 @@ struct Asked {
 /// Why a packet does not pass.
 enum Denied {
     /// The guest is told, and perhaps the log.
-    Refused,
+    Refused(Kind),
     /// The guest gets this datagram from the resolver.
     Name(String, Vec<u8>),
     /// It is malformed, or nothing that a user would miss.
@@ -89,8 +109,11 @@ struct Counters {
 /// The filter of one guest.
 pub struct Egress {
     net: UserNet,
-    /// Without any, all but the host's own addresses is allowed.
+    /// With any, what they name and nothing else is open.
     rules: Vec<Rule>,
+    /// Private networks are closed, too.
+    isolated: bool,
+    host: KnownHost,
     published: Vec<(Protocol, u16)>,
     /// The gateway's address is the host's loopback.
     host_loopback: bool,
@@ -105,13 +128,15 @@ pub struct Egress {
 }
 
 impl Egress {
-    /// A filter for a guest of a network.
-    pub fn new(net: UserNet, config: &UserConfig) -> Self {
+    /// A filter for a guest of a network, on a host whose own networks are known.
+    pub fn new(net: UserNet, config: &UserConfig, host: KnownHost) -> Self {
         let published = config.publish.iter();
         let published = published.map(|publish| (publish.protocol, publish.guest));
         Egress {
             net,
             rules: config.allow.clone(),
+            isolated: config.isolated,
+            host,
             published: published.collect(),
             host_loopback: config.host_loopback,
             flows: Table::new(FLOWS_MAX),
@@ -123,21 +148,56 @@ impl Egress {
         }
     }
 
+    /// What it knows of the host's networks, which may change.
+    pub fn host(&self) -> KnownHost {
+        self.host.clone()
+    }
+
+    fn kind(&self, address: IpAddr) -> Kind {
+        // Behind it is the host's loopback.
+        match self.net.is_gateway(address) {
+            true if self.host_loopback => Kind::Public,
+            true => Kind::Loopback,
+            false => Kind::of(address, &self.host),
+        }
+    }
+
+    /// Only a rule with the address opens it.
+    fn is_closed(&self, kind: Kind) -> bool {
+        match kind {
+            Kind::Public => false,
+            Kind::Near | Kind::Private => self.isolated,
+            Kind::Special | Kind::Metadata | Kind::Host | Kind::Loopback => true,
+        }
+    }
+
+    /// A rule with a name opens it. A LAN's is not, also where it is open to others:
+    /// whoever answers for a name would say what of a private network is open.
+    fn is_for_names(&self, kind: Kind) -> bool {
+        kind <= Kind::Near && !self.is_closed(kind)
+    }
+
     fn judge(&mut self, packet: &Packet, now: Instant) -> Result<(), Denied> {
         if is_configuration(packet) || self.rules.is_empty() && is_dhcp_6(packet) {
             return Ok(());
         }
-        if is_many(packet.destination) {
+        let to = packet.destination;
+        if is_many(to) {
             return Err(Denied::Silently);
         }
-        if !is_foreign(packet.destination) {
-            return Err(Denied::Refused);
+        let kind = self.kind(to);
+        let loopback = self.net.is_gateway(to) && !self.host_loopback;
+        if kind == Kind::Loopback && !loopback {
+            return Err(Denied::Refused(kind));
         }
         if !self.rules.is_empty() && !self.net.is_guest(packet.source) {
-            return Err(Denied::Silently);
+            return Err(match packet.source {
+                // What it uses to talk to who is on its link.
+                IpAddr::V6(own) if own.is_unicast_link_local() => Denied::Refused(kind),
+                _ => Denied::Silently,
+            });
         }
-        let loopback = self.net.is_gateway(packet.destination) && !self.host_loopback;
-        if self.rules.is_empty() && !loopback {
+        if self.rules.is_empty() && !self.is_closed(kind) {
             return Ok(());
         }
         let port = match &packet.upper {
@@ -146,42 +206,56 @@ impl Egress {
             Upper::Icmp(icmp::ECHO_REQUEST | icmp::ECHO_REQUEST_6) => None,
             Upper::Icmp(_) => return Err(Denied::Silently),
         };
-        if port == Some(DNS) && self.net.dns.contains(&packet.destination) {
+        if port == Some(DNS) && self.net.dns.contains(&to) {
             return self.judge_query(packet, loopback, now);
         }
         if loopback {
-            return self.go_on(packet, now).ok_or(Denied::Refused);
+            return self.go_on(packet, kind, now);
         }
-        self.judge_address(packet, port, now)
+        self.judge_address(packet, kind, port, now)
     }
 
-    /// A conversation that was begun before goes on.
-    fn go_on(&mut self, packet: &Packet, now: Instant) -> Option<()> {
+    /// A conversation that was begun before goes on: one that the guest began only while
+    /// a name may open the address.
+    fn go_on(&mut self, packet: &Packet, kind: Kind, now: Instant) -> Result<(), Denied> {
         let begins = matches!(packet.upper, Upper::Tcp(segment) if segment.opens());
-        let flow = outgoing_flow(packet)?;
-        if begins || !self.flows.has(&flow, now) {
-            return None;
-        }
+        let ends: &[End] = match self.is_for_names(kind) {
+            true => &[End::Peer, End::Guest],
+            false => &[End::Peer],
+        };
+        let flows = ends.iter().filter_map(|&end| outgoing_flow(packet, end));
+        let known = flows
+            .filter(|_| !begins)
+            .find(|flow| self.flows.has(flow, now));
+        let flow = known.ok_or(Denied::Refused(kind))?;
         self.flows.keep(flow, now, flow.protocol.idle());
-        Some(())
+        Ok(())
     }
 
     fn judge_address(
         &mut self,
         packet: &Packet,
+        kind: Kind,
         port: Option<u16>,
         now: Instant,
     ) -> Result<(), Denied> {
         let peer = packet.destination;
-        if self.rules.iter().any(|rule| rule.permits(peer, port)) {
+        let closed = self.is_closed(kind);
+        let permits = |rule: &Rule| match closed {
+            true => rule.permits_explicitly(peer, port),
+            false => rule.permits(peer, port),
+        };
+        if self.rules.iter().any(permits) {
             return Ok(());
         }
-        let opened = self.opened.has(&(peer, None), now)
-            || port.is_some() && self.opened.has(&(peer, port), now);
+        // It may have become the host's own meanwhile.
+        let opened = self.is_for_names(kind)
+            && (self.opened.has(&(peer, None), now)
+                || port.is_some() && self.opened.has(&(peer, port), now));
         if !opened {
-            return self.go_on(packet, now).ok_or(Denied::Refused);
+            return self.go_on(packet, kind, now);
         }
-        if let Some(flow) = outgoing_flow(packet) {
+        if let Some(flow) = outgoing_flow(packet, End::Guest) {
             self.flows.keep(flow, now, flow.protocol.idle());
         }
         Ok(())
@@ -195,8 +269,9 @@ impl Egress {
         let explicit = |rule: &Rule| rule.port == Some(DNS) && rule.permits(resolver, Some(DNS));
         let explicit = self.rules.iter().any(explicit);
         let Upper::Udp { source, data, .. } = packet.upper else {
-            let passes = explicit && !loopback;
-            return passes.then_some(()).ok_or(Denied::Refused);
+            let passes = (explicit || self.rules.is_empty()) && !loopback;
+            let refused = || Denied::Refused(self.kind(resolver));
+            return passes.then_some(()).ok_or_else(refused);
         };
         if self.rules.is_empty() {
             return Ok(());
@@ -237,28 +312,35 @@ impl Egress {
         let Some(asked) = self.asked.remove(index) else {
             return false;
         };
-        let naming = |rule: &&Rule| rule.names(&asked.question.name);
-        for rule in self.rules.iter().filter(naming) {
-            for &(address, ttl) in &addresses {
-                // A name may not open what is nobody's name.
-                if is_foreign(address) && !is_local(address) && !self.net.is_gateway(address) {
-                    let time = Duration::from_secs(ttl.clamp(*TTL.start(), *TTL.end()).into());
-                    self.opened.keep((address, rule.port), now, time);
-                }
+        for &(address, ttl) in &addresses {
+            // The gateway is private, whatever is behind it.
+            let kind = Kind::of(address, &self.host);
+            if !self.is_for_names(kind) {
+                // A rule may have the address itself.
+                let name = &asked.question.name;
+                self.tell(format_args!("{name} at {address}"), Some(kind), now);
+                continue;
+            }
+            let time = Duration::from_secs(ttl.clamp(*TTL.start(), *TTL.end()).into());
+            let naming = |rule: &&Rule| rule.names(&asked.question.name);
+            for rule in self.rules.iter().filter(naming) {
+                self.opened.keep((address, rule.port), now, time);
             }
         }
         true
     }
 
-    fn tell(&mut self, what: std::fmt::Arguments, now: Instant) {
+    fn tell(&mut self, what: std::fmt::Arguments, kind: Option<Kind>, now: Instant) {
         if self.told.is_some_and(|told| now < told + TELL_EVERY) {
             self.untold += 1;
             return;
         }
         self.told = Some(now);
+        let kind = kind.map(|kind| format!(": it is {kind}"));
+        let kind = kind.unwrap_or_default();
         match std::mem::take(&mut self.untold) {
-            0 => log::info!("network: {what} is not allowed"),
-            more => log::info!("network: {what} is not allowed ({more} more before)"),
+            0 => log::info!("network: {what} is not allowed{kind}"),
+            more => log::info!("network: {what} is not allowed{kind} ({more} more before)"),
         }
     }
 }
@@ -287,12 +369,12 @@ impl FrameFilter for Egress {
             }
             Err(Denied::Name(name, refusal)) => {
                 self.counters.names += 1;
-                self.tell(format_args!("a query for {name}"), now);
+                self.tell(format_args!("a query for {name}"), None, now);
                 answer::datagram(&packet, &refusal)
             }
-            Err(Denied::Refused) => {
+            Err(Denied::Refused(kind)) => {
                 self.counters.packets += 1;
-                self.tell(format_args!("{packet}"), now);
+                self.tell(format_args!("{packet}"), Some(kind), now);
                 answer::refusal(&packet)
             }
         };
@@ -368,8 +450,9 @@ fn ports(packet: &Packet) -> Option<(Protocol, u16, u16)> {
     }
 }
 
-fn outgoing_flow(packet: &Packet) -> Option<Flow> {
+fn outgoing_flow(packet: &Packet, begun_by: End) -> Option<Flow> {
     ports(packet).map(|(protocol, guest_port, peer_port)| Flow {
+        begun_by,
         protocol,
         guest_port,
         peer: packet.destination,
@@ -379,6 +462,7 @@ fn outgoing_flow(packet: &Packet) -> Option<Flow> {
 
 fn incoming_flow(packet: &Packet) -> Option<Flow> {
     ports(packet).map(|(protocol, peer_port, guest_port)| Flow {
+        begun_by: End::Peer,
         protocol,
         guest_port,
         peer: packet.source,
@@ -429,24 +513,6 @@ fn is_many(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(address) => address.is_multicast() || address.is_broadcast(),
         IpAddr::V6(address) => address.is_multicast(),
-    }
-}
-
-/// It is not the host's own loopback, in whatever way it may be written.
-fn is_foreign(address: IpAddr) -> bool {
-    match address {
-        // "This network" reaches the host, too.
-        IpAddr::V4(address) => !address.is_loopback() && address.octets()[0] != 0,
-        // An IPv4 address in an IPv6 one would pass by rules for the other.
-        IpAddr::V6(address) => address.to_ipv4().is_none(),
-    }
-}
-
-/// It only means something on its own link.
-fn is_local(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(address) => address.is_link_local(),
-        IpAddr::V6(address) => address.is_unicast_link_local(),
     }
 }
 

@@ -37,6 +37,13 @@ impl Rule {
         network.contains(address) && (self.port.is_none() || self.port == port)
     }
 
+    /// The same, and it means this address: a rule for all addresses means those of the
+    /// internet.
+    pub fn permits_explicitly(&self, address: IpAddr, port: Option<u16>) -> bool {
+        let all = matches!(&self.target, Target::Network(network) if network.prefix() == 0);
+        !all && self.permits(address, port)
+    }
+
     /// It names the name, which is in small letters.
     pub fn names(&self, name: &str) -> bool {
         match &self.target {
@@ -147,6 +154,25 @@ mod tests {
         ] {
             let address = address.parse().unwrap();
             assert_eq!(rule(text).permits(address, port), permitted, "{text}");
+        }
+    }
+
+    #[test]
+    fn all_addresses_are_not_each_of_them() {
+        let address = "169.254.169.254".parse().unwrap();
+        for (text, explicit) in [
+            ("0.0.0.0/0", false),
+            ("0.0.0.0/0:80", false),
+            ("169.254.0.0/16", true),
+            ("169.254.169.254:80", true),
+            ("169.254.169.254:81", false),
+        ] {
+            let rule = rule(text);
+            assert_eq!(
+                rule.permits_explicitly(address, Some(80)),
+                explicit,
+                "{text}"
+            );
         }
     }
 

@@ -6,12 +6,23 @@ use proptest::prelude::*;
 use super::frame::Segment;
 use super::*;
 use crate::config::UserConfig;
+use crate::net::cidr::Cidr;
+use crate::net::host::HostNetworks;
 use crate::net::user::{GATEWAY, GUEST_IP, UserNet6};
 
 const GUEST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const HOST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 const RESOLVER: [u8; 4] = [9, 9, 9, 9];
 const WEB: [u8; 4] = [93, 184, 216, 34];
+
+/// A host, and the networks that it is on.
+fn host() -> KnownHost {
+    let networks = |all: &[&str]| all.iter().map(|text| text.parse().unwrap()).collect();
+    KnownHost::new(&HostNetworks {
+        own: networks(&["203.0.113.7", "192.168.1.5", "2001:db8:7::7"]),
+        near: networks(&["203.0.113.0/24", "192.168.1.0/24", "2001:db8:7::/64"]),
+    })
+}
 
 /// A filter with rules and published ports.
 fn filter(rules: &[&str]) -> Egress {
@@ -26,7 +37,7 @@ fn filter_of(rules: &[&str], mut config: UserConfig) -> Egress {
         .map(|text| text.parse().unwrap())
         .into();
     config.allow = rules.iter().map(|rule| rule.parse().unwrap()).collect();
-    Egress::new(UserNet::of(&config), &config)
+    Egress::new(UserNet::of(&config), &config, host())
 }
 
 fn guest() -> [u8; 4] {
@@ -133,10 +144,22 @@ impl Egress {
         let answer = answer(7, name, &[("", 1, &address)]);
         assert!(self.incoming(&udp(Way::In, 4000, resolver, &answer), now));
     }
+
+    /// The same for an address of IPv6.
+    fn resolve_ipv6(&mut self, name: &str, address: [u8; 16], now: Instant) {
+        let resolver = (RESOLVER, 53);
+        let mut asked = query(7, name);
+        let at = asked.len() - 3;
+        asked[at] = 28;
+        assert!(self.passes(&udp(Way::Out, 4000, resolver, &asked), now));
+        let mut answer = answer(7, name, &[("", 28, &address)]);
+        answer[at] = 28;
+        assert!(self.incoming(&udp(Way::In, 4000, resolver, &answer), now));
+    }
 }
 
 #[test]
-fn without_rules_all_but_the_hosts_own_addresses_passes() {
+fn without_rules_the_hosts_loopback_is_closed() {
     let (mut open, now) = (filter(&[]), Instant::now());
     for peer in [WEB, [10, 0, 0, 1], [192, 168, 1, 1], RESOLVER] {
         assert!(
@@ -181,6 +204,212 @@ fn without_rules_all_but_the_hosts_own_addresses_passes() {
             ("malformed_packets", 0)
         ]
     );
+}
+
+/// A frame of each kind that a refusal answers, to any address.
+fn three_to(peer: IpAddr) -> [Vec<u8>; 3] {
+    let ethernet = || PacketBuilder::ethernet2(GUEST_MAC, HOST_MAC);
+    let own = Ipv6Addr::new(0xfd6d, 0x6179, 0x666c, 0, 0, 0, 0, 0x15);
+    let ip = || match peer {
+        IpAddr::V4(peer) => ethernet().ipv4(guest(), peer.octets(), 64),
+        IpAddr::V6(peer) => ethernet().ipv6(own.octets(), peer.octets(), 64),
+    };
+    let mut frames = [const { Vec::new() }; 3];
+    let mut header = TcpHeader::new(1, 80, 1000, 500);
+    header.syn = true;
+    let [tcp, udp, ping] = &mut frames;
+    ip().tcp_header(header).write_to_vec(tcp, &[]).unwrap();
+    ip().udp(1, 80).write_to_vec(udp, b"x").unwrap();
+    match peer {
+        IpAddr::V4(_) => ip().icmpv4_echo_request(1, 1).write_to_vec(ping, b"x"),
+        IpAddr::V6(_) => ip().icmpv6_echo_request(1, 1).write_to_vec(ping, b"x"),
+    }
+    .unwrap();
+    frames
+}
+
+/// The answer says at once that it does not pass.
+fn is_refusal(answer: &[u8], of: &[u8]) -> bool {
+    let Some(Frame::Ip(packet)) = Frame::parse(answer) else {
+        return false;
+    };
+    let Some(Frame::Ip(asked)) = Frame::parse(of) else {
+        return false;
+    };
+    let prohibited = match asked.destination {
+        IpAddr::V4(_) => answer.get(34..36) == Some(&[3, 13]),
+        IpAddr::V6(_) => answer.get(54..56) == Some(&[1, 1]),
+    };
+    packet.source == asked.destination
+        && packet.destination == asked.source
+        && match (asked.upper, packet.upper) {
+            (Upper::Tcp(_), Upper::Tcp(segment)) => segment.rst,
+            (Upper::Udp { .. } | Upper::Icmp(_), Upper::Icmp(_)) => prohibited,
+            _ => false,
+        }
+}
+
+/// All three pass, or all three are refused at once.
+fn is_open(egress: &mut Egress, peer: IpAddr) -> bool {
+    let now = Instant::now();
+    let open = three_to(peer).map(|frame| match egress.outgoing(&frame, now) {
+        Verdict::Pass => true,
+        Verdict::Answer(answer) if is_refusal(&answer, &frame) => false,
+        verdict => panic!("{peer}: {verdict:?}"),
+    });
+    assert!(open.iter().all(|one| *one == open[0]), "{peer}: {open:?}");
+    open[0]
+}
+
+fn filter_with_ipv6(allow: &[&str], isolated: bool) -> Egress {
+    let config = UserConfig {
+        allow: allow.iter().map(|rule| rule.parse().unwrap()).collect(),
+        dns: vec![RESOLVER.into()],
+        isolated,
+        ..Default::default()
+    };
+    let mut net = UserNet::of(&config);
+    net.ip6 = Some(UserNet6::new("eth0".into()));
+    Egress::new(net, &config, host())
+}
+
+/// The table of the documentation: of all spellings of addresses.
+#[test]
+fn what_is_open_without_being_named() {
+    const ALL: [&str; 2] = ["0.0.0.0/0", "::/0"];
+    // Open to all, to the isolated, by a rule for all, by its own rule, by a name.
+    for (open, addresses) in [
+        (
+            [true; 5],
+            "1.1.1.1 2001:db8::1 64:ff9b::1.1.1.1 2002:101:101::1",
+        ),
+        ([true, false, true, true, true], "203.0.113.8 2001:db8:7::8"),
+        (
+            [true, false, true, true, false],
+            "10.1.2.3 172.16.0.1 192.168.1.6 100.64.0.1 198.18.0.1 10.0.2.3 fd12::1 fec0::1 \
+             64:ff9b::10.1.2.3 64:ff9b:1::1 2002:a01:203::1",
+        ),
+        (
+            [false, false, false, true, false],
+            "169.254.169.254 169.254.1.1 169.254.170.2 100.100.100.200 192.0.0.192 192.0.0.8 \
+             168.63.129.16 240.0.0.1 203.0.113.7 192.168.1.5 2001:db8:7::7 fe80::1 fe80::a9fe:a9fe \
+             fd00:ec2::254 fd20:ce::254 64:ff9b::169.254.169.254 64:ff9b::192.168.1.5 \
+             2002:a9fe:a9fe::1 2001:0:a9fe:a9fe::1 2001:0:101:101::5601:5601",
+        ),
+        (
+            [false; 5],
+            "127.0.0.1 127.9.9.9 0.0.0.0 0.1.2.3 10.0.2.2 fd6d:6179:666c::2 :: ::1 ::127.0.0.1 \
+             ::1.1.1.1 ::ffff:127.0.0.1 ::ffff:1.1.1.1 ::ffff:0:1.1.1.1 64:ff9b::127.0.0.1 \
+             2002:7f00:1::1 2001:0:7f00:1::1",
+        ),
+    ] {
+        for text in addresses.split_whitespace() {
+            let address: IpAddr = text.parse().unwrap();
+            let mut named = filter_with_ipv6(&["*.example.com"], false);
+            if let IpAddr::V4(address) = address {
+                named.resolve("a.example.com", address.octets(), Instant::now());
+            } else if let IpAddr::V6(address) = address {
+                named.resolve_ipv6("a.example.com", address.octets(), Instant::now());
+            }
+            let found = [
+                is_open(&mut filter_with_ipv6(&[], false), address),
+                is_open(&mut filter_with_ipv6(&[], true), address),
+                is_open(&mut filter_with_ipv6(&ALL, false), address),
+                is_open(&mut filter_with_ipv6(&[text], false), address),
+                is_open(&mut named, address),
+            ];
+            assert_eq!(found, open, "{text}");
+            // An isolated guest is not let out by a rule for all, but by its own.
+            let rules = [ALL[0], ALL[1]];
+            assert_eq!(
+                is_open(&mut filter_with_ipv6(&rules, true), address),
+                open[1],
+                "{text}"
+            );
+            assert_eq!(
+                is_open(&mut filter_with_ipv6(&[ALL[0], text], true), address),
+                open[3],
+                "{text}"
+            );
+        }
+    }
+    // Nobody answers in the name of many.
+    for many in ["224.0.0.251", "255.255.255.255", "ff02::fb", "ff0e::1"] {
+        for frame in three_to(many.parse().unwrap()) {
+            let mut egress = filter_with_ipv6(&[many], false);
+            assert_eq!(egress.outgoing(&frame, Instant::now()), Verdict::Drop);
+        }
+    }
+}
+
+/// What is open may become the host's own, and be given away again.
+#[test]
+fn a_new_address_of_the_hosts_is_closed() {
+    let web: IpAddr = WEB.into();
+    let known = |own: &[IpAddr]| HostNetworks {
+        own: own.iter().map(|it| Cidr::of(*it, 32)).collect(),
+        near: Vec::new(),
+    };
+    for mut egress in [
+        filter_with_ipv6(&[], false),
+        filter_with_ipv6(&["0.0.0.0/0"], false),
+        {
+            let mut named = filter_with_ipv6(&["example.com"], false);
+            named.resolve("example.com", WEB, Instant::now());
+            named
+        },
+    ] {
+        assert!(is_open(&mut egress, web));
+        egress.host().set(&known(&[web]));
+        assert!(!is_open(&mut egress, web));
+        egress.host().set(&known(&[]));
+        assert!(is_open(&mut egress, web));
+    }
+}
+
+/// A resolver is reached wherever it is, and nothing else there.
+#[test]
+fn a_resolver_may_be_anywhere() {
+    let now = Instant::now();
+    for address in [[169, 254, 169, 254], [203, 0, 113, 7], [192, 168, 1, 1]] {
+        let mut config = UserConfig {
+            dns: vec![address.into()],
+            isolated: true,
+            ..Default::default()
+        };
+        let mut open = Egress::new(UserNet::of(&config), &config, host());
+        config.allow = vec!["example.com".parse().unwrap()];
+        let mut strict = Egress::new(UserNet::of(&config), &config, host());
+        let asked = udp(Way::Out, 1, (address, 53), &query(1, "example.com"));
+        assert!(open.passes(&asked, now) && strict.passes(&asked, now));
+        assert!(open.passes(&tcp(Way::Out, 1, (address, 53), "S"), now));
+        for frame in three_to(address.into()) {
+            assert!(!open.passes(&frame, now) && !strict.passes(&frame, now));
+        }
+    }
+}
+
+/// Who may not be called may call, and is answered.
+#[test]
+fn clients_of_published_ports_may_be_the_host() {
+    let (mut egress, now) = (filter(&[]), Instant::now());
+    let client = ([203, 0, 113, 7], 40000);
+    for (question, answer) in [
+        (
+            tcp(Way::In, 80, client, "S"),
+            tcp(Way::Out, 80, client, "SA"),
+        ),
+        (
+            udp(Way::In, 53, client, b"x"),
+            udp(Way::Out, 53, client, b"y"),
+        ),
+    ] {
+        assert!(!egress.passes(&answer, now));
+        assert!(egress.incoming(&question, now));
+        assert!(egress.passes(&answer, now));
+    }
+    assert!(!egress.passes(&tcp(Way::Out, 80, client, "S"), now));
+    assert!(!egress.passes(&tcp(Way::Out, 81, client, "SA"), now));
 }
 
 /// Behind the gateway is the host's loopback: its resolver, and clients of
@@ -638,9 +867,9 @@ fn ipv6_has_the_same_rules() {
             frame
         }
     };
-    let mut open = Egress::new(net.clone(), &config);
+    let mut open = Egress::new(net.clone(), &config, host());
     config.allow = vec!["[2001:db8::/64]:9".parse().unwrap()];
-    let mut strict = Egress::new(net, &config);
+    let mut strict = Egress::new(net, &config, host());
     let link: Ipv6Addr = "fe80::1".parse().unwrap();
     for (frame, by_strict, by_open) in [
         (frame(own, "2001:db8::1", &udp((1, 9))), true, true),
@@ -657,6 +886,14 @@ fn ipv6_has_the_same_rules() {
     ] {
         assert_eq!(strict.passes(&frame, now), by_strict, "{frame:x?}");
         assert_eq!(open.passes(&frame, now), by_open, "{frame:x?}");
+    }
+    // Who asks on the link is told there.
+    let asked = frame(link, "fe80::77", &udp((1, 9)));
+    for egress in [&mut open, &mut strict] {
+        let Verdict::Answer(answer) = egress.outgoing(&asked, now) else {
+            panic!();
+        };
+        assert!(is_refusal(&answer, &asked));
     }
     // An extension header, even with what is allowed behind it.
     let mut hidden = frame(own, "2001:db8::1", &udp((1, 9)));
