@@ -30,7 +30,11 @@ pub fn configure(
             IpAddr::V4(gateway) => route_v4(gateway),
             IpAddr::V6(gateway) => route_v6(device, gateway),
         };
-        added.map_err(|error| format!("{device}: gateway {gateway}: {error}"))?;
+        match added {
+            // A kernel that reads `ip=` itself was first.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            added => added.map_err(|error| format!("{device}: gateway {gateway}: {error}"))?,
+        }
     }
     Ok(())
 }
