@@ -26,9 +26,11 @@ pub use self::ends::{Ends, Nature, Opened};
 
 /// A pipe that polls as writable takes this much without blocking.
 const CHUNK: usize = libc::PIPE_BUF;
-/// How many keys are held for a guest that does not take them; then keys are
-/// lost, as on any terminal.
-const HELD_MAX: usize = 4096;
+/// How many keys are held for a guest that does not take them, so that those for the
+/// monitor are seen all the same: more than anybody pastes. The rest waits.
+const HELD_MAX: usize = 1 << 20;
+/// How many keys are read at once.
+const KEYS_MAX: usize = 4096;
 /// What a line moves before others have their turn: a guest that never stops
 /// sending, and a reader that keeps up, would have it all.
 const TURN: usize = 64 << 10;
@@ -282,7 +284,7 @@ impl Console {
             lock(line).input(&deliver);
             let room = room - deliver.len();
             let want = if self.escape.is_some() {
-                HELD_MAX
+                KEYS_MAX.min(HELD_MAX.saturating_sub(self.held.len()))
             } else {
                 room
             };
@@ -319,8 +321,7 @@ impl Console {
                 Some(Request::Help) => drop(write!(io::stderr(), "{HELP}")),
                 None => {}
             }
-            let space = HELD_MAX - self.held.len();
-            self.held.extend(data.iter().take(space));
+            self.held.extend(data);
         }
     }
 
@@ -459,6 +460,39 @@ mod tests {
         }
         console.pump();
         assert!(console.input.is_none() && console.output.is_none());
+    }
+
+    #[test]
+    fn a_paste_waits_for_the_guest_and_keys_of_the_monitor_do_not() {
+        let (input, mut keys) = io::pipe().unwrap();
+        let line = Arc::new(Mutex::new(Slow::default()));
+        let mut console = Console {
+            lines: vec![line.clone()],
+            input: Some(File::from(OwnedFd::from(input))),
+            escape: Some(Escape::default()),
+            ..Console::default()
+        };
+        let paste: Vec<u8> = (0..HELD_MAX + 30_000)
+            .map(|it| (it % 251) as u8 + 2)
+            .collect();
+        let typed = paste.clone();
+        let typist = std::thread::spawn(move || {
+            keys.write_all(&typed).unwrap();
+            keys
+        });
+        // The guest takes nothing for a while, and then some at a time.
+        while console.held.len() < HELD_MAX {
+            assert_eq!(console.pump(), Pumped::All);
+        }
+        while lock(&line).got.len() < paste.len() {
+            lock(&line).room = 5_000;
+            assert_eq!(console.pump(), Pumped::All);
+        }
+        assert!(lock(&line).got == paste);
+        let mut keys = typist.join().unwrap();
+        lock(&line).room = 0;
+        keys.write_all(b"not taken\x01x").unwrap();
+        assert_eq!(console.pump(), Pumped::Quit);
     }
 
     #[test]
