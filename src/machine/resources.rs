@@ -2,14 +2,14 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use kvm_ioctls::Kvm;
 use mayfly_devices::virtio::block::{Concat, Disk, ID_LEN, Image, Qcow2, SECTOR};
 
-use rustix::fs::{Access, OFlags, fcntl_getfl, fcntl_setfl, fstatfs};
+use rustix::fs::{Access, MemfdFlags, OFlags, fcntl_getfl, fcntl_setfl, fstatfs, memfd_create};
 
 use super::build::open_kvm;
 use super::signals::StartSignals;
@@ -272,6 +272,11 @@ fn open_disk(config: &DiskConfig, cpus: u8, locks: &mut DiskLocks) -> Result<Dis
         }
     };
     let (image, size) = match config.format {
+        Format::Raw if config.read_only && len > SECTOR && !len.is_multiple_of(SECTOR) => {
+            let image = padded(file, len).or_host(&flag)?;
+            let size = image.size();
+            (Image::Concat(image), size)
+        }
         Format::Raw => (Image::Raw(file), len),
         Format::Qcow2 => {
             let image = Qcow2::open(file, !config.read_only, backing).or_config(&flag)?;
@@ -285,6 +290,16 @@ fn open_disk(config: &DiskConfig, cpus: u8, locks: &mut DiskLocks) -> Result<Dis
             match config.format {
                 Format::Raw => "truncate -s",
                 Format::Qcow2 => "qemu-img resize",
+            }
+        )));
+    }
+    if let rest @ 1.. = size % SECTOR {
+        return Err(Failure::config(format!(
+            "{flag}: has {rest} bytes behind its last whole sector of {SECTOR}, which a guest \
+             cannot have; {}",
+            match config.format {
+                Format::Raw => "make it longer with truncate -s %512, or have it read-only",
+                Format::Qcow2 => "make it longer with qemu-img resize",
             }
         )));
     }
@@ -303,6 +318,20 @@ fn open_disk(config: &DiskConfig, cpus: u8, locks: &mut DiskLocks) -> Result<Dis
         queues: config.queues.number(cpus).into(),
         limits: config.limits,
     })
+}
+
+/// A file that is only read and ends within a sector: the rest of that reads as zeroes.
+fn padded(file: File, len: u64) -> io::Result<Concat> {
+    let whole = len - len % SECTOR;
+    let mut last = vec![0; SECTOR as usize];
+    let end = last.get_mut(..(len - whole) as usize).unwrap_or_default();
+    file.read_exact_at(end, whole)?;
+    let memory: File = memfd_create("end of a disk", MemfdFlags::CLOEXEC)?.into();
+    memory.write_all_at(&last, 0)?;
+    let mut image = Concat::default();
+    image.push(file, whole)?;
+    image.push(memory, SECTOR)?;
+    Ok(image)
 }
 
 /// Opens an image's file, and locks it: shared if it is only read. Returns its
@@ -403,5 +432,29 @@ fn check_creatable(path: &Path, flag: &str) -> Result<(), Failure> {
             access(parent)
         }
         Err(error) => Err(refusal(&error, flag)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_an_odd_disk_is_there_or_missed_loudly() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), vec![7; 1024 + 19]).unwrap();
+        let open = |read_only| {
+            let path = file.path().to_owned();
+            let disk = DiskConfig::of_volume(path, read_only, "-v a".into());
+            open_disk(&disk, 1, &mut DiskLocks::default())
+        };
+        let disk = open(true).unwrap();
+        assert_eq!(disk.sectors, 3);
+        let refused = open(false).err().unwrap().to_string();
+        assert!(
+            refused.starts_with("-v a: has 19 bytes behind"),
+            "{refused}"
+        );
+        assert!(refused.contains("truncate -s %512"), "{refused}");
     }
 }
