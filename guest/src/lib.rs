@@ -15,6 +15,7 @@
 
 pub mod copy;
 pub mod facts;
+pub mod init_words;
 pub mod peer;
 pub mod protocol;
 pub mod steady;

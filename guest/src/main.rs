@@ -33,8 +33,12 @@ mod power_button;
 mod root;
 mod system;
 
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 use std::process::Command;
+
+use mayfly_guest::init_words;
 
 /// The lists of modules to load (see `boot/src/initramfs.rs`).
 const MODULE_LIST: &str = "/etc/mayfly/modules";
@@ -49,13 +53,13 @@ const STATUS_FAILED: i32 = 125;
 
 fn main() {
     port::mark_boot();
-    let words: Vec<String> = std::env::args().skip(1).collect();
-    match words.first().map(String::as_str) {
+    let words: Vec<OsString> = std::env::args_os().skip(1).collect();
+    match words.first().and_then(|word| word.to_str()) {
         Some("quit") => system::power_off(),
         Some("reboot") => system::restart(),
         _ => {}
     }
-    let status = run(&words).unwrap_or_else(|error| {
+    let status = run(words).unwrap_or_else(|error| {
         eprintln!("mayfly-init: {error}");
         STATUS_FAILED
     });
@@ -63,8 +67,15 @@ fn main() {
     system::power_off()
 }
 
-fn run(words: &[String]) -> Result<i32, String> {
+fn run(words: Vec<OsString>) -> Result<i32, String> {
     system::mount_all()?;
+    let cmdline = system::read("/proc/cmdline")?;
+    // Linux may have given only some of them.
+    let words = match init_words::behind(cmdline.as_bytes()) {
+        Some(words) => words.into_iter().map(OsString::from_vec).collect(),
+        None => words,
+    };
+    let words = words.as_slice();
     system::load_modules(Path::new(MODULE_LIST))?;
     if words == ["agent"] {
         return serve_host();
@@ -77,7 +88,6 @@ fn run(words: &[String]) -> Result<i32, String> {
     }
     // A kernel may have no network.
     let _ = interface::turn_on("lo");
-    let cmdline = system::read("/proc/cmdline")?;
     if let Some(config) = net::from_cmdline(&cmdline)? {
         net::configure(&config)?;
     }
@@ -110,7 +120,7 @@ fn run(words: &[String]) -> Result<i32, String> {
         }
         _ => Err(format!(
             "unknown words behind -- on the command line: {}",
-            words.join(" ")
+            words.join(OsStr::new(" ")).display()
         )),
     }
 }

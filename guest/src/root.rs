@@ -9,6 +9,7 @@
 //! | `ro`, `rw`      | else writable, if the disk is                        |
 //! | `init=`         | else `/sbin/init`                                    |
 
+use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -75,7 +76,7 @@ pub fn in_initramfs() -> bool {
 const RAMFS_MAGIC: libc::__fsword_t = 0x8584_58f6;
 
 /// Goes over to the root file system; returns only if that fails.
-pub fn switch(root: &Root, words: &[String]) -> Result<i32, String> {
+pub fn switch(root: &Root, words: &[OsString]) -> Result<i32, String> {
     let failed = |why| format!("root={}: {why}", root.source);
     let device = device(&root.source)?;
     mount_root(root, &device).map_err(failed)?;

@@ -11,6 +11,8 @@ pub(super) struct GuestFiles {
     pub kernel: PathBuf,
     pub kernel_flag: String,
     pub initrd: Option<PathBuf>,
+    /// Its init is mayfly's, for certain.
+    pub own_init: bool,
 }
 
 impl GuestFiles {
@@ -21,22 +23,22 @@ impl GuestFiles {
                 kernel,
                 kernel_flag,
                 initrd,
+                own_init: false,
             });
         }
-        let (kernel, default_initrd) = default_guest()?;
+        let (kernel, default_initrd, own_init) = match guests::ensure_default() {
+            Ok(guest) => (guest.kernel(), guest.boot_initrd(), true),
+            Err(failure) => {
+                let (kernel, initrd) = host_files().ok_or(failure)?;
+                (kernel, initrd, false)
+            }
+        };
         Ok(GuestFiles {
+            own_init: own_init && initrd.is_none(),
             kernel_flag: format!("default kernel {}", kernel.display()),
             kernel,
             initrd: initrd.or(default_initrd),
         })
-    }
-}
-
-/// The default guest's kernel and initial RAM disk, or else those that the host runs.
-fn default_guest() -> Result<(PathBuf, Option<PathBuf>), Failure> {
-    match guests::ensure_default() {
-        Ok(guest) => Ok((guest.kernel(), guest.boot_initrd())),
-        Err(failure) => host_files().ok_or(failure),
     }
 }
 

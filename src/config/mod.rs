@@ -23,6 +23,7 @@ use std::str::FromStr;
 
 use mayfly_boot::{Protocol, cmdline, layout};
 use mayfly_devices::virtio::console::CHANNELS_MAX;
+use mayfly_guest::init_words;
 
 pub use self::balloon::{BalloonConfig, check_size as check_balloon_size};
 pub use self::console::{ChannelConfig, ConsoleConfig, HostEnd};
@@ -221,8 +222,9 @@ impl RawConfig {
         parts.extend(addresses.as_deref());
         parts.extend(self.cmdline.as_deref());
         let cmdline = parts.join(" ");
-        cmdline::validate(&cmdline).or_config("--cmdline")?;
         let guest = GuestFiles::choose(self.kernel, self.initrd)?;
+        let cmdline = for_init(cmdline, guest.own_init)?;
+        cmdline::validate(&cmdline).or_config("--cmdline")?;
         Ok(MachineConfig {
             name,
             kernel: guest.kernel,
@@ -295,6 +297,19 @@ fn channels(texts: &[String]) -> Result<Vec<ChannelConfig>, Failure> {
     Ok(channels)
 }
 
+/// Sees to it that Linux takes a command line with all its words for init.
+fn for_init(cmdline: String, own_init: bool) -> Result<String, Failure> {
+    match init_words::count(cmdline.as_bytes()) {
+        ..=init_words::WORDS_MAX => Ok(cmdline),
+        _ if own_init => Ok(init_words::hidden(&cmdline)),
+        number => Err(Failure::config(format!(
+            "--cmdline: {number} words behind -- are too many: Linux gives init at most {}; \
+             mayfly's own init reads all that stand behind -- --",
+            init_words::WORDS_MAX
+        ))),
+    }
+}
+
 /// What the guest's network of sockets needs of the kernel's command line, if
 /// that says nothing of addresses.
 fn addresses(nets: &[NetConfig], cmdline: &str) -> Option<String> {
@@ -359,6 +374,19 @@ mod tests {
         assert!(line.contains("console=hvc0") && !line.contains("console=ttyS0"));
         assert_eq!(config("debug", true, "stdio").unwrap(), "debug");
         assert!(refusal(config(&"x".repeat(2048), true, "none")).starts_with("--cmdline"));
+    }
+
+    #[test]
+    fn linux_is_given_no_more_words_than_it_takes() {
+        let words = |number: usize| format!("quiet -- run{}", " x".repeat(number - 1));
+        for own_init in [false, true] {
+            assert_eq!(for_init(words(32), own_init).unwrap(), words(32));
+        }
+        assert!(refusal(for_init(words(33), false)).contains("33 words behind -- are too many"));
+        let hidden = for_init(words(33), true).unwrap();
+        assert!(hidden.starts_with("quiet -- -- run x "), "{hidden}");
+        let hidden = words(33).replacen("--", "-- --", 1);
+        assert_eq!(for_init(hidden.clone(), false).unwrap(), hidden);
     }
 
     #[test]

@@ -159,3 +159,12 @@ fn clock_entropy_and_acpi_devices_are_there() {
     assert!(console.contains("rtc_cmos"), "{console}");
     assert!(console.contains("virtio_rng"), "{console}");
 }
+
+#[test]
+fn init_has_all_words_whatever_linux_makes_of_them() {
+    let many: Vec<String> = (0..40).map(|it| it.to_string()).collect();
+    let cmdline = format!("-- -- run /bin/busybox echo {} -- \"a b\"", many.join(" "));
+    let console = Guest::plain().args(["--cmdline", &cmdline]).run();
+    let expected = format!("{} -- a b\n", many.join(" "));
+    assert!(console.contains(&expected), "{console}");
+}
