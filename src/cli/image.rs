@@ -14,6 +14,7 @@ const EXAMPLES: &str = "\
 Examples:
   mayfly image pull alpine
   mayfly image load saved.tar
+  docker save app | mayfly image load
   mayfly image import rootfs.tar demo --cmd /bin/sh
   mayfly image ls
   mayfly image rm demo";
@@ -41,8 +42,12 @@ enum Verb {
     Import(Box<Import>),
     /// Add the images in an archive of `docker save` or `podman save`, or in an OCI layout
     Load {
-        /// The archive (plain or compressed), or the layout's folder
-        source: PathBuf,
+        /// The archive (plain or compressed), or the layout's folder; `-`, or nothing, for
+        /// standard input
+        source: Option<PathBuf>,
+        /// The archive, as `docker load` takes it
+        #[arg(long, short, value_name = "FILE", conflicts_with = "source")]
+        input: Option<PathBuf>,
         /// What the image is called, if it is the only one there
         #[arg(long, value_name = "NAME")]
         name: Option<String>,
@@ -75,7 +80,7 @@ enum Verb {
 
 #[derive(clap::Args)]
 struct Import {
-    /// A tar archive (plain or compressed), or a folder
+    /// A tar archive (plain or compressed; `-` for standard input), or a folder
     source: PathBuf,
     /// What the image is called: NAME or NAME:TAG
     name: String,
@@ -118,7 +123,12 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
             super::print(&image.id.to_string())?;
         }
         Verb::Import(args) => import(&store, *args)?,
-        Verb::Load { source, name } => {
+        Verb::Load {
+            source,
+            input,
+            name,
+        } => {
+            let source = source.or(input).unwrap_or_else(|| "-".into());
             let name: Option<Reference> = name
                 .map(|name| name.parse().or_config("--name"))
                 .transpose()?;

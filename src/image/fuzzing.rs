@@ -63,5 +63,5 @@ fn words(kind: &InodeKind, meta: &Meta) -> String {
 
 /// Whether something is an image's manifest, or an index.
 pub fn is_manifest(text: &[u8]) -> bool {
-    serde_json::from_slice::<Manifest>(text).is_ok()
+    Manifest::read(text).is_ok()
 }

@@ -3,15 +3,20 @@
 use std::fs::{self, File, Metadata};
 use std::io::{self, BufWriter, Read};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+
 use super::config::{ImageConfig, RootFs, RunConfig};
+use super::limits::Limits;
 use super::progress::Progress;
 use super::reference::Reference;
 use super::section::Section;
+use super::source::Source;
 use super::store::{Image, Store};
-use super::tarball::{Kind, Meta, Writer};
+use super::tarball::{HOLE_MIN, Kind, Meta, PIECES_MAX, Writer};
 use crate::failure::{Failure, OrFail};
 
 impl Store {
@@ -24,31 +29,11 @@ impl Store {
         config: RunConfig,
         progress: &dyn Progress,
     ) -> Result<Image, Failure> {
-        let what = path.display().to_string();
-        let file = File::open(path).or_config(&what)?;
-        let metadata = file.metadata().or_config(&what)?;
-        let work;
-        let source = if metadata.is_dir() {
-            work = self.work()?;
-            let archive = work.path().join("root.tar");
-            let task = progress.begin(&format!("reading {what}"), None);
-            let mut out = Writer::new(BufWriter::new(
-                File::create_new(&archive).or_host(self.failed())?,
-            ));
-            pack(path, &mut out, &|bytes| task.advance(bytes))?;
-            out.finish().or_host(self.failed())?;
-            Section::whole(File::open(&archive).or_host(self.failed())?)
-        } else if metadata.is_file() {
-            Section::whole(file)
-        } else {
-            return Err(Failure::config(format!(
-                "{what}: neither a file nor a folder"
-            )));
+        let what = super::source::shown(path);
+        let source = match self.source(path, progress)? {
+            Source::Archive(archive) => archive,
+            Source::Folder => self.pack(path, progress)?,
         };
-        let source = source.or_config(&what)?;
-        if source.is_empty() {
-            return Err(Failure::config(format!("{what}: is empty")));
-        }
         let layer = self.add_layer(&source, None, &[], &what, progress)?;
         let config = ImageConfig {
             created: None,
@@ -70,12 +55,28 @@ impl Store {
     }
 }
 
+impl Store {
+    /// Makes an archive of a folder.
+    fn pack(&self, path: &Path, progress: &dyn Progress) -> Result<Section, Failure> {
+        let work = self.work()?;
+        let archive = tempfile::tempfile_in(work.path()).or_host(self.failed())?;
+        let task = progress.begin(&format!("reading {}", path.display()), None);
+        let mut out = Writer::new(BufWriter::new(archive));
+        pack(path, &mut out, &self.limits, &|bytes| task.advance(bytes))?;
+        let archive = out.finish().or_host(self.failed())?.into_inner();
+        let archive = archive.map_err(io::IntoInnerError::into_error);
+        archive.and_then(Section::whole).or_host(self.failed())
+    }
+}
+
 /// Writes a folder's files into an archive. Links are not followed.
 fn pack<W: io::Write>(
     root: &Path,
     out: &mut Writer<W>,
+    limits: &Limits,
     advance: &dyn Fn(u64),
 ) -> Result<(), Failure> {
+    let mut total = 0_u64;
     let mut seen = std::collections::BTreeMap::new();
     // Folders that wait: paths below the root.
     let mut waiting = vec![std::path::PathBuf::new()];
@@ -92,6 +93,10 @@ fn pack<W: io::Write>(
         };
         out.entry(bytes(name), &Kind::Folder, &meta, 0, &mut nothing)
             .or_host("image store")?;
+        // What the host's kernel shows there is none of the folder's files.
+        if is_kernels(&full).or_config(what())? && !folder.as_os_str().is_empty() {
+            continue;
+        }
         let mut names: Vec<_> = fs::read_dir(&full)
             .and_then(|entries| {
                 entries
@@ -108,6 +113,16 @@ fn pack<W: io::Write>(
                 waiting.push(path);
                 continue;
             }
+            if metadata.is_file() {
+                total = total.saturating_add(metadata.len());
+                if total > limits.size() {
+                    return Err(Failure::config(format!(
+                        "{}: with this file there is {}",
+                        full.display(),
+                        limits.too_large()
+                    )));
+                }
+            }
             let identity = (metadata.dev(), metadata.ino());
             let again = seen.get(&identity).cloned();
             if metadata.nlink() > 1 && again.is_none() {
@@ -117,6 +132,21 @@ fn pack<W: io::Write>(
         }
     }
     Ok(())
+}
+
+/// True for a folder of a file system that has the kernel's state: its files have lengths
+/// that mean nothing, and what they hold is the host's.
+fn is_kernels(folder: &Path) -> io::Result<bool> {
+    /// proc, sysfs, cgroup2, securityfs, debugfs, tracefs
+    const MAGIC: [i64; 6] = [
+        0x9fa0,
+        0x6265_6572,
+        0x6367_7270,
+        0x7363_6673,
+        0x6462_6720,
+        0x7472_6163,
+    ];
+    Ok(MAGIC.contains(&rustix::fs::statfs(folder)?.f_type))
 }
 
 fn bytes(path: &Path) -> &[u8] {
@@ -135,8 +165,7 @@ fn pack_file<W: io::Write>(
     let kind = metadata.file_type();
     let device = metadata.rdev();
     let (major, minor) = (libc::major(device), libc::minor(device));
-    let mut size = 0;
-    let mut data: Box<dyn Read> = Box::new(io::empty());
+    let meta = || meta(full, metadata).or_config(what());
     let kind = if let Some(first) = again {
         Kind::Link(first)
     } else if kind.is_file() {
@@ -146,9 +175,19 @@ fn pack_file<W: io::Write>(
             .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
             .open(full)
             .or_config(what())?;
-        size = metadata.len();
-        data = Box::new(file);
-        Kind::File
+        let size = metadata.len();
+        let pieces = pieces(&file, size).or_config(what())?;
+        let mut data = Pieces {
+            file: &file,
+            left: &pieces,
+            position: 0,
+        };
+        match pieces.as_slice() {
+            [(0, len)] if *len == size => out.entry(name, &Kind::File, &meta()?, size, &mut data),
+            pieces => out.file_with_holes(name, &meta()?, size, pieces, &mut data),
+        }
+        .or_host(what())?;
+        return Ok(size);
     } else if kind.is_symlink() {
         let target = fs::read_link(full).or_config(what())?;
         Kind::Symlink(bytes(&target).to_vec())
@@ -161,10 +200,78 @@ fn pack_file<W: io::Write>(
     } else {
         return Ok(0); // a socket: of no use without its process
     };
-    let meta = meta(full, metadata).or_config(what())?;
-    out.entry(name, &kind, &meta, size, &mut data)
+    out.entry(name, &kind, &meta()?, 0, &mut io::empty())
         .or_host(what())?;
-    Ok(size)
+    Ok(0)
+}
+
+/// Where a file has data: `(offset, length)`, in order.
+fn pieces(file: &File, size: u64) -> io::Result<Vec<(u64, u64)>> {
+    let mut pieces: Vec<(u64, u64)> = Vec::new();
+    let mut end = 0;
+    while end < size {
+        let start = match seek(file, SeekFrom::Data(end)) {
+            // Nothing but a hole is left.
+            Err(Errno::NXIO) => break,
+            // A file system that knows no holes.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => end,
+            other => other?,
+        };
+        let hole = match seek(file, SeekFrom::Hole(start)) {
+            Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NXIO) => size,
+            other => other?,
+        };
+        let before = end;
+        let start = start.max(end).min(size);
+        end = match pieces.len() < PIECES_MAX {
+            true => hole.clamp(start, size),
+            false => size,
+        };
+        match pieces.last_mut() {
+            Some((offset, len)) if start.saturating_sub(*offset + *len) < HOLE_MIN => {
+                *len = end.saturating_sub(*offset);
+            }
+            _ if end > start => pieces.push((start, end.saturating_sub(start))),
+            _ => {}
+        }
+        if end <= before {
+            // It changes while it is read.
+            break;
+        }
+    }
+    match pieces.as_slice() {
+        [] if size == 0 => Ok(vec![(0, 0)]),
+        _ => Ok(pieces),
+    }
+}
+
+/// Reads what a file has in some places.
+struct Pieces<'a> {
+    file: &'a File,
+    left: &'a [(u64, u64)],
+    /// How much of the first is read.
+    position: u64,
+}
+
+impl Read for Pieces<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while let Some(((offset, len), rest)) = self.left.split_first() {
+            let left = len.saturating_sub(self.position);
+            if left > 0 {
+                let most = buffer
+                    .len()
+                    .min(usize::try_from(left).unwrap_or(usize::MAX));
+                let buffer = buffer.get_mut(..most).unwrap_or_default();
+                let at = offset.saturating_add(self.position);
+                let count = self.file.read_at(buffer, at)?;
+                self.position = self.position.saturating_add(count as u64);
+                return Ok(count);
+            }
+            self.left = rest;
+            self.position = 0;
+        }
+        Ok(0)
+    }
 }
 
 fn meta(path: &Path, metadata: &Metadata) -> io::Result<Meta> {
@@ -207,5 +314,94 @@ mod xattrs {
             }
         }
         Ok(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::tarball::Entries;
+    use std::io::Write;
+
+    /// A file of these pieces, of a length.
+    fn file(pieces: &[(u64, &[u8])], size: u64) -> File {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(size).unwrap();
+        for (offset, data) in pieces {
+            file.write_all_at(data, *offset).unwrap();
+        }
+        file
+    }
+
+    #[test]
+    fn holes_of_files_stay_holes() {
+        let folder = tempfile::tempdir().unwrap();
+        let size = 40 << 30;
+        let mut sparse = File::create(folder.path().join("sparse")).unwrap();
+        sparse.set_len(size).unwrap();
+        sparse.write_all_at(b"in the middle", 20 << 30).unwrap();
+        sparse.write_all(b"start").unwrap();
+        let path = folder.path().join("nothing");
+        File::create(path).unwrap().set_len(1 << 30).unwrap();
+        fs::write(folder.path().join("dense"), "dense").unwrap();
+        fs::write(folder.path().join("empty"), "").unwrap();
+
+        let mut out = Writer::new(Vec::new());
+        pack(folder.path(), &mut out, &Limits::default(), &|_| {}).unwrap();
+        let archive = out.finish().unwrap();
+        assert!(archive.len() < 1 << 20, "{}", archive.len());
+        let mut entries = Entries::new(archive.as_slice());
+        let mut found = Vec::new();
+        while let Some(entry) = entries.next().unwrap() {
+            if entry.path == b"sparse" {
+                let mut start = [0; 8];
+                entries.read_exact(&mut start).unwrap();
+                assert_eq!(&start, b"start\0\0\0");
+            }
+            found.push((String::from_utf8(entry.path).unwrap(), entry.size));
+        }
+        let expected = [
+            (".", 0),
+            ("dense", 5),
+            ("empty", 0),
+            ("nothing", 1 << 30),
+            ("sparse", size),
+        ];
+        assert_eq!(found, expected.map(|(name, size)| (name.to_owned(), size)));
+        // What is beyond the limit is refused before anything of it is written.
+        let mut out = Writer::new(Vec::new());
+        let limits = Limits::default().with_size(size);
+        let refused = pack(folder.path(), &mut out, &limits, &|_| {}).unwrap_err();
+        let text = refused.to_string();
+        assert!(
+            text.contains("sparse: ") && text.contains("more than 40 GiB"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn pieces_of_a_file_are_where_its_data_are() {
+        let mib = 1 << 20;
+        let all = file(
+            &[(0, &[1; 4096]), (mib, &[1; 8192]), (3 * mib, b"end")],
+            3 * mib + 3,
+        );
+        let found = pieces(&all, 3 * mib + 3).unwrap();
+        assert_eq!(found.len(), 3, "{found:?}");
+        let mut read = Vec::new();
+        let mut reader = Pieces {
+            file: &all,
+            left: &found,
+            position: 0,
+        };
+        reader.read_to_end(&mut read).unwrap();
+        let len: u64 = found.iter().map(|(_, len)| len).sum();
+        assert_eq!(read.len() as u64, len);
+        assert!(read.ends_with(b"end") && read.starts_with(&[1; 4096]));
+        // A hole that is too small to be worth it, and a file that is all hole.
+        let small = file(&[(0, &[1; 4096]), (8192, &[1; 4096])], 12288);
+        assert_eq!(pieces(&small, 12288).unwrap(), [(0, 12288)]);
+        assert_eq!(pieces(&file(&[], mib), mib).unwrap(), []);
+        assert_eq!(pieces(&file(&[], 0), 0).unwrap(), [(0, 0)]);
     }
 }

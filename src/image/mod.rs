@@ -7,6 +7,7 @@ mod digest;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod import;
+mod json;
 mod layers;
 mod limits;
 mod obtain;
@@ -15,6 +16,7 @@ mod pull;
 mod reference;
 mod registry;
 mod section;
+mod source;
 mod store;
 pub(crate) mod tarball;
 pub(crate) mod tree;

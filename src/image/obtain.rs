@@ -12,7 +12,7 @@ use crate::failure::{Failure, OrFail};
 impl Store {
     /// The image that a user means: one in the store; one in an archive, an OCI
     /// layout or a root folder, if the text is a path (with `/` or `.` at its start);
-    /// or one that has to be pulled.
+    /// or one that has to be pulled. What comes from a path gets no name.
     pub fn obtain(
         &self,
         text: &str,
@@ -34,13 +34,6 @@ impl Store {
         if folder && !path.join("index.json").exists() {
             return self.import(path, None, RunConfig::default(), progress);
         }
-        let mut images = self.load(path, None, progress)?;
-        match (images.pop(), images.is_empty()) {
-            (Some(image), true) => Ok(image),
-            _ => Err(Failure::config(format!(
-                "{}: holds several images; load them (mayfly image load), and name one",
-                path.display()
-            ))),
-        }
+        self.load_nameless(path, progress)
     }
 }

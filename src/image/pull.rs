@@ -5,14 +5,14 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
-use super::archive::{choose, count_layers};
+use super::archive::{artifact, choose, count_layers};
 use super::config::{Descriptor, ImageConfig, Manifest};
 use super::digest::Digest;
 use super::progress::Progress;
 use super::reference::Reference;
 use super::registry::Client;
 use super::section::Section;
-use super::store::{Image, Layer, Store, check_config, take_file};
+use super::store::{Image, Layer, Store, foreign, read_config, take_file};
 use crate::failure::{Failure, OrFail};
 
 /// How many blobs come at once.
@@ -45,7 +45,12 @@ impl Store {
         let (digest, config, layers) = find(&client, reference, &what)?;
         let data = client.json_blob(&config)?;
         drop(asking);
-        let checked = check_config(&data, &what)?;
+        let checked = read_config(&data, &what)?;
+        if let Some(why) = foreign(&checked) {
+            return Err(Failure::config(format!(
+                "{what}: {why}; mayfly runs linux/amd64"
+            )));
+        }
         count_layers(&checked, layers.len())?;
         let sizes = layers.iter().map(|layer| layer.size);
         if sizes.fold(0, u64::saturating_add) > self.limits.size() {
@@ -83,11 +88,14 @@ fn find(
 ) -> Result<(Digest, Descriptor, Vec<Descriptor>), Failure> {
     let (mut data, digest) = client.manifest(&reference.wanted())?;
     for _ in 0..INDEXES_MAX {
-        let manifest = serde_json::from_slice(&data).map_err(|_| {
+        let manifest = Manifest::read(&data).map_err(|_| {
             Failure::config(format!("{what}: an image in a format that is not known"))
         })?;
         match manifest {
             Manifest::Image { config, layers } => return Ok((digest, config, layers)),
+            Manifest::Artifact(kind) => {
+                return Err(Failure::config(format!("{what}: {}", artifact(&kind))));
+            }
             Manifest::Index { manifests } => {
                 let chosen = choose(manifests).ok_or_else(|| {
                     Failure::config(format!("{what}: there is no image for linux/amd64"))

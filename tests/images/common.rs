@@ -99,6 +99,22 @@ impl User {
         (output.status.code().unwrap(), text)
     }
 
+    /// A call that must succeed, with something on standard input, which is a pipe.
+    pub fn piped(&self, args: &[&str], input: &Path) -> String {
+        let script = "input=$1; shift; cat \"$input\" | \"$@\"";
+        let mut command = self.mayfly(args);
+        let program = command.get_program().to_owned();
+        let words: Vec<_> = command.get_args().map(ToOwned::to_owned).collect();
+        let mut shell = Command::new("bash");
+        shell.args(["-euc", script, "-"]).arg(input).arg(program);
+        shell.args(words).env("HOME", self.home.path());
+        shell
+            .env_remove("XDG_DATA_HOME")
+            .env_remove("DOCKER_CONFIG");
+        command.stdin(Stdio::null());
+        run(&mut shell)
+    }
+
     pub fn store(&self) -> PathBuf {
         self.home.path().join(".local/share/mayfly")
     }

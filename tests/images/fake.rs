@@ -173,7 +173,8 @@ fn tokens_redirects_indexes_and_broken_connections() {
                 request.path,
                 request.headers.get("authorization")
             ));
-            return Reply::new(200, r#"{"access_token":"t0k3n"}"#);
+            // As Docker's own: the same twice.
+            return Reply::new(200, r#"{"token":"t0k3n","access_token":"t0k3n"}"#);
         }
         if request.headers.get("authorization").map(String::as_str) != Some("Bearer t0k3n") {
             let challenge = format!(

@@ -6,6 +6,7 @@
 mod archives;
 mod common;
 mod fake;
+mod foreign;
 mod output;
 mod pulls;
 mod stores;

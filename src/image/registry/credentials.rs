@@ -12,6 +12,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
 
 use crate::failure::{Failure, OrFail};
+use crate::image::json;
 
 /// The name that Docker gives its own registry there.
 const DOCKERS_OWN: &str = "index.docker.io";
@@ -68,7 +69,7 @@ impl Credentials {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             read => read.or_config(&what)?,
         };
-        let config: DockerConfig = serde_json::from_slice(&data).or_config(&what)?;
+        let config: DockerConfig = json::from_slice(&data).or_config(&what)?;
         config.find(registry)
     }
 
@@ -182,7 +183,7 @@ fn ask(helper: &str, key: &str) -> Result<Option<Credentials>, Failure> {
             }
         };
     }
-    let answer: Answer = serde_json::from_slice(&output.stdout).or_config(&program)?;
+    let answer: Answer = json::from_slice(&output.stdout).or_config(&program)?;
     Ok(Some(match answer.username == TOKEN_USER {
         true => Credentials::Identity(answer.secret),
         false => Credentials::Password {

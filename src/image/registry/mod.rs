@@ -20,6 +20,7 @@ use self::challenge::Challenge;
 use self::credentials::Credentials;
 use super::config::{Descriptor, JSON_MAX};
 use super::digest::{Digest, Hasher};
+use super::json;
 use super::progress::Task;
 use super::reference::Reference;
 use super::section::Section;
@@ -331,8 +332,11 @@ impl Client {
     ) -> Result<String, Error> {
         #[derive(Deserialize)]
         struct Token {
-            #[serde(alias = "access_token")]
+            #[serde(default)]
             token: String,
+            /// Some registries send it beside the other, some instead of it.
+            #[serde(default)]
+            access_token: String,
         }
         let failed = |why: String| Error::Asking(Failure::host(format!("{realm}: {why}")));
         if !self.plain && !realm.starts_with("https://") {
@@ -378,9 +382,12 @@ impl Client {
             .take(TOKEN_MAX)
             .read_to_end(&mut text);
         read.map_err(|error| failed(error.to_string()))?;
-        let Token { token } =
-            serde_json::from_slice(&text).map_err(|_| failed("sent no token".into()))?;
-        match token.bytes().all(|byte| byte.is_ascii_graphic()) {
+        let sent: Token = json::from_slice(&text).map_err(|_| failed("sent no token".into()))?;
+        let token = match sent.token.is_empty() {
+            true => sent.access_token,
+            false => sent.token,
+        };
+        match !token.is_empty() && token.bytes().all(|byte| byte.is_ascii_graphic()) {
             true => Ok(token),
             false => Err(failed("sent no token".into())),
         }
@@ -404,7 +411,7 @@ impl Client {
             .into_reader()
             .take(64 << 10)
             .read_to_end(&mut text);
-        let said = serde_json::from_slice::<Errors>(&text).ok();
+        let said = json::from_slice::<Errors>(&text).ok();
         let said = said
             .and_then(|said| said.errors.into_iter().next())
             .map(|one| one.message);

@@ -23,6 +23,7 @@ use serde_json::value::RawValue;
 
 use super::config::{ImageConfig, JSON_MAX, LAYERS_MAX};
 use super::digest::Digest;
+use super::json;
 use super::layers::{self, IMAGE_FILE, LayerError, Record};
 use super::limits::Limits;
 use super::progress::Progress;
@@ -254,8 +255,8 @@ impl Store {
         if Digest::of(record.config.as_bytes()) != *id {
             return Err(broken("its configuration is another"));
         }
-        let config =
-            serde_json::from_str(&record.config).map_err(|error| broken(&error.to_string()))?;
+        let config = json::from_slice(record.config.as_bytes())
+            .map_err(|error| broken(&error.to_string()))?;
         let stored = file
             .metadata()
             .and_then(|it| it.modified())
@@ -503,20 +504,23 @@ pub(super) fn read_json(source: &Section, what: &str) -> Result<Vec<u8>, Failure
     Ok(data)
 }
 
-/// Refuses an image that cannot run here, or has too many layers.
-pub(super) fn check_config(data: &[u8], what: &str) -> Result<ImageConfig, Failure> {
+/// Reads a configuration. One with too many layers is refused.
+pub(super) fn read_config(data: &[u8], what: &str) -> Result<ImageConfig, Failure> {
     let config: ImageConfig =
-        serde_json::from_slice(data).or_config(format_args!("{what}: its configuration"))?;
-    let (os, architecture) = (config.os.as_str(), config.architecture.as_str());
-    if !matches!((os, architecture), ("linux" | "", "amd64" | "")) {
-        return Err(Failure::config(format!(
-            "{what}: is for {os}/{architecture}; mayfly runs linux/amd64"
-        )));
-    }
+        json::from_slice(data).or_config(format_args!("{what}: its configuration"))?;
     if config.rootfs.diff_ids.len() > LAYERS_MAX {
         return Err(Failure::config(format!(
             "{what}: more than {LAYERS_MAX} layers"
         )));
     }
     Ok(config)
+}
+
+/// Why an image cannot run here.
+pub(super) fn foreign(config: &ImageConfig) -> Option<String> {
+    let (os, architecture) = (config.os.as_str(), config.architecture.as_str());
+    match (os, architecture) {
+        ("linux" | "", "amd64" | "") => None,
+        _ => Some(format!("is for {os}/{architecture}")),
+    }
 }

@@ -8,6 +8,7 @@ mod writer;
 
 pub use pax::percent_decoded;
 pub use reader::Entries;
+pub use sparse::{HOLE_MIN, PIECES_MAX};
 pub use writer::Writer;
 
 use std::collections::BTreeMap;

@@ -8,7 +8,9 @@ use super::pax::decimal;
 use super::{ArchiveError, BLOCK};
 
 /// So many pieces has no file that is not made to hurt.
-const PIECES_MAX: usize = 1 << 20;
+pub const PIECES_MAX: usize = 1 << 20;
+/// Holes that are smaller are written as zeroes.
+pub const HOLE_MIN: u64 = 64 << 10;
 const BAD: ArchiveError = ArchiveError::Malformed("a map of a file's holes");
 
 /// What extended headers say of holes.

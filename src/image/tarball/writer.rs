@@ -4,7 +4,7 @@ use std::io::{self, Read, Write};
 
 use tar::{EntryType, Header};
 
-use super::{Kind, Meta, padding};
+use super::{BLOCK, Kind, Meta, padding};
 
 const NAME_MAX: usize = 100;
 /// The largest number of seven octal digits.
@@ -32,7 +32,50 @@ impl<W: Write> Writer<W> {
         size: u64,
         data: &mut dyn Read,
     ) -> io::Result<()> {
+        self.head(path, kind, meta, size, Vec::new())?;
+        self.data(size, data)
+    }
+
+    /// Writes a file with holes, as GNU tar does. `pieces` are where its data are,
+    /// `(offset, length)`, in order; `data` has them and nothing else.
+    pub fn file_with_holes(
+        &mut self,
+        path: &[u8],
+        meta: &Meta,
+        size: u64,
+        pieces: &[(u64, u64)],
+        data: &mut dyn Read,
+    ) -> io::Result<()> {
         let mut extended = Vec::new();
+        record(&mut extended, b"GNU.sparse.major", b"1");
+        record(&mut extended, b"GNU.sparse.minor", b"0");
+        record(&mut extended, b"GNU.sparse.name", path);
+        record(
+            &mut extended,
+            b"GNU.sparse.realsize",
+            size.to_string().as_bytes(),
+        );
+        let mut map = format!("{}\n", pieces.len());
+        for (offset, len) in pieces {
+            map.push_str(&format!("{offset}\n{len}\n"));
+        }
+        let mut map = map.into_bytes();
+        map.resize(map.len().next_multiple_of(BLOCK), 0);
+        let stored = pieces.iter().map(|(_, len)| *len);
+        let stored = stored.fold(map.len() as u64, u64::saturating_add);
+        self.head(path, &Kind::File, meta, stored, extended)?;
+        self.data(stored, &mut map.as_slice().chain(data))
+    }
+
+    /// Writes a header, with records before it.
+    fn head(
+        &mut self,
+        path: &[u8],
+        kind: &Kind,
+        meta: &Meta,
+        size: u64,
+        mut extended: Vec<u8>,
+    ) -> io::Result<()> {
         let mut header = Header::new_ustar();
         header.set_mode(meta.mode);
         header.set_mtime(meta.mtime.into());
@@ -88,7 +131,11 @@ impl<W: Write> Writer<W> {
             self.pad(extended.len() as u64)?;
         }
         header.set_cksum();
-        self.output.write_all(header.as_bytes())?;
+        self.output.write_all(header.as_bytes())
+    }
+
+    /// Writes data, and what fills up their last block.
+    fn data(&mut self, size: u64, data: &mut dyn Read) -> io::Result<()> {
         if io::copy(&mut data.take(size), &mut self.output)? != size {
             return Err(io::Error::new(
                 io::ErrorKind::UnexpectedEof,
