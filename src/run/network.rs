@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use mayfly_guest::protocol::Net;
 
-use super::options::Options;
+use super::options::{Mode, Options};
 use crate::config::{Keys, NetConfig, Network};
 use crate::failure::Failure;
 use crate::net::egress::rule::Rule;
@@ -21,10 +21,13 @@ const SYNTAX: &str = "user[,isolated], none, or tap=NAME,ip=ADDRESS/PREFIX[,gate
 pub fn network(options: &Options) -> Result<Option<(NetConfig, Net)>, Failure> {
     let wishes = !options.publish.is_empty() || !options.allow.is_empty();
     if options.net.is_none() && !wishes && passt::program().is_none() {
-        let _ = writeln!(
-            std::io::stderr(),
-            "mayfly: no network, as passt is not installed: apt install passt, or say --net none"
-        );
+        // Told once: not by those that another process follows, which runs the VM.
+        if matches!(options.mode(), Mode::Foreground | Mode::Background) {
+            let _ = writeln!(
+                std::io::stderr(),
+                "mayfly: no network, as passt is not installed: apt install passt, or say --net none"
+            );
+        }
         return Ok(None);
     }
     let text = match options.net.as_deref() {
