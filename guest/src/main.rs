@@ -30,6 +30,7 @@ mod lines;
 mod net;
 mod port;
 mod power_button;
+mod registers;
 mod root;
 mod system;
 
@@ -52,6 +53,7 @@ const BUSYBOX: &str = "/bin/busybox";
 const STATUS_FAILED: i32 = 125;
 
 fn main() {
+    registers::keep_to_saved();
     port::mark_boot();
     let words: Vec<OsString> = std::env::args_os().skip(1).collect();
     match words.first().and_then(|word| word.to_str()) {

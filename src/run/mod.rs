@@ -349,10 +349,14 @@ fn judge(session: &SessionEnd, ending: &Ending, name: &str, memory: &str) -> End
                 after.as_secs()
             ),
         ),
-        SessionEnd::Silent if ending.outcome == Outcome::PowerOff => said(
-            STATUS_FAILED,
-            format!("{name} turned itself off before its command ended"),
-        ),
+        SessionEnd::Silent if ending.outcome == Outcome::PowerOff => End {
+            // What the agent could not tell over its connection is on the console.
+            last_lines: ending.last_lines.clone(),
+            ..said(
+                STATUS_FAILED,
+                format!("{name} turned itself off before its command ended"),
+            )
+        },
         SessionEnd::Silent => judge(
             &SessionEnd::Failed(STATUS_FAILED, "the guest ended without a word".into()),
             ending,

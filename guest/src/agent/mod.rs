@@ -19,25 +19,40 @@ use mayfly_guest::protocol::{Failed, Frames, GuestMessage, HostMessage, PORT, VE
 use self::reaper::Reaper;
 use self::session::{Host, Machine, Session};
 
+/// The status of what mayfly's own part failed to do.
+const STATUS_FAILED: u8 = 125;
+
 /// Serves the host until the main process has ended and the host knows.
 pub fn run() -> Result<(), String> {
     let host =
         vsock::connect_to_host(PORT).map_err(|error| format!("reaching the host: {error}"))?;
-    serve_main(&host).map_err(|error| format!("talking to the host: {error}"))
+    let mut frames = Frames::new(&host);
+    serve_main(&host, &mut frames).map_err(|error| {
+        let reason = format!("talking to the host: {error}");
+        // Where the connection still stands, the user hears it by that: who looks at a
+        // console?
+        let failed = Failed {
+            status: STATUS_FAILED,
+            reason: format!("the guest's init failed: {reason}"),
+        };
+        if let Ok(host) = host.try_clone() {
+            let _ = Host::new(host).refuse(&mut frames, failed);
+        }
+        reason
+    })
 }
 
-fn serve_main(host: &File) -> io::Result<()> {
+fn serve_main(host: &File, frames: &mut Frames<&File>) -> io::Result<()> {
     send(host, &GuestMessage::Hello { version: VERSION })?;
-    let mut frames = Frames::new(host);
     let HostMessage::Setup(setup) = frames.message()? else {
         return Err(io::Error::other("the machine's setup comes first"));
     };
     if let Err(reason) = setup::prepare(&setup) {
         let failed = Failed {
-            status: 125,
+            status: STATUS_FAILED,
             reason,
         };
-        return Host::new(host.try_clone()?).refuse(&mut frames, failed);
+        return Host::new(host.try_clone()?).refuse(frames, failed);
     }
     let reaper = Reaper::start()?;
     // Before the host may connect.
@@ -48,7 +63,7 @@ fn serve_main(host: &File) -> io::Result<()> {
     let accept = move || listen(&listener, &clients);
     thread::Builder::new().spawn(accept)?;
     let session = Session::new(host.try_clone()?, machine);
-    session.serve_main(&mut frames)
+    session.serve_main(frames)
 }
 
 /// Serves each of the host's connections on a thread of its own.
