@@ -17,5 +17,6 @@ pub mod copy;
 pub mod facts;
 pub mod init_words;
 pub mod peer;
+pub mod program;
 pub mod protocol;
 pub mod steady;

@@ -1,6 +1,7 @@
 //! The agent: makes the guest what its image says, runs what the host asks for,
 //! and tells it how that ended.
 
+mod command;
 mod copies;
 mod passwd;
 mod process;

@@ -2,24 +2,25 @@
 
 #![allow(unsafe_code, reason = "what runs between fork and exec, and terminals")]
 
+use std::collections::HashSet;
 use std::ffi::OsStr;
-use std::fs::{DirBuilder, File};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 
-use mayfly_guest::protocol::{Failed, Limit, Process, Size};
+use mayfly_guest::protocol::{Bytes, Failed, Limit, Process, Size};
 
-use super::passwd;
 use super::reaper::{Reaper, Started};
+use super::{command, passwd, setup};
+use crate::registers;
 
 const STATUS_NOT_STARTED: u8 = 125;
-const STATUS_NOT_EXECUTABLE: u8 = 126;
-const STATUS_NOT_FOUND: u8 = 127;
 
 /// A process that runs, and our ends of its streams.
 pub struct Running {
@@ -37,59 +38,34 @@ pub struct Running {
 
 /// Starts a process.
 pub fn start(process: &Process, reaper: &Reaper, main: bool) -> Result<Running, Failed> {
-    let fail = |status, reason: String| Failed { status, reason };
-    let user = passwd::find(&process.user, &process.groups)
-        .map_err(|why| fail(STATUS_NOT_STARTED, why))?;
-    let Some((program, arguments)) = process.arguments.split_first() else {
-        return Err(fail(STATUS_NOT_STARTED, "no command".into()));
+    let fail = |reason: String| Failed {
+        status: STATUS_NOT_STARTED,
+        reason,
     };
-    let folder = Path::new(OsStr::from_bytes(match process.folder.as_slice() {
-        [] => b"/",
-        folder => folder,
-    }));
-    // Docker makes it, too.
-    let _ = DirBuilder::new().recursive(true).mode(0o755).create(folder);
-    let mut command = Command::new(OsStr::from_bytes(program));
-    command
-        .args(arguments.iter().map(|it| OsStr::from_bytes(it)))
-        .env_clear()
-        .env("HOME", &user.home)
-        .envs(
-            process
-                .environment
-                .iter()
-                .map(|(name, value)| (OsStr::from_bytes(name), OsStr::from_bytes(value))),
-        )
-        .current_dir(folder);
+    let user = passwd::find(&process.user, &process.groups).map_err(fail)?;
+    if process.arguments.is_empty() {
+        return Err(fail("no command".into()));
+    }
+    let environment = environment(&process.environment, &user.home);
+    let program = command::Command::new(&process.arguments, &environment);
+    let program = program.map_err(|error| fail(format!("the command: {error}")))?;
+    let program = Arc::new(program);
+    let folder = open_folder(&process.folder).map_err(fail)?;
     let terminal = match process.terminal {
         Some(size) => {
             let opened = open_terminal(size, user.uid);
-            Some(opened.map_err(|error| fail(STATUS_NOT_STARTED, format!("a terminal: {error}")))?)
+            Some(opened.map_err(|error| fail(format!("a terminal: {error}")))?)
         }
         None => None,
     };
-    let streams = match &terminal {
-        Some((_, slave)) => (|| {
-            let stdio = || slave.try_clone().map(Stdio::from);
-            command.stdin(stdio()?).stdout(stdio()?).stderr(stdio()?);
-            Ok(())
-        })(),
-        None => {
-            command
-                .stdin(if process.input {
-                    Stdio::piped()
-                } else {
-                    Stdio::null()
-                })
-                .stdout(Stdio::piped())
-                .stderr(Stdio::piped());
-            Ok(())
-        }
-    };
-    streams.map_err(|error: io::Error| fail(STATUS_NOT_STARTED, error.to_string()))?;
+    // What it is called here does not matter: it is executed below.
+    let mut command = Command::new("/");
+    let slave = terminal.as_ref().map(|(_, slave)| slave);
+    streams(&mut command, process.input, slave).map_err(|error| fail(error.to_string()))?;
     let has_terminal = terminal.is_some();
     let (uid, gid, groups) = (user.uid, user.gid, user.groups);
     let (limits, no_new_privileges) = (process.limits.clone(), process.no_new_privileges);
+    let executed = program.clone();
     // SAFETY: only system calls between fork and exec, and no allocation.
     unsafe {
         command.pre_exec(move || {
@@ -106,22 +82,17 @@ pub fn start(process: &Process, reaper: &Reaper, main: bool) -> Result<Running, 
             if no_new_privileges {
                 check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
             }
+            // Before it is a user who may not enter it, as in Docker.
+            check(libc::fchdir(folder.as_raw_fd()))?;
             check(libc::setgroups(groups.len(), groups.as_ptr()))?;
             check(libc::setgid(gid))?;
-            check(libc::setuid(uid))
+            check(libc::setuid(uid))?;
+            Err(executed.execute())
         });
     }
-    let mut started = reaper.spawn(&mut command, main).map_err(|error| {
-        let name = String::from_utf8_lossy(program);
-        match error.kind() {
-            io::ErrorKind::NotFound if !folder.is_dir() => fail(
-                STATUS_NOT_STARTED,
-                format!("no folder {}", folder.display()),
-            ),
-            io::ErrorKind::NotFound => fail(STATUS_NOT_FOUND, format!("{name}: not found")),
-            _ => fail(STATUS_NOT_EXECUTABLE, format!("{name}: {error}")),
-        }
-    })?;
+    let mut started = reaper
+        .spawn(&mut command, main)
+        .map_err(|error| program.explain(&error))?;
     let streams = match terminal {
         Some((master, _)) => (|| {
             Ok(Running {
@@ -149,7 +120,59 @@ pub fn start(process: &Process, reaper: &Reaper, main: bool) -> Result<Running, 
             }
         }
     };
-    streams.map_err(|error| fail(STATUS_NOT_STARTED, error.to_string()))
+    streams.map_err(|error: io::Error| fail(error.to_string()))
+}
+
+/// All of a process's variables: the last one of a name wins. An empty `HOME` is none,
+/// as in Docker.
+fn environment(given: &[(Bytes, Bytes)], home: &str) -> Vec<(Bytes, Bytes)> {
+    let own = registers::environment();
+    let own = own.map(|(name, value)| (name.into(), value.into()));
+    let mut all: Vec<(Bytes, Bytes)> = own.into_iter().collect();
+    all.push((b"HOME".to_vec(), home.as_bytes().to_vec()));
+    let kept = |(name, value): &&(Bytes, Bytes)| name != b"HOME" || !value.is_empty();
+    all.extend(given.iter().filter(kept).cloned());
+    let mut seen = HashSet::new();
+    all.reverse();
+    all.retain(|(name, _)| seen.insert(name.clone()));
+    all.reverse();
+    all
+}
+
+/// Opens the folder that a process begins in. One that is missing is made, as in Docker.
+fn open_folder(path: &[u8]) -> Result<File, String> {
+    let path = Path::new(OsStr::from_bytes(match path {
+        [] => b"/",
+        path => path,
+    }));
+    let _ = setup::make_folder(path);
+    File::options()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
+        .open(path)
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => format!("no folder {}", path.display()),
+            io::ErrorKind::NotADirectory => format!("{} is no folder", path.display()),
+            _ => format!("the folder {}: {error}", path.display()),
+        })
+}
+
+/// Gives a command its streams: its terminal, or pipes.
+fn streams(command: &mut Command, input: bool, terminal: Option<&File>) -> io::Result<()> {
+    if let Some(terminal) = terminal {
+        let stdio = || terminal.try_clone().map(Stdio::from);
+        command.stdin(stdio()?).stdout(stdio()?).stderr(stdio()?);
+        return Ok(());
+    }
+    let stdin = match input {
+        true => Stdio::piped(),
+        false => Stdio::null(),
+    };
+    command
+        .stdin(stdin)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    Ok(())
 }
 
 /// Tells a terminal its size, and so those that use it.

@@ -181,8 +181,24 @@ fn take_after(model: &str, folder: &str) -> io::Result<()> {
     fs::set_permissions(folder, model.permissions())
 }
 
-fn make_folder(path: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(MODE).create(path)
+/// Makes a folder and those it is in; where a link leads to nothing, what it leads to, as
+/// in Docker.
+pub fn make_folder(path: &Path) -> io::Result<()> {
+    const LINKS_MAX: u32 = 8;
+    make_behind_links(path, LINKS_MAX)
+}
+
+fn make_behind_links(path: &Path, links: u32) -> io::Result<()> {
+    let made = DirBuilder::new().recursive(true).mode(MODE).create(path);
+    let leads_nowhere = |path: &&Path| path.is_symlink() && !path.exists();
+    let Err(error) = made else { return Ok(()) };
+    let link = path.ancestors().find(leads_nowhere);
+    let (Some(link), Some(links)) = (link, links.checked_sub(1)) else {
+        return Err(error);
+    };
+    let folder = link.parent().unwrap_or(Path::new("/"));
+    make_behind_links(&folder.join(fs::read_link(link)?), links)?;
+    make_behind_links(path, links)
 }
 
 /// Tells the machine its name, and the image who is who.
@@ -345,7 +361,7 @@ fn fill(from: File, volume: &Path) -> io::Result<()> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::fs::{PermissionsExt, symlink};
 
     fn names(folder: &Path) -> Vec<String> {
         let entries = fs::read_dir(folder).unwrap();
@@ -353,6 +369,22 @@ mod tests {
         let mut names: Vec<_> = names.collect();
         names.sort();
         names
+    }
+
+    #[test]
+    fn folders_are_made_behind_links_that_lead_nowhere() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        symlink("b/c", path("a")).unwrap();
+        symlink(path("d"), path("b")).unwrap();
+        make_folder(&path("a/x")).unwrap();
+        assert!(path("d/c/x").is_dir());
+        make_folder(&path("a/x")).unwrap();
+        symlink("loop", path("loop")).unwrap();
+        fs::write(path("file"), "").unwrap();
+        for bad in ["loop", "loop/x", "file", "file/x"] {
+            assert!(make_folder(&path(bad)).is_err(), "{bad}");
+        }
     }
 
     #[test]
