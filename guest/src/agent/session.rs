@@ -105,7 +105,7 @@ struct Handle {
 /// Those that get what a process writes.
 struct Audience {
     hosts: Vec<Host>,
-    /// Without any, it goes on all the same: its host has left it so.
+    /// Its host has left it: its terminal and its input stay open.
     left: bool,
 }
 
@@ -358,8 +358,9 @@ fn say_to_all(hosts: &Mutex<Audience>, message: &GuestMessage) {
     }
 }
 
-/// Sends what a process writes, until nobody writes any more; after its end,
-/// until there is nothing more: what it left behind may go on.
+/// Sends what a process writes, until nobody writes any more; after its end, until there
+/// is nothing more. What it left behind goes on, as what is without a host does: what
+/// that writes is taken, and goes nowhere.
 fn pump(
     output: &Output,
     stream: Stream,
@@ -369,7 +370,15 @@ fn pump(
     let (output, hosts, ended) = (output.clone(), hosts.clone(), ended.clone());
     thread::Builder::new().spawn(move || {
         let mut buffer = vec![0; DATA_MAX];
-        while let Some(len) = output.read(&mut buffer, ended.fd()) {
+        loop {
+            let len = match output.read(&mut buffer, ended.fd()) {
+                Taken::Data(len) => len,
+                Taken::End => break,
+                Taken::Left => {
+                    output.drain_apart();
+                    break;
+                }
+            };
             let data = buffer.get(..len).unwrap_or_default();
             // Not under the lock: one that does not read holds up the others'
             // output for a while, but nobody who comes or goes.
@@ -379,10 +388,6 @@ fn pump(
             let mut audience = lock(&hosts);
             let here = |host: &Host| !gone.iter().any(|it| it.is(host));
             audience.hosts.retain(here);
-            if audience.hosts.is_empty() && !audience.left {
-                output.close();
-                break;
-            }
         }
     })
 }
@@ -414,6 +419,16 @@ fn feed(mut input: File, terminal: bool) -> io::Result<Sender<(Vec<u8>, Host)>> 
 /// Ctrl-D.
 const END_OF_TRANSMISSION: u8 = 4;
 
+/// What was read of a process's output.
+enum Taken {
+    /// That many bytes.
+    Data(usize),
+    /// Nothing, and there will be nothing.
+    End,
+    /// Nothing, though others than the process may write.
+    Left,
+}
+
 /// Our end of what a process writes, until it is closed.
 #[derive(Clone)]
 struct Output {
@@ -434,11 +449,26 @@ impl Output {
         self.closed.tell();
     }
 
-    /// Waits for data, and returns how many there are; none at the end.
-    fn read(&self, buffer: &mut [u8], ended: RawFd) -> Option<usize> {
+    /// Reads on a thread of its own, for nobody, until nobody writes.
+    fn drain_apart(&self) {
+        let output = self.clone();
+        // Without a thread, those that write are told.
+        let drain = move || {
+            let mut buffer = vec![0; DATA_MAX];
+            // What has ended is behind it.
+            const NEVER: RawFd = -1;
+            while let Taken::Data(_) = output.read(&mut buffer, NEVER) {}
+        };
+        let _ = thread::Builder::new().spawn(drain);
+    }
+
+    /// Waits for data.
+    fn read(&self, buffer: &mut [u8], ended: RawFd) -> Taken {
         let mut over = false;
         loop {
-            let file = lock(&self.file).clone()?;
+            let Some(file) = lock(&self.file).clone() else {
+                return Taken::End;
+            };
             let entry = |fd| libc::pollfd {
                 fd,
                 events: libc::POLLIN,
@@ -454,19 +484,19 @@ impl Output {
             // SAFETY: three live entries.
             let ready = unsafe { libc::poll(entries.as_mut_ptr(), 3, timeout) };
             if ready < 0 && io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
-                return None;
+                return Taken::End;
             }
             if entries[0].revents != 0 {
                 return match (&*file).read(buffer) {
-                    Ok(0) => None,
-                    Ok(len) => Some(len),
+                    Ok(0) => Taken::End,
+                    Ok(len) => Taken::Data(len),
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                     // A terminal that nobody has open any more.
-                    Err(_) => None,
+                    Err(_) => Taken::End,
                 };
             }
             if over {
-                return None;
+                return Taken::Left;
             }
             over = entries[2].revents != 0;
         }
@@ -527,19 +557,60 @@ mod tests {
         let pump = pump(&output, Stream::Out, &hosts, &ended).unwrap();
         const LEN: usize = 4 << 20;
         let process = thread::spawn(move || writer.write_all(&vec![7; LEN]));
-        let mut frames = Frames::new(reads);
-        let mut read = 0;
-        while read < LEN {
-            match frames.frame::<GuestMessage>().unwrap() {
-                Some(Frame::Data(Stream::Out, data)) => read += data.len(),
-                other => panic!("{other:?}"),
-            }
-        }
+        pumped(reads, LEN);
         process.join().unwrap().unwrap();
         pump.join().unwrap();
         assert_eq!(lock(&hosts).hosts.len(), 1);
         // It gets what was sent before, and then the end.
         io::copy(&mut &stalls, &mut io::sink()).unwrap();
+    }
+
+    /// Reads so much of what a process wrote, as its host.
+    fn pumped(reads: UnixStream, len: usize) {
+        let mut frames = Frames::new(reads);
+        let mut read = 0;
+        while read < len {
+            match frames.frame::<GuestMessage>().unwrap() {
+                Some(Frame::Data(Stream::Out, data)) => read += data.len(),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_process_left_behind_may_write_on() {
+        let (owner, reads) = host();
+        let hosts = Audience::of(vec![owner]);
+        let (reader, mut writer) = io::pipe().unwrap();
+        let output = Output::new(OwnedFd::from(reader).into()).unwrap();
+        let ended = Arc::new(Event::new().unwrap());
+        let pump = pump(&output, Stream::Out, &hosts, &ended).unwrap();
+        writer.write_all(b"said").unwrap();
+        pumped(reads, 4);
+        ended.tell();
+        // The host need not wait for it.
+        pump.join().unwrap();
+        drop((output, hosts));
+        writer.write_all(&vec![7; 1 << 20]).unwrap();
+    }
+
+    #[test]
+    fn a_process_whose_host_has_gone_goes_on() {
+        let (owner, reads) = host();
+        drop(reads);
+        let hosts = Audience::of(vec![owner]);
+        let (reader, mut writer) = io::pipe().unwrap();
+        let output = Output::new(OwnedFd::from(reader).into()).unwrap();
+        let ended = Arc::new(Event::new().unwrap());
+        let pump = pump(&output, Stream::Out, &hosts, &ended).unwrap();
+        writer.write_all(&vec![7; 1 << 20]).unwrap();
+        drop(writer);
+        pump.join().unwrap();
+        // Unless the host said that nobody reads.
+        let (reader, mut writer) = io::pipe().unwrap();
+        let output = Output::new(OwnedFd::from(reader).into()).unwrap();
+        output.close();
+        assert!(writer.write_all(b"x").is_err());
     }
 
     #[test]
