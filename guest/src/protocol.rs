@@ -21,7 +21,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// What both ends must agree on.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 /// The vsock port, of the host and of the guest.
 pub const PORT: u32 = 1024;
 /// How many bytes of standard input the guest has not taken yet, at most.
@@ -75,6 +75,8 @@ pub enum HostMessage {
         path: Bytes,
         /// If it is a symbolic link, what that leads to.
         follow: bool,
+        /// Holes of files are told; else they are zeroes.
+        holes: bool,
     },
     /// Takes a file or folder from this connection: its pieces follow the answer.
     Unpack(Unpack),
@@ -163,6 +165,19 @@ pub struct Setup {
     pub mounts: Vec<Mount>,
     /// The main process's folder, made if it is missing.
     pub folder: Bytes,
+    /// Settings of its kernel, in order.
+    pub sysctls: Vec<Sysctl>,
+}
+
+/// A setting of the guest's kernel.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sysctl {
+    /// As the user wrote it, for what is said of it.
+    pub name: String,
+    /// Its file below `/proc/sys`.
+    pub path: String,
+    /// What it becomes.
+    pub value: Bytes,
 }
 
 /// A network device, and what lies behind it.
@@ -176,6 +191,8 @@ pub struct Net {
     pub dns: Vec<IpAddr>,
     /// Domains in which names are looked up.
     pub search: Vec<String>,
+    /// How they are looked up (`resolv.conf(5)`).
+    pub options: Vec<String>,
 }
 
 /// Something that is mounted in the machine.

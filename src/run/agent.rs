@@ -206,10 +206,15 @@ impl Agent {
         }
     }
 
-    /// The entries of what was asked for.
-    pub fn entries(&mut self) -> io::Result<impl Source> {
+    /// The entries of what was asked for, with holes of files as such if that was asked
+    /// for, too.
+    pub fn entries(&mut self, holes: bool) -> io::Result<impl Source> {
         self.link.lock().set_read_timeout(None)?;
-        Ok(Incoming::new(&mut self.frames, Stream::Out, |_| Ok(())))
+        let incoming = Incoming::new(&mut self.frames, Stream::Out, |_| Ok(()));
+        Ok(match holes {
+            true => incoming,
+            false => incoming.without_holes(),
+        })
     }
 
     /// Sends files, as far as the guest takes them, and hears what became of them.
@@ -378,7 +383,7 @@ impl Window {
 mod tests {
     use super::*;
     use mayfly_guest::copy::wire::{ENTRY_WEIGHT, Piece};
-    use mayfly_guest::copy::{Entry, Kind};
+    use mayfly_guest::copy::{Data, Entry, Kind};
     use std::sync::mpsc;
 
     /// A guest that does as it is told here.
@@ -521,6 +526,8 @@ mod tests {
     /// A file without an end.
     struct Endless(bool);
 
+    impl Data for Endless {}
+
     impl Source for Endless {
         fn next(&mut self) -> io::Result<Option<Entry>> {
             Ok(std::mem::replace(&mut self.0, false).then(|| Entry {
@@ -530,6 +537,8 @@ mod tests {
                 uid: 0,
                 gid: 0,
                 mtime: 0,
+                xattrs: Vec::new(),
+                sparse: false,
             }))
         }
     }

@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use flate2::bufread::MultiGzDecoder;
-use mayfly_guest::copy::{Entry, Files, Keep, Kind, Place, Sink, Source, Walk, copy};
+use mayfly_guest::copy::{Data, Entry, Files, Keep, Kind, Place, Sink, Source, Walk, copy, xattrs};
 use mayfly_guest::protocol::{HostMessage, Unpack};
 
 use super::agent::Agent;
@@ -106,14 +106,17 @@ fn fetch(options: &CopyOptions, vm: &str, path: &[u8], to: &Side) -> Result<(), 
             "an archive is not for a terminal; write its output to a file, or to tar",
         ));
     }
+    // In an archive they are zeroes, however many a guest says that there are.
+    let holes = *to != Side::Tar;
     let mut agent = connect(vm)?;
     agent
         .ask(&HostMessage::Pack {
             path: path.into(),
             follow: options.follow,
+            holes,
         })
         .or_host(vm)?;
-    let mut source = agent.entries().map_err(failed(vm))?;
+    let mut source = agent.entries(holes).map_err(failed(vm))?;
     let name = name_of(path);
     let Side::Host(target) = *to else {
         let mut sink = ToTar::new(name, BufWriter::new(io::stdout()));
@@ -197,9 +200,17 @@ impl Source for Owned {
             false => Entry {
                 uid: 0,
                 gid: 0,
+                // Lists of owners go where owners go.
+                xattrs: xattrs::without_owners(entry.xattrs),
                 ..entry
             },
         }))
+    }
+}
+
+impl Data for Owned {
+    fn skip_hole(&mut self) -> io::Result<u64> {
+        self.source.skip_hole()
     }
 }
 
@@ -208,6 +219,10 @@ impl Read for Owned {
         self.source.read(buffer)
     }
 }
+
+/// A file up to this length is read before its length is written. A longer one that gets
+/// shorter meanwhile ends the copy: zeroes in its place would be as many as a guest says.
+const AHEAD_MAX: u64 = 4 << 20;
 
 /// Writes a tar archive.
 struct ToTar<W: Write> {
@@ -234,7 +249,7 @@ impl<W: Write> ToTar<W> {
 }
 
 impl<W: Write> Sink for ToTar<W> {
-    fn put(&mut self, entry: &Entry, data: &mut dyn Read) -> io::Result<()> {
+    fn put(&mut self, entry: &Entry, data: &mut dyn Data) -> io::Result<()> {
         let (kind, size) = match &entry.kind {
             &Kind::File(size) => (tarball::Kind::File, size),
             Kind::Folder => (tarball::Kind::Folder, 0),
@@ -249,15 +264,20 @@ impl<W: Write> Sink for ToTar<W> {
             uid: entry.uid,
             gid: entry.gid,
             mtime: u32::try_from(entry.mtime.max(0)).unwrap_or(u32::MAX),
-            ..Meta::default()
+            xattrs: entry.xattrs.iter().cloned().collect(),
         };
         let path = self.path(&entry.path);
-        // A file that got shorter while it was read ends in zeroes, as in tar itself.
-        let mut data = data.chain(io::repeat(0));
-        match &mut self.writer {
-            Some(writer) => writer.entry(&path, &kind, &meta, size, &mut data),
-            None => Ok(()),
+        let Some(writer) = &mut self.writer else {
+            return Ok(());
+        };
+        if size > AHEAD_MAX {
+            let mut data = data;
+            return writer.entry(&path, &kind, &meta, size, &mut data);
         }
+        // It may have got shorter since it was looked at.
+        let mut all = Vec::new();
+        data.take(size).read_to_end(&mut all)?;
+        writer.entry(&path, &kind, &meta, all.len() as u64, &mut all.as_slice())
     }
 
     fn finish(&mut self) -> io::Result<()> {
@@ -300,6 +320,8 @@ impl Source for FromTar {
                 uid: 0,
                 gid: 0,
                 mtime: 0,
+                xattrs: Vec::new(),
+                sparse: false,
             }));
         }
         let Some(entry) = self.entries.next().map_err(io::Error::other)? else {
@@ -325,9 +347,18 @@ impl Source for FromTar {
             uid: entry.meta.uid,
             gid: entry.meta.gid,
             mtime: entry.meta.mtime.into(),
+            xattrs: entry
+                .meta
+                .xattrs
+                .into_iter()
+                .filter(|(name, _)| xattrs::is_known(name))
+                .collect(),
+            sparse: false,
         }))
     }
 }
+
+impl Data for FromTar {}
 
 impl Read for FromTar {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
@@ -405,6 +436,8 @@ mod tests {
             uid: 3_000_000,
             gid: 5,
             mtime: 7,
+            xattrs: vec![(b"user.a".to_vec(), b"b\0\n".to_vec())],
+            sparse: false,
         };
         let entries = [
             entry("", Kind::Folder),
@@ -420,12 +453,16 @@ mod tests {
             .map(|(entry, _)| str::from_utf8(&entry.path).unwrap());
         let paths: Vec<_> = paths.collect();
         assert_eq!(paths, ["", "etc", "etc/f", "etc/l", "etc/s", "etc/c"]);
-        assert_eq!(all[2].1, b"abc\0\0");
+        assert_eq!(all[2].1, b"abc");
         assert_eq!(all[3].0.kind, Kind::Link(b"etc/f".to_vec()));
         assert_eq!(all[4].0, entry("etc/s", Kind::Symlink(b"/x".to_vec())));
         let all = through_tar("", &entries, b"abcdef").unwrap();
         let f = (entry("f", Kind::File(5)), b"abcde".to_vec());
         assert_eq!((&all[1].0, &all[2]), (&entry("", Kind::Folder), &f));
+        // A long file that got shorter: as many zeroes as a guest says would have no end.
+        let long = [entry("f", Kind::File(u64::MAX >> 1))];
+        let error = through_tar("", &long, b"abc").unwrap_err();
+        assert!(error.to_string().contains("shorter"), "{error}");
         // What leads out of it.
         let out = [entry("../x", Kind::File(0))];
         assert!(through_tar("", &out, b"").is_err());

@@ -19,7 +19,9 @@ mod network;
 mod options;
 mod plan;
 pub mod record;
+mod resolver;
 mod session;
+mod sysctl;
 mod text;
 mod usage;
 mod volumes;
@@ -80,7 +82,10 @@ pub fn run(options: Options, words: &[OsString], timeline: Timeline) -> Result<u
     let mode = options.mode();
     options.docker.check()?;
     exec::check_terminal(options.interactive && options.terminal && mode == Mode::Foreground)?;
-    let network = network::network(options)?;
+    let mut network = network::network(options)?;
+    if let Some((_, guest)) = &mut network {
+        resolver::complete(guest, options)?;
+    }
     if mode == Mode::Foreground || mode == Mode::Detach {
         options.cidfile.as_deref().map_or(Ok(()), cidfile::check)?;
     }

@@ -84,7 +84,7 @@ fn user(text: &str, options: &Options) -> Result<(NetConfig, Net), Failure> {
         addresses,
         gateways,
         dns: net.dns.clone(),
-        search: options.dns_search.clone(),
+        ..Net::default()
     };
     Ok((device, guest))
 }
@@ -109,7 +109,7 @@ fn tap(text: &str, options: &Options) -> Result<(NetConfig, Net), String> {
         addresses: vec![(ip, prefix)],
         gateways: gateway.into_iter().collect(),
         dns: options.dns.clone(),
-        search: options.dns_search.clone(),
+        ..Net::default()
     };
     Ok((config, guest))
 }

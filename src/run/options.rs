@@ -95,9 +95,16 @@ pub struct Options {
     /// The guest's resolver [default: the host's] (repeatable)
     #[arg(long, value_name = "IP")]
     pub dns: Vec<IpAddr>,
-    /// A domain in which the guest looks names up (repeatable)
+    /// A domain in which the guest looks names up [default: the host's; . for none]
+    /// (repeatable)
     #[arg(long, value_name = "DOMAIN")]
     pub dns_search: Vec<String>,
+    /// How the guest's resolver works: ndots:2 [default: the host's] (repeatable)
+    #[arg(long = "dns-option", alias = "dns-opt", value_name = "OPTION")]
+    pub dns_options: Vec<String>,
+    /// A setting of the guest's kernel (repeatable)
+    #[arg(long = "sysctl", value_name = "NAME=VALUE")]
+    pub sysctls: Vec<String>,
     /// vCPUs, 1 to 32 [default: 1]
     #[arg(long, value_name = "N")]
     pub cpus: Option<String>,

@@ -13,6 +13,7 @@ use super::environment::{self, Wishes};
 use super::limits;
 use super::log;
 use super::options::Options;
+use super::sysctl;
 use crate::config::parse_size;
 use crate::failure::Failure;
 use crate::image::RunConfig;
@@ -88,6 +89,11 @@ impl Plan {
                     .collect::<Result<_, _>>()?,
                 mounts,
                 folder: folder.clone(),
+                sysctls: options
+                    .sysctls
+                    .iter()
+                    .map(|text| sysctl::parse(text))
+                    .collect::<Result<_, _>>()?,
                 ..Setup::default()
             },
             process: Process {
@@ -277,15 +283,17 @@ pub fn memory(target: &[u8], options: &str) -> Result<Mount, String> {
     })
 }
 
-/// A signal, by its number or its name with or without `SIG`.
+/// A signal, by its number or its name with or without `SIG`, as Docker knows them:
+/// systemd's images ask for `SIGRTMIN+3`, others' for `SIGPWR`.
 pub fn signal(text: &str) -> Option<i32> {
-    const NAMES: [(&str, i32); 22] = [
+    const NAMES: [(&str, i32); 34] = [
         ("HUP", libc::SIGHUP),
         ("INT", libc::SIGINT),
         ("QUIT", libc::SIGQUIT),
         ("ILL", libc::SIGILL),
         ("TRAP", libc::SIGTRAP),
         ("ABRT", libc::SIGABRT),
+        ("IOT", libc::SIGABRT),
         ("BUS", libc::SIGBUS),
         ("FPE", libc::SIGFPE),
         ("KILL", libc::SIGKILL),
@@ -295,13 +303,24 @@ pub fn signal(text: &str) -> Option<i32> {
         ("PIPE", libc::SIGPIPE),
         ("ALRM", libc::SIGALRM),
         ("TERM", libc::SIGTERM),
+        ("STKFLT", libc::SIGSTKFLT),
         ("CHLD", libc::SIGCHLD),
+        ("CLD", libc::SIGCHLD),
         ("CONT", libc::SIGCONT),
         ("STOP", libc::SIGSTOP),
         ("TSTP", libc::SIGTSTP),
         ("TTIN", libc::SIGTTIN),
         ("TTOU", libc::SIGTTOU),
+        ("URG", libc::SIGURG),
+        ("XCPU", libc::SIGXCPU),
+        ("XFSZ", libc::SIGXFSZ),
+        ("VTALRM", libc::SIGVTALRM),
+        ("PROF", libc::SIGPROF),
         ("WINCH", libc::SIGWINCH),
+        ("IO", libc::SIGIO),
+        ("POLL", libc::SIGIO),
+        ("PWR", libc::SIGPWR),
+        ("SYS", libc::SIGSYS),
     ];
     const MAX: i32 = 64;
     if let Ok(number) = text.parse() {
@@ -309,9 +328,21 @@ pub fn signal(text: &str) -> Option<i32> {
     }
     let name = text.to_ascii_uppercase();
     let name = name.strip_prefix("SIG").unwrap_or(&name);
-    if let Some(number) = name.strip_prefix("RTMIN+") {
-        let number = number.parse::<i32>().ok()?.checked_add(libc::SIGRTMIN())?;
-        return (..=libc::SIGRTMAX()).contains(&number).then_some(number);
+    let real_time = |rest: &str, from: i32, sign: char| {
+        let by = match rest {
+            "" => 0,
+            rest => rest.strip_prefix(sign)?.parse::<u8>().ok()?,
+        };
+        let by = i32::from(by);
+        let number = if sign == '+' { from + by } else { from - by };
+        let known = libc::SIGRTMIN()..=libc::SIGRTMAX();
+        known.contains(&number).then_some(number)
+    };
+    if let Some(rest) = name.strip_prefix("RTMIN") {
+        return real_time(rest, libc::SIGRTMIN(), '+');
+    }
+    if let Some(rest) = name.strip_prefix("RTMAX") {
+        return real_time(rest, libc::SIGRTMAX(), '-');
     }
     NAMES.iter().find(|(it, _)| *it == name).map(|&(_, it)| it)
 }
@@ -501,6 +532,7 @@ mod tests {
             |it| it.timeout = Some("0".into()),
             |it| it.timeout = Some("1d".into()),
             |it| it.timeout = Some(u64::MAX.to_string()),
+            |it| it.sysctls = vec!["vm.swappiness".into()],
             |it| it.tmpfs = vec!["tmp".into()],
             |it| it.tmpfs = vec!["/tmp:size=x".into()],
             |it| it.tmpfs = vec!["/tmp:suid".into()],
@@ -528,6 +560,18 @@ mod tests {
             ("term", Some(15)),
             ("RTMIN+3", Some(libc::SIGRTMIN() + 3)),
             ("SIGRTMIN+3", Some(libc::SIGRTMIN() + 3)),
+            ("RTMIN", Some(libc::SIGRTMIN())),
+            ("rtmin+30", Some(libc::SIGRTMAX())),
+            ("SIGRTMAX", Some(libc::SIGRTMAX())),
+            ("RTMAX-14", Some(libc::SIGRTMAX() - 14)),
+            ("SIGPWR", Some(libc::SIGPWR)),
+            ("IOT", Some(libc::SIGABRT)),
+            ("RTMIN+31", None),
+            ("RTMIN-1", None),
+            ("RTMAX+1", None),
+            ("RTMAX-31", None),
+            ("RTMIN+", None),
+            ("RTMIN+999999999999", None),
             ("0", None),
             ("65", None),
             ("-9", None),

@@ -23,6 +23,7 @@ mod real;
 mod refusals;
 mod run;
 mod sandbox;
+mod system;
 mod user_nets;
 mod volumes;
 mod vsock;

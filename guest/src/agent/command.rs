@@ -154,7 +154,7 @@ fn paths(name: &[u8], path: &[u8]) -> Vec<Bytes> {
 }
 
 /// An error's text without its number.
-fn plain(error: &io::Error) -> String {
+pub fn plain(error: &io::Error) -> String {
     let text = error.to_string();
     match text.split_once(" (os error") {
         Some((text, _)) => text.to_owned(),

@@ -13,8 +13,8 @@ pub const ALL: Keep = Keep {
     special: true,
 };
 
-/// Sends a file or folder.
-pub fn send_from(host: &File, path: &[u8], follow: bool) -> io::Result<()> {
+/// Sends a file or folder, its holes as such if the host can use them.
+pub fn send_from(host: &File, path: &[u8], follow: bool, holes: bool) -> io::Result<()> {
     let place = Place::of_source(&absolute(path), follow);
     let mut walk = match place.and_then(|place| Walk::new(&place)) {
         Ok(walk) => walk,
@@ -22,6 +22,9 @@ pub fn send_from(host: &File, path: &[u8], follow: bool) -> io::Result<()> {
     };
     send(host, &GuestMessage::Done)?;
     let mut out = Outgoing::new(host, Stream::Out, |_| Ok(()));
+    if !holes {
+        out = out.without_holes();
+    }
     // If the host has gone, it does not hear why either.
     copy(&mut walk, &mut out).or_else(|error| send(host, &Piece::Failed(error.to_string())))
 }

@@ -3,10 +3,12 @@
 
 mod command;
 mod copies;
+mod names;
 mod passwd;
 mod process;
 mod reaper;
 mod session;
+mod settings;
 mod setup;
 mod vsock;
 
@@ -97,7 +99,11 @@ fn serve(host: File, machine: Arc<Machine>) -> io::Result<()> {
             Session::new(host, machine).serve_process(&mut frames, *process, false)
         }
         HostMessage::Attach(size) => Session::new(host, machine).serve_attached(&mut frames, size),
-        HostMessage::Pack { path, follow } => copies::send_from(&host, &path, follow),
+        HostMessage::Pack {
+            path,
+            follow,
+            holes,
+        } => copies::send_from(&host, &path, follow, holes),
         HostMessage::Unpack(wish) => copies::take(&host, &mut frames, wish),
         HostMessage::SignalMain(signal) => {
             machine.reaper.signal_main(signal);

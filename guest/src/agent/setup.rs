@@ -1,19 +1,19 @@
 //! Makes the guest what its image says: layers, network, name, mounts.
 
-#![allow(unsafe_code, reason = "a partition, names and limits")]
+#![allow(unsafe_code, reason = "a partition, and disks at the end")]
 
 use std::ffi::{CString, OsStr};
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, chown};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, chown};
 use std::path::Path;
 
-use mayfly_guest::copy::{Files, Place, Walk, copy};
-use mayfly_guest::protocol::{Mount, Net, Setup, Source};
+use mayfly_guest::copy::{Files, Place, Walk, copy, xattrs};
+use mayfly_guest::protocol::{Mount, Setup, Source};
 
-use super::copies;
+use super::{copies, names, settings};
 use crate::interface;
 use crate::root;
 use crate::system::{check, mount};
@@ -34,14 +34,6 @@ const MOUNTS: [(&str, &str, &str); 3] = [
 const MODE: u32 = 0o755;
 /// The only network device, and the first.
 const DEVICE: &str = "eth0";
-/// What Docker allows everyone in a container: low ports, and ping.
-const ALLOWED: [(&str, &str); 2] = [
-    ("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0"),
-    ("/proc/sys/net/ipv4/ping_group_range", "0 2147483647"),
-];
-/// How many files a process may have open, as in Docker: the kernel's own limit.
-const FILES_MAX: libc::rlim_t = 1 << 20;
-
 /// Does all of it, and leaves the initramfs.
 pub fn prepare(setup: &Setup) -> Result<(), String> {
     mount_root(setup)?;
@@ -52,17 +44,16 @@ pub fn prepare(setup: &Setup) -> Result<(), String> {
         let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
         let _ = mount(kind, target, kind, flags, options);
     }
-    allow();
-    name(setup)?;
+    settings::apply_defaults();
+    names::give(setup)?;
     // Without a loopback device nobody talks to itself.
     interface::turn_on("lo").map_err(|error| format!("the loopback device: {error}"))?;
     if let Some(net) = &setup.net {
         interface::configure(DEVICE, &net.addresses, &net.gateways)?;
-        let text = resolver(net);
-        if !text.is_empty() {
-            write("/etc/resolv.conf", &text)?;
-        }
+        names::give_resolvers(net)?;
     }
+    // Some are of the network's devices.
+    settings::apply(&setup.sysctls)?;
     for mount in &setup.mounts {
         let target = Path::new(OsStr::from_bytes(&mount.target));
         let failed = |error| format!("mounting {}: {error}", target.display());
@@ -78,28 +69,6 @@ pub fn prepare(setup: &Setup) -> Result<(), String> {
         remounted.map_err(|error| format!("making the root read-only: {error}"))?;
     }
     Ok(())
-}
-
-/// A machine whose programs are read from disk again and again, as there is no
-/// memory left to keep them, shall end a process soon: it may else work on that for
-/// minutes (Linux' `Documentation/admin-guide/mm/multigen_lru.rst`).
-const NO_THRASHING: [(&str, &str); 2] = [
-    ("/sys/kernel/mm/lru_gen/enabled", "y"),
-    ("/sys/kernel/mm/lru_gen/min_ttl_ms", "1000"),
-];
-
-/// Gives processes what they have in Docker, as far as this kernel can: few miss it.
-fn allow() {
-    for (path, value) in ALLOWED.into_iter().chain(NO_THRASHING) {
-        let _ = fs::write(path, value);
-    }
-    let limit = libc::rlimit {
-        rlim_cur: FILES_MAX,
-        rlim_max: FILES_MAX,
-    };
-    // Processes inherit it.
-    // SAFETY: reads a live structure.
-    unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) };
 }
 
 fn mount_root(setup: &Setup) -> Result<(), String> {
@@ -201,57 +170,6 @@ fn make_behind_links(path: &Path, links: u32) -> io::Result<()> {
     make_behind_links(path, links)
 }
 
-/// Tells the machine its name, and the image who is who.
-fn name(setup: &Setup) -> Result<(), String> {
-    let name = &setup.hostname;
-    let text = CString::new(name.as_str()).map_err(|error| error.to_string())?;
-    // SAFETY: a string that lives until the call returns, and its length.
-    let named = unsafe { libc::sethostname(text.as_ptr(), name.len()) };
-    check(named.into()).map_err(|error| format!("the name {name}: {error}"))?;
-    write("/etc/hostname", &format!("{name}\n"))?;
-    let own = setup.net.iter().flat_map(|net| &net.addresses);
-    let own: String = own
-        .take(1)
-        .map(|(address, _)| format!("{address}\t{name}\n"))
-        .collect();
-    let own = match own.as_str() {
-        "" => format!("127.0.1.1\t{name}\n"),
-        _ => own,
-    };
-    let others = setup.hosts.iter();
-    let others: String = others
-        .map(|(name, address)| format!("{address}\t{name}\n"))
-        .collect();
-    write(
-        "/etc/hosts",
-        &format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{others}{own}"),
-    )
-}
-
-fn resolver(net: &Net) -> String {
-    let mut text = String::new();
-    for server in &net.dns {
-        text += &format!("nameserver {server}\n");
-    }
-    if !net.search.is_empty() {
-        text += &format!("search {}\n", net.search.join(" "));
-    }
-    text
-}
-
-/// Takes the place of what the image has there, be it a link to nowhere.
-fn write(path: &str, text: &str) -> Result<(), String> {
-    let _ = make_folder(Path::new("/etc"));
-    let _ = fs::remove_file(path);
-    let file = fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o644)
-        .open(path);
-    file.and_then(|mut file| file.write_all(text.as_bytes()))
-        .map_err(|error| format!("{path}: {error}"))
-}
-
 /// The disks that are mounted beside the layers.
 pub struct Disks(Vec<CString>);
 
@@ -343,6 +261,7 @@ fn fill(from: File, volume: &Path) -> io::Result<()> {
     File::create(&marker)?;
     let folder = File::open(volume)?;
     let model = from.metadata()?;
+    let attributes = xattrs::of(&from)?;
     let place = |folder: File| Place {
         folder: folder.into(),
         name: b".".to_vec(),
@@ -351,6 +270,7 @@ fn fill(from: File, volume: &Path) -> io::Result<()> {
     copy(&mut Walk::new(&place(from))?, &mut files)?;
     chown(volume, Some(model.uid()), Some(model.gid()))?;
     fs::set_permissions(volume, model.permissions())?;
+    xattrs::set(&folder, &attributes, copies::ALL)?;
     // All of it is there before nothing says that it is not.
     // SAFETY: an open descriptor.
     check(unsafe { libc::syncfs(folder.as_raw_fd()) }.into())?;

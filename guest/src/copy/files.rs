@@ -1,7 +1,7 @@
 //! Making what was copied.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use rustix::fs::{
@@ -9,7 +9,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::{Entry, Kind, Place, Sink, about, names};
+use super::{Data, Entry, Kind, Place, Sink, about, names, xattrs};
 use crate::protocol::Bytes;
 
 /// What of an entry is kept beside its data.
@@ -150,15 +150,16 @@ impl Files {
         }
     }
 
-    fn make_file(&self, name: &[u8], entry: &Entry, data: &mut dyn Read) -> io::Result<()> {
+    fn make_file(&self, name: &[u8], entry: &Entry, data: &mut dyn Data) -> io::Result<()> {
         const HOW: OFlags = OFlags::WRONLY
             .union(OFlags::CREATE)
             .union(OFlags::EXCL)
             .union(OFlags::NOFOLLOW)
             .union(OFlags::CLOEXEC);
         let file = rustix::fs::openat(self.folder(), name, HOW, Mode::RUSR | Mode::WUSR)?;
-        let mut file = File::from(file);
-        let made = io::copy(data, &mut file).and_then(|_| self.finish_open(&file, entry));
+        let file = File::from(file);
+        let filled = fill(&file, entry.sparse, data);
+        let made = filled.and_then(|()| self.finish_open(&file, entry));
         if made.is_err() {
             // A part is not what was asked for.
             let _ = rustix::fs::unlinkat(self.folder(), name, AtFlags::empty());
@@ -166,14 +167,16 @@ impl Files {
         made
     }
 
-    /// Gives what is open its owner, its mode and its time.
+    /// Gives what is open its owner, its mode, its attributes and its time.
     fn finish_open(&self, fd: impl AsFd, entry: &Entry) -> io::Result<()> {
-        // In this order: a new owner takes bits from the mode.
+        // In this order: a new owner takes bits from the mode, and capabilities; a list of
+        // owners has the mode in it.
         if self.keep.owners {
             let (uid, gid) = owner(entry)?;
             rustix::fs::fchown(&fd, Some(uid), Some(gid))?;
         }
         rustix::fs::fchmod(&fd, self.mode(entry))?;
+        xattrs::set(&fd, &entry.xattrs, self.keep)?;
         Ok(rustix::fs::futimens(&fd, &times(entry))?)
     }
 
@@ -259,7 +262,7 @@ impl Files {
         )?)
     }
 
-    fn make(&mut self, entry: &Entry, data: &mut dyn Read) -> io::Result<()> {
+    fn make(&mut self, entry: &Entry, data: &mut dyn Data) -> io::Result<()> {
         let names = names(&entry.path)?;
         let own;
         let name = match names.split_last() {
@@ -302,7 +305,7 @@ impl Files {
 }
 
 impl Sink for Files {
-    fn put(&mut self, entry: &Entry, data: &mut dyn Read) -> io::Result<()> {
+    fn put(&mut self, entry: &Entry, data: &mut dyn Data) -> io::Result<()> {
         self.make(entry, data)
             .map_err(|error| match entry.path.is_empty() {
                 true => about(&self.place.name, error),
@@ -312,6 +315,43 @@ impl Sink for Files {
 
     fn finish(&mut self) -> io::Result<()> {
         self.leave(0)
+    }
+}
+
+/// Writes a file's data, and leaves holes where it has them.
+fn fill(mut file: &File, sparse: bool, data: &mut dyn Data) -> io::Result<()> {
+    const PIECE: usize = 64 << 10;
+    let mut buffer = vec![0; PIECE];
+    let (mut at, mut written) = (0_u64, 0_u64);
+    loop {
+        let hole = data.skip_hole()?;
+        let len = match hole {
+            0 => match data.read(&mut buffer) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                read => read?,
+            },
+            _ => 0,
+        };
+        let piece = buffer.get(..len).unwrap_or_default();
+        let next = at
+            .checked_add(hole)
+            .and_then(|at| at.checked_add(len as u64));
+        let next = next.ok_or(io::ErrorKind::FileTooLarge)?;
+        if next == at {
+            break;
+        }
+        if hole == 0 && !(sparse && piece.iter().all(|&byte| byte == 0)) {
+            if written != at {
+                file.seek(SeekFrom::Start(at))?;
+            }
+            file.write_all(piece)?;
+            written = next;
+        }
+        at = next;
+    }
+    match written == at {
+        true => Ok(()),
+        false => file.set_len(at),
     }
 }
 

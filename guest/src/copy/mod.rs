@@ -9,6 +9,7 @@ mod files;
 mod place;
 mod walk;
 pub mod wire;
+pub mod xattrs;
 
 pub use files::{Files, Keep};
 pub use place::Place;
@@ -18,6 +19,7 @@ use std::io::{self, Read};
 
 use serde::{Deserialize, Serialize};
 
+use self::xattrs::Xattrs;
 use crate::protocol::Bytes;
 
 /// Linux' own limits of a name and of a path.
@@ -60,6 +62,10 @@ pub struct Entry {
     pub gid: u32,
     /// When it was changed: seconds since 1970.
     pub mtime: i64,
+    /// Of a file or a folder: see [`xattrs`].
+    pub xattrs: Xattrs,
+    /// A file that takes less room than its data: where they are zeroes, nothing is.
+    pub sparse: bool,
 }
 
 impl Entry {
@@ -67,6 +73,7 @@ impl Entry {
     pub fn checked(self) -> io::Result<Self> {
         let refuse = |why: &str| Err(about(&self.path, io::Error::other(why)));
         names(&self.path)?;
+        xattrs::check(&self.xattrs).map_err(|error| about(&self.path, error))?;
         match &self.kind {
             Kind::Link(target) => drop(names(target)?),
             Kind::Symlink(target)
@@ -80,8 +87,20 @@ impl Entry {
     }
 }
 
-/// Where entries come from; reading gives the data of the last one.
-pub trait Source: Read {
+/// A file's data: reading gives all of them, holes as zeroes.
+pub trait Data: Read {
+    /// Passes by a hole that comes next, and returns its length; 0 where there is none, or
+    /// it is not known.
+    fn skip_hole(&mut self) -> io::Result<u64> {
+        Ok(0)
+    }
+}
+
+impl Data for io::Empty {}
+impl Data for &[u8] {}
+
+/// Where entries come from, with the data of the last one.
+pub trait Source: Data {
     /// The next entry; none at the end.
     fn next(&mut self) -> io::Result<Option<Entry>>;
 }
@@ -89,7 +108,7 @@ pub trait Source: Read {
 /// Where entries go to.
 pub trait Sink {
     /// Makes an entry; a file's data come from `data`.
-    fn put(&mut self, entry: &Entry, data: &mut dyn Read) -> io::Result<()>;
+    fn put(&mut self, entry: &Entry, data: &mut dyn Data) -> io::Result<()>;
     /// There are no more.
     fn finish(&mut self) -> io::Result<()>;
 }

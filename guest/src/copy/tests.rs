@@ -1,6 +1,6 @@
 use std::fs;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 
 use proptest::prelude::*;
@@ -35,6 +35,8 @@ fn entry(path: &str, kind: Kind) -> Entry {
         uid: 12345,
         gid: 12345,
         mtime: 7,
+        xattrs: Vec::new(),
+        sparse: false,
     }
 }
 
@@ -117,6 +119,219 @@ fn a_tree_arrives_as_it_was() {
     assert_eq!(meta("a/file").ino(), meta("again").ino());
     assert_eq!(meta("a/deep").mtime(), 1_000_000);
     assert_eq!(fs::read_link(to.join("a/link")).unwrap(), Path::new("/etc"));
+}
+
+/// What a party sends of a tree.
+fn sent(from: &Path) -> Vec<u8> {
+    let mut wire = Vec::new();
+    let mut out = Outgoing::new(&mut wire, Stream::Out, |_| Ok(()));
+    copy(&mut walk(from), &mut out).unwrap();
+    wire
+}
+
+/// What is made of it.
+fn made(wire: &[u8], to: &Path, keep: Keep) -> io::Result<()> {
+    let mut frames = Frames::new(wire);
+    let mut source = Incoming::new(&mut frames, Stream::Out, |_| Ok(()));
+    copy(&mut source, &mut Files::new(place(to), keep))
+}
+
+#[test]
+fn holes_stay_holes_and_cost_nothing_on_the_way() {
+    const LEN: u64 = 1 << 40;
+    const AT: u64 = 1 << 30;
+    let folder = tempfile::tempdir().unwrap();
+    let (from, to) = (folder.path().join("from"), folder.path().join("to"));
+    fs::create_dir(&from).unwrap();
+    let file = fs::File::create(from.join("disk")).unwrap();
+    file.write_all_at(b"in the middle", AT).unwrap();
+    file.set_len(LEN).unwrap();
+    fs::File::create(from.join("hole"))
+        .unwrap()
+        .set_len(LEN)
+        .unwrap();
+    fs::write(from.join("zeroes"), vec![0; 200_000]).unwrap();
+    let wire = sent(&from);
+    assert!(wire.len() < 1 << 20, "{}", wire.len());
+    made(&wire, &to, PLAIN).unwrap();
+    for name in ["disk", "hole"] {
+        let meta = fs::metadata(to.join(name)).unwrap();
+        assert_eq!(meta.len(), LEN);
+        assert!(meta.blocks() < 2048, "{name}: {}", meta.blocks());
+    }
+    let mut middle = [0; 20];
+    let file = fs::File::open(to.join("disk")).unwrap();
+    file.read_exact_at(&mut middle, AT).unwrap();
+    assert_eq!(&middle, b"in the middle\0\0\0\0\0\0\0");
+    // What is there is there.
+    assert!(fs::metadata(to.join("zeroes")).unwrap().blocks() >= 200_000 / 512);
+
+    // Nor are zeroes written that a file system without holes has for them (squashfs).
+    let to = folder.path().join("sparse");
+    let mut files = Files::new(place(&to), PLAIN);
+    files
+        .put(&entry("", Kind::Folder), &mut io::empty())
+        .unwrap();
+    let sparse = Entry {
+        sparse: true,
+        ..entry("f", Kind::File(1 << 20))
+    };
+    let data = [vec![0; 1 << 19], vec![1; 1 << 16], vec![0; 7 << 16]].concat();
+    files.put(&sparse, &mut data.as_slice()).unwrap();
+    files.finish().unwrap();
+    let file = to.join("f");
+    assert!(fs::metadata(&file).unwrap().blocks() < 512);
+    assert!(fs::read(&file).unwrap() == data);
+
+    // One who has no use for holes gets zeroes.
+    fs::File::create(from.join("disk"))
+        .unwrap()
+        .set_len(300_000)
+        .unwrap();
+    fs::remove_file(from.join("hole")).unwrap();
+    let mut wire = Vec::new();
+    let out = Outgoing::new(&mut wire, Stream::Out, |_| Ok(()));
+    copy(&mut walk(&from), &mut out.without_holes()).unwrap();
+    assert!(wire.len() > 500_000);
+}
+
+#[test]
+fn no_hole_is_longer_than_its_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let hole = |holes: &[u64], taken: bool| {
+        let mut wire = Vec::new();
+        send(&mut wire, &Piece::Entry(entry("", Kind::File(100)))).unwrap();
+        for &hole in holes {
+            send(&mut wire, &Piece::Hole(hole)).unwrap();
+        }
+        send_data(&mut wire, Stream::Out, b"").unwrap();
+        send(&mut wire, &Piece::End).unwrap();
+        let mut frames = Frames::new(&wire[..]);
+        let mut source = Incoming::new(&mut frames, Stream::Out, |_| Ok(()));
+        if !taken {
+            source = source.without_holes();
+        }
+        let to = folder.path().join("to");
+        let place = Place::of_target(&Unpack {
+            path: to.to_str().unwrap().into(),
+            ..Unpack::default()
+        });
+        copy(&mut source, &mut Files::new(place.unwrap(), PLAIN))
+            .map(|()| fs::metadata(to).unwrap().len())
+    };
+    assert_eq!(hole(&[60, 40], true).unwrap(), 100);
+    for (holes, taken) in [
+        (&[101][..], true),
+        (&[u64::MAX], true),
+        (&[60, 41], true),
+        (&[0], true),
+        (&[1], false),
+    ] {
+        assert!(hole(holes, taken).is_err(), "{holes:?}");
+    }
+    // Nor is one where no file is.
+    let mut wire = Vec::new();
+    send(&mut wire, &Piece::Entry(entry("", Kind::Folder))).unwrap();
+    send(&mut wire, &Piece::Hole(1)).unwrap();
+    assert!(made(&wire, &folder.path().join("folder"), PLAIN).is_err());
+}
+
+#[test]
+fn attributes_arrive_but_for_what_lends_rights() {
+    let folder = tempfile::tempdir().unwrap();
+    let (from, to) = (folder.path().join("from"), folder.path().join("to"));
+    fs::create_dir(&from).unwrap();
+    fs::write(from.join("file"), "x").unwrap();
+    let of = |path: &Path| xattrs::of(fs::File::open(path).unwrap()).unwrap();
+    let own = |value: &str| (b"user.mayfly".to_vec(), value.as_bytes().to_vec());
+    let set = |path: &Path, value: &str| {
+        let file = fs::File::open(path).unwrap();
+        xattrs::set(file, &[own(value)], PLAIN).unwrap();
+    };
+    set(&from, "folder");
+    set(&from.join("file"), "file");
+    made(&sent(&from), &to, PLAIN).unwrap();
+    assert_eq!(of(&to), [own("folder")]);
+    assert_eq!(of(&to.join("file")), [own("file")]);
+
+    let to = folder.path().join("hostile");
+    let capability = (
+        b"security.capability".to_vec(),
+        [&[1, 0, 0, 2, 4][..], &[0; 15]].concat(),
+    );
+    let mut acl = 2_u32.to_le_bytes().to_vec();
+    for (tag, mode, id) in [
+        (1, 6, -1),
+        (2, 7, 12345),
+        (4, 4, -1),
+        (0x10, 7, -1),
+        (0x20, 4, -1),
+    ] {
+        acl.extend::<[u8; 2]>(u16::to_le_bytes(tag));
+        acl.extend::<[u8; 2]>(u16::to_le_bytes(mode));
+        acl.extend::<[u8; 4]>(i32::to_le_bytes(id));
+    }
+    let list = (b"system.posix_acl_access".to_vec(), acl);
+    let with = |xattrs: Vec<(Vec<u8>, Vec<u8>)>| {
+        Entry {
+            xattrs,
+            ..entry("", Kind::File(1))
+        }
+        .checked()
+    };
+    let all = with(vec![capability, list, own("x")]).unwrap();
+    let target = Place::of_target(&Unpack {
+        path: to.to_str().unwrap().into(),
+        ..Unpack::default()
+    });
+    let mut files = Files::new(target.unwrap(), PLAIN);
+    files.put(&all, &mut &b"x"[..]).unwrap();
+    assert_eq!(of(&to), [own("x")]);
+    let value = |len| vec![0; len];
+    for wrong in [
+        vec![(b"security.selinux".to_vec(), value(1))],
+        vec![(b"trusted.overlay.opaque".to_vec(), value(1))],
+        vec![(b"user.".to_vec(), value(1))],
+        vec![(b"user.a\0b".to_vec(), value(1))],
+        vec![([&b"user."[..], &[b'x'; 255]].concat(), value(1))],
+        vec![(b"user.a".to_vec(), value((64 << 10) + 1))],
+        vec![
+            (b"user.a".to_vec(), value(60 << 10)),
+            (b"user.b".to_vec(), value(60 << 10)),
+            (b"user.c".to_vec(), value(60 << 10)),
+        ],
+    ] {
+        assert!(with(wrong).is_err());
+    }
+}
+
+#[test]
+fn files_that_do_not_say_how_long_they_are_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let copied = |path: &str| {
+        let to = Unpack {
+            path: folder.path().to_str().unwrap().into(),
+            name: b"copy".to_vec(),
+            ..Unpack::default()
+        };
+        let wire = sent(Path::new(path));
+        let mut frames = Frames::new(&wire[..]);
+        let mut source = Incoming::new(&mut frames, Stream::Out, |_| Ok(()));
+        let place = Place::of_target(&to)?;
+        copy(&mut source, &mut Files::new(place, PLAIN))?;
+        fs::read(folder.path().join("copy"))
+    };
+    for path in [
+        "/proc/version",
+        "/proc/self/mountinfo",
+        "/sys/kernel/mm/transparent_hugepage/enabled",
+    ] {
+        let copy = copied(path).unwrap();
+        assert!(
+            !copy.is_empty() && copy == fs::read(path).unwrap(),
+            "{path}"
+        );
+    }
 }
 
 #[test]

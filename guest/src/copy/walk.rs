@@ -3,13 +3,13 @@
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Cursor, Read};
 use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, SeekFrom, Stat};
 use rustix::io::Errno;
 
-use super::{DEPTH_MAX, Entry, Kind, PATH_MAX, Place, Source, about};
+use super::{DEPTH_MAX, Data, Entry, Kind, PATH_MAX, Place, Source, about, xattrs};
 use crate::protocol::Bytes;
 
 /// How many files with several names are remembered; further ones are copied once
@@ -24,8 +24,7 @@ pub struct Walk {
     first: Option<(Entry, Found)>,
     /// Those that are being read, each in the one before.
     folders: Vec<Folder>,
-    /// The current file, and how much of it is still to be read.
-    file: Option<(File, u64)>,
+    file: Option<Current>,
     /// The first names of files with several.
     links: HashMap<(u64, u64), Bytes>,
 }
@@ -35,9 +34,24 @@ struct Folder {
     entries: Dir,
 }
 
+/// The current file.
+struct Current {
+    content: Content,
+    /// How much of it is still to be read.
+    left: u64,
+}
+
+/// What is in a file.
+enum Content {
+    /// On a disk; up to which offset there is no hole, and where it is read.
+    OnDisk { file: File, solid: u64, at: u64 },
+    /// Of a file that does not say how long it is: it was read to know.
+    Read(Cursor<Vec<u8>>),
+}
+
 /// What is behind an entry.
 enum Found {
-    File(File),
+    File(Content),
     Folder(OwnedFd),
     /// All else, by its numbers if it has other names.
     Other,
@@ -83,7 +97,9 @@ impl Walk {
 
     fn enter(&mut self, entry: &Entry, found: Found) -> io::Result<()> {
         match (found, &entry.kind) {
-            (Found::File(file), &Kind::File(size)) => self.file = Some((file, size)),
+            (Found::File(content), &Kind::File(left)) => {
+                self.file = Some(Current { content, left });
+            }
             (Found::Folder(folder), _) => {
                 if self.folders.len() > DEPTH_MAX {
                     return Err(io::Error::other("lies more than 256 folders deep"));
@@ -131,7 +147,8 @@ impl Source for Walk {
             let looked = folder.entries.fd().map_err(failed)?;
             let looked = match look(looked, name, path.clone(), false) {
                 // Gone meanwhile, or a socket, which is of no use without its process.
-                Err(Errno::NOENT) | Ok(None) => continue,
+                Ok(None) => continue,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(about(&path, error)),
                 Ok(Some(looked)) => looked,
             };
@@ -147,14 +164,81 @@ impl Source for Walk {
 
 impl Read for Walk {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let Some((file, left)) = &mut self.file else {
+        let Some(Current { content, left }) = &mut self.file else {
             return Ok(0);
         };
         // What grows while it is read would have no end.
-        let len = file.take(*left).read(buffer)?;
+        let len = match content {
+            Content::Read(content) => content.take(*left).read(buffer)?,
+            Content::OnDisk { file, solid, at } => {
+                let solid = solid.checked_sub(*at).filter(|&solid| solid > 0);
+                let most = solid.unwrap_or(u64::MAX).min(*left);
+                let len = file.take(most).read(buffer)?;
+                *at += len as u64;
+                len
+            }
+        };
         *left -= len as u64;
         Ok(len)
     }
+}
+
+impl Data for Walk {
+    fn skip_hole(&mut self) -> io::Result<u64> {
+        let Some(Current {
+            content: Content::OnDisk { file, solid, at },
+            left,
+        }) = &mut self.file
+        else {
+            return Ok(0);
+        };
+        if *at < *solid || *left == 0 {
+            return Ok(0);
+        }
+        let end = *at + *left;
+        let data = match rustix::fs::seek(&*file, SeekFrom::Data(*at)) {
+            Ok(data) => data.min(end),
+            // There are none any more.
+            Err(Errno::NXIO) => end,
+            // Its file system knows no holes.
+            Err(_) => *at,
+        };
+        *solid = match rustix::fs::seek(&*file, SeekFrom::Hole(data)) {
+            Ok(hole) if hole > data => hole,
+            _ => end,
+        };
+        rustix::fs::seek(&*file, SeekFrom::Start(data))?;
+        let hole = data.saturating_sub(*at);
+        (*at, *left) = (data, *left - hole);
+        Ok(hole)
+    }
+}
+
+/// How much is read of a file that does not say how long it is.
+const UNTOLD_MAX: u64 = 16 << 20;
+/// The unit of `st_blocks`.
+const BLOCK: i64 = 512;
+
+/// Opens a file's content, and tells its length: files of the kernel's own file systems
+/// are as long as what they are read to have.
+fn content(file: File, stat: &Stat) -> io::Result<(Content, u64, bool)> {
+    let size = u64::try_from(stat.st_size).unwrap_or(0);
+    let kernel_s = || rustix::fs::fstatfs(&file).is_ok_and(|it| KERNEL_S.contains(&it.f_type));
+    if size == 0 || (stat.st_blocks == 0 && kernel_s()) {
+        let mut content = Vec::new();
+        (&file).take(UNTOLD_MAX + 1).read_to_end(&mut content)?;
+        let len = content.len() as u64;
+        if len > UNTOLD_MAX {
+            return Err(io::Error::other(
+                "does not say how long it is, and is longer than 16 MiB",
+            ));
+        }
+        return Ok((Content::Read(Cursor::new(content)), len, false));
+    }
+    let sparse = stat.st_blocks.saturating_mul(BLOCK) < stat.st_size;
+    let solid = if sparse { 0 } else { size };
+    let at = 0;
+    Ok((Content::OnDisk { file, solid, at }, size, sparse))
 }
 
 /// Looks at a name, and opens what is to be read; none for what cannot be copied.
@@ -163,7 +247,7 @@ fn look(
     name: &CStr,
     path: Bytes,
     outermost: bool,
-) -> Result<Option<(Entry, Found, Stat)>, Errno> {
+) -> io::Result<Option<(Entry, Found, Stat)>> {
     const OPEN: OFlags = OFlags::RDONLY
         .union(OFlags::NOFOLLOW)
         .union(OFlags::CLOEXEC)
@@ -176,20 +260,25 @@ fn look(
         rustix::fs::minor(stat.st_rdev),
     );
     let mut found = Found::Other;
+    let (mut attributes, mut sparse) = (xattrs::Xattrs::new(), false);
     let kind = match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => {
             let file = rustix::fs::openat(&folder, name, OPEN, Mode::empty())?;
             stat = rustix::fs::fstat(&file)?;
             if !FileType::from_raw_mode(stat.st_mode).is_file() {
-                return Err(Errno::STALE);
+                return Err(Errno::STALE.into());
             }
-            found = Found::File(file.into());
-            Kind::File(u64::try_from(stat.st_size).unwrap_or(0))
+            attributes = xattrs::of(&file)?;
+            let (content, size, holes) = content(file.into(), &stat)?;
+            found = Found::File(content);
+            sparse = holes;
+            Kind::File(size)
         }
         FileType::Directory => {
             let opened =
                 rustix::fs::openat(&folder, name, OPEN | OFlags::DIRECTORY, Mode::empty())?;
             stat = rustix::fs::fstat(&opened)?;
+            attributes = xattrs::of(&opened)?;
             let system = rustix::fs::fstatfs(&opened)?.f_type;
             if outermost || !KERNEL_S.contains(&system) {
                 found = Found::Folder(opened);
@@ -212,6 +301,22 @@ fn look(
         uid: stat.st_uid,
         gid: stat.st_gid,
         mtime: stat.st_mtime,
+        xattrs: attributes,
+        sparse,
     };
     Ok(Some((entry, found, stat)))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_has_no_end_is_not_read_for_ever() {
+        let endless = File::open("/dev/zero").unwrap();
+        let stat = rustix::fs::fstat(&endless).unwrap();
+        let error = content(endless, &stat).err().unwrap().to_string();
+        assert!(error.contains("longer than 16 MiB"), "{error}");
+    }
 }

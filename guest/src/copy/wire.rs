@@ -1,14 +1,14 @@
-//! Entries over a connection: a [`Piece::Entry`] each, a file's data behind it, an
-//! empty frame of data at the end of them, and [`Piece::End`] at the end of all.
+//! Entries over a connection: a [`Piece::Entry`] each, a file's data and holes behind it,
+//! an empty frame of data at the end of them, and [`Piece::End`] at the end of all.
 
 use std::io::{self, Read, Write};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Entry, Kind, Sink, Source};
+use super::{Data, Entry, Kind, Sink, Source, xattrs};
 use crate::protocol::{DATA_MAX, Frame, Frames, Stream, send, send_data};
 
-/// How many bytes of the window an entry counts for.
+/// How many bytes of the window an entry counts for, without its attributes, or a hole.
 pub const ENTRY_WEIGHT: usize = 1024;
 
 /// What is said of what is copied.
@@ -16,6 +16,8 @@ pub const ENTRY_WEIGHT: usize = 1024;
 pub enum Piece {
     /// The next entry.
     Entry(Entry),
+    /// So many zeroes of a file, that are not there as data.
+    Hole(u64),
     /// There are no more.
     End,
     /// There is more, but it cannot be read: one line.
@@ -27,7 +29,13 @@ pub struct Outgoing<W, F> {
     to: W,
     stream: Stream,
     before: F,
+    holes: bool,
     buffer: Vec<u8>,
+}
+
+/// How much of the window an entry counts for.
+fn weight(entry: &Entry) -> usize {
+    ENTRY_WEIGHT + xattrs::len(&entry.xattrs)
 }
 
 impl<W: Write, F: FnMut(usize) -> io::Result<()>> Outgoing<W, F> {
@@ -37,25 +45,47 @@ impl<W: Write, F: FnMut(usize) -> io::Result<()>> Outgoing<W, F> {
             to,
             stream,
             before,
+            holes: true,
             buffer: vec![0; DATA_MAX],
+        }
+    }
+
+    /// Holes go as zeroes, to one who has no use for them, or would take what is a word
+    /// for more than can be written.
+    pub fn without_holes(self) -> Self {
+        Outgoing {
+            holes: false,
+            ..self
         }
     }
 }
 
 impl<W: Write, F: FnMut(usize) -> io::Result<()>> Sink for Outgoing<W, F> {
-    fn put(&mut self, entry: &Entry, data: &mut dyn Read) -> io::Result<()> {
-        (self.before)(ENTRY_WEIGHT)?;
+    fn put(&mut self, entry: &Entry, data: &mut dyn Data) -> io::Result<()> {
+        (self.before)(weight(entry))?;
         send(&mut self.to, &Piece::Entry(entry.clone()))?;
-        let Kind::File(size) = entry.kind else {
+        let Kind::File(mut left) = entry.kind else {
             return Ok(());
         };
-        let mut data = data.take(size);
         loop {
-            let len = match data.read(&mut self.buffer) {
+            let hole = match self.holes {
+                true => data.skip_hole()?.min(left),
+                false => 0,
+            };
+            if hole > 0 {
+                left -= hole;
+                (self.before)(ENTRY_WEIGHT)?;
+                send(&mut self.to, &Piece::Hole(hole))?;
+                continue;
+            }
+            let most = usize::try_from(left).unwrap_or(usize::MAX).min(DATA_MAX);
+            let buffer = self.buffer.get_mut(..most).unwrap_or_default();
+            let len = match data.read(buffer) {
                 Ok(len) => len,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error),
             };
+            left -= len as u64;
             (self.before)(len)?;
             let data = self.buffer.get(..len).unwrap_or_default();
             send_data(&mut self.to, self.stream, data)?;
@@ -80,6 +110,9 @@ pub struct Incoming<'a, R, F> {
     left: Option<u64>,
     buffer: Vec<u8>,
     at: usize,
+    /// How many zeroes come behind the buffer.
+    hole: u64,
+    holes: bool,
 }
 
 impl<'a, R: Read, F: FnMut(usize) -> io::Result<()>> Incoming<'a, R, F> {
@@ -92,6 +125,16 @@ impl<'a, R: Read, F: FnMut(usize) -> io::Result<()>> Incoming<'a, R, F> {
             left: None,
             buffer: Vec::new(),
             at: 0,
+            hole: 0,
+            holes: true,
+        }
+    }
+
+    /// No word of a party may stand for more than it sends.
+    pub fn without_holes(self) -> Self {
+        Incoming {
+            holes: false,
+            ..self
         }
     }
 
@@ -102,13 +145,19 @@ impl<'a, R: Read, F: FnMut(usize) -> io::Result<()>> Incoming<'a, R, F> {
         };
         self.buffer.clear();
         self.at = 0;
+        self.hole = 0;
+        let longer = || broken("a file is longer than it was said to be");
         match self.frames.frame()? {
             Some(Frame::Data(stream, data)) if stream == self.stream => {
-                let Some(less) = left.checked_sub(data.len() as u64) else {
-                    return Err(broken("a file is longer than it was said to be"));
-                };
+                let less = left.checked_sub(data.len() as u64).ok_or_else(longer)?;
                 self.buffer.extend_from_slice(data);
                 self.left = (!data.is_empty()).then_some(less);
+            }
+            Some(Frame::Message(Piece::Hole(hole))) if self.holes && hole > 0 => {
+                self.left = Some(left.checked_sub(hole).ok_or_else(longer)?);
+                self.hole = hole;
+                (self.taken)(ENTRY_WEIGHT)?;
+                return Ok(true);
             }
             Some(Frame::Message(Piece::Failed(reason))) => return Err(io::Error::other(reason)),
             Some(_) => return Err(broken("no data where they belong")),
@@ -123,6 +172,7 @@ impl<R: Read, F: FnMut(usize) -> io::Result<()>> Source for Incoming<'_, R, F> {
     fn next(&mut self) -> io::Result<Option<Entry>> {
         while self.fill()? {}
         self.buffer.clear();
+        self.at = 0;
         let piece = self.frames.message()?;
         match piece {
             Piece::Entry(entry) => {
@@ -130,24 +180,48 @@ impl<R: Read, F: FnMut(usize) -> io::Result<()>> Source for Incoming<'_, R, F> {
                 if let Kind::File(size) = entry.kind {
                     self.left = Some(size);
                 }
-                (self.taken)(ENTRY_WEIGHT)?;
+                (self.taken)(weight(&entry))?;
                 Ok(Some(entry))
             }
+            Piece::Hole(_) => Err(broken("a hole in no file")),
             Piece::End => Ok(None),
             Piece::Failed(reason) => Err(io::Error::other(reason)),
         }
     }
 }
 
+impl<R: Read, F: FnMut(usize) -> io::Result<()>> Incoming<'_, R, F> {
+    /// Sees to it that there is something to read; false at the end.
+    fn ready(&mut self) -> io::Result<bool> {
+        Ok(self.at < self.buffer.len() || self.hole > 0 || self.fill()?)
+    }
+}
+
 impl<R: Read, F: FnMut(usize) -> io::Result<()>> Read for Incoming<'_, R, F> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.at == self.buffer.len() && !self.fill()? {
+        if !self.ready()? {
             return Ok(0);
         }
         let mut rest = self.buffer.get(self.at..).unwrap_or_default();
+        if rest.is_empty() {
+            let len = io::repeat(0).take(self.hole).read(buffer)?;
+            self.hole -= len as u64;
+            return Ok(len);
+        }
         let len = rest.read(buffer)?;
         self.at += len;
         Ok(len)
+    }
+}
+
+impl<R: Read, F: FnMut(usize) -> io::Result<()>> Data for Incoming<'_, R, F> {
+    fn skip_hole(&mut self) -> io::Result<u64> {
+        let waits = self.ready()? && self.at == self.buffer.len();
+        Ok(if waits {
+            std::mem::take(&mut self.hole)
+        } else {
+            0
+        })
     }
 }
 
