@@ -164,6 +164,12 @@ fn pass_on_words(said: impl Read, mut to: impl Write) {
     }
 }
 
+/// Whether what was sent found nobody any more.
+fn has_hung_up(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset};
+    matches!(error.kind(), BrokenPipe | ConnectionReset)
+}
+
 fn set_nonblocking(new: &impl AsFd) -> io::Result<()> {
     // A new one has no other flags.
     Ok(fcntl_setfl(new, OFlags::NONBLOCK)?)
@@ -432,7 +438,11 @@ impl<'a> Keeper<'a> {
         let asked = clients.clone();
         let server = Server::start(listener, socket, move |ask| asked.ask(ask))
             .or_host("starting the control thread")?;
-        link.send(&start, &files).or_internal(LINK)?;
+        match link.send(&start, &files) {
+            // It has ended already: why, is told below.
+            Err(error) if has_hung_up(&error) => {}
+            sent => sent.or_internal(LINK)?,
+        }
         if let Some(networks) = self.networks.take() {
             self.tell_of(networks).or_host("starting a thread")?;
         }

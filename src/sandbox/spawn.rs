@@ -8,6 +8,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 
+use mayfly_devices::poll::{entry, poll};
+
 use super::close::{Keep, Limits};
 use super::credentials::{self, Ids};
 use super::jail::Gate;
@@ -129,7 +131,8 @@ pub fn spawn(policy: &Policy, child: impl FnOnce(Inside) -> u8) -> io::Result<Ch
         status: None,
     };
     let [a, b, c, d] = mapped.1.to_le_bytes();
-    ours.write_all(&[mapped.0 as u8, a, b, c, d])?;
+    // One that was killed already does not read it; who waits for its end tells why.
+    let _ = ours.write_all(&[mapped.0 as u8, a, b, c, d]);
     Ok(child)
 }
 
@@ -361,9 +364,7 @@ fn begin(
     // SAFETY: this process has one thread, and no heap but that.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     credentials::die_with_parent()?;
-    // A keeper that ended before that has closed its end.
-    let mut told = [0; 5];
-    lifeline.read_exact(&mut told)?;
+    let told = hear_parent(&mut lifeline)?;
     let [mapped, error @ ..] = told;
     let why = io::Error::from_raw_os_error(i32::from_le_bytes(error)).to_string();
     let root = keeper.uid == 0;
@@ -391,6 +392,19 @@ fn begin(
         namespaces,
         gate: Gate::default(),
     })
+}
+
+/// What the supervisor says first. One that has ended before this process was bound to its
+/// life is an error, also if it said it before: nobody else would end this process.
+fn hear_parent(lifeline: &mut File) -> io::Result<[u8; 5]> {
+    let mut told = [0; 5];
+    lifeline.read_exact(&mut told)?;
+    let mut closed = [entry(lifeline.as_raw_fd(), 0)];
+    poll(&mut closed, 0)?;
+    match closed.iter().any(|it| it.revents & libc::POLLHUP != 0) {
+        true => Err(io::ErrorKind::BrokenPipe.into()),
+        false => Ok(told),
+    }
 }
 
 impl Inside {
@@ -496,4 +510,21 @@ pub(crate) fn wait(pid: libc::pid_t, options: libc::c_int) -> io::Result<Option<
 fn pipe() -> io::Result<(File, File)> {
     let (reader, writer) = io::pipe()?;
     Ok((OwnedFd::from(reader).into(), OwnedFd::from(writer).into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_parent_that_ended_is_noticed_whatever_it_said_before() {
+        for (said, lives) in [(&b""[..], false), (b"12345", false), (b"12345", true)] {
+            let (mut ours, mut theirs) = pipe().unwrap();
+            theirs.write_all(said).unwrap();
+            let theirs = lives.then_some(theirs);
+            let heard = hear_parent(&mut ours);
+            assert_eq!(heard.is_ok(), lives, "{said:?} {heard:?}");
+            drop(theirs);
+        }
+    }
 }
