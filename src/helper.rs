@@ -25,7 +25,7 @@ const FAREWELL: Duration = Duration::from_secs(2);
 const STACK: usize = 64 << 10;
 /// Of what it says, so much is taken at once, and told when it fails.
 const LINE_MAX: u64 = 1000;
-const COMPLAINT_MAX: u64 = 8 << 10;
+const COMPLAINT_MAX: usize = 8 << 10;
 /// The first descriptor that is no standard stream.
 const FIRST: RawFd = 3;
 
@@ -117,7 +117,7 @@ pub fn output(
             return Ok(());
         };
         let mut chunk = [0; 1024];
-        while said.len() < COMPLAINT_MAX as usize {
+        while said.len() < COMPLAINT_MAX {
             let left = deadline.saturating_duration_since(Instant::now());
             if !signals.wait(stdout.as_fd(), left)? {
                 let seconds = timeout.as_secs();
@@ -238,7 +238,7 @@ impl Helper {
         let deadline = Instant::now() + FAREWELL;
         // A child of its own in another session may have it open for longer.
         while let Some(stderr) = &mut self.stderr
-            && (text.len() as u64) < COMPLAINT_MAX
+            && text.len() < COMPLAINT_MAX
         {
             let left = deadline.saturating_duration_since(Instant::now());
             let left = i32::try_from(left.as_millis()).unwrap_or(i32::MAX);

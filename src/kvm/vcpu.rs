@@ -49,7 +49,14 @@ pub struct Vcpu {
     fd: VcpuFd,
     index: u8,
     exits: Arc<ExitCounters>,
+    /// How often in a row KVM did not enter the guest.
+    refused: u32,
 }
+
+/// KVM does not enter a guest once or twice while another vCPU starts this one. It is another
+/// matter if it can't: the first entry takes a thread of the kernel's, which counts as the
+/// user's (`ulimit -u`).
+const REFUSED_MAX: u32 = 1000;
 
 /// What came of entering the guest.
 enum Step {
@@ -162,6 +169,7 @@ impl Vcpu {
             fd,
             index,
             exits: Arc::default(),
+            refused: 0,
         })
     }
 
@@ -323,7 +331,10 @@ impl Vcpu {
                     self.fd.set_kvm_immediate_exit(0);
                     return Step::Kicked;
                 }
-                libc::EAGAIN => {}
+                libc::EAGAIN if self.refused < REFUSED_MAX => {
+                    self.refused += 1;
+                    return Step::Exit;
+                }
                 _ => {
                     return Step::End(VcpuEnd::Crash(format!(
                         "KVM cannot run vCPU {}: {error}{}",
@@ -333,6 +344,7 @@ impl Vcpu {
                 }
             },
         }
+        self.refused = 0;
         Step::Exit
     }
 

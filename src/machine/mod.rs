@@ -19,5 +19,5 @@ pub use platform::PlatformHandle;
 pub(crate) use resources::refusal;
 pub use run::{Ending, Outcome};
 pub(crate) use signals::Signals;
-pub use signals::StartSignals;
+pub use signals::{StartSignals, survive_file_limit};
 pub use status::{Status, StatusBoard};

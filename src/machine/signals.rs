@@ -48,6 +48,13 @@ fn unblock_kick() -> io::Result<()> {
     mask(libc::SIG_UNBLOCK, &[kick_signal()]).map(drop)
 }
 
+/// Has a write that would pass the user's limit of a file's size (`ulimit -f`) fail, as one
+/// on a full disk does, rather than end this process. What it starts inherits that.
+pub fn survive_file_limit() {
+    // SAFETY: no handler is installed. It cannot fail: there is such a signal.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+}
+
 /// Reads the signals that were sent.
 pub struct Signals(OwnedFd);
 
@@ -144,7 +151,8 @@ impl StartSignals {
         loop {
             // Rounded up, so that it is over then.
             let left = deadline.map_or(timeout, |it| it.saturating_duration_since(Instant::now()));
-            let left = left.as_millis() + u128::from(left.subsec_nanos() % 1_000_000 > 0);
+            let left =
+                left.as_millis() + u128::from(!left.subsec_nanos().is_multiple_of(1_000_000));
             let left = libc::c_int::try_from(left).unwrap_or(libc::c_int::MAX);
             match poll(&mut entries, left) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,

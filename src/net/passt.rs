@@ -166,7 +166,10 @@ impl Starting {
     /// Fails if a signal ends the start; what is in it is how passt fares.
     fn greet(&mut self, signals: &StartSignals) -> Result<io::Result<()>, Failure> {
         let request = arp_request();
-        let mut frame = (request.len() as u32).to_be_bytes().to_vec();
+        let mut frame = u32::try_from(request.len())
+            .unwrap_or(u32::MAX)
+            .to_be_bytes()
+            .to_vec();
         frame.extend(&request);
         if let Err(error) = self.socket.write_all(&frame) {
             return Ok(Err(error));

@@ -447,7 +447,14 @@ fn make_new(folder: &Path, what: &str, signals: &StartSignals) -> Result<(TempDi
     }
     let fresh = tempfile::Builder::new().prefix(NEW).tempdir_in(folder);
     let fresh = fresh.or_host(what)?;
-    let lock = File::create(fresh.path().join(LOCK)).or_host(what)?;
+    let lock = match File::create(fresh.path().join(LOCK)) {
+        Ok(lock) => lock,
+        Err(error) => {
+            // It is empty. To look would take a descriptor, of which there may be no more.
+            let _ = fs::remove_dir(fresh.path());
+            return Err(error).or_host(what);
+        }
+    };
     lock.lock().or_host(what)?;
     Ok((fresh, lock))
 }

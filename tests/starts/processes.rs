@@ -1,0 +1,68 @@
+//! VMM processes that are killed or stopped while they start.
+
+use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::common::{FAILED, Host, Start, VERBS, Verb, kill, marked};
+use crate::refusals::net_none;
+
+/// The VMM process of a start: it is the first in a PID namespace of its own.
+fn vmm(start: &Start) -> Option<u32> {
+    marked(&start.mark).into_iter().find(|pid| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+        numbers.is_some_and(|it| it.split_whitespace().count() > 1 && it.ends_with("\t1"))
+    })
+}
+
+/// Waits until it is there, and a while longer.
+fn await_vmm(start: &mut Start, after: Duration) -> Option<u32> {
+    let deadline = Instant::now() + crate::common::BOUND;
+    while start.child.try_wait().unwrap().is_none() {
+        if let Some(pid) = vmm(start) {
+            thread::sleep(after);
+            return Some(pid);
+        }
+        assert!(Instant::now() < deadline);
+    }
+    None
+}
+
+const MOMENTS: [u64; 8] = [0, 1, 2, 5, 10, 20, 40, 80];
+
+#[test]
+fn one_that_is_killed_ends_its_start() {
+    let host = Host::new();
+    for verb in VERBS {
+        for moment in MOMENTS {
+            let flags = [net_none(verb), &["--memory", "64M"]].concat();
+            let mut start = host.start(host.command(verb, "idle", &flags));
+            let vmm = await_vmm(&mut start, Duration::from_millis(moment));
+            kill(vmm.unwrap(), libc::SIGKILL);
+            let ended = host.finish(start);
+            let status = if verb == Verb::Boot { 1 } else { FAILED };
+            ended.assert_refused(status, "the VMM process was ended by signal 9");
+        }
+    }
+}
+
+#[test]
+fn one_that_is_stopped_does_not_keep_signals_from_its_start() {
+    let host = Host::new();
+    for verb in VERBS {
+        for signal in [libc::SIGTERM, libc::SIGHUP, libc::SIGINT] {
+            let flags = [net_none(verb), &["--memory", "64M"]].concat();
+            let mut start = host.start(host.command(verb, "idle", &flags));
+            let vmm = await_vmm(&mut start, Duration::ZERO);
+            kill(vmm.unwrap(), libc::SIGSTOP);
+            start.signal(signal);
+            let ended = host.finish(start);
+            assert_eq!(
+                ended.status.code(),
+                Some(128 + signal),
+                "{verb:?}: {ended:?}"
+            );
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! What is refused, and what the host lacks.
+
+use std::fs;
+
+use crate::common::{CONFIG, FAILED, HOST, Host, OFF, VERBS, Verb, kernel};
+
+#[test]
+fn a_kernel_that_is_none_is_told_of() {
+    let host = Host::new();
+    let name = |name: &str| host.text(name);
+    fs::write(host.path("short"), &kernel(OFF)[..100]).unwrap();
+    fs::write(host.path("empty"), "").unwrap();
+    let far = [
+        &kernel(OFF)[..88],
+        &(1u64 << 40).to_le_bytes(),
+        &kernel(OFF)[96..],
+    ]
+    .concat();
+    fs::write(host.path("far"), far).unwrap();
+    for (kernel, flags, class, words) in [
+        ("/etc/passwd".into(), [].as_slice(), CONFIG, "not a kernel"),
+        (
+            "/etc/passwd".into(),
+            &["--sandbox", "off"],
+            CONFIG,
+            "not a kernel",
+        ),
+        (name("empty"), &[], CONFIG, "not a kernel"),
+        (name("short"), &[], CONFIG, "--kernel"),
+        (name("far"), &[], CONFIG, "--kernel"),
+        ("/bin/true".into(), &[], CONFIG, "--kernel /bin/true"),
+        (name("none"), &[], CONFIG, "no such file"),
+        (name("tmp"), &[], CONFIG, "is a directory"),
+        ("/dev/null".into(), &[], CONFIG, "not a regular file"),
+        (name("off"), &["--memory", "64T"], HOST, "--memory"),
+        (name("off"), &["--memory", "1"], CONFIG, "--memory"),
+        (name("off"), &["--cpus", "999"], CONFIG, "--cpus"),
+    ] {
+        for verb in VERBS {
+            let mut ended = host.run(host.command(verb, &kernel, flags));
+            if flags.contains(&"off") {
+                // Which is a line of its own.
+                let (warning, rest) = ended.stderr.split_once('\n').unwrap();
+                assert!(warning.contains("--sandbox=off"), "{ended:?}");
+                ended.stderr = rest.to_owned();
+            }
+            let class = [class, if class == HOST { CONFIG } else { HOST }];
+            let status = ended.status.code().unwrap();
+            assert!(
+                class.map(|class| verb.status(class)).contains(&status),
+                "{ended:?}"
+            );
+            ended.assert_refused(status, words);
+        }
+    }
+}
+
+#[test]
+fn what_run_refuses_late_leaves_nothing() {
+    let host = Host::new();
+    let cases: [(&[&str], &str); 5] = [
+        (&["--disk-size", "0"], "--disk-size 0"),
+        (&["--disk-size", "100000T"], "--disk-size 100000T"),
+        (&["-v", "/nowhere/at/all:/x", "--memory", "1"], "/"),
+        (
+            &["--net", "tap=mayfly-none,ip=10.0.0.2/24"],
+            "no such device",
+        ),
+        (&["--sandbox", "what"], "sandbox"),
+    ];
+    for (flags, words) in cases {
+        for remove in [&["--rm"][..], &[]] {
+            let flags = [remove, flags, &["--name", "same"]].concat();
+            for verb in [Verb::Run, Verb::Detached] {
+                let ended = host.run(host.command(verb, "off", &flags));
+                assert_eq!(ended.status.code(), Some(FAILED), "{ended:?}");
+                assert!(ended.stderr.contains(words), "{ended:?}");
+            }
+        }
+    }
+    // The name is free.
+    let ended = host.run(host.command(
+        Verb::Run,
+        "off",
+        &["--rm", "--net", "none", "--name", "same"],
+    ));
+    assert!(ended.is_off(Verb::Run), "{ended:?}");
+}
+
+#[test]
+fn what_the_host_lacks_is_told_of() {
+    let host = Host::new();
+    let scripts = [
+        (
+            "mount -t tmpfs none /dev && mknod -m 666 /dev/urandom c 1 9",
+            "/dev/kvm does not exist",
+        ),
+        ("mount --bind /dev/null /dev/kvm", "/dev/kvm"),
+        ("mount -t tmpfs none /dev", "/dev/"),
+        ("mount -t tmpfs none /proc", ""),
+    ];
+    for (script, words) in scripts {
+        for verb in VERBS {
+            let script = format!("{script}; true");
+            let inner = host.after(&script, verb, "off", net_none(verb));
+            let mut command = std::process::Command::new("unshare");
+            command.args(["--mount", "bash"]);
+            command.args(inner.get_args());
+            host.surround(&mut command);
+            let ended = host.run(command);
+            assert!(
+                !ended.status.success() && !ended.stderr.is_empty(),
+                "{script}: {ended:?}"
+            );
+            assert_eq!(ended.stderr.lines().count(), 1, "{script}: {ended:?}");
+            assert!(ended.stderr.contains(words), "{script}: {ended:?}");
+        }
+    }
+}
+
+#[test]
+fn folders_that_are_none_are_told_of() {
+    let host = Host::new();
+    for (variable, value) in [
+        ("MAYFLY_RUNTIME_DIR", "/dev/null/x"),
+        ("MAYFLY_RUNTIME_DIR", "/proc/x"),
+        ("MAYFLY_CACHE", "/dev/null/x"),
+        ("XDG_DATA_HOME", "/dev/null/x"),
+    ] {
+        for verb in [Verb::Run, Verb::Detached] {
+            let mut command = host.command(verb, "off", net_none(verb));
+            command.env(variable, value);
+            let ended = host.run(command);
+            assert_eq!(ended.status.code(), Some(FAILED), "{ended:?}");
+            assert!(ended.stderr.starts_with("mayfly: "), "{ended:?}");
+        }
+    }
+}
+
+/// Images need no network here, and others have none.
+pub fn net_none(verb: Verb) -> &'static [&'static str] {
+    match verb {
+        Verb::Boot => &[],
+        _ => &["--rm", "--net", "none"],
+    }
+}
