@@ -5,6 +5,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::printable;
+
 /// Whose fault it is; the value is the exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[repr(u8)]
@@ -37,9 +39,10 @@ pub struct Failure {
 const SIGNALLED: u8 = 128;
 
 impl Failure {
-    /// A failure with a message of its own.
+    /// A failure with a message of its own. What it has of others' words, such as an
+    /// image's, is harmless to a terminal.
     pub fn new(class: Class, message: impl Into<String>) -> Self {
-        let message = message.into();
+        let message = printable::lines(message.into().as_bytes());
         Failure {
             class,
             message,
@@ -143,6 +146,21 @@ impl<T, E: Error> OrFail<T> for Result<T, E> {
 mod tests {
     use super::*;
     use std::io;
+
+    #[test]
+    fn what_others_say_is_harmless_and_told_once() {
+        let failure = Failure::config("the image's STOPSIGNAL \x1b[2J\u{9b}K is no signal");
+        let expected = "the image's STOPSIGNAL ?[2J?K is no signal";
+        assert_eq!(failure.to_string(), expected);
+        let error = || io::Error::other("a\x1bb");
+        let failure = Err::<(), _>(error()).or_host("\x1b]0;x\x07").unwrap_err();
+        assert_eq!(failure.to_string(), "?]0;x?: a?b");
+        #[derive(Debug, thiserror::Error)]
+        #[error("{0}")]
+        struct Twice(#[source] io::Error);
+        let failure = Err::<(), _>(Twice(error())).or_host("x").unwrap_err();
+        assert_eq!(failure.to_string(), "x: a?b");
+    }
 
     #[derive(Debug, thiserror::Error)]
     enum Outer {

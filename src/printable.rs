@@ -16,6 +16,20 @@ pub fn line(text: &str) -> String {
     self::text(&line.chars().take(LINE_MAX).collect::<String>())
 }
 
+/// A document of JSON whose control characters are written as JSON may write them: its
+/// own writer leaves some as they are.
+pub fn json(document: &str) -> String {
+    let mut out = String::with_capacity(document.len());
+    for it in document.chars() {
+        match it {
+            '\n' => out.push(it),
+            _ if is_harmful(it) => out.push_str(&format!("\\u{:04x}", u32::from(it))),
+            _ => out.push(it),
+        }
+    }
+    out
+}
+
 /// Some lines with their ends, whose other control characters are question marks.
 pub fn lines(bytes: &[u8]) -> String {
     let plain = |it: char| match it {
@@ -43,6 +57,13 @@ mod tests {
         assert_eq!(line(evil), "a?[2J?1m?é?");
         assert_eq!(lines(evil.as_bytes()), "a?[2J?1m?é\t?\nb\n");
         assert_eq!(lines(b"\xff\x1b"), "\u{fffd}?");
+        let value = serde_json::json!({ "a\u{9b}": "\x1b\u{7f}\u{202e}é" });
+        let document = json(&serde_json::to_string_pretty(&value).unwrap());
+        assert_eq!(document, "{\n  \"a\\u009b\": \"\\u001b\\u007f\\u202eé\"\n}");
+        assert_eq!(
+            serde_json::from_str::<serde_json::Value>(&document).unwrap(),
+            value
+        );
         assert_eq!(line(&"x".repeat(500)).len(), LINE_MAX);
         assert_eq!(line(""), "");
     }

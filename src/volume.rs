@@ -6,6 +6,8 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use tempfile::NamedTempFile;
+
 use crate::control::{NAME_MAX, valid_name};
 use crate::disk_lock;
 use crate::failure::{Failure, OrFail};
@@ -14,6 +16,8 @@ use crate::image::data_folder;
 /// The size of one that is made when it is first used: the file is sparse.
 pub const SIZE: u64 = 8 << 30;
 const SUFFIX: &str = ".img";
+/// What is on its way to become one.
+const NEW: &str = ".new-";
 const PRIVATE: u32 = 0o700;
 const BLOCK: u64 = 512;
 
@@ -67,16 +71,36 @@ impl Volumes {
             return Ok(false);
         }
         // Whole, or not at all.
-        let fresh = tempfile::Builder::new()
-            .prefix(".new-")
-            .tempfile_in(&self.0)
-            .or_host(&what)?;
+        let fresh = self.fresh().or_host(&what)?;
         make_ext4(fresh.path(), size, Journal::Yes, &what)?;
         match fresh.persist_noclobber(&path) {
             Ok(_) => Ok(true),
             Err(error) if error.error.kind() == ErrorKind::AlreadyExists => Ok(false),
             Err(error) => Err(error.error).or_host(&what),
         }
+    }
+
+    /// A file for a volume that is being made, and locked until it is. Removes those
+    /// whose makers were killed.
+    fn fresh(&self) -> io::Result<NamedTempFile> {
+        // A new one is not locked yet when it gets its name.
+        let alone = File::open(&self.0)?;
+        alone.lock()?;
+        for entry in fs::read_dir(&self.0)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            // Nothing but files is made there.
+            if name.as_encoded_bytes().starts_with(NEW.as_bytes())
+                && entry.file_type()?.is_file()
+                && let Ok(file) = File::open(entry.path())
+                && file.try_lock().is_ok()
+            {
+                fs::remove_file(entry.path())?;
+            }
+        }
+        let fresh = tempfile::Builder::new().prefix(NEW).tempfile_in(&self.0)?;
+        fresh.as_file().lock()?;
+        Ok(fresh)
     }
 
     /// The disk of one, which is made if it is missing.
@@ -234,6 +258,18 @@ mod tests {
         let refused = volumes.remove("one").unwrap_err().to_string();
         assert!(refused.contains("there is none"), "{refused}");
         assert!(volumes.list().unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_a_killed_maker_left_goes_with_the_next() {
+        let folder = tempfile::tempdir().unwrap();
+        let volumes = Volumes::open(folder.path()).unwrap();
+        fs::write(folder.path().join(".new-killed"), "x").unwrap();
+        let busy = volumes.fresh().unwrap();
+        assert!(volumes.create("one", 64 << 20).unwrap());
+        assert!(busy.path().exists());
+        assert!(!folder.path().join(".new-killed").exists());
+        assert!(!volumes.list().unwrap()[0].busy);
     }
 
     #[test]

@@ -7,8 +7,10 @@ use std::time::SystemTime;
 use clap::Subcommand;
 use serde_json::json;
 
+use crate::config::parse_size;
 use crate::failure::{Failure, OrFail};
-use crate::image::{Bars, Image, PullOptions, Reference, RunConfig, Store};
+use crate::image::{Bars, Image, Limits, PullOptions, Reference, RunConfig, Store};
+use crate::printable;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -37,6 +39,11 @@ enum Verb {
         /// Ask the registry without encryption (one on this host may always be)
         #[arg(long)]
         plain_http: bool,
+        /// How long it may take: 90s, 30m, 2h. What has come is kept for the next pull
+        #[arg(long, value_name = "TIME", default_value = "2h")]
+        timeout: String,
+        #[command(flatten)]
+        size: MaxSize,
     },
     /// Make an image of a root file system: a tar archive or a folder
     Import(Box<Import>),
@@ -51,6 +58,8 @@ enum Verb {
         /// What the image is called, if it is the only one there
         #[arg(long, value_name = "NAME")]
         name: Option<String>,
+        #[command(flatten)]
+        size: MaxSize,
     },
     /// List images
     #[command(alias = "list")]
@@ -111,23 +120,57 @@ struct Import {
     /// A label (repeatable)
     #[arg(long, value_name = "NAME=VALUE")]
     label: Vec<String>,
+    #[command(flatten)]
+    size: MaxSize,
+}
+
+#[derive(clap::Args)]
+struct MaxSize {
+    /// What an image's files may have together, such as 200G [default: 64G, and 200 times
+    /// an archive's size where that unpacks to more than 1G of other than zeroes]
+    #[arg(long, value_name = "SIZE")]
+    max_size: Option<String>,
+}
+
+impl MaxSize {
+    /// The store, with this limit.
+    fn limit(&self, store: Store, limits: Limits) -> Result<Store, Failure> {
+        let Some(text) = &self.max_size else {
+            return Ok(store.with_limits(limits));
+        };
+        let size = parse_size(text, 0);
+        let size = size.map_err(|error| Failure::config(format!("--max-size {text}: {error}")))?;
+        Ok(store.with_limits(limits.with_size(size)))
+    }
 }
 
 /// Runs the verb.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let store = Store::open_default()?;
     match args.verb {
-        Verb::Pull { name, plain_http } => {
+        Verb::Pull {
+            name,
+            plain_http,
+            timeout,
+            size,
+        } => {
             let reference = name.parse().or_config("image pull")?;
+            let limits = Limits::default().with_time(crate::run::time(&timeout)?);
+            let store = size.limit(store, limits)?;
             let image = store.pull(&reference, &PullOptions { plain_http }, &Bars::new())?;
             super::print(&image.id.to_string())?;
         }
-        Verb::Import(args) => import(&store, *args)?,
+        Verb::Import(args) => {
+            let store = args.size.limit(store, Limits::default())?;
+            import(&store, *args)?;
+        }
         Verb::Load {
             source,
             input,
             name,
+            size,
         } => {
+            let store = size.limit(store, Limits::default())?;
             let source = source.or(input).unwrap_or_else(|| "-".into());
             let name: Option<Reference> = name
                 .map(|name| name.parse().or_config("--name"))
@@ -280,7 +323,8 @@ fn inspect(store: &Store, names: &[String]) -> Result<(), Failure> {
         }
         all.push(value);
     }
-    super::print(&serde_json::to_string_pretty(&all).or_internal("JSON")?)
+    let document = serde_json::to_string_pretty(&all).or_internal("JSON")?;
+    super::print(&printable::json(&document))
 }
 
 /// An image that must be there.

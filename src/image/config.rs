@@ -182,7 +182,8 @@ impl Descriptor {
         }
         let platform = self.platform.as_ref();
         let platform = platform.filter(|platform| !platform.runs_here())?;
-        Some(format!("is for {}/{}", platform.os, platform.architecture))
+        let platform = format!("is for {}/{}", platform.os, platform.architecture);
+        Some(crate::printable::line(&platform))
     }
 
     fn is_layer(&self) -> bool {

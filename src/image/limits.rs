@@ -22,7 +22,7 @@ pub struct Limits {
     /// The user said so, and trusts the archive with it.
     chosen: bool,
     /// How long a download may take.
-    pub time: Duration,
+    pub(super) time: Duration,
 }
 
 impl Default for Limits {
@@ -45,6 +45,11 @@ impl Limits {
             chosen: true,
             ..self
         }
+    }
+
+    /// With another time for a download.
+    pub fn with_time(self, time: Duration) -> Self {
+        Limits { time, ..self }
     }
 
     /// What is left of them for the next layer of an image whose layers have so many

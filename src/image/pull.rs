@@ -1,6 +1,8 @@
 //! Bringing an image from a registry.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
@@ -40,7 +42,7 @@ impl Store {
         progress: &dyn Progress,
     ) -> Result<Image, Failure> {
         let what = reference.familiar();
-        let client = Client::new(reference, options.plain_http)?;
+        let client = Client::new(reference, options.plain_http, self.limits.time)?;
         let asking = progress.begin(&format!("asking for {what}"), None);
         let (digest, config, layers) = find(&client, reference, &what)?;
         let data = client.json_blob(&config)?;
@@ -184,21 +186,18 @@ impl Pull<'_> {
         if self.store.has_layer(diff_id)? {
             return Ok(None);
         }
-        self.download(&file, number, blob).map(Some)
+        self.download((file, &path), number, blob).map(Some)
     }
 
     fn download(
         &self,
-        file: &std::fs::File,
+        file: (File, &Path),
         number: usize,
         blob: &Descriptor,
     ) -> Result<Section, Failure> {
         let task = self.progress.begin(&self.name(number), Some(blob.size));
         let stop = || self.stop.load(Ordering::Relaxed);
-        let blob = self.client.blob(blob, file, &*task, &stop);
-        // Others may have it too: who holds a blob must not wait for another.
-        file.unlock().or_host(self.store.failed())?;
-        blob
+        self.client.blob(blob, file, &*task, &stop)
     }
 
     fn layers(
@@ -229,7 +228,7 @@ impl Pull<'_> {
                 None => {
                     let path = self.store.partial(&blob.digest);
                     let file = take_file(&path, || {}).or_host(self.store.failed())?;
-                    self.download(&file, number, blob)?
+                    self.download((file, &path), number, blob)?
                 }
             };
             let what = format!("{}: {}", self.what, self.name(number));

@@ -40,7 +40,7 @@ use serde_json::json;
 pub use self::copy::{CopyOptions, cp};
 pub use self::exec::{ExecOptions, attach, exec};
 pub use self::options::Options;
-pub use self::plan::{Plan, signal};
+pub use self::plan::{Plan, signal, time};
 pub use self::usage::Usage;
 
 use self::cidfile::CidFile;

@@ -350,8 +350,8 @@ pub fn signal(text: &str) -> Option<i32> {
 /// A hundred years.
 const TIMEOUT_MAX: u64 = 100 * 366 * 24 * 3600;
 
-/// A time: seconds, or with a unit.
-fn time(text: &str) -> Result<Duration, Failure> {
+/// A time, of the flag `--timeout`: seconds, or with a unit.
+pub fn time(text: &str) -> Result<Duration, Failure> {
     let (number, unit) = match text.char_indices().last() {
         Some((at, 's')) => (&text[..at], 1),
         Some((at, 'm')) => (&text[..at], 60),

@@ -22,6 +22,8 @@ struct Reply {
     body: Vec<u8>,
     /// Of the body, so much is sent.
     cut: Option<usize>,
+    /// It comes a byte at a time, until the client has gone.
+    slow: bool,
 }
 
 impl Reply {
@@ -31,6 +33,7 @@ impl Reply {
             headers: Vec::new(),
             body: body.into(),
             cut: None,
+            slow: false,
         }
     }
 
@@ -84,6 +87,13 @@ fn converse(stream: &TcpStream, answer: &Answer) -> Option<()> {
         }
         let mut writer = stream;
         writer.write_all(format!("{head}\r\n").as_bytes()).ok()?;
+        if reply.slow {
+            for byte in &reply.body {
+                writer.write_all(&[*byte]).ok()?;
+                thread::sleep(std::time::Duration::from_millis(20));
+            }
+            return None;
+        }
         writer
             .write_all(&reply.body[..reply.cut.unwrap_or(reply.body.len())])
             .ok()?;
@@ -230,4 +240,39 @@ fn plain_http_is_for_this_host_or_a_flag() {
     assert!(text.contains("--plain-http"), "{text}");
     let (_, text) = user.fails(&["pull", "--plain-http", &name]);
     assert!(text.contains("no such image there"), "{text}");
+}
+
+/// Its layers come, but a byte at a time: no connection is ever silent.
+#[test]
+fn a_download_ends_when_its_time_is_over() {
+    let made = Arc::new(Made::image(1));
+    let files = Arc::clone(&made);
+    let port = serve(Box::new(move |request| {
+        if request.path == "/v2/a/manifests/latest" {
+            return Reply::new(200, index(&files));
+        }
+        let Some(data) = stored(&files, &request.path) else {
+            return Reply::new(404, "");
+        };
+        let slow = data.len() > 100_000;
+        Reply {
+            slow,
+            ..Reply::new(200, data)
+        }
+    }));
+    let user = User::root();
+    let name = format!("127.0.0.1:{port}/a");
+    let (code, text) = user.fails(&["pull", "--timeout", "1s", &name]);
+    assert_eq!((code, text.lines().count()), (3, 1), "{text}");
+    assert!(text.contains("took more than 1 s (--timeout"), "{text}");
+    // What came is kept.
+    assert!(!user.files(&["partial"]).is_empty());
+    user.assert_empty();
+    // A limit of the user's for what an image has, which is told of before it comes.
+    let (code, text) = user.fails(&["pull", "--max-size", "100k", &name]);
+    assert_eq!((code, text.lines().count()), (2, 1), "{text}");
+    assert!(
+        text.contains("more than 100 KiB") && text.contains("--max-size"),
+        "{text}"
+    );
 }

@@ -245,3 +245,52 @@ fn a_large_file_of_zeroes_is_no_bomb() {
     let layers = user.layers("zeroes");
     assert!(fs::metadata(&layers[0]).unwrap().len() < 1 << 20);
 }
+
+#[test]
+fn an_image_has_no_more_than_the_user_allows() {
+    let (work, user) = (saved(), User::root());
+    let archive = work.path().join("saved.tar").display().to_string();
+    let (code, text) = user.fails(&["load", "--max-size", "4", &archive]);
+    assert_eq!((code, text.lines().count()), (2, 1), "{text}");
+    assert!(text.contains("more than 4 bytes"), "{text}");
+    user.assert_empty();
+    user.ok(&["load", "--max-size", "5", &archive]);
+    // One that is far larger than its archive, where the user trusts it.
+    shell(
+        r#"cd "$1"; yes | head -c 1100M >big; tar -c big | zstd -q -1 >big.tar.zst; rm big"#,
+        &[work.path()],
+    );
+    let archive = work.path().join("big.tar.zst").display().to_string();
+    let (_, text) = user.fails(&["import", &archive, "big"]);
+    assert!(text.contains("--max-size 64G"), "{text}");
+    user.ok(&["import", "--max-size", "64G", &archive, "big"]);
+}
+
+/// What terminals obey, in all that an image says of itself.
+#[test]
+fn what_an_image_says_does_not_reach_the_terminal() {
+    let (work, user) = (saved(), User::root());
+    let path = |name: &str| work.path().join(name).display().to_string();
+    shell(
+        r#"cd "$1"
+        sed -i 's|"cmd"|"labels":{"a":"\\u009b31m\\u007f\\u001b[2J"},"cmd"|' config.json
+        tar -cf said.tar manifest.json config.json layer.tar
+        sed -i 's|"amd64"|"\\u001b[2J\\u009b"|' config.json
+        tar -cf other.tar manifest.json config.json layer.tar
+        sed -i 's|"layer.tar"|"\\u001b[2J"|' manifest.json
+        sed -i 's|"architecture":"[^"]*"|"architecture":"amd64"|' config.json
+        tar -cf missing.tar manifest.json config.json"#,
+        &[work.path()],
+    );
+    let harmless = |text: &str| !text.chars().any(|it| it.is_control() && it != '\n');
+    user.ok(&["load", &path("said.tar")]);
+    let told = user.ok(&["inspect", "made:1"]);
+    assert!(
+        harmless(&told) && told.contains("\\u009b31m\\u007f\\u001b[2J"),
+        "{told}"
+    );
+    for name in ["other.tar", "missing.tar"] {
+        let (_, text) = user.fails(&["load", &path(name)]);
+        assert!(harmless(&text) && text.contains("?[2J"), "{text}");
+    }
+}

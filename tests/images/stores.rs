@@ -153,3 +153,15 @@ fn an_image_is_obtained_from_wherever_it_is() {
     let refused = obtain("/nowhere/at/all").unwrap_err().to_string();
     assert!(refused.contains("No such file"), "{refused}");
 }
+
+#[test]
+fn what_a_killed_process_left_is_swept() {
+    let user = User::root();
+    user.ok(&["ls"]);
+    let left = ["scratch-a1b2c3", "tmp/.tmpa1b2c3"].map(|name| user.store().join(name));
+    for path in &left {
+        std::fs::write(path, "left").unwrap();
+    }
+    user.ok(&["ls"]);
+    assert!(left.iter().all(|path| !path.exists()));
+}

@@ -16,6 +16,7 @@ use crate::image::section::{Section, SectionReader};
 use crate::image::store::read_json;
 use crate::image::tarball::{ArchiveError, Entries, Kind};
 use crate::image::tree::{normalised, split};
+use crate::printable;
 
 /// No archive of images has so many files.
 const MEMBERS_MAX: usize = 100_000;
@@ -99,8 +100,10 @@ impl Files {
 
     /// A file that must be there.
     pub fn need(&self, name: &str) -> Result<Section, Failure> {
-        self.open(name)?
-            .ok_or_else(|| Failure::config(format!("{name} is missing")))
+        self.open(name)?.ok_or_else(|| {
+            let name = printable::line(name);
+            Failure::config(format!("{name} is missing"))
+        })
     }
 
     /// A document that must be there.

@@ -13,6 +13,7 @@ use crate::image::digest::Digest;
 use crate::image::json;
 use crate::image::reference::Reference;
 use crate::image::store::{foreign, read_config};
+use crate::printable;
 
 /// How many indexes lie in one another.
 const INDEXES_MAX: usize = 4;
@@ -53,7 +54,8 @@ pub fn saved(files: &Files) -> Result<Contents, Failure> {
             )));
         }
         if let Some(why) = foreign(&checked) {
-            all.others.push(format!("{} {why}", one.config));
+            all.others
+                .push(format!("{} {why}", printable::line(&one.config)));
             continue;
         }
         count_layers(&checked, one.layers.len())?;
@@ -159,6 +161,7 @@ fn manifest(files: &Files, descriptor: &Descriptor) -> Result<Result<Found, Stri
 
 /// Says that something is an artifact of a type.
 pub fn artifact(kind: &str) -> String {
+    let kind = printable::line(kind);
     format!("is no image, but an artifact of type {kind}")
 }
 

@@ -7,9 +7,10 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::net::IpAddr;
 use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 use ureq::http::{Response, StatusCode, header};
@@ -30,6 +31,11 @@ use crate::failure::{Failure, OrFail};
 const DEFAULT_HOST: &str = "registry-1.docker.io";
 /// Without a byte for so long, a connection is over.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long an answer may take to begin, and one of JSON to end.
+const ANSWER_TIME: Duration = Duration::from_secs(60);
+/// A connection that brings less in such a time does not bring an image.
+const PACE_TIME: Duration = Duration::from_secs(60);
+const PACE_MIN: u64 = 60 << 10;
 /// How often something is tried again that brought nothing new.
 const TRIES: u32 = 4;
 const MANIFEST_TYPES: &str = "application/vnd.oci.image.index.v1+json, \
@@ -48,6 +54,79 @@ pub struct Client {
     plain: bool,
     /// The header that the registry was content with.
     authorization: Mutex<Option<String>>,
+    /// When all must have come.
+    deadline: Deadline,
+}
+
+/// When something must be done, and how long there was for it.
+#[derive(Clone, Copy)]
+struct Deadline {
+    end: Option<Instant>,
+    time: Duration,
+}
+
+impl Deadline {
+    fn after(time: Duration) -> Self {
+        let end = Instant::now().checked_add(time);
+        Deadline { end, time }
+    }
+
+    /// Says that it has passed.
+    fn passed(&self) -> Option<String> {
+        let passed = self.end.is_some_and(|end| Instant::now() >= end);
+        passed.then(|| {
+            format!(
+                "took more than {} s (--timeout of mayfly image pull); what has come is kept for \
+                 the next pull",
+                self.time.as_secs()
+            )
+        })
+    }
+}
+
+/// How fast bytes come.
+struct Pace {
+    since: Instant,
+    bytes: u64,
+}
+
+impl Pace {
+    fn new(now: Instant) -> Self {
+        Pace {
+            since: now,
+            bytes: 0,
+        }
+    }
+
+    /// Counts bytes that came; false if too few come.
+    fn goes_on(&mut self, bytes: u64, now: Instant) -> bool {
+        self.bytes = self.bytes.saturating_add(bytes);
+        if now.saturating_duration_since(self.since) < PACE_TIME {
+            return true;
+        }
+        let enough = self.bytes >= PACE_MIN;
+        *self = Pace::new(now);
+        enough
+    }
+}
+
+/// Reads all of a small answer, however slowly it comes.
+fn read_small(body: Body, most: u64) -> io::Result<Vec<u8>> {
+    let end = Deadline::after(ANSWER_TIME);
+    let mut reader = body.into_reader().take(most);
+    let mut data = Vec::new();
+    let mut buffer = vec![0; 16 << 10];
+    loop {
+        match reader.read(&mut buffer) {
+            Ok(0) => return Ok(data),
+            Ok(count) => data.extend_from_slice(buffer.get(..count).unwrap_or_default()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+        if end.passed().is_some() {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "comes too slowly"));
+        }
+    }
 }
 
 /// True if only this host is meant.
@@ -75,6 +154,7 @@ fn agent(https_only: bool, proxy: Option<Proxy>) -> Agent {
         .user_agent(concat!("mayfly/", env!("CARGO_PKG_VERSION")))
         .timeout_resolve(Some(PATIENCE))
         .timeout_connect(Some(PATIENCE))
+        .timeout_recv_response(Some(ANSWER_TIME))
         .timeout_per_read(Some(PATIENCE))
         .timeout_per_write(Some(PATIENCE))
         .tls_config(tls)
@@ -84,7 +164,8 @@ fn agent(https_only: bool, proxy: Option<Proxy>) -> Agent {
 
 impl Client {
     /// For the repository of a reference.
-    pub fn new(reference: &Reference, plain_http: bool) -> Result<Self, Failure> {
+    pub fn new(reference: &Reference, plain_http: bool, time: Duration) -> Result<Self, Failure> {
+        let deadline = Deadline::after(time);
         let registry = reference.registry.clone();
         let host = match registry.as_str() {
             "docker.io" => DEFAULT_HOST,
@@ -105,6 +186,7 @@ impl Client {
             registry,
             plain,
             authorization: Mutex::new(None),
+            deadline,
         })
     }
 
@@ -136,18 +218,19 @@ impl Client {
         let mut tries = 0;
         loop {
             tries += 1;
+            if let Some(why) = self.deadline.passed() {
+                return Err(Failure::host(format!("{what}: {why}")));
+            }
             let error = match self.get(path, accept, 0) {
                 Ok(response) if response.status().is_server_error() && tries < TRIES => {
                     response.status().to_string()
                 }
                 Ok(response) if response.status() == StatusCode::OK => {
-                    let mut data = Vec::new();
-                    let reader = response.into_body().into_reader();
-                    match reader.take(JSON_MAX + 1).read_to_end(&mut data) {
-                        Ok(_) if data.len() as u64 > JSON_MAX => {
+                    match read_small(response.into_body(), JSON_MAX + 1) {
+                        Ok(data) if data.len() as u64 > JSON_MAX => {
                             return Err(Failure::host(format!("{what}: more than 8 MiB of JSON")));
                         }
-                        Ok(_) => return Ok(data),
+                        Ok(data) => return Ok(data),
                         Err(error) => error.to_string(),
                     }
                 }
@@ -162,17 +245,17 @@ impl Client {
         }
     }
 
-    /// Brings a blob into a file, which may have its start already. `stop` is asked
-    /// again and again.
+    /// Brings a blob into a file that is locked, and may have its start already; with the
+    /// blob the lock goes. `stop` is asked again and again.
     pub fn blob(
         &self,
         descriptor: &Descriptor,
-        file: &File,
+        (file, path): (File, &Path),
         task: &dyn Task,
         stop: &dyn Fn() -> bool,
     ) -> Result<Section, Failure> {
         let what = format!("{}: blob {}", self.registry, descriptor.digest);
-        let mut target = Target::resume(file, descriptor.size).or_host(&what)?;
+        let mut target = Target::resume(file, path, descriptor.size).or_host(&what)?;
         task.advance(target.have);
         let mut resumed = target.have > 0;
         let mut tries = 0;
@@ -184,8 +267,7 @@ impl Client {
                 None => {
                     let digest = target.hasher.clone().finish();
                     if digest == descriptor.digest {
-                        file.sync_data().or_host(&what)?;
-                        return file.try_clone().and_then(Section::whole).or_host(&what);
+                        return target.finish().or_host(&what);
                     }
                     target.restart().or_host(&what)?;
                     // What an earlier pull left may be no good: of a host that crashed.
@@ -195,7 +277,9 @@ impl Client {
                     continue;
                 }
             };
-            tries = if target.have > before { 1 } else { tries + 1 };
+            // A byte at each try would do for ever.
+            let brought = target.have.saturating_sub(before);
+            tries = if brought >= PACE_MIN { 1 } else { tries + 1 };
             if tries >= TRIES || stop() {
                 return Err(Failure::host(format!("{what}: {error}")));
             }
@@ -244,9 +328,13 @@ impl Client {
         }
         let mut body = response.into_body().into_reader();
         let mut buffer = vec![0; 256 << 10];
+        let mut pace = Pace::new(Instant::now());
         loop {
             if stop() {
                 return Err(Failure::host(format!("{what}: given up")));
+            }
+            if let Some(why) = self.deadline.passed() {
+                return Err(Failure::host(format!("{what}: {why}")));
             }
             match body.read(&mut buffer) {
                 Ok(0) => return Ok(None),
@@ -258,6 +346,9 @@ impl Client {
                     }
                     target.write(data).or_host(what)?;
                     task.advance(count as u64);
+                    if !pace.goes_on(count as u64, Instant::now()) {
+                        return Ok(Some("comes too slowly".into()));
+                    }
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Ok(Some(error.to_string())),
@@ -375,13 +466,8 @@ impl Client {
                 status => status.to_string(),
             }));
         }
-        let mut text = Vec::new();
-        let read = response
-            .into_body()
-            .into_reader()
-            .take(TOKEN_MAX)
-            .read_to_end(&mut text);
-        read.map_err(|error| failed(error.to_string()))?;
+        let text = read_small(response.into_body(), TOKEN_MAX);
+        let text = text.map_err(|error| failed(error.to_string()))?;
         let sent: Token = json::from_slice(&text).map_err(|_| failed("sent no token".into()))?;
         let token = match sent.token.is_empty() {
             true => sent.access_token,
@@ -405,12 +491,7 @@ impl Client {
             message: String,
         }
         let status = response.status();
-        let mut text = Vec::new();
-        let _ = response
-            .into_body()
-            .into_reader()
-            .take(64 << 10)
-            .read_to_end(&mut text);
+        let text = read_small(response.into_body(), 64 << 10).unwrap_or_default();
         let said = json::from_slice::<Errors>(&text).ok();
         let said = said
             .and_then(|said| said.errors.into_iter().next())
@@ -479,28 +560,30 @@ fn pause(tries: u32) {
 }
 
 /// A file that gets longer, and its digest.
-struct Target<'a> {
-    file: &'a File,
+struct Target {
+    file: File,
+    path: PathBuf,
     hasher: Hasher,
     have: u64,
 }
 
-impl<'a> Target<'a> {
+impl Target {
     /// Reads what is there.
-    fn resume(file: &'a File, size: u64) -> io::Result<Self> {
+    fn resume(file: File, path: &Path, size: u64) -> io::Result<Self> {
         let mut target = Target {
             file,
+            path: path.to_owned(),
             hasher: Hasher::new(),
             have: 0,
         };
-        let there = file.metadata()?.len();
+        let there = target.file.metadata()?.len();
         if there > size {
             target.restart()?;
             return Ok(target);
         }
         let mut buffer = vec![0; 256 << 10];
         loop {
-            let count = file.read_at(&mut buffer, target.have)?;
+            let count = target.file.read_at(&mut buffer, target.have)?;
             if count == 0 {
                 return Ok(target);
             }
@@ -511,11 +594,21 @@ impl<'a> Target<'a> {
         }
     }
 
+    /// Begins anew, in another file: others may read this one, which was whole to them.
     fn restart(&mut self) -> io::Result<()> {
-        self.file.set_len(0)?;
+        let file = tempfile::NamedTempFile::new_in(self.path.parent().unwrap_or(Path::new(".")))?;
+        file.as_file().lock()?;
+        self.file = file.persist(&self.path).map_err(|error| error.error)?;
         self.hasher = Hasher::new();
         self.have = 0;
         Ok(())
+    }
+
+    /// All that came. Others may have it too: who holds a blob must not wait for another.
+    fn finish(self) -> io::Result<Section> {
+        self.file.sync_data()?;
+        self.file.unlock()?;
+        Section::whole(self.file)
     }
 
     fn write(&mut self, data: &[u8]) -> io::Result<()> {
@@ -529,6 +622,51 @@ impl<'a> Target<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A second pull, of a manifest that lies about the length, begins the blob anew.
+    #[test]
+    fn who_reads_a_blob_keeps_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("blob");
+        std::fs::write(&path, "genuine").unwrap();
+        let open = || {
+            let file = File::options().read(true).write(true).open(&path).unwrap();
+            file.lock().unwrap();
+            file
+        };
+        let read = |section: &Section| {
+            let mut text = String::new();
+            section.reader().read_to_string(&mut text).unwrap();
+            text
+        };
+        let whole = Target::resume(open(), &path, 7).unwrap();
+        assert_eq!(whole.have, 7);
+        let reader = whole.finish().unwrap();
+        let mut other = Target::resume(open(), &path, 3).unwrap();
+        assert_eq!(other.have, 0);
+        other.write(b"bad").unwrap();
+        assert_eq!(read(&reader), "genuine");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "bad");
+        // Nobody else begins with it meanwhile.
+        assert!(File::open(&path).unwrap().try_lock().is_err());
+        assert_eq!(read(&other.finish().unwrap()), "bad");
+        assert!(File::open(&path).unwrap().try_lock().is_ok());
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_comes_too_slowly_is_told() {
+        let start = Instant::now();
+        let after = |seconds| start + Duration::from_secs(seconds);
+        let mut pace = Pace::new(start);
+        assert!(pace.goes_on(1, after(59)));
+        assert!(pace.goes_on(PACE_MIN, after(60)));
+        assert!(pace.goes_on(PACE_MIN - 1, after(119)));
+        assert!(!pace.goes_on(0, after(120)));
+        let deadline = Deadline::after(Duration::ZERO);
+        assert!(deadline.passed().unwrap().contains("--timeout"));
+        assert!(Deadline::after(Duration::MAX).passed().is_none());
+    }
 
     #[test]
     fn only_this_host_is_loopback() {

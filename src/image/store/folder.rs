@@ -10,7 +10,7 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::process::geteuid;
@@ -25,6 +25,7 @@ pub const LAYERS: &str = "layers";
 pub const PARTIAL: &str = "partial";
 const TMP: &str = "tmp";
 const LOCK: &str = "lock";
+const SCRATCH: &str = "scratch-";
 
 /// A store's folders.
 #[derive(Debug)]
@@ -48,7 +49,14 @@ impl Folder {
                 "must be a folder of yours that nobody else may write to",
             ));
         }
-        Ok(Folder(root.to_owned()))
+        // What nobody could lock could not be swept.
+        let folder = Folder(root.to_owned());
+        File::options()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(folder.path(LOCK))?;
+        Ok(folder)
     }
 
     /// A path below the store's folder.
@@ -86,6 +94,15 @@ impl Folder {
                     true => fs::remove_dir_all(&path)?,
                     false => fs::remove_file(&path)?,
                 }
+            }
+        }
+        // Disks that earlier versions gave a name until they were made.
+        for entry in fs::read_dir(&self.0)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let old = name.as_encoded_bytes().starts_with(SCRATCH.as_bytes());
+            if old && entry.file_type()?.is_file() {
+                fs::remove_file(entry.path())?;
             }
         }
         Ok(())

@@ -30,6 +30,7 @@ use super::progress::Progress;
 use super::reference::Reference;
 use super::section::Section;
 use crate::failure::{Failure, OrFail};
+use crate::printable;
 
 pub use folder::Work;
 use folder::{Folder, IMAGES, LAYERS, PARTIAL};
@@ -521,6 +522,6 @@ pub(super) fn foreign(config: &ImageConfig) -> Option<String> {
     let (os, architecture) = (config.os.as_str(), config.architecture.as_str());
     match (os, architecture) {
         ("linux" | "", "amd64" | "") => None,
-        _ => Some(format!("is for {os}/{architecture}")),
+        _ => Some(printable::line(&format!("is for {os}/{architecture}"))),
     }
 }
