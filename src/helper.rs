@@ -7,9 +7,9 @@ use std::ffi::CStr;
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
-use std::process::{Child, ChildStderr, Command, Stdio};
+use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -45,17 +45,28 @@ pub struct Helper {
 pub struct Ready {
     helper: Helper,
     socket: UnixStream,
+    needed_by: String,
 }
 
 impl Ready {
-    /// A helper that has the other end of the socket.
-    pub fn new(helper: Helper, socket: UnixStream) -> Self {
-        Ready { helper, socket }
+    /// A helper that has the other end of the socket, and what needs it, for messages.
+    pub fn new(helper: Helper, socket: UnixStream, needed_by: impl Into<String>) -> Self {
+        Ready {
+            helper,
+            socket,
+            needed_by: needed_by.into(),
+        }
     }
 
-    /// Waits for its end, and passes on what it says, each on a thread.
-    pub fn watch(self) -> io::Result<Running> {
-        self.helper.watch(self.socket)
+    /// Waits for its end, and passes on what it says, each on a thread. If it fails,
+    /// that is told of.
+    pub fn watch(self, tell: impl FnOnce(String) + Send + 'static) -> io::Result<Running> {
+        let (program, needed_by) = (self.helper.program, self.needed_by);
+        self.helper.watch(self.socket, move |status| {
+            if let Some(how) = failure(status) {
+                tell(format!("{needed_by}: {program} {how}"));
+            }
+        })
     }
 }
 
@@ -268,7 +279,11 @@ impl Helper {
         }
     }
 
-    fn watch(mut self, socket: UnixStream) -> io::Result<Running> {
+    fn watch(
+        mut self,
+        socket: UnixStream,
+        tell: impl FnOnce(ExitStatus) + Send + 'static,
+    ) -> io::Result<Running> {
         let (program, chatter, stderr) = (self.program, self.chatter, self.stderr.take());
         let mut child = self.child.take().ok_or(io::ErrorKind::NotFound)?;
         let life = Arc::new(Life {
@@ -283,7 +298,10 @@ impl Helper {
         };
         // Its socket tells the guest.
         thread().spawn(move || match its.follow(&mut child) {
-            Ok(status) => log::info!("{program}: ended: {status}"),
+            Ok(status) => {
+                log::info!("{program}: ended: {status}");
+                tell(status);
+            }
             Err(error) => log::warn!("{program}: {error}"),
         })?;
         if let Some(stderr) = stderr {
@@ -291,6 +309,16 @@ impl Helper {
             thread().spawn(move || listen(program, chatter, stderr))?;
         }
         Ok(Running { socket, life })
+    }
+}
+
+/// How it failed. One that is not needed any more ends by itself, without a failure.
+fn failure(status: ExitStatus) -> Option<String> {
+    match (status.code(), status.signal()) {
+        (Some(0), _) => None,
+        (Some(code), _) => Some(format!("ended with status {code}")),
+        (None, Some(signal)) => Some(format!("was ended by signal {signal}")),
+        (None, None) => Some("ended".to_owned()),
     }
 }
 
@@ -330,7 +358,7 @@ struct Life {
 
 impl Life {
     /// Waits for its end, which is that of its own children, too.
-    fn follow(&self, child: &mut Child) -> io::Result<std::process::ExitStatus> {
+    fn follow(&self, child: &mut Child) -> io::Result<ExitStatus> {
         // SAFETY: all zeroes are a value of it.
         let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
         let how = libc::WEXITED | libc::WNOWAIT;
@@ -469,7 +497,7 @@ mod tests {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let helper = shell("sleep 1000 & exit 0");
         let group = helper.child.as_ref().unwrap().id().cast_signed();
-        let running = helper.watch(ours).unwrap();
+        let running = helper.watch(ours, |_| ()).unwrap();
         assert!(running.life.wait());
         let begun = Instant::now();
         // Whoever adopted it may take a while to notice.
@@ -480,14 +508,31 @@ mod tests {
     }
 
     #[test]
+    fn one_that_fails_is_told_of() {
+        for (script, expected) in [
+            ("exit 3", Some("network: sh ended with status 3")),
+            ("kill -9 $$", Some("network: sh was ended by signal 9")),
+            ("exit 0", None),
+        ] {
+            let (ours, _theirs) = UnixStream::pair().unwrap();
+            let (tell, told) = std::sync::mpsc::channel();
+            let ready = Ready::new(shell(script), ours, "network");
+            let running = ready.watch(move |problem| tell.send(problem).unwrap());
+            // Who would tell of it is gone when it is not.
+            assert_eq!(told.recv().ok().as_deref(), expected, "{script}");
+            drop(running.unwrap());
+        }
+    }
+
+    #[test]
     fn one_that_does_not_end_is_ended() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        let running = shell("sleep 1000").watch(ours).unwrap();
+        let running = shell("sleep 1000").watch(ours, |_| ()).unwrap();
         let life = running.life.clone();
         running.end();
         assert!(*lock(&life.over));
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        let running = shell("exec sleep 1000").watch(ours).unwrap();
+        let running = shell("exec sleep 1000").watch(ours, |_| ()).unwrap();
         let life = running.life.clone();
         drop(running);
         assert!(*lock(&life.over));

@@ -135,12 +135,13 @@ impl Starting {
             }
             Err(error) => return Err(error).or_host(&what),
         };
+        let needed_by = self.flag.clone();
         let served = Served {
             flag: self.flag,
             tag: self.tag,
             frontend,
         };
-        Ok((served, Ready::new(self.helper, own)))
+        Ok((served, Ready::new(self.helper, own, needed_by)))
     }
 }
 

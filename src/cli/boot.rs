@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use crate::config::RawConfig;
+use crate::config::{NetConfig, RawConfig};
 use crate::failure::{Class, Failure, OrFail};
 use crate::machine::{self, Ending, Outcome};
 use crate::timing::{Record, Timeline};
@@ -61,7 +61,7 @@ pub fn run(args: Args, timeline: Timeline) -> Result<ExitCode, Failure> {
         Some(path) => RawConfig::from_file(path)?,
         None => RawConfig::default(),
     };
-    let config = args.machine.or(file).validate()?;
+    let mut config = args.machine.or(file).validate()?;
     if args.list_written {
         let mut list = Vec::new();
         for path in config.written() {
@@ -71,7 +71,9 @@ pub fn run(args: Args, timeline: Timeline) -> Result<ExitCode, Failure> {
         super::print_bytes(&list)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let ending = machine::run(&config, timeline)?;
+    let ports = config.nets.iter_mut().map(NetConfig::choose_ports);
+    let ports = ports.collect::<Result<_, _>>()?;
+    let ending = machine::run(&config, ports, timeline)?;
     if args.timing {
         let _ = write!(std::io::stderr(), "{}", ending.timeline);
     }

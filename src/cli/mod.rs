@@ -12,6 +12,7 @@ pub mod initramfs;
 pub mod kernel;
 pub mod list;
 mod logs;
+mod port;
 pub mod run;
 pub mod vms;
 pub mod volume;

@@ -133,6 +133,14 @@ pub enum Verb {
         #[arg(required = true)]
         vm: Vec<String>,
     },
+    /// Print where the host listens for a VM's ports
+    Port {
+        /// The VM's name
+        vm: String,
+        /// Only this one of the guest's
+        #[arg(value_name = "PORT[/udp]")]
+        port: Option<String>,
+    },
     /// Print what VMs use of the host
     Stats {
         /// Only once
@@ -287,6 +295,7 @@ pub fn run(verb: Verb) -> Result<ExitCode, Failure> {
                 .collect::<Result<_, _>>()?;
             super::print(&serde_json::to_string_pretty(&all).or_internal("inspect")?)?;
         }
+        Verb::Port { vm, port } => super::port::port(&vm, port.as_deref())?,
         Verb::Stats {
             no_stream,
             json,

@@ -32,7 +32,7 @@ pub use self::folder::FolderConfig;
 pub use self::keys::{Keys, escape};
 pub use self::limits::take_limits;
 pub use self::memory::{HugePages, MEMORY_MIN, MemoryConfig};
-pub use self::net::{NetConfig, Network, UserConfig};
+pub use self::net::{NetConfig, Network, UserConfig, parse_ports};
 pub use self::queues::Queues;
 pub use self::raw::{BootProtocol, RawConfig};
 pub use self::size::parse_size;

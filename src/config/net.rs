@@ -9,13 +9,14 @@ use mayfly_devices::rate_limiter::Limits;
 use super::keys::Keys;
 use super::limits::take_limits;
 use super::queues::Queues;
+use crate::failure::Failure;
 use crate::net::egress::rule::Rule;
-use crate::net::publish::Publish;
+use crate::net::publish::{PORTS_MAX, Publish, Reserved};
 
 /// A network device's name is shorter than this (Linux' `IFNAMSIZ`).
 const TAP_NAME_MAX: usize = 16;
 const SYNTAX: &str = "tap=NAME[,queues=N|cpus] or \
-                      user[,publish=[IP:]HOST:GUEST[/udp]]…[,allow=CIDR|DOMAIN[:PORT]]…[,dns=IP]…[,isolated][,host-loopback], \
+                      user[,publish=[[IP:]HOST:]GUEST[/udp]]…[,allow=CIDR|DOMAIN[:PORT]]…[,dns=IP]…[,isolated][,host-loopback], \
                       and [,mac=XX:XX:XX:XX:XX:XX][,bw=10M][,bw-burst=50M][,pps=5000][,pps-burst=1000]";
 
 /// A network device.
@@ -85,6 +86,19 @@ impl NetConfig {
         }
     }
 
+    /// Chooses the host's ports that lead to the guest's, where that is left to us.
+    pub fn choose_ports(&mut self) -> Result<Reserved, Failure> {
+        match &mut self.network {
+            Network::Tap { .. } => Ok(Reserved::default()),
+            Network::User(user) => Reserved::choose(&mut user.publish),
+        }
+    }
+
+    /// The ports that are published.
+    pub fn ports(&self) -> &[Publish] {
+        self.user().map_or(&[], |user| &user.publish)
+    }
+
     /// The flag, for messages.
     pub fn flag(&self) -> String {
         format!("--net {}", self.network)
@@ -136,10 +150,7 @@ fn take_user(keys: &mut Keys) -> Result<UserConfig, String> {
     let publish = keys.values("publish")?;
     let allow = keys.values("allow")?;
     Ok(UserConfig {
-        publish: publish
-            .iter()
-            .map(|text| text.parse())
-            .collect::<Result<_, _>>()?,
+        publish: parse_ports(&publish)?,
         allow: allow
             .iter()
             .map(|text| text.parse())
@@ -152,6 +163,20 @@ fn take_user(keys: &mut Keys) -> Result<UserConfig, String> {
         isolated: keys.flag("isolated")?,
         host_loopback: keys.flag("host-loopback")?,
     })
+}
+
+/// Reads the ports that are to be published.
+pub fn parse_ports<'a>(
+    texts: impl IntoIterator<Item = &'a String>,
+) -> Result<Vec<Publish>, String> {
+    let mut all = Vec::new();
+    for text in texts {
+        all.extend(Publish::parse(text)?);
+        if all.len() > PORTS_MAX {
+            return Err(format!("{text}: more than {PORTS_MAX} ports are published"));
+        }
+    }
+    Ok(all)
 }
 
 fn parse_mac(text: &str) -> Result<[u8; 6], String> {
@@ -203,7 +228,8 @@ mod tests {
             "bridge",
             "user,tap=a",
             "user,queues=2",
-            "user,publish=80",
+            "user,publish=80:",
+            "user,publish=1-1024:1-1024,publish=2000:80",
             "user,allow=",
             "user,allow=1.2.3.4:x",
             "user,dns=localhost",
@@ -217,14 +243,15 @@ mod tests {
     fn networks_of_sockets() {
         let plain: NetConfig = "user".parse().unwrap();
         assert_eq!(plain, UserConfig::default().into());
-        let net: NetConfig = "user,publish=8080:80,allow=10.0.0.0/8:443,publish=0.0.0.0:53:53/udp,\
+        let net: NetConfig =
+            "user,publish=8080-8081:80-81,allow=10.0.0.0/8:443,publish=0.0.0.0:53:53/udp,\
                               allow=*.debian.org,dns=1.1.1.1,dns=::1,isolated,host-loopback,bw=1M"
-            .parse()
-            .unwrap();
+                .parse()
+                .unwrap();
         let user = net.user().unwrap();
         assert_eq!(
             (user.publish.len(), user.allow.len(), user.dns.len()),
-            (2, 2, 2)
+            (3, 2, 2)
         );
         assert!(user.isolated && user.host_loopback && net.limits.bandwidth.is_some());
         assert_eq!(net.flag(), "--net user");

@@ -58,7 +58,7 @@ pub struct RawConfig {
     #[serde(deserialize_with = "os_words")]
     pub disk: Vec<OsString>,
     /// A network device on a TAP device, or on sockets by passt (repeatable); limits
-    /// are a second's, each way. A user's network may have publish=[IP:]HOST:GUEST[/udp],
+    /// are a second's, each way. A user's network may have publish=[[IP:]HOST:]GUEST[/udp],
     /// allow=CIDR|DOMAIN[:PORT], dns=IP (each repeatable), isolated, host-loopback
     #[arg(
         long,

@@ -18,6 +18,7 @@ use super::run::{Outcome, VcpuControl};
 use crate::config::{MachineConfig, WatchdogAction, check_balloon_size};
 use crate::control::{Command, Event, Reply};
 use crate::metrics::Exposition;
+use crate::net::publish::summary;
 use crate::timing::{Timeline, milliseconds};
 
 /// What a running machine is called by commands.
@@ -44,6 +45,8 @@ struct About {
     cmdline: String,
     cpus: u8,
     memory: u64,
+    /// The ports that are published.
+    ports: Vec<String>,
     /// The process that the user knows.
     keeper: u32,
 }
@@ -72,6 +75,11 @@ impl Commander {
                 cmdline: config.cmdline.clone(),
                 cpus: config.cpus,
                 memory: config.memory.size,
+                ports: config
+                    .nets
+                    .iter()
+                    .flat_map(|net| summary(net.ports()))
+                    .collect(),
                 keeper,
             },
             vcpus,
@@ -239,6 +247,7 @@ impl Commander {
             "memory": self.about.memory,
             "kernel": self.about.kernel,
             "cmdline": self.about.cmdline,
+            "ports": self.about.ports,
             "devices": devices,
             "balloon": self.balloon.as_ref().map(balloon_info),
         })
@@ -342,6 +351,7 @@ mod tests {
                 cmdline: String::new(),
                 cpus: 0,
                 memory: 0,
+                ports: Vec::new(),
                 keeper: 1,
             },
             vcpus: Arc::new(vcpus),

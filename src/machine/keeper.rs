@@ -32,9 +32,10 @@ use crate::console::Opened;
 use crate::control::{Ask, Command, Event, Folder, Reply, Server};
 use crate::disk_lock::DiskLocks;
 use crate::failure::{Class, Failure, OrFail};
-use crate::helper::{Ready, Running};
+use crate::helper::Running;
 use crate::logging;
 use crate::net::host::{HostNetworks, Watch};
+use crate::net::publish::Reserved;
 use crate::printable;
 use crate::sandbox::{self, Cgroup, Child, Layer, Mode, Policy, Report, Share, Status};
 use crate::timing::Timeline;
@@ -54,10 +55,17 @@ const LAST_WORD_MS: i32 = 1000;
 const FOR_EVER: i32 = -1;
 const LINK: &str = "talking to the VMM process";
 
-/// Builds a machine and runs it to its end.
-pub fn run(config: &MachineConfig, timeline: Timeline) -> Result<Ending, Failure> {
+/// Builds a machine and runs it to its end. Its published ports are chosen, and held
+/// until it has them.
+pub fn run(
+    config: &MachineConfig,
+    ports: Vec<Reserved>,
+    timeline: Timeline,
+) -> Result<Ending, Failure> {
     let signals = StartSignals::take().or_internal("blocking signals")?;
-    Keeper::start(config, timeline, &signals)?.run()
+    let keeper = Keeper::start(config, timeline, &signals)?;
+    drop(ports);
+    keeper.run()
 }
 
 /// The keeper of a machine that is built, and does not run yet.
@@ -344,7 +352,11 @@ impl<'a> Keeper<'a> {
         let says = says.spawn(move || pass_on_words(said, io::stderr()));
         let exited = child.pidfd().try_clone_to_owned();
         let exited = exited.or_host("duplicating a descriptor")?;
-        let helpers = helpers.into_iter().map(Ready::watch);
+        let board = StatusBoard::default();
+        let helpers = helpers.into_iter().map(|helper| {
+            let board = board.clone();
+            helper.watch(move |problem| board.add_problem(&problem))
+        });
         let helpers = helpers.collect::<Result<_, _>>();
         let keeper = Keeper {
             config,
@@ -365,7 +377,7 @@ impl<'a> Keeper<'a> {
             cgroup,
             says: Some(says.or_host("starting a thread")?),
             locks,
-            board: StatusBoard::default(),
+            board,
             timeline,
         };
         keeper.await_built(start, start_timeout(config))?;

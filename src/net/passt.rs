@@ -119,14 +119,14 @@ fn arguments(net: &UserNet, config: &UserConfig, fd: RawFd) -> Vec<String> {
         (Protocol::Tcp, "--tcp-ports"),
         (Protocol::Udp, "--udp-ports"),
     ] {
-        let ports: Vec<_> = config
+        let ports = config
             .publish
             .iter()
-            .filter(|publish| publish.protocol == protocol)
-            .map(|publish| {
-                let host = publish.host;
-                format!("{option}={}/{}:{}", host.ip(), host.port(), publish.guest)
-            })
+            .filter(|publish| publish.protocol == protocol);
+        // All are chosen by now.
+        let ports = ports.filter_map(|publish| Some((publish.address()?, publish.guest)));
+        let ports: Vec<_> = ports
+            .map(|(host, guest)| format!("{option}={}/{}:{guest}", host.ip(), host.port()))
             .collect();
         // Else those of TCP would be ports of UDP, too.
         match ports.is_empty() {
@@ -159,7 +159,11 @@ impl Starting {
             }
         }
         let socket = self.socket.try_clone().or_host(&what)?;
-        Ok((socket, self.filter, Ready::new(self.helper, self.socket)))
+        Ok((
+            socket,
+            self.filter,
+            Ready::new(self.helper, self.socket, "network"),
+        ))
     }
 
     /// Asks for the gateway's address, which it answers once it has started.

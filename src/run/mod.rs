@@ -56,6 +56,7 @@ use crate::failure::{Failure, OrFail};
 use crate::guests;
 use crate::image::{Bars, Image, LAYER_ROOT, Progress, PullOptions, Quiet, Store, data_folder};
 use crate::machine::{Ending, Keeper, Outcome, StartSignals};
+use crate::net::publish::{Reserved, summary};
 use crate::timing::{Timeline, TimingUs};
 use crate::unix_socket;
 use crate::volume::{Journal, make_ext4};
@@ -137,21 +138,21 @@ fn obtain(options: &Options) -> Result<Image, Failure> {
 fn create_place(
     options: &Options,
     plan: &mut Plan,
-    image: &Image,
+    (image, ports): (&Image, &[String]),
     signals: &StartSignals,
 ) -> Result<Owned, Failure> {
     const TRIES: usize = 16;
     let mut unnamed = options.clone();
     unnamed.detached = None;
     for _ in 1..TRIES {
-        match Place::create(&record(options, plan, image), signals) {
+        match Place::create(&record(options, plan, image, ports), signals) {
             Err(NotCreated::Taken(_)) if options.name.is_none() => {
                 *plan = Plan::new(&unnamed, &image.config.config)?;
             }
             created => return created.map_err(NotCreated::into_failure),
         }
     }
-    let place = Place::create(&record(options, plan, image), signals);
+    let place = Place::create(&record(options, plan, image, ports), signals);
     place.map_err(NotCreated::into_failure)
 }
 
@@ -171,7 +172,15 @@ fn run_here(
     let scratch = scratch.transpose()?;
     // From here on there is something to be removed: a signal ends the start in order.
     let signals = StartSignals::take().or_internal("blocking signals")?;
-    let owned = create_place(options, &mut plan, image, &signals)?;
+    // Free until the machine has them.
+    let network = network.map(|(mut device, guest)| {
+        let reserved = device.choose_ports()?;
+        Ok::<_, Failure>((device, reserved, guest))
+    });
+    let network = network.transpose()?;
+    let ports = network.as_ref();
+    let ports = ports.map_or(Vec::new(), |(device, ..)| summary(device.ports()));
+    let owned = create_place(options, &mut plan, (image, &ports), &signals)?;
     for layer in &image.layers {
         let len = layer.metadata().or_host(layer.display())?.len();
         plan.setup.layers.push(len);
@@ -208,9 +217,9 @@ fn run_here(
         plan.setup.scratch = Some(SCRATCH_DISK.to_owned());
     }
     raw.volumes.extend(volumes.disks);
-    let nets = network.map(|(device, guest)| {
+    let nets = network.map(|(device, reserved, guest)| {
         plan.setup.net = Some(guest);
-        device
+        (device, reserved)
     });
     let result = run_machine(
         options,
@@ -257,7 +266,7 @@ impl End {
 fn run_machine(
     options: &Options,
     plan: Plan,
-    (raw, net, folders): (RawConfig, Option<NetConfig>, Vec<FolderConfig>),
+    (raw, net, folders): (RawConfig, Option<(NetConfig, Reserved)>, Vec<FolderConfig>),
     owned: &Owned,
     (timeline, signals): (Timeline, &StartSignals),
 ) -> Result<End, Failure> {
@@ -266,6 +275,7 @@ fn run_machine(
     let name = plan.name.clone();
     let memory = options.memory.clone();
     let mut config = raw.validate()?;
+    let (net, reserved) = net.unzip();
     config.nets.extend(net);
     // Another process is to see what the guest asks it for.
     config.memory.shared |= !folders.is_empty();
@@ -278,6 +288,7 @@ fn run_machine(
     let log = Log::create(&place.make_log()?, plan.log_size).or_host("the log")?;
     // Before there are other threads.
     let keeper = Keeper::start(&config, timeline, signals)?;
+    drop(reserved);
     let (board, place) = (keeper.board(), place.clone());
     board.observe(move |status| {
         if let Err(error) = place.set_status(status) {
@@ -388,7 +399,7 @@ fn judge(session: &SessionEnd, ending: &Ending, name: &str, memory: &str) -> End
     }
 }
 
-fn record(options: &Options, plan: &Plan, image: &Image) -> Record {
+fn record(options: &Options, plan: &Plan, image: &Image, ports: &[String]) -> Record {
     let text = |bytes: &Vec<u8>| Text(bytes.clone());
     let variables = plan.process.environment.iter();
     let volumes = options.volumes.iter().chain(&options.mounts);
@@ -405,7 +416,7 @@ fn record(options: &Options, plan: &Plan, image: &Image) -> Record {
         folder: text(&plan.process.folder),
         terminal: options.terminal,
         volumes: volumes.map(Text::from).collect(),
-        ports: options.publish.clone(),
+        ports: ports.to_vec(),
         cpus: options.cpus.clone().unwrap_or_else(|| "1".into()),
         memory: options.memory.clone().unwrap_or_else(|| "512M".into()),
         stop_signal: plan.stop_signal,

@@ -7,11 +7,10 @@ use std::str::FromStr;
 use mayfly_guest::protocol::Net;
 
 use super::options::{Mode, Options};
-use crate::config::{Keys, NetConfig, Network};
+use crate::config::{Keys, NetConfig, Network, parse_ports};
 use crate::failure::Failure;
 use crate::net::egress::rule::Rule;
 use crate::net::passt;
-use crate::net::publish::Publish;
 use crate::net::user::UserNet;
 
 const SYNTAX: &str = "user[,isolated], none, or tap=NAME,ip=ADDRESS/PREFIX[,gateway=IP]";
@@ -67,9 +66,9 @@ fn user(text: &str, options: &Options) -> Result<(NetConfig, Net), Failure> {
     let Network::User(config) = &mut device.network else {
         return Err(wrong(format!("write {SYNTAX}")));
     };
-    config
-        .publish
-        .extend(parse::<Publish>("--publish", &options.publish)?);
+    let all = parse_ports(&options.publish);
+    let all = all.map_err(|why| Failure::config(format!("--publish {why}")))?;
+    config.publish.extend(all);
     config
         .allow
         .extend(parse::<Rule>("--allow", &options.allow)?);

@@ -78,8 +78,9 @@ pub struct Options {
     /// Another name in the guest's /etc/hosts (repeatable)
     #[arg(long, value_name = "NAME:IP")]
     pub add_host: Vec<String>,
-    /// Let a port of the host be one of the guest's (repeatable)
-    #[arg(short, long, value_name = "[IP:]HOST:GUEST[/udp]")]
+    /// Let a port of the host be one of the guest's, a free one if none is given, or
+    /// ports: 8000-8009:80-89 (repeatable)
+    #[arg(short, long, value_name = "[[IP:]HOST:]GUEST[/udp]")]
     pub publish: Vec<String>,
     /// The network: sockets of the user's own (by passt), which reach the internet and,
     /// unless isolated, private networks; a TAP device; or none [default: user]

@@ -65,7 +65,7 @@ pub struct Record {
     /// Its volumes, as the user wrote them.
     #[serde(default)]
     pub volumes: Vec<Text>,
-    /// The published ports, as the user wrote them.
+    /// The published ports, with the host's that were chosen.
     pub ports: Vec<String>,
     /// vCPUs.
     pub cpus: String,

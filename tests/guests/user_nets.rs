@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use crate::common::{Ended, Guest, Running, kernel, kill, tool};
+use crate::common::{Ended, Guest, Running, kernel, kill, mayfly, tool};
 use crate::nets::Namespace;
 
 /// Addresses on the internet, or of a host, beside loopback's own.
@@ -586,6 +586,11 @@ fn the_host_s_new_address_is_closed() {
     expect_lines(&running.wait(), &["taken: nc: ", "Connection refused"]);
 }
 
+/// What a command of mayfly prints.
+fn tool_of_mayfly(words: &[&str]) -> String {
+    tool(mayfly().to_str().unwrap(), words)
+}
+
 /// passt ends with its VM, also where that is killed; without it, the link is
 /// down, and the VM goes on.
 #[test]
@@ -612,12 +617,41 @@ fn passt_and_its_vm() {
     let script = "echo up: $(cat /sys/class/net/eth0/carrier)
         while [ $(cat /sys/class/net/eth0/carrier) = 1 ]; do sleep 1; done
         ping -c 1 -W 1 198.51.100.1
-        echo down: $(cat /sys/class/net/eth0/carrier)";
-    let mut running = start(&namespace, "", script);
+        echo down: $(cat /sys/class/net/eth0/carrier)
+        sleep 100000";
+    let mut running = start(&namespace, ",publish=8080,publish=8081/udp", script);
     running.expect("up: 1");
+    let pid = running.child.id().to_string();
+    let named = tool_of_mayfly(&["list"]);
+    let line = named.lines().find(|line| line.contains(&pid)).unwrap();
+    let name = line.split_whitespace().next().unwrap();
+    // Ports that were chosen are told, and lead there.
+    let ports = tool_of_mayfly(&["port", name]);
+    let port = |key: &str| -> u16 {
+        let line = ports.lines().find_map(|line| line.strip_prefix(key));
+        let (_, port) = line.unwrap().rsplit_once(':').unwrap();
+        port.parse().unwrap()
+    };
+    assert_eq!(
+        published(&namespace, port("8080/tcp -> 127.0.0.1"), false),
+        "knock knock"
+    );
+    assert_eq!(
+        published(&namespace, port("8081/udp -> 127.0.0.1"), true),
+        "knock knock"
+    );
     kill(passt(&namespace).unwrap(), libc::SIGKILL);
+    running.expect("down: 0");
+    let info = tool_of_mayfly(&["ctl", name, "info"]);
+    assert!(
+        info.contains("network: passt was ended by signal 9"),
+        "{info}"
+    );
+    let metrics = tool_of_mayfly(&["ctl", name, "metrics"]);
+    let lost = "mayfly_device_link_losses_total{device=\"net0\"} 1";
+    assert!(metrics.contains(lost), "{metrics}");
+    running.signal(libc::SIGTERM);
     let ended = running.wait();
-    expect_lines(&ended, &["down: 0"]);
     assert_eq!(
         ended.stderr.matches("the link is down").count(),
         1,

@@ -359,10 +359,10 @@ impl Stream {
     }
 
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
-        self.filter
-            .as_ref()
-            .map(|filter| filter.counters())
-            .unwrap_or_default()
+        let lost = u64::from(!self.is_up());
+        let filter = self.filter.as_ref().map(|filter| filter.counters());
+        let filter = filter.unwrap_or_default().into_iter();
+        filter.chain([("link_losses", lost)]).collect()
     }
 }
 
