@@ -323,9 +323,10 @@ fn open_disk(config: &DiskConfig, cpus: u8, locks: &mut DiskLocks) -> Result<Dis
 /// A file that is only read and ends within a sector: the rest of that reads as zeroes.
 fn padded(file: File, len: u64) -> io::Result<Concat> {
     let whole = len - len % SECTOR;
-    let mut last = vec![0; SECTOR as usize];
-    let end = last.get_mut(..(len - whole) as usize).unwrap_or_default();
-    file.read_exact_at(end, whole)?;
+    let size = |len: u64| usize::try_from(len).map_err(io::Error::other);
+    let mut last = vec![0; size(len - whole)?];
+    file.read_exact_at(&mut last, whole)?;
+    last.resize(size(SECTOR)?, 0);
     let memory: File = memfd_create("end of a disk", MemfdFlags::CLOEXEC)?.into();
     memory.write_all_at(&last, 0)?;
     let mut image = Concat::default();
