@@ -614,7 +614,9 @@ fn passt_and_its_vm() {
     running.child.wait().unwrap();
     expect_empty(&namespace);
 
-    let script = "echo up: $(cat /sys/class/net/eth0/carrier)
+    let script = "cd /proc/net
+        until grep -q ':1F90 ' tcp tcp6 && grep -q ':1F91 ' udp; do sleep 1; done
+        echo up: $(cat /sys/class/net/eth0/carrier)
         while [ $(cat /sys/class/net/eth0/carrier) = 1 ]; do sleep 1; done
         ping -c 1 -W 1 198.51.100.1
         echo down: $(cat /sys/class/net/eth0/carrier)
