@@ -3,13 +3,14 @@
 
 use std::fs::{self, File, Metadata, TryLockError};
 use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 
 use crate::failure::{Failure, OrFail};
@@ -35,10 +36,68 @@ pub fn socket() -> io::Result<OwnedFd> {
 
 /// Connects without waiting for the listener to accept.
 pub fn connect(path: &Path) -> io::Result<UnixStream> {
-    let socket = socket()?;
-    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    let (socket, address) = (socket()?, Address::new(path)?);
+    rustix::net::connect(&socket, &address.address)?;
     Ok(socket.into())
 }
+
+/// Connects; the connection blocks, and so may this.
+pub fn connect_blocking(path: &Path) -> io::Result<UnixStream> {
+    let address = Address::new(path)?;
+    let flags = SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    retry_on_intr(|| rustix::net::connect(&socket, &address.address))?;
+    Ok(socket.into())
+}
+
+/// A listener at a new path, which blocks.
+pub fn bind(path: &Path) -> io::Result<UnixListener> {
+    let address = Address::new(path)?;
+    let flags = SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::bind(&socket, &address.address)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// Where a socket is. A path that is too long for Linux goes by way of its folder.
+struct Address {
+    address: SocketAddrUnix,
+    /// Open until the address was used.
+    _folder: Option<File>,
+}
+
+impl Address {
+    fn new(path: &Path) -> io::Result<Self> {
+        match SocketAddrUnix::new(path) {
+            Ok(address) => Ok(Address {
+                address,
+                _folder: None,
+            }),
+            Err(Errno::NAMETOOLONG) => Address::by_folder(path),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn by_folder(path: &Path) -> io::Result<Self> {
+        let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+        let folder = path.parent().filter(|folder| *folder != Path::new(""));
+        let mut options = File::options();
+        options
+            .read(true)
+            .custom_flags(libc::O_PATH | libc::O_DIRECTORY);
+        let folder = options.open(folder.unwrap_or(Path::new(".")))?;
+        let short = PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd()));
+        Ok(Address {
+            address: SocketAddrUnix::new(short.join(name))?,
+            _folder: Some(folder),
+        })
+    }
+}
+
+/// How long a socket's own name may be in a folder whose path has any length: what remains of
+/// Linux' `sockaddr_un`, with the largest descriptor's number.
+pub const OWN_NAME_MAX: usize = 108 - 1 - "/proc/self/fd/2147483647/".len();
 
 /// True if there is a socket, left by a VM that was killed.
 pub fn check_free(path: &Path, flag: &str) -> Result<bool, Failure> {
@@ -84,8 +143,8 @@ impl Name {
         if check_free(path, flag)? {
             fs::remove_file(path).or_host(flag)?;
         }
-        let address = SocketAddrUnix::new(path).or_host(flag)?;
-        rustix::net::bind(socket, &address).or_host(flag)?;
+        let address = Address::new(path).or_host(flag)?;
+        rustix::net::bind(socket, &address.address).or_host(flag)?;
         let name = Name {
             path: path.to_owned(),
             identity: identity(&path.symlink_metadata().or_host(flag)?),
@@ -153,6 +212,22 @@ mod tests {
             drop(other);
             waiting.join().unwrap().unwrap();
         });
+    }
+
+    #[test]
+    fn a_folder_may_be_deep() {
+        let folder = tempfile::tempdir().unwrap();
+        let deep = folder.path().join("d".repeat(200)).join("e".repeat(200));
+        fs::create_dir_all(&deep).unwrap();
+        let path = deep.join("v".repeat(OWN_NAME_MAX));
+        let (_listener, name) = listen(&path, "--x").unwrap();
+        assert!(path.exists());
+        connect(&path).unwrap();
+        connect_blocking(&path).unwrap();
+        drop(name);
+        assert!(!path.exists());
+        let long = deep.join("v".repeat(OWN_NAME_MAX + 20));
+        assert!(listen(&long, "--x").is_err());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -25,6 +25,7 @@ use crate::config::FolderConfig;
 use crate::failure::{Failure, OrFail};
 use crate::helper::{self, Chatter, Helper, Ready, find_program, inherit};
 use crate::machine::StartSignals;
+use crate::unix_socket;
 
 const PROGRAM: &str = "virtiofsd";
 /// Where else it is: Debian's, others', cargo's, and that of Debian 12's QEMU.
@@ -179,8 +180,8 @@ fn make(program: &Path, what: &str, signals: &StartSignals) -> Result<Make, Fail
 fn connected() -> io::Result<(UnixStream, OwnedFd)> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("s");
-    let listener = UnixListener::bind(&path)?;
-    let socket = UnixStream::connect(&path)?;
+    let listener = unix_socket::bind(&path)?;
+    let socket = unix_socket::connect_blocking(&path)?;
     fs::remove_file(&path)?;
     Ok((socket, listener.into()))
 }
@@ -372,6 +373,8 @@ fn ignore_setgroups() -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixListener;
+
     use super::*;
 
     #[test]

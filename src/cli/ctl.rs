@@ -1,5 +1,6 @@
 //! `mayfly ctl`
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -71,7 +72,10 @@ enum Verb {
 
 /// Carries out the verb.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
-    let path = Folder::locate().socket(&args.vm);
+    let path = match args.vm.contains('/') {
+        true => PathBuf::from(&args.vm),
+        false => Folder::open()?.socket(&args.vm),
+    };
     let refuse = |error| refusal(error, &args.vm);
     let mut client = Client::connect(&path, PATIENCE).map_err(refuse)?;
     match args.verb {

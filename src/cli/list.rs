@@ -27,7 +27,7 @@ pub struct Args {
 
 /// Prints this user's VMs.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
-    let folder = Folder::locate();
+    let folder = Folder::open()?;
     let names = folder.names();
     let about = |name: &String| about(&folder, name, PATIENCE);
     let all: Vec<Value> = names.iter().filter_map(about).collect();

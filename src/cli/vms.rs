@@ -331,7 +331,7 @@ fn each(names: &[String], act: impl Fn(&Place) -> Result<(), Failure>) -> Result
 }
 
 fn ps(all: bool, quiet: bool, as_json: bool) -> Result<(), Failure> {
-    let vms: Vec<(State, Record, Status)> = Place::all()
+    let vms: Vec<(State, Record, Status)> = Place::all()?
         .into_iter()
         .filter_map(|place| Some((place.state(), place.record().ok()?, place.status())))
         .filter(|(state, ..)| all || *state == State::Running)
@@ -429,7 +429,7 @@ fn stats(names: &[String], as_json: bool, once: bool) -> Result<(), Failure> {
     const INTERVAL: Duration = Duration::from_secs(1);
     let places = || -> Result<Vec<Place>, Failure> {
         match names {
-            [] => Ok(Place::all()),
+            [] => Place::all(),
             names => names.iter().map(|name| Place::find(name)).collect(),
         }
     };

@@ -7,11 +7,10 @@ use std::str::FromStr;
 use mayfly_devices::virtio::vsock::CIDS;
 
 use super::keys::Keys;
+use crate::unix_socket::OWN_NAME_MAX;
 
 const SYNTAX: &str = "cid=N,unix=S";
-/// A Unix socket's name is shorter than this (Linux' `sockaddr_un`) …
-const NAME_MAX: usize = 108;
-/// … and a port's is this much longer: `_4294967295`.
+/// A port's name is this much longer than the socket's: `_4294967295`.
 const PORT_LEN: usize = 11;
 
 /// Sockets between guest and host.
@@ -48,10 +47,11 @@ impl FromStr for VsockConfig {
             ));
         };
         let path = PathBuf::from(path);
-        if path.as_os_str().as_bytes().len() + PORT_LEN >= NAME_MAX {
+        const MAX: usize = OWN_NAME_MAX - PORT_LEN;
+        let name = path.file_name().unwrap_or_default();
+        if name.as_bytes().len() > MAX {
             return Err(format!(
-                "unix is too long; a socket's name has at most {} bytes here",
-                NAME_MAX - PORT_LEN - 1
+                "unix is too long; a socket's name, without its folder, has at most {MAX} bytes here"
             ));
         }
         Ok(VsockConfig { cid: number, path })
@@ -64,7 +64,9 @@ mod tests {
 
     #[test]
     fn sockets() {
-        let long = format!("cid=4294967294,unix={}", "x".repeat(96));
+        let deep = format!("/{}/", "d".repeat(200));
+        let name = "x".repeat(OWN_NAME_MAX - PORT_LEN);
+        let long = format!("cid=4294967294,unix={deep}{name}");
         let vsock: VsockConfig = long.parse().unwrap();
         assert_eq!(vsock.cid, 4_294_967_294);
         assert_eq!(vsock.flag(), format!("--vsock {long}"));

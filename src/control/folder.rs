@@ -81,27 +81,45 @@ impl Folder {
         names
     }
 
+    /// Where it is, for who looks for VMs there: it does not exist, or is this user's alone.
+    /// In `/tmp`, anybody can make a folder of that name, with VMs of their own.
+    pub fn open() -> Result<Self, Failure> {
+        let folder = Folder::locate();
+        match folder.0.symlink_metadata() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            _ => folder.check()?,
+        }
+        Ok(folder)
+    }
+
+    fn what(&self) -> String {
+        format!("control folder {}", self.0.display())
+    }
+
+    fn check(&self) -> Result<(), Failure> {
+        let metadata = self.0.symlink_metadata().or_host(self.what())?;
+        match private(&metadata) {
+            true => Ok(()),
+            false => Err(Failure::host(format!(
+                "{}: must be a folder of yours with mode 0700; remove it, or name another in \
+                 MAYFLY_RUNTIME_DIR",
+                self.what()
+            ))),
+        }
+    }
+
     /// Makes the folder if it is missing.
     pub fn make(&self) -> Result<(), Failure> {
-        let what = || format!("control folder {}", self.0.display());
         match DirBuilder::new().mode(PRIVATE).create(&self.0) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                 return Err(Failure::host(format!(
                     "{}: {error}; name another in MAYFLY_RUNTIME_DIR",
-                    what()
+                    self.what()
                 )));
             }
             _ => {}
         }
-        let metadata = self.0.symlink_metadata().or_host(what())?;
-        if !private(&metadata) {
-            return Err(Failure::host(format!(
-                "{}: must be a folder of yours with mode 0700; remove it, or name another in \
-                 MAYFLY_RUNTIME_DIR",
-                what()
-            )));
-        }
-        Ok(())
+        self.check()
     }
 
     /// Makes the folder if it is missing, and listens on the socket of a VM.

@@ -21,6 +21,7 @@ use mayfly_guest::protocol::{
 
 use super::detach::DetachKeys;
 use crate::printable;
+use crate::unix_socket;
 
 /// A guest has so long to let a user go.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -153,7 +154,7 @@ impl Agent {
     pub fn connect(socket: &Path) -> Result<Self, AgentError> {
         const PATIENCE: Duration = Duration::from_secs(10);
         const ANSWER_MAX: usize = 64;
-        let stream = UnixStream::connect(socket)?;
+        let stream = unix_socket::connect_blocking(socket)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         (&stream).write_all(format!("CONNECT {PORT}\n").as_bytes())?;
         let mut answer = Vec::new();

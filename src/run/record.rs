@@ -134,7 +134,7 @@ pub enum State {
 impl Place {
     /// The folder of a VM that there is.
     pub fn find(name: &str) -> Result<Self, Failure> {
-        let place = Place(Folder::locate().of(name));
+        let place = Place(Folder::open()?.of(name));
         match crate::control::valid_name(name) && place.0.join(RECORD).exists() {
             true => Ok(place),
             false => Err(Failure::config(format!(
@@ -146,7 +146,7 @@ impl Place {
     /// Removes those of a process that was killed while it started its VM.
     pub fn remove_of(pid: u32) {
         // The VMM process ends with it, and may have the lock for a moment.
-        for place in Place::all() {
+        for place in Place::all().unwrap_or_default() {
             if place.record().is_ok_and(|record| record.pid == pid) {
                 let _ = place.remove();
             }
@@ -154,8 +154,8 @@ impl Place {
     }
 
     /// All folders, by name.
-    pub fn all() -> Vec<Self> {
-        let entries = fs::read_dir(Folder::locate().path());
+    pub fn all() -> Result<Vec<Self>, Failure> {
+        let entries = fs::read_dir(Folder::open()?.path());
         let mut all: Vec<_> = entries
             .into_iter()
             .flatten()
@@ -170,7 +170,7 @@ impl Place {
             .filter(|place| place.0.join(RECORD).exists())
             .collect();
         all.sort_by(|a, b| a.0.cmp(&b.0));
-        all
+        Ok(all)
     }
 
     /// Makes the folder of a new VM, whole and locked from the start.

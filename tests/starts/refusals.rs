@@ -1,6 +1,7 @@
 //! What is refused, and what the host lacks.
 
 use std::fs;
+use std::process::Command;
 
 use crate::common::{CONFIG, FAILED, HOST, Host, OFF, VERBS, Verb, kernel};
 
@@ -135,6 +136,58 @@ fn folders_that_are_none_are_told_of() {
             assert!(ended.stderr.starts_with("mayfly: "), "{ended:?}");
         }
     }
+}
+
+#[test]
+fn a_runtime_folder_may_be_deep() {
+    let host = Host::new();
+    let deep = host.path("tmp").join("d".repeat(150));
+    for verb in [Verb::Run, Verb::Detached] {
+        let mut command = host.command(verb, "off", net_none(verb));
+        command.env("MAYFLY_RUNTIME_DIR", deep.join("runtime"));
+        fs::create_dir(&deep).unwrap();
+        let start = host.start(command);
+        let ended = start.wait();
+        fs::remove_dir_all(&deep).unwrap();
+        assert!(ended.is_off(verb), "{ended:?}");
+    }
+}
+
+/// In `/tmp` anybody can make a folder of a user's, with VMs of their own.
+#[test]
+fn a_runtime_folder_of_another_s_is_not_followed() {
+    let host = Host::new();
+    let runtime = host.path("runtime");
+    fs::create_dir_all(runtime.join("vm")).unwrap();
+    fs::write(runtime.join("vm/vm.json"), "{}").unwrap();
+    std::os::unix::fs::chown(&runtime, Some(65534), None).unwrap();
+    for words in [
+        &["ps"][..],
+        &["list"],
+        &["stop", "vm"],
+        &["kill", "vm"],
+        &["rm", "-f", "vm"],
+        &["wait", "vm"],
+        &["logs", "vm"],
+        &["inspect", "vm"],
+        &["stats", "--no-stream"],
+        &["exec", "vm", "true"],
+        &["attach", "vm"],
+        &["cp", "vm:/x", "."],
+        &["ctl", "vm", "info"],
+    ] {
+        let mut command = Command::new(host.path("mayfly"));
+        host.surround(&mut command);
+        command.args(words);
+        let ended = host.start(command).wait();
+        assert!(!ended.status.success(), "{words:?}: {ended:?}");
+        assert!(
+            ended.stderr.contains("must be a folder of yours"),
+            "{words:?}: {ended:?}"
+        );
+        assert_eq!(ended.stdout, "", "{words:?}");
+    }
+    fs::remove_dir_all(&runtime).unwrap();
 }
 
 /// Images need no network here, and others have none.
