@@ -71,6 +71,8 @@ const SIGNALLED: u8 = 128;
 fn signalled(signal: i32) -> u8 {
     u8::try_from(signal).map_or(u8::MAX, |signal| SIGNALLED.saturating_add(signal))
 }
+/// What init's lines on the console begin with.
+const INIT_SAYS: &str = "mayfly-init: ";
 /// Every guest is the only one on its device.
 const CID: u32 = 3;
 /// Where the guest finds the disk for what it writes: behind the layers.
@@ -366,8 +368,7 @@ fn judge(session: &SessionEnd, ending: &Ending, name: &str, memory: &str) -> End
             ),
         ),
         SessionEnd::Silent if ending.outcome == Outcome::PowerOff => End {
-            // What the agent could not tell over its connection is on the console.
-            last_lines: ending.last_lines.clone(),
+            last_lines: words_of_init(&ending.last_lines),
             ..said(
                 STATUS_FAILED,
                 format!("{name} turned itself off before its command ended"),
@@ -397,6 +398,12 @@ fn judge(session: &SessionEnd, ending: &Ending, name: &str, memory: &str) -> End
             _ => said(*status, format!("{name}: {reason}")),
         },
     }
+}
+
+/// What the agent could not tell over its connection, among what Linux says.
+fn words_of_init(last_lines: &[String]) -> Vec<String> {
+    let own = last_lines.iter().filter(|line| line.starts_with(INIT_SAYS));
+    own.cloned().collect()
 }
 
 fn record(options: &Options, plan: &Plan, image: &Image, ports: &[String]) -> Record {
@@ -477,4 +484,30 @@ fn make_scratch(size: u64, options: &Options) -> Result<File, Failure> {
 /// A standard stream as a file of its own.
 fn standard(stream: impl AsFd) -> io::Result<File> {
     stream.as_fd().try_clone_to_owned().map(File::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_words_of_a_guest_s_init_are_told() {
+        let line = |text: &str| text.to_owned();
+        let ending = Ending {
+            outcome: Outcome::PowerOff,
+            guest_status: Some(STATUS_FAILED),
+            last_lines: vec![
+                line("[    0.1] Linux says much"),
+                line("mayfly-init: talking to the host: not a process"),
+                line("[    0.3] reboot: Power down"),
+            ],
+            timeline: Timeline::start(),
+        };
+        let end = judge(&SessionEnd::Silent, &ending, "vm", "512M");
+        assert_eq!(end.status, STATUS_FAILED);
+        assert_eq!(
+            end.last_lines,
+            ["mayfly-init: talking to the host: not a process"]
+        );
+    }
 }

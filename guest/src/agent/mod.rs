@@ -29,8 +29,13 @@ const STATUS_FAILED: u8 = 125;
 pub fn run() -> Result<(), String> {
     let host =
         vsock::connect_to_host(PORT).map_err(|error| format!("reaching the host: {error}"))?;
-    let mut frames = Frames::new(&host);
-    serve_main(&host, &mut frames).map_err(|error| {
+    serve_or_tell(&host)
+}
+
+/// Serves the host, and tells it why that failed.
+fn serve_or_tell(host: &File) -> Result<(), String> {
+    let mut frames = Frames::new(host);
+    serve_main(host, &mut frames).map_err(|error| {
         let reason = format!("talking to the host: {error}");
         // Where the connection still stands, the user hears it by that: who looks at a
         // console?
@@ -110,5 +115,31 @@ fn serve(host: File, machine: Arc<Machine>) -> io::Result<()> {
             send(&host, &GuestMessage::Done)
         }
         _ => Err(io::Error::other("not a request")),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn the_host_hears_why_the_agent_failed() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let agent = thread::spawn(move || serve_or_tell(&OwnedFd::from(theirs).into()));
+        send(&ours, &HostMessage::SignalMain(1)).unwrap();
+        send(&ours, &HostMessage::Bye).unwrap();
+        let mut frames = Frames::new(&ours);
+        let hello = frames.message::<GuestMessage>().unwrap();
+        assert_eq!(hello, GuestMessage::Hello { version: VERSION });
+        let GuestMessage::Failed(failed) = frames.message().unwrap() else {
+            panic!("no word of it");
+        };
+        let why = "talking to the host: the machine's setup comes first";
+        assert_eq!(failed.status, STATUS_FAILED);
+        assert_eq!(failed.reason, format!("the guest's init failed: {why}"));
+        assert_eq!(agent.join().unwrap(), Err(why.to_owned()));
     }
 }
