@@ -248,7 +248,15 @@ mod tests {
         for role in Role::ALL {
             for entry in list(role) {
                 let name = entry["syscall"].as_str().unwrap();
-                let checked = ["ioctl", "mmap", "mprotect", "fcntl", "madvise", "tgkill"];
+                let checked = [
+                    "ioctl",
+                    "mmap",
+                    "mprotect",
+                    "fcntl",
+                    "madvise",
+                    "tgkill",
+                    "fallocate",
+                ];
                 let has = entry["args"]
                     .as_array()
                     .is_some_and(|args| !args.is_empty());

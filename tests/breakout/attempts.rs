@@ -238,8 +238,34 @@ attempts! {
     "fill the disk at a position", Everyone, WALLED, ["pwrite64"], |held| {
         call!(SYS_pwrite64, held.disk.as_raw_fd(), b"x".as_ptr(), 1, 64 * DISK_MAX)
     };
-    "fill the disk by allocation", Everyone, WALLED, ["fallocate"],
-        |held| call!(SYS_fallocate, held.disk.as_raw_fd(), 0, 0, 128 * DISK_MAX);
+    "fill the disk by allocation", Everyone, WALLED, ["fallocate"], |held| allocate(held, 0);
+    // No limit of size holds these, so it is the filter alone that does.
+    "fill the disk beyond its end", Everyone, FILTERED, ["fallocate"],
+        |held| allocate(held, libc::FALLOC_FL_KEEP_SIZE);
+    "fill the disk by zeroes", Everyone, WALLED, ["fallocate"],
+        |held| allocate(held, libc::FALLOC_FL_ZERO_RANGE);
+    "fill the disk by zeroes beyond its end", Everyone, FILTERED, ["fallocate"],
+        |held| allocate(held, libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE);
+    "fill the disk by a hole inserted", Untried, WALLED, ["fallocate"],
+        |held| allocate(held, libc::FALLOC_FL_INSERT_RANGE);
+    "fill the disk by extents unshared", Untried, WALLED, ["fallocate"],
+        |held| allocate(held, libc::FALLOC_FL_UNSHARE_RANGE);
+    "fill the disk by extents unshared beyond its end", Untried, FILTERED, ["fallocate"],
+        |held| allocate(held, libc::FALLOC_FL_UNSHARE_RANGE | libc::FALLOC_FL_KEEP_SIZE);
+    "fill the disk by truncation", Everyone, WALLED, ["ftruncate"],
+        |held| call!(SYS_ftruncate, held.disk.as_raw_fd(), 128 * DISK_MAX);
+    "fill the disk by its ring", Everyone, WALLED, ["io_uring_enter"],
+        |held| allocate_by_ring(held, 0);
+    "fill the disk beyond its end by its ring", Everyone, WALLED, ["io_uring_enter"],
+        |held| allocate_by_ring(held, libc::FALLOC_FL_KEEP_SIZE);
+    "fill the disk by zeroes by its ring", Everyone, WALLED, ["io_uring_enter"],
+        |held| allocate_by_ring(held, libc::FALLOC_FL_ZERO_RANGE);
+    "fill the disk by zeroes beyond its end by its ring", Everyone, WALLED, ["io_uring_enter"],
+        |held| allocate_by_ring(held, libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE);
+    "write beyond the disk's end by its ring", Everyone, WALLED, ["io_uring_enter"], |held| {
+        let write = opcode::Write::new(types::Fixed(0), b"x".as_ptr(), 1);
+        ring(held, &write.offset(64 * DISK_MAX).build())
+    };
     "lock another's disk", Everyone, FILTERED, ["flock"],
         |held| call!(SYS_flock, held.disk.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB);
     "ask for disk quotas", Untried, WALLED, ["quotactl"],
@@ -570,6 +596,23 @@ attempts! {
     };
     "see its own descriptors", Everyone, WALLED, ["openat"],
         |_| open(c"/proc/self/fd", libc::O_DIRECTORY);
+}
+
+/// Allocates more than the disk may have, in one of the modes of `fallocate`.
+fn allocate(held: &Held, mode: libc::c_int) -> io::Result<i64> {
+    call!(
+        SYS_fallocate,
+        held.disk.as_raw_fd(),
+        mode,
+        0,
+        128 * DISK_MAX
+    )
+}
+
+/// The same by the disk's ring.
+fn allocate_by_ring(held: &Held, mode: libc::c_int) -> io::Result<()> {
+    let allocate = opcode::Fallocate::new(types::Fixed(0), 128 * DISK_MAX);
+    ring(held, &allocate.mode(mode).build())
 }
 
 /// Something that the keeper has at the same place.

@@ -75,7 +75,8 @@ pub fn socket(domain: libc::c_int, kind: libc::c_int) -> io::Result<OwnedFd> {
 
 impl Loot {
     pub fn gather() -> io::Result<Self> {
-        let folder = tempfile::tempdir()?;
+        // On a disk, as what lies in memory has fewer ways to grow.
+        let folder = tempfile::tempdir_in("/var/tmp")?;
         let path = |name: &str| folder.path().join(name);
         fs::write(path("secret"), "of another VM")?;
         fs::write(path("spare"), "of another VM")?;
@@ -133,9 +134,14 @@ impl Loot {
 
     /// Adds a ring as disks have it, or an ordinary one.
     pub fn hold(&self, free: bool, tcp: OwnedFd) -> io::Result<Held<'_>> {
+        // Another attempt may have made it larger.
+        self.disk.set_len(0)?;
         let disk = self.disk.as_raw_fd();
         let ring = match free {
-            true => IoUring::new(4),
+            true => IoUring::new(4).and_then(|ring| {
+                ring.submitter().register_files(&[disk])?;
+                Ok(ring)
+            }),
             false => restricted_ring(4, disk, EventFd::new(0)?.as_raw_fd()),
         };
         Ok(Held {

@@ -53,14 +53,16 @@ pub enum Kind {
 impl Kind {
     /// The mode and length for `fallocate`, if it is what a raw image needs.
     fn allocation(self) -> Option<(libc::c_int, u64)> {
-        let (how, len) = match self {
+        match self {
             Kind::Discard { len } | Kind::Zero { len, unmap: true } => {
-                (libc::FALLOC_FL_PUNCH_HOLE, len)
+                Some((libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, len))
             }
-            Kind::Zero { len, unmap: false } => (libc::FALLOC_FL_ZERO_RANGE, len),
-            Kind::Read | Kind::Write { .. } | Kind::Flush => return None,
-        };
-        Some((how | libc::FALLOC_FL_KEEP_SIZE, len))
+            // Not FALLOC_FL_KEEP_SIZE: with it the kernel allocates beyond the file's end
+            // whatever its limit of size is, and so the sandbox forbids that. The disk ends
+            // where its file does, so that this changes no size.
+            Kind::Zero { len, unmap: false } => Some((libc::FALLOC_FL_ZERO_RANGE, len)),
+            Kind::Read | Kind::Write { .. } | Kind::Flush => None,
+        }
     }
 }
 
@@ -94,7 +96,7 @@ impl Engine {
             Image::Raw(file) => file,
             Image::Qcow2(_) | Image::Concat(_) => return Engine::threads(image, prepare),
         };
-        match Uring::new(file.try_clone()?) {
+        match Uring::new(file.try_clone()?, prepare) {
             Ok(uring) => Ok(Engine::Uring(Box::new(uring))),
             Err(error) => {
                 log::info!("io_uring is not available ({error}); using threads");

@@ -144,17 +144,27 @@ unsafe impl Send for Job {}
 
 impl Threads {
     pub(super) fn new(worker: Arc<impl Worker>, prepare: &Arc<dyn Prepare>) -> io::Result<Self> {
+        Threads::signalling(&EventFd::new(EFD_NONBLOCK)?, THREADS, worker, prepare)
+    }
+
+    /// So many threads, which signal an event that others may signal, too.
+    pub(super) fn signalling(
+        event: &EventFd,
+        count: usize,
+        worker: Arc<impl Worker>,
+        prepare: &Arc<dyn Prepare>,
+    ) -> io::Result<Self> {
         let jobs = Arc::new(Jobs::default());
         let done = Mailbox::default();
         // Whole from the start: should a thread be refused, its end ends the others.
         let mut threads = Threads {
             jobs: jobs.clone(),
             done: done.clone(),
-            event: EventFd::new(EFD_NONBLOCK)?,
+            event: event.try_clone()?,
             threads: Vec::new(),
             prepare: prepare.clone(),
         };
-        for _ in 0..THREADS {
+        for _ in 0..count {
             let (its_jobs, done, its_worker) = (jobs.clone(), done.clone(), worker.clone());
             let event = threads.event.try_clone()?;
             let first = prepare.first();

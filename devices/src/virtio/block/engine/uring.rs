@@ -3,12 +3,14 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 
 use io_uring::register::Restriction;
 use io_uring::squeue::Flags;
 use io_uring::{IoUring, opcode, types};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::threads::{Prepare, Threads};
 use super::{Completion, DEPTH, Kind, Operation, retry};
 
 /// The file's index among those that the kernel keeps for the ring: it need not
@@ -20,6 +22,11 @@ pub struct Uring {
     ring: IoUring,
     _file: File,
     event: EventFd,
+    /// A thread that frees and zeroes ranges, if the file may be written to: a ring's
+    /// `fallocate` would take any mode.
+    allocator: Option<Threads>,
+    /// How many operations it has.
+    allocating: usize,
 }
 
 /// Tells whether the host lets us have a ring.
@@ -28,7 +35,8 @@ pub fn try_ring() -> io::Result<()> {
 }
 
 /// A ring that does I/O on one file, and can never do more: what it does is seen by no
-/// filter of system calls. Kernels before 5.10 refuse it.
+/// filter of system calls. `fallocate` is not part of it, as its mode cannot be restricted,
+/// and some modes allocate beyond all limits. Kernels before 5.10 refuse it.
 pub fn restricted_ring(entries: u32, file: RawFd, event: RawFd) -> io::Result<IoUring> {
     let ring = IoUring::builder().setup_r_disabled().build(entries)?;
     let submitter = ring.submitter();
@@ -40,7 +48,6 @@ pub fn restricted_ring(entries: u32, file: RawFd, event: RawFd) -> io::Result<Io
         opcode::Write::CODE,
         opcode::Writev::CODE,
         opcode::Fsync::CODE,
-        opcode::Fallocate::CODE,
     ];
     let mut restrictions = Vec::from(operations.map(Restriction::sqe_op));
     // Without a word of them, nothing more can be registered.
@@ -51,12 +58,19 @@ pub fn restricted_ring(entries: u32, file: RawFd, event: RawFd) -> io::Result<Io
 }
 
 impl Uring {
-    pub(super) fn new(file: File) -> io::Result<Self> {
+    pub(super) fn new(file: File, prepare: &Arc<dyn Prepare>) -> io::Result<Self> {
         let event = EventFd::new(EFD_NONBLOCK)?;
         let ring = restricted_ring(DEPTH.into(), file.as_raw_fd(), event.as_raw_fd())?;
+        let writable = is_writable(&file)?;
+        let allocator = writable.then(|| {
+            let file = Arc::new(file.try_clone()?);
+            Threads::signalling(&event, 1, file, prepare)
+        });
         Ok(Uring {
             ring,
             _file: file,
+            allocator: allocator.transpose()?,
+            allocating: 0,
             event,
         })
     }
@@ -67,13 +81,17 @@ impl Uring {
     pub(super) unsafe fn submit(&mut self, token: u64, operation: &Operation) -> io::Result<()> {
         let iovecs = operation.iovecs.as_ptr();
         let count = u32::try_from(operation.iovecs.len()).map_err(io::Error::other)?;
-        let entry = match (operation.kind, operation.kind.allocation()) {
-            (_, Some((mode, len))) => opcode::Fallocate::new(FILE, len)
-                .offset(operation.offset)
-                .mode(mode)
-                .build(),
+        if operation.kind.allocation().is_some() {
+            let allocator = self.allocator.as_mut();
+            let allocator = allocator.ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))?;
+            // SAFETY: the caller's promise.
+            unsafe { allocator.submit(token, operation) };
+            self.allocating += 1;
+            return Ok(());
+        }
+        let entry = match operation.kind {
             // One buffer needs no copy of a list.
-            (Kind::Read, _) => match single(operation) {
+            Kind::Read => match single(operation) {
                 Some((buffer, len)) => opcode::Read::new(FILE, buffer, len)
                     .offset(operation.offset)
                     .build(),
@@ -81,7 +99,7 @@ impl Uring {
                     .offset(operation.offset)
                     .build(),
             },
-            (Kind::Write { durable }, _) => {
+            Kind::Write { durable } => {
                 let flags = if durable { libc::RWF_DSYNC } else { 0 };
                 match single(operation) {
                     Some((buffer, len)) => opcode::Write::new(FILE, buffer, len)
@@ -107,22 +125,44 @@ impl Uring {
         retry(|| self.ring.submit().map(drop))
     }
 
+    /// May return early if something is allocated: the event tells of both then, and also of
+    /// what is taken already.
     pub(super) fn wait(&mut self) -> io::Result<()> {
-        retry(|| self.ring.submit_and_wait(1).map(drop))
+        match &self.allocator {
+            Some(allocator) if self.allocating > 0 => {
+                retry(|| self.ring.submit().map(drop))?;
+                allocator.wait()
+            }
+            _ => retry(|| self.ring.submit_and_wait(1).map(drop)),
+        }
     }
 
     pub(super) fn completions(&mut self) -> Vec<Completion> {
-        // The event is not read: it is watched on edges, and each completion is one.
+        // The event is read only for the allocator's sake, and before what it tells of is
+        // taken: it is watched on edges, and each completion is one.
+        let mut done = match &mut self.allocator {
+            Some(allocator) if self.allocating > 0 => allocator.completions(),
+            _ => Vec::new(),
+        };
+        self.allocating = self.allocating.saturating_sub(done.len());
         let result =
             |value: i32| usize::try_from(value).map_err(|_| io::Error::from_raw_os_error(-value));
-        self.ring
-            .completion()
-            .map(|entry| (entry.user_data(), result(entry.result())))
-            .collect()
+        let by_ring = self.ring.completion();
+        done.extend(by_ring.map(|entry| (entry.user_data(), result(entry.result()))));
+        done
     }
 
     pub(super) fn event(&self) -> RawFd {
         self.event.as_raw_fd()
+    }
+}
+
+/// Whether a file was opened for writing.
+fn is_writable(file: &File) -> io::Result<bool> {
+    // SAFETY: an open descriptor, and a number.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) } {
+        -1 => Err(io::Error::last_os_error()),
+        flags => Ok(flags & libc::O_ACCMODE != libc::O_RDONLY),
     }
 }
 
@@ -160,6 +200,10 @@ mod tests {
         let nowhere = types::Fd(libc::AT_FDCWD);
         let open = opcode::OpenAt::new(nowhere, c"/etc/passwd".as_ptr()).build();
         assert_eq!(result(&mut ring, &open), -libc::EACCES);
+        for mode in 0..0x80 {
+            let allocate = opcode::Fallocate::new(FILE, 4096).mode(mode).build();
+            assert_eq!(result(&mut ring, &allocate), -libc::EACCES, "{mode:#x}");
+        }
         let other = types::Fd(other.as_raw_fd());
         let read = opcode::Read::new(other, start, len).build();
         assert_eq!(result(&mut ring, &read), -libc::EACCES);
