@@ -106,6 +106,8 @@ pub struct MachineConfig {
     pub ignores_signals: bool,
     /// How its process is surrounded.
     pub sandbox: Mode,
+    /// The guest is offered the CPU's means to run VMs.
+    pub nested: bool,
     /// Whether a KVM that seems to emulate is used.
     pub accept_kvm: AcceptKvm,
 }
@@ -247,6 +249,7 @@ impl RawConfig {
             pidfile: self.pidfile,
             layers: self.layers,
             ignores_signals: self.ignores_signals,
+            nested: self.nested,
             accept_kvm: self.accept_kvm,
         })
     }

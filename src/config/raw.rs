@@ -103,6 +103,9 @@ pub struct RawConfig {
     /// no VM (require), or nothing (off) [default: on]
     #[arg(long, value_name = "on|require|off")]
     pub sandbox: Option<Mode>,
+    /// Let the guest run VMs of its own, if this host's KVM can do that
+    #[arg(long)]
+    pub nested: bool,
     /// Use a KVM that seems to emulate.
     #[command(flatten)]
     #[serde(skip)]
@@ -191,6 +194,7 @@ impl RawConfig {
             sandbox: self.sandbox.or(file.sandbox),
             log: self.log.or(file.log),
             pidfile: self.pidfile.or(file.pidfile),
+            nested: self.nested || file.nested,
             accept_kvm: self.accept_kvm,
             layers: self.layers,
             volumes: self.volumes,

@@ -13,17 +13,22 @@ const HYPERVISOR: u32 = 0x4000_0000;
 const HYPERVISOR_CLOCK: u32 = 0x4000_0010;
 const AMD_FEATURES: u32 = 0x8000_0001;
 const AMD_CAPACITY: u32 = 0x8000_0008;
+const AMD_NESTED: u32 = 0x8000_000a;
 const AMD_TOPOLOGY: u32 = 0x8000_001e;
 const AMD_PERFORMANCE: u32 = 0x8000_0022;
 const EXTENDED: u32 = 0x8000_0000;
 
 // Leaf 1.
+const ECX_VMX: u32 = 1 << 5;
+const ECX_SMX: u32 = 1 << 6;
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
 const ECX_HYPERVISOR: u32 = 1 << 31;
 const EDX_HTT: u32 = 1 << 28;
 const CLFLUSH_LINE: u32 = 8 << 8; // 64 bytes, in units of 8
 // Leaf 0x8000_0001.
 const ECX_CMP_LEGACY: u32 = 1 << 1;
+const ECX_SVM: u32 = 1 << 2;
+const ECX_SKINIT: u32 = 1 << 12;
 const ECX_PERF_CORE: u32 = 1 << 23;
 const ECX_PERF_NB: u32 = 1 << 24;
 const ECX_PERF_LLC: u32 = 1 << 28;
@@ -44,12 +49,33 @@ pub struct Topology {
     pub tsc_khz: Option<u32>,
     /// KVM's local APICs have the TSC-deadline mode.
     pub tsc_deadline: bool,
+    /// It may run VMs itself.
+    pub nested: bool,
 }
 
 impl Topology {
     /// How many bits of the APIC identifier number the cores.
     fn core_bits(self) -> u32 {
         u32::from(self.cpus).next_power_of_two().trailing_zeros()
+    }
+}
+
+/// Whether KVM can let a guest run VMs itself.
+pub fn may_nest(supported: &[kvm_cpuid_entry2]) -> bool {
+    supported.iter().any(|leaf| match leaf.function {
+        FEATURES => leaf.ecx & ECX_VMX != 0,
+        AMD_FEATURES => leaf.ecx & ECX_SVM != 0,
+        _ => false,
+    })
+}
+
+/// Takes from a leaf what tells of running VMs: that is the part of KVM with the most holes.
+fn clear_nesting(leaf: &mut kvm_cpuid_entry2) {
+    match leaf.function {
+        FEATURES => leaf.ecx &= !(ECX_VMX | ECX_SMX),
+        AMD_FEATURES => leaf.ecx &= !(ECX_SVM | ECX_SKINIT),
+        AMD_NESTED => clear(leaf),
+        _ => {}
     }
 }
 
@@ -64,6 +90,9 @@ pub fn for_vcpu(supported: &[kvm_cpuid_entry2], topology: Topology) -> Vec<kvm_c
         .copied()
         .collect();
     for leaf in &mut leaves {
+        if !topology.nested {
+            clear_nesting(leaf);
+        }
         match leaf.function {
             FEATURES => {
                 leaf.ebx = leaf.ebx & 0xff | CLFLUSH_LINE | cpus << 16 | apic_id << 24;
@@ -210,6 +239,7 @@ mod tests {
             cpus,
             tsc_khz: Some(2_500_000),
             tsc_deadline: true,
+            nested: false,
         }
     }
 
@@ -251,6 +281,31 @@ mod tests {
         assert!(!leaves.iter().any(|leaf| leaf.function == TOPOLOGY_V2));
         let single = for_vcpu(&supported, topology(0, 1));
         assert_eq!(find(&single, 1, 0).edx & EDX_HTT, 0);
+    }
+
+    #[test]
+    fn vms_of_its_own_are_offered_only_to_who_asks() {
+        let supported = [
+            leaf(0, 0xd, 0, 0, 0),
+            leaf(FEATURES, 0, 0, ECX_VMX | ECX_SMX | 1, 0),
+            leaf(AMD_FEATURES, 0, 0, ECX_SVM | ECX_SKINIT | 1, 0),
+            leaf(AMD_NESTED, 1, 8, 0, 0xf),
+        ];
+        assert!(may_nest(&supported));
+        let leaves = for_vcpu(&supported, topology(0, 1));
+        assert!(!may_nest(&leaves));
+        assert_eq!(find(&leaves, FEATURES, 0).ecx & 0xff, 1);
+        assert_eq!(find(&leaves, AMD_FEATURES, 0).ecx, 1);
+        let nested = find(&leaves, AMD_NESTED, 0);
+        assert_eq!([nested.eax, nested.ebx, nested.ecx, nested.edx], [0; 4]);
+
+        let asked = Topology {
+            nested: true,
+            ..topology(0, 1)
+        };
+        let leaves = for_vcpu(&supported, asked);
+        assert!(may_nest(&leaves));
+        assert_eq!(find(&leaves, AMD_NESTED, 0).edx, 0xf);
     }
 
     #[test]

@@ -149,14 +149,16 @@ impl Drop for Running {
 }
 
 impl Vcpu {
-    /// Creates the vCPU with the index, of `cpus`.
-    pub fn new(vm: &Vm, index: u8, cpus: u8) -> Result<Self, KvmError> {
+    /// Creates the vCPU with the index, of `cpus`. It can run VMs itself if they are to be
+    /// `nested`.
+    pub fn new(vm: &Vm, index: u8, cpus: u8, nested: bool) -> Result<Self, KvmError> {
         let fd = vm.create_vcpu(index)?;
         let topology = Topology {
             apic_id: index,
             cpus,
             tsc_khz: fd.get_tsc_khz().ok(),
             tsc_deadline: vm.tsc_deadline,
+            nested,
         };
         let leaves = cpuid::for_vcpu(vm.supported_cpuid.as_slice(), topology);
         let cpuid = CpuId::from_entries(&leaves).map_err(|_| KvmError {

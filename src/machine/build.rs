@@ -21,6 +21,7 @@ use crate::config::MachineConfig;
 use crate::console::Connection;
 use crate::failure::{Failure, OrFail};
 use crate::kvm::accept::AcceptKvm;
+use crate::kvm::cpuid;
 use crate::kvm::gate::Gate;
 use crate::kvm::memory::{GuestMemory, exclude_from_dumps, guest_memory, prefault};
 use crate::kvm::probe::{self, Backend};
@@ -136,8 +137,14 @@ pub fn build(
     exclude_from_dumps(&memory).or_host(memory_flag(config))?;
     timeline.kernel_loaded = timeline.now();
 
+    if config.nested && !cpuid::may_nest(vm.supported_cpuid.as_slice()) {
+        return Err(Failure::host(
+            "--nested: this host's KVM lets no guest run VMs; the parameter \"nested\" of the \
+             modules kvm_intel and kvm_amd allows it",
+        ));
+    }
     let vcpus = (0..config.cpus)
-        .map(|index| Vcpu::new(&vm, index, config.cpus))
+        .map(|index| Vcpu::new(&vm, index, config.cpus, config.nested))
         .collect::<Result<Vec<_>, _>>()
         .or_host(format_args!("--cpus {}", config.cpus))?;
     if let Some(first) = vcpus.first() {

@@ -208,6 +208,7 @@ fn run_here(
         layers: image.layers.clone(),
         ignores_signals: true,
         sandbox: options.sandbox,
+        nested: options.nested,
         accept_kvm: options.accept_kvm,
         ..RawConfig::default()
     };

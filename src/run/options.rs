@@ -155,6 +155,9 @@ pub struct Options {
     /// no VM (require), or nothing (off) [default: on]
     #[arg(long, value_name = "on|require|off")]
     pub sandbox: Option<sandbox::Mode>,
+    /// Let the guest run VMs of its own, if this host's KVM can do that
+    #[arg(long)]
+    pub nested: bool,
     /// Use a KVM that seems to emulate.
     #[command(flatten)]
     pub accept_kvm: AcceptKvm,
