@@ -19,6 +19,7 @@ use mayfly_devices::poll::ready;
 
 use crate::failure::{Failure, OrFail};
 use crate::machine::StartSignals;
+use crate::sandbox;
 
 /// When it is told to end, this is plenty.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -151,20 +152,38 @@ pub fn output(
 }
 
 /// Starts a program in a session of its own, with nothing open but standard streams.
-pub fn leave(command: &mut Command) {
-    let prepare = || {
+pub fn leave(command: &mut Command) -> io::Result<()> {
+    let open = sandbox::descriptors()?;
+    let prepare = move || {
         // Signals may be blocked here, as this waits for it.
         unblock_signals()?;
-        // SAFETY: numbers; descriptors are closed by exec only.
-        unsafe {
-            libc::setsid();
-            let how = libc::CLOSE_RANGE_CLOEXEC;
-            libc::syscall(libc::SYS_close_range, FIRST, u32::MAX, how);
-        }
+        // SAFETY: has no preconditions.
+        unsafe { libc::setsid() };
+        close_by_exec(&open);
         Ok(())
     };
     // SAFETY: what runs between fork and exec are system calls.
     unsafe { command.pre_exec(prepare) };
+    Ok(())
+}
+
+/// Has exec close all descriptors but the standard streams. Those that are known are told
+/// one by one, as kernels before 5.11 know no other way; what was opened since then has that
+/// flag anyway.
+fn close_by_exec(known: &[RawFd]) {
+    let how = libc::CLOSE_RANGE_CLOEXEC;
+    // SAFETY: numbers; nothing is closed yet.
+    if unsafe { libc::syscall(libc::SYS_close_range, FIRST, u32::MAX, how) } == 0 {
+        return;
+    }
+    close_each_by_exec(known);
+}
+
+fn close_each_by_exec(known: &[RawFd]) {
+    for &fd in known.iter().filter(|&&fd| fd >= FIRST) {
+        // SAFETY: numbers; one that is closed by now is refused.
+        unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+    }
 }
 
 /// Gives a descriptor to a program, which starts when there is something to read from
@@ -425,6 +444,7 @@ fn listen(program: &str, chatter: Chatter, stderr: ChildStderr) {
 mod tests {
     use super::*;
     use std::io::Write;
+    use std::os::fd::AsRawFd;
 
     fn shell(script: &str) -> Helper {
         let mut command = Command::new("sh");
@@ -435,6 +455,26 @@ mod tests {
     fn alive(group: i32) -> bool {
         // SAFETY: numbers.
         unsafe { libc::kill(-group, 0) == 0 }
+    }
+
+    /// Also where the kernel has no call for all of them.
+    #[test]
+    fn what_was_inherited_stays_behind() {
+        for close in [close_by_exec, close_each_by_exec] {
+            let (read, _write) = io::pipe().unwrap();
+            let fd = read.as_raw_fd();
+            let mut command = Command::new("sh");
+            let script = format!("echo >&2; test -e /dev/fd/{fd} && echo open");
+            command.args(["-c", &script]).stderr(Stdio::null());
+            let prepare = move || {
+                inherit(fd)?;
+                close(&[0, 1, 2, fd]);
+                Ok(())
+            };
+            // SAFETY: what runs between fork and exec are system calls.
+            unsafe { command.pre_exec(prepare) };
+            assert_eq!(command.output().unwrap().stdout, b"");
+        }
     }
 
     #[test]

@@ -175,7 +175,24 @@ fn memory_file(config: &MemoryConfig) -> io::Result<File> {
 pub fn prefault(memory: &GuestMemory) -> io::Result<()> {
     memory
         .iter()
-        .try_for_each(|region| advise(region, libc::MADV_POPULATE_WRITE))
+        .try_for_each(|region| match advise(region, libc::MADV_POPULATE_WRITE) {
+            // Kernels before 5.14 do not know it.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                touch(region);
+                Ok(())
+            }
+            done => done,
+        })
+}
+
+/// Writes to each page what it holds. No vCPU runs yet.
+fn touch(region: &MmapRegion<()>) {
+    let page = usize::try_from(layout::PAGE_SIZE).unwrap_or(1);
+    for offset in (0..region.size()).step_by(page) {
+        let byte = region.as_ptr().wrapping_add(offset);
+        // SAFETY: it lies in the mapping, which is ours, and no other thread writes there.
+        unsafe { byte.write_volatile(byte.read_volatile()) };
+    }
 }
 
 /// Leaves a guest's memory out of core dumps: it holds what the user keeps secret.
@@ -254,6 +271,8 @@ mod tests {
         assert_eq!(byte, [7]);
         assert!(file.set_len(0).is_err());
         prefault(&memory).unwrap();
+        // As on an old kernel.
+        memory.iter().for_each(|region| touch(region));
         assert_eq!(memory.read_obj::<u8>(GuestAddress(0x5000)).unwrap(), 7);
     }
 }

@@ -36,7 +36,7 @@ pub fn detach(name: &str, words: &[OsString]) -> Result<u8, Failure> {
     command.args(["run", "--detached", name]);
     command.args(arguments::without_values(words));
     command.stdin(Stdio::piped()).stdout(Stdio::piped());
-    helper::leave(&mut command);
+    helper::leave(&mut command).or_internal(WHAT)?;
     let signals = StartSignals::take().or_internal("blocking signals")?;
     let mut child = command.spawn().or_host(WHAT)?;
     if let Some(input) = child.stdin.take() {
