@@ -8,10 +8,14 @@ use std::{env, fs};
 use seccompiler::TargetArch;
 
 /// Files, and the filters that they hold.
-const LISTS: [(&str, &[&str]); 4] = [
+const LISTS: [(&str, &[&str]); 5] = [
     ("resources/seccomp/event-loop.json", &["event-loop"]),
     ("resources/seccomp/vcpu.json", &["vcpu"]),
     ("resources/seccomp/io.json", &["io"]),
+    (
+        "resources/helpers/virtiofsd.json",
+        &["virtiofsd-files", "virtiofsd-unseen", "virtiofsd-groups"],
+    ),
     (
         "resources/compare/docker-seccomp.json",
         &["docker", "docker-clone3"],

@@ -5,12 +5,19 @@
 //! user these begin with one of users, in which the user is root: so the guest's
 //! root owns what the user owns, and nothing else. A folder that is only to be read
 //! is mounted so in there, whatever the guest or virtiofsd wish.
+//!
+//! What the guest's root makes in a folder belongs to root on the host where root runs the
+//! VM. So nothing can be made there that gives others its owner's rights: no file gets a
+//! set-user-ID or set-group-ID bit, one that has it loses it when the guest writes to it,
+//! and there are no new device nodes and no file capabilities. Filters of system calls and
+//! fewer capabilities see to that, as they work alike with both makes, whose options differ.
 
 #![allow(unsafe_code, reason = "what runs between fork and exec")]
 
-use std::ffi::{CString, OsString};
+use std::ffi::{CStr, CString, OsString};
 use std::fs;
 use std::io::{self, ErrorKind};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::net::UnixStream;
@@ -25,6 +32,8 @@ use crate::config::FolderConfig;
 use crate::failure::{Failure, OrFail};
 use crate::helper::{self, Chatter, Helper, Ready, find_program, inherit};
 use crate::machine::StartSignals;
+use crate::sandbox::Door;
+use crate::sandbox::seccomp::Filter;
 use crate::unix_socket;
 
 const PROGRAM: &str = "virtiofsd";
@@ -44,6 +53,18 @@ const NO_NAMESPACES: &str = "virtiofsd's sandbox needs namespaces, which this ho
 const PATIENCE: Duration = Duration::from_secs(10);
 /// What it says when all is well, and when the VM ends.
 const CHATTER: Chatter = &["virtio_loop: Unexpected poll revents"];
+
+/// Of QEMU's, behind its folder.
+const QEMU_OPTIONS: &str = ",sandbox=namespace,log_level=err";
+/// Capabilities that it does not need: to make device nodes, to keep the set-user-ID bit of
+/// a file that is written to, and to give files capabilities.
+const LEFT_OUT: &str = "modcaps=-mknod:-fsetid:-setfcap";
+/// What no file may become, whatever the guest asks for …
+const FILES: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/virtiofsd-files.bpf"));
+/// … and ways to that which that filter does not see.
+const UNSEEN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/virtiofsd-unseen.bpf"));
+/// `setgroups` does nothing, and says that it did.
+const GROUPS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/virtiofsd-groups.bpf"));
 
 /// A virtiofsd that starts.
 pub struct Starting {
@@ -73,7 +94,11 @@ enum Make {
 }
 
 /// Starts one for a folder; [`Starting::ready`] waits for it.
-pub fn start(config: &FolderConfig, signals: &StartSignals) -> Result<Starting, Failure> {
+pub fn start(
+    config: &FolderConfig,
+    door: &Door,
+    signals: &StartSignals,
+) -> Result<Starting, Failure> {
     let flag = config.flag.clone();
     let program = find().ok_or_else(|| Failure::host(format!("{flag}: {MISSING}")))?;
     let what = format!("{flag}: {}", program.display());
@@ -85,7 +110,12 @@ pub fn start(config: &FolderConfig, signals: &StartSignals) -> Result<Starting, 
     let sandbox = Sandbox {
         listener,
         maps: plain.then(|| (format!("0 {user} 1"), format!("0 {group} 1"))),
-        keeps_groups: plain && make == Make::Qemu,
+        filters: {
+            let keeps_groups = plain && make == Make::Qemu;
+            let groups = keeps_groups.then_some(GROUPS);
+            let all = [FILES, UNSEEN].into_iter().chain(groups);
+            all.map(Filter::compiled).collect()
+        },
         read_only: match config.read_only {
             true => Some(CString::new(config.path.as_os_str().as_bytes()).or_config(&what)?),
             false => None,
@@ -101,6 +131,7 @@ pub fn start(config: &FolderConfig, signals: &StartSignals) -> Result<Starting, 
         // It may not have more than the user has.
         command.arg("--rlimit-nofile=0");
     }
+    door.lead(&mut command).or_host(&what)?;
     // SAFETY: what runs between fork and exec are system calls, and allocates
     // nothing.
     unsafe { command.pre_exec(move || sandbox.enter()) };
@@ -198,6 +229,7 @@ fn arguments(make: Make, config: &FolderConfig, listener: RawFd) -> Vec<OsString
             with("--shared-dir=", path, ""),
             "--sandbox=namespace".into(),
             "--log-level=error".into(),
+            format!("--{LEFT_OUT}").into(),
         ],
         Make::Qemu => {
             // Of a list.
@@ -206,7 +238,7 @@ fn arguments(make: Make, config: &FolderConfig, listener: RawFd) -> Vec<OsString
                 escaped.extend(b"\\,".contains(&byte).then_some(b'\\'));
                 escaped.push(byte);
             }
-            let options = with("source=", &escaped, ",sandbox=namespace,log_level=err");
+            let options = with("source=", &escaped, &format!("{QEMU_OPTIONS},{LEFT_OUT}"));
             vec![fd, "-f".into(), "-o".into(), options]
         }
     }
@@ -217,8 +249,9 @@ struct Sandbox {
     listener: OwnedFd,
     /// Who is root in there: the user, and the user's group.
     maps: Option<(String, String)>,
-    /// QEMU's gives up all groups, which a user may not: then it keeps them.
-    keeps_groups: bool,
+    /// Of its system calls. QEMU's gives up all groups, which a user may not: then it keeps
+    /// them.
+    filters: Vec<Filter>,
     /// The folder, if it is not to be written to.
     read_only: Option<CString>,
     parent: libc::pid_t,
@@ -245,9 +278,7 @@ impl Sandbox {
         if let Some(folder) = &self.read_only {
             make_read_only(folder)?;
         }
-        if self.keeps_groups {
-            ignore_setgroups()?;
-        }
+        self.filters.iter().try_for_each(Filter::install)?;
         // It ends with the VM, and should have ended by itself then.
         // SAFETY: numbers.
         check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) })?;
@@ -266,7 +297,7 @@ fn check(result: libc::c_int) -> io::Result<()> {
     }
 }
 
-fn write(path: &std::ffi::CStr, text: &str) -> io::Result<()> {
+fn write(path: &CStr, text: &str) -> io::Result<()> {
     // SAFETY: a string that lives until the call returns.
     let fd = unsafe { libc::open(path.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC) };
     check(fd)?;
@@ -293,21 +324,9 @@ fn raise_file_limit() -> io::Result<()> {
 }
 
 /// Makes a folder, and all that is mounted in it, read-only here.
-fn make_read_only(folder: &CString) -> io::Result<()> {
-    let mount = |source: *const libc::c_char, target: *const libc::c_char, flags| {
-        // SAFETY: strings that live until the call returns, or none.
-        check(unsafe { libc::mount(source, target, std::ptr::null(), flags, std::ptr::null()) })
-    };
-    mount(
-        std::ptr::null(),
-        c"/".as_ptr(),
-        libc::MS_REC | libc::MS_PRIVATE,
-    )?;
-    mount(
-        folder.as_ptr(),
-        folder.as_ptr(),
-        libc::MS_BIND | libc::MS_REC,
-    )?;
+fn make_read_only(folder: &CStr) -> io::Result<()> {
+    mount(None, c"/", libc::MS_REC | libc::MS_PRIVATE)?;
+    mount(Some(folder), folder, libc::MS_BIND | libc::MS_REC)?;
     let attributes = libc::mount_attr {
         attr_set: libc::MOUNT_ATTR_RDONLY,
         attr_clr: 0,
@@ -325,50 +344,43 @@ fn make_read_only(folder: &CString) -> io::Result<()> {
             size_of::<libc::mount_attr>(),
         )
     };
-    check(set.try_into().unwrap_or(-1))
+    match check(set.try_into().unwrap_or(-1)) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => make_one_read_only(folder),
+        done => done,
+    }
 }
 
-/// Makes `setgroups` do nothing, and say that it did.
-fn ignore_setgroups() -> io::Result<()> {
-    /// Of `struct seccomp_data`: the call's number …
-    const NUMBER: u32 = 0;
-    /// … and the machine's kind (`AUDIT_ARCH_X86_64`).
-    const KIND: u32 = 4;
-    const X86_64: u32 = 0xc000_003e;
-    const STEPS: u16 = 6;
-    let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
-    let skip_unless = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
-    let end = libc::BPF_RET | libc::BPF_K;
-    let setgroups = u32::try_from(libc::SYS_setgroups).unwrap_or(u32::MAX);
-    let step = |code: u32, jf, k| libc::sock_filter {
-        // The kernel refuses what is no code.
-        code: code.try_into().unwrap_or(u16::MAX),
-        jt: 0,
-        jf,
-        k,
-    };
-    let mut steps: [_; STEPS as usize] = [
-        step(load, 0, KIND),
-        step(skip_unless, 3, X86_64),
-        step(load, 0, NUMBER),
-        step(skip_unless, 1, setgroups),
-        step(end, 0, libc::SECCOMP_RET_ERRNO),
-        step(end, 0, libc::SECCOMP_RET_ALLOW),
+/// The same for kernels before 5.12, which make one mount read-only at a time: so what is
+/// mounted in the folder is not shown.
+fn make_one_read_only(folder: &CStr) -> io::Result<()> {
+    // SAFETY: a string that lives until the call returns.
+    check(unsafe { libc::umount2(folder.as_ptr(), libc::MNT_DETACH) })?;
+    mount(Some(folder), folder, libc::MS_BIND)?;
+    let mut about = MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: fills in the structure, or fails.
+    check(unsafe { libc::statvfs(folder.as_ptr(), about.as_mut_ptr()) })?;
+    // SAFETY: the call succeeded.
+    let has = unsafe { about.assume_init() }.f_flag;
+    // These may not be taken away in a user namespace.
+    let kept = [
+        (libc::ST_NOSUID, libc::MS_NOSUID),
+        (libc::ST_NODEV, libc::MS_NODEV),
+        (libc::ST_NOEXEC, libc::MS_NOEXEC),
+        (libc::ST_NOATIME, libc::MS_NOATIME),
+        (libc::ST_NODIRATIME, libc::MS_NODIRATIME),
+        (libc::ST_RELATIME, libc::MS_RELATIME),
     ];
-    let program = libc::sock_fprog {
-        len: STEPS,
-        filter: steps.as_mut_ptr(),
-    };
-    // SAFETY: reads a live program, as long as said.
-    check(unsafe {
-        libc::prctl(
-            libc::PR_SET_SECCOMP,
-            libc::SECCOMP_MODE_FILTER,
-            &program,
-            0,
-            0,
-        )
-    })
+    let kept = kept.iter().filter(|(flag, _)| has & flag != 0);
+    let kept = kept.fold(0, |all, (_, flag)| all | flag);
+    let how = libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY;
+    mount(None, folder, how | kept)
+}
+
+fn mount(source: Option<&CStr>, target: &CStr, flags: libc::c_ulong) -> io::Result<()> {
+    let source = source.map_or(std::ptr::null(), CStr::as_ptr);
+    let none = std::ptr::null();
+    // SAFETY: strings that live until the call returns, or none.
+    check(unsafe { libc::mount(source, target.as_ptr(), none, flags, none.cast()) })
 }
 
 #[cfg(test)]
@@ -391,7 +403,7 @@ mod tests {
         };
         has(
             Make::Qemu,
-            b"source=/a\\,b\\\\c\xfc,sandbox=namespace,log_level=err",
+            b"source=/a\\,b\\\\c\xfc,sandbox=namespace,log_level=err,modcaps=-mknod:-fsetid:-setfcap",
         );
         has(Make::Rust, b"--shared-dir=/a,b\\c\xfc");
     }
@@ -403,5 +415,41 @@ mod tests {
         listener.accept().unwrap();
         let path = listener.local_addr().unwrap();
         assert!(!path.as_pathname().unwrap().exists());
+    }
+
+    /// As an old kernel does it, and a new one.
+    #[test]
+    fn a_folder_is_read_only_with_and_without_recursion() {
+        for make in [make_read_only, make_one_read_only_alone] {
+            let folder = tempfile::tempdir().unwrap();
+            fs::write(folder.path().join("in"), "text").unwrap();
+            let path = CString::new(folder.path().as_os_str().as_bytes()).unwrap();
+            // SAFETY: have no preconditions.
+            let (user, group) = unsafe { (libc::geteuid(), libc::getegid()) };
+            let maps = (format!("0 {user} 1"), format!("0 {group} 1"));
+            let enter = move || {
+                // SAFETY: numbers; this process has one thread.
+                check(unsafe { libc::unshare(libc::CLONE_NEWUSER | libc::CLONE_NEWNS) })?;
+                write(c"/proc/self/setgroups", "deny")?;
+                write(c"/proc/self/uid_map", &maps.0)?;
+                write(c"/proc/self/gid_map", &maps.1)?;
+                make(&path)
+            };
+            let script = "cat in && ! echo x >in && ! touch out";
+            let mut command = Command::new("sh");
+            command.args(["-c", &format!("cd \"$1\" && {script} 2>/dev/null"), "sh"]);
+            command.arg(folder.path());
+            // SAFETY: what runs between fork and exec are system calls.
+            unsafe { command.pre_exec(enter) };
+            let output = command.output().unwrap();
+            assert!(output.status.success(), "{output:?}");
+            assert_eq!(output.stdout, b"text");
+        }
+    }
+
+    fn make_one_read_only_alone(folder: &CStr) -> io::Result<()> {
+        mount(None, c"/", libc::MS_REC | libc::MS_PRIVATE)?;
+        mount(Some(folder), folder, libc::MS_BIND | libc::MS_REC)?;
+        make_one_read_only(folder)
     }
 }

@@ -27,7 +27,7 @@ use super::resources::Resources;
 use super::run::{self, Ending, Legacy, Outcome};
 use super::signals::{Signals, StartSignals};
 use super::status::StatusBoard;
-use crate::config::MachineConfig;
+use crate::config::{MachineConfig, NetConfig};
 use crate::console::Opened;
 use crate::control::{Ask, Command, Event, Folder, Reply, Server};
 use crate::disk_lock::DiskLocks;
@@ -222,13 +222,18 @@ fn tell_networks(link: &Link, now: &HostNetworks) -> io::Result<()> {
     Ok(())
 }
 
-/// A control group for the machine's process, if it is to be in a sandbox.
-fn make_cgroup(config: &MachineConfig, resources: &Resources) -> Option<Cgroup> {
+/// A control group for the VMM process and the helpers, if there is to be a sandbox. Disks
+/// may take so much memory.
+fn make_cgroup(config: &MachineConfig, in_memory: u64) -> Option<Cgroup> {
+    let helped = |net: &&NetConfig| net.user().is_some();
+    let count = |len: usize| u64::try_from(len).unwrap_or(u64::MAX);
     match config.sandbox {
         Mode::Off => None,
         _ => Some(Cgroup::make(&Share {
             cpus: config.cpus,
-            memory: config.memory.size.saturating_add(resources.in_memory()),
+            memory: config.memory.size.saturating_add(in_memory),
+            nets: count(config.nets.iter().filter(helped).count()),
+            folders: count(config.folders.len()),
         })),
     }
 }
@@ -323,7 +328,8 @@ impl<'a> Keeper<'a> {
         // The machine's process is not to have it, as others that were open before.
         let networks = watch_networks(config)?;
         let strays = sandbox::descriptors().or_host("listing descriptors")?;
-        let (mut resources, helpers) = Resources::open(config, start)?;
+        let (mut resources, mut cgroup, helpers) =
+            Resources::open(config, start, |in_memory| make_cgroup(config, in_memory))?;
         let locks = mem::take(&mut resources.locks);
         let null = File::options().read(true).write(true).open("/dev/null");
         let null = null.or_host("/dev/null")?;
@@ -334,7 +340,6 @@ impl<'a> Keeper<'a> {
         let (said, says) = io::pipe().or_host("a pipe")?;
         // Rather than wait for who reads it, the machine loses a line.
         set_nonblocking(&says).or_host("a pipe")?;
-        let mut cgroup = make_cgroup(config, &resources);
         let given = Given {
             resources,
             link: its_link,

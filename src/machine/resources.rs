@@ -20,6 +20,7 @@ use crate::helper::Ready;
 use crate::net::egress::Egress;
 use crate::net::host::KnownHost;
 use crate::net::{passt, tap};
+use crate::sandbox::Cgroup;
 use crate::virtiofsd::{self, Served};
 use crate::vsock;
 
@@ -68,11 +69,13 @@ pub struct Resources {
 
 impl Resources {
     /// Opens everything, or fails with nothing touched. Returns the processes beside
-    /// the VM, too: those of networks, then those of folders.
+    /// the VM, too: those of networks, then those of folders; and the control group that
+    /// they are in, which is made by how much memory disks may take.
     pub fn open(
         config: &MachineConfig,
         signals: &StartSignals,
-    ) -> Result<(Self, Vec<Ready>), Failure> {
+        make_cgroup: impl FnOnce(u64) -> Option<Cgroup>,
+    ) -> Result<(Self, Option<Cgroup>, Vec<Ready>), Failure> {
         let kernel = open_regular(&config.kernel, &config.kernel_flag)?;
         let initrd = match &config.initrd {
             Some(path) => Some(open_regular(path, &format!("--initrd {}", path.display()))?),
@@ -101,7 +104,7 @@ impl Resources {
             .disks
             .iter()
             .map(|disk| open_disk(disk, config.cpus, &mut locks))
-            .collect::<Result<_, _>>()?;
+            .collect::<Result<Vec<_>, _>>()?;
         let vsock = match &config.vsock {
             Some(vsock) => {
                 check_creatable(&vsock.path, &vsock.flag())?;
@@ -112,15 +115,17 @@ impl Resources {
         let random = File::open(RANDOM).or_host(RANDOM)?;
         let kvm = open_kvm(config.accept_kvm)?;
         // Last, as these are processes.
+        let cgroup = make_cgroup(in_memory(&disks));
+        let door = cgroup.as_ref().map(Cgroup::door).unwrap_or_default();
         let folders = config.folders.iter();
-        let folders = folders.map(|folder| virtiofsd::start(folder, signals));
+        let folders = folders.map(|folder| virtiofsd::start(folder, &door, signals));
         let folders: Vec<_> = folders.collect::<Result<_, _>>()?;
         let nets = config.nets.iter().map(|net| match &net.network {
             Network::Tap { name, queues } => {
                 tap::open(name, queues.number(config.cpus)).map(StartingNet::Tap)
             }
             Network::User(user) => {
-                passt::start(user).map(|starting| StartingNet::Passt(Box::new(starting)))
+                passt::start(user, &door).map(|starting| StartingNet::Passt(Box::new(starting)))
             }
         });
         let nets: Vec<_> = nets.collect::<Result<_, _>>()?;
@@ -153,8 +158,25 @@ impl Resources {
             vsock,
             random,
         };
-        Ok((resources, helpers))
+        Ok((resources, cgroup, helpers))
     }
+}
+
+/// How much memory disks may take that are written to and lie in memory, or may.
+fn in_memory(disks: &[Disk]) -> u64 {
+    let disks = disks.iter().filter(|disk| !disk.read_only);
+    let sizes = disks.map(|disk| {
+        let file = match &disk.image {
+            Image::Raw(file) => file,
+            Image::Qcow2(image) => image.file(),
+            Image::Concat(_) => return 0,
+        };
+        match lies_in_memory(file) {
+            true => disk.sectors.saturating_mul(SECTOR),
+            false => 0,
+        }
+    });
+    sizes.fold(0, u64::saturating_add)
 }
 
 impl Resources {
@@ -183,23 +205,6 @@ impl Resources {
             HostNet::Passt(_, filter) => Some(filter.host()),
         });
         nets.collect()
-    }
-
-    /// How much memory disks may take that are written to and lie in memory, or may.
-    pub fn in_memory(&self) -> u64 {
-        let disks = self.disks.iter().filter(|disk| !disk.read_only);
-        let sizes = disks.map(|disk| {
-            let file = match &disk.image {
-                Image::Raw(file) => file,
-                Image::Qcow2(image) => image.file(),
-                Image::Concat(_) => return 0,
-            };
-            match lies_in_memory(file) {
-                true => disk.sectors.saturating_mul(SECTOR),
-                false => 0,
-            }
-        });
-        sizes.fold(0, u64::saturating_add)
     }
 }
 

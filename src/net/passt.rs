@@ -22,6 +22,7 @@ use crate::config::UserConfig;
 use crate::failure::{Failure, OrFail};
 use crate::helper::{self, Chatter, Helper, Ready, find_program};
 use crate::machine::StartSignals;
+use crate::sandbox::Door;
 
 const PROGRAM: &str = "passt";
 /// What a process that waits to become it is called.
@@ -57,7 +58,7 @@ pub struct Starting {
 
 /// Starts it; [`Starting::ready`] waits for it. Many a guest uses no network: unless
 /// there are ports to be opened, a process waits in its stead for the first frame.
-pub fn start(config: &UserConfig) -> Result<Starting, Failure> {
+pub fn start(config: &UserConfig, door: &Door) -> Result<Starting, Failure> {
     let flag = "--net user".to_owned();
     let missing = || {
         Failure::host(format!(
@@ -72,6 +73,7 @@ pub fn start(config: &UserConfig) -> Result<Starting, Failure> {
     let mut command = Command::new(program);
     command.args(arguments(&net, config, fd));
     let later = config.publish.is_empty();
+    door.lead(&mut command).or_host(&flag)?;
     helper::give(&mut command, fd, later.then_some(NAME));
     let helper = Helper::spawn(PROGRAM, CHATTER, command)
         .map_err(|error| Failure::host(format!("{flag}: starting {PROGRAM}: {error}")))?;

@@ -1,12 +1,16 @@
-//! The control group of a machine's process: how much of the host it may have.
-//! Made by the keeper, of version 2 where the host has that, else of version 1
+//! The control group of a VM's processes, which are the VMM's and the helpers': how much of
+//! the host they may have. Made by the supervisor, of version 2 where the host has that, else of version 1
 //! (Linux' `admin-guide/cgroup-v2.rst` and `cgroup-v1/`).
 
+#![allow(unsafe_code, reason = "what runs between fork and exec")]
+
 use std::fs;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use rustix::fs::Access;
@@ -27,6 +31,17 @@ const OVERHEAD_PER_CPU: u64 = 4 << 20;
 /// Threads beside the vCPUs: the event loop's, those of disks, the kernel's for
 /// io_uring.
 const THREADS: u64 = 128;
+/// Of memory: what passt has for its connections, in its own memory and in sockets' …
+const OVERHEAD_PER_NET: u64 = 96 << 20;
+/// … and what the kernel has for each file that virtiofsd keeps open, which are those that
+/// the guest knows: about 1.5 KiB.
+const OVERHEAD_PER_FOLDER: u64 = 512 << 20;
+/// Of either helper: virtiofsd has a pool of 64.
+const THREADS_PER_HELPER: u64 = 80;
+
+/// A group that is in use is tried to be removed so often, and after such a time.
+const REMOVALS: u32 = 20;
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// A controller, a file of it, and what it is to hold.
 type Setting = (&'static str, &'static str, String);
@@ -38,14 +53,21 @@ pub struct Share {
     pub cpus: u8,
     /// The guest's memory, and that of its disks which lie in memory; in bytes.
     pub memory: u64,
+    /// Networks that a helper makes.
+    pub nets: u64,
+    /// Folders that a helper serves.
+    pub folders: u64,
 }
 
 impl Share {
-    /// Of memory: the guest's, and what the monitor needs beside it.
+    /// Of memory: the guest's, and what the monitor and the helpers need beside it.
     pub fn memory_limit(&self) -> u64 {
         let own = OVERHEAD + OVERHEAD_PER_CPU * u64::from(self.cpus);
         let tables = self.memory / TABLES;
-        self.memory.saturating_add(own + tables)
+        let nets = OVERHEAD_PER_NET.saturating_mul(self.nets);
+        let folders = OVERHEAD_PER_FOLDER.saturating_mul(self.folders);
+        let parts = [own, tables, nets, folders].into_iter();
+        parts.fold(self.memory, u64::saturating_add)
     }
 
     /// Of the CPUs in a [`PERIOD_US`]: as many as the guest believes to have.
@@ -54,7 +76,9 @@ impl Share {
     }
 
     fn threads(&self) -> u64 {
-        THREADS + u64::from(self.cpus)
+        let helpers = self.nets.saturating_add(self.folders);
+        let theirs = THREADS_PER_HELPER.saturating_mul(helpers);
+        theirs.saturating_add(THREADS + u64::from(self.cpus))
     }
 
     /// Files of version 2.
@@ -64,6 +88,8 @@ impl Share {
             ("cpu", "cpu.max", format!("{} {PERIOD_US}", self.quota_us())),
             ("pids", "pids.max", self.threads().to_string()),
             ("io", "io.weight", "default 100".to_owned()),
+            // A VM without its helpers is none: all of it ends, and why is told.
+            ("memory", "memory.oom.group", "1".to_owned()),
         ]
     }
 
@@ -269,6 +295,16 @@ impl Cgroup {
         }
     }
 
+    /// The way into the groups for programs that are started, which must not begin outside:
+    /// what they start would stay there.
+    pub fn door(&self) -> Door {
+        let open = |folder: &PathBuf| {
+            let path = folder.join("cgroup.procs");
+            fs::OpenOptions::new().write(true).open(path).ok()
+        };
+        Door(self.folders.iter().filter_map(open).collect())
+    }
+
     /// The folder of a group that a process can be made in, rather than put into later.
     pub fn entrance(&self) -> Option<OwnedFd> {
         let mut options = fs::OpenOptions::new();
@@ -302,9 +338,39 @@ impl Cgroup {
 impl Drop for Cgroup {
     fn drop(&mut self) {
         for folder in &self.folders {
-            // Whoever comes next removes what is still in use.
-            let _ = fs::remove_dir(folder);
+            // A process that was killed may be in it for another moment. After that whoever
+            // comes next removes what is still in use.
+            let mut tries = 0..REMOVALS;
+            while fs::remove_dir(folder).is_err_and(|error| error.kind() == ErrorKind::ResourceBusy)
+                && tries.next().is_some()
+            {
+                std::thread::sleep(PAUSE);
+            }
         }
+    }
+}
+
+/// Files that a process writes to that comes into groups.
+#[derive(Debug, Default)]
+pub struct Door(Vec<fs::File>);
+
+impl Door {
+    /// Has a program be in the groups before anything else that it is to do. One that the
+    /// host does not let in stays outside: the VMM process is refused as well then, which is
+    /// told.
+    pub fn lead(&self, command: &mut Command) -> io::Result<()> {
+        let files = self.0.iter().map(fs::File::try_clone);
+        let files = files.collect::<io::Result<Vec<_>>>()?;
+        let enter = move || {
+            for mut file in &files {
+                // The process that writes.
+                let _ = file.write_all(b"0");
+            }
+            Ok(())
+        };
+        // SAFETY: what runs between fork and exec are system calls.
+        unsafe { command.pre_exec(enter) };
+        Ok(())
     }
 }
 
@@ -478,6 +544,8 @@ mod tests {
     const SHARE: Share = Share {
         cpus: 2,
         memory: 512 << 20,
+        nets: 0,
+        folders: 0,
     };
 
     #[test]
@@ -567,6 +635,14 @@ mod tests {
     #[test]
     fn limits_are_the_guest_s_and_something_beside() {
         assert_eq!(SHARE.memory_limit(), (512 + 64 + 4 + 8) << 20);
+        let helped = Share {
+            nets: 1,
+            folders: 2,
+            ..SHARE
+        };
+        let beside = helped.memory_limit() - SHARE.memory_limit();
+        assert_eq!(beside, (96 + 2 * 512) << 20);
+        assert_eq!(helped.threads() - SHARE.threads(), 240);
         assert_eq!(SHARE.v2()[1].2, "200000 100000");
     }
 }

@@ -18,7 +18,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::cgroup::{Bounds, Cgroup, GroupUsage, Share, may_divide};
+pub use self::cgroup::{Bounds, Cgroup, Door, GroupUsage, Share, may_divide};
 pub use self::close::{Keep, Limits, descriptors};
 pub use self::jail::{Gate, Jail, Pending, Role};
 pub use self::layers::{Layer, Report, Status};

@@ -67,26 +67,42 @@ pub fn confine(role: Role) -> io::Result<()> {
 /// Filters the calling thread's system calls from here on, by a compiled list. Without
 /// CAP_SYS_ADMIN, or a promise of no new privileges, the kernel refuses.
 pub fn install(bytes: &[u8]) -> io::Result<()> {
-    let mut filter: Vec<libc::sock_filter> = bytes
-        .as_chunks::<INSTRUCTION>()
-        .0
-        .iter()
-        .map(|&[a, b, jt, jf, k @ ..]| libc::sock_filter {
-            code: u16::from_ne_bytes([a, b]),
-            jt,
-            jf,
-            k: u32::from_ne_bytes(k),
-        })
-        .collect();
-    let program = libc::sock_fprog {
-        len: u16::try_from(filter.len()).map_err(io::Error::other)?,
-        filter: filter.as_mut_ptr(),
-    };
-    let mode = libc::SECCOMP_MODE_FILTER;
-    // SAFETY: the kernel copies the program, which is live.
-    match unsafe { libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program, 0, 0) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
+    Filter::compiled(bytes).install()
+}
+
+/// A filter that can be installed where nothing may be allocated.
+pub struct Filter(Vec<libc::sock_filter>);
+
+impl Filter {
+    /// One that `build.rs` compiled.
+    pub fn compiled(bytes: &[u8]) -> Self {
+        let instructions =
+            bytes
+                .as_chunks::<INSTRUCTION>()
+                .0
+                .iter()
+                .map(|&[a, b, jt, jf, k @ ..]| libc::sock_filter {
+                    code: u16::from_ne_bytes([a, b]),
+                    jt,
+                    jf,
+                    k: u32::from_ne_bytes(k),
+                });
+        Filter(instructions.collect())
+    }
+
+    /// See [`install`].
+    pub fn install(&self) -> io::Result<()> {
+        let too_long = |_| io::Error::from_raw_os_error(libc::EINVAL);
+        let program = libc::sock_fprog {
+            len: u16::try_from(self.0.len()).map_err(too_long)?,
+            filter: self.0.as_ptr().cast_mut(),
+        };
+        let mode = libc::SECCOMP_MODE_FILTER;
+        // SAFETY: the kernel copies the program, which is live, and does not write to it.
+        match unsafe { libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program, 0, 0) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 }
 

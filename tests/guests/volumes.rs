@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -25,6 +25,34 @@ fn volume(source: &Path, rest: &str) -> String {
     format!("{}:{rest}", source.display())
 }
 
+/// The processes below one.
+fn below(pid: u32) -> Vec<u32> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+    let children = children.unwrap_or_default();
+    let children: Vec<u32> = children
+        .split(' ')
+        .filter_map(|it| it.parse().ok())
+        .collect();
+    let theirs = children.iter().flat_map(|&it| below(it));
+    children.iter().copied().chain(theirs).collect()
+}
+
+/// What works for a VM is bounded with it: also what virtiofsd and passt start themselves.
+fn share_a_group(supervisor: u32) {
+    let name = format!("/mayfly-{supervisor}");
+    let mut seen = String::new();
+    for pid in below(supervisor) {
+        let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
+        let (program, groups) = (read("comm"), read("cgroup"));
+        let bounded = groups.lines().any(|line| line.ends_with(&name));
+        assert!(bounded, "{program}: {groups}");
+        seen += &program;
+    }
+    for program in ["virtiofsd", "passt", "mayfly"] {
+        assert!(seen.contains(program), "{program}: {seen}");
+    }
+}
+
 fn shared_by(user: &User) {
     let folder = folder(user);
     let script = "cat /in/it/in && stat -c %u /in/it/in && echo of the guest > /in/it/out && \
@@ -39,6 +67,9 @@ fn shared_by(user: &User) {
     eventually("the guest writes", || folder.join("ready").exists());
     let written = folder.join("more/out");
     assert_eq!(fs::read_to_string(&written).unwrap(), "of the guest\n");
+    if !user.plain {
+        share_a_group(child.id());
+    }
     // The guest's root is the user.
     let owner = if user.plain { NOBODY } else { 0 };
     assert_eq!(fs::metadata(&written).unwrap().uid(), owner);
@@ -93,6 +124,62 @@ fn read_only_is_so_for_a_guest_that_remounts() {
             "of the host\n"
         );
     }
+}
+
+/// Nothing that a guest makes in a folder gives others on the host its owner's rights.
+fn is_harmless(user: &User) {
+    let folder = folder(user);
+    let tool = folder.join("tool");
+    fs::write(&tool, "of the host\n").unwrap();
+    if user.plain {
+        chown(&tool, Some(NOBODY), Some(NOBODY)).unwrap();
+    }
+    fs::set_permissions(&tool, fs::Permissions::from_mode(0o6755)).unwrap();
+    // A name, a way to make it dangerous, and what is said of that.
+    let script = r#"
+        cd /it
+        try() { "$@" 2>/dev/null && echo "made: $*"; }
+        cp /bin/busybox a && try chmod 4755 a; try chmod u+s a; try chmod 2755 a; try chmod 7777 a
+        cp /bin/busybox /tmp/suid && chmod 4755 /tmp/suid && cp -p /tmp/suid b 2>/dev/null
+        try mknod zero c 1 5; try mknod disk b 254 0
+        mkdir dir && try chmod 2775 dir
+        mkfifo pipe && echo a pipe; ln -s /etc link && echo a link
+        chmod 1777 dir && chmod 755 a && chown 12:34 a 2>/dev/null
+        echo of the guest >tool; echo done"#;
+    let wish = volume(&folder, "/it");
+    let words = [
+        "run", "--rm", "--net", "none", "-v", &wish, "demo", "sh", "-c", script,
+    ];
+    let output = user.mayfly(&words).output().unwrap();
+    assert_eq!(text(&output.stdout), "a pipe\na link\ndone\n", "{output:?}");
+    assert_eq!(fs::read_to_string(&tool).unwrap(), "of the guest\n");
+    let mut seen = 0;
+    for entry in fs::read_dir(&folder).unwrap().flatten() {
+        let about = fs::symlink_metadata(entry.path()).unwrap();
+        let (mode, kind) = (about.mode(), about.file_type());
+        assert_eq!(mode & 0o6000, 0, "{:?}: {mode:o}", entry.path());
+        assert!(
+            !kind.is_char_device() && !kind.is_block_device(),
+            "{:?}",
+            entry.path()
+        );
+        seen += 1;
+    }
+    // What was there, a program, a folder, a pipe and a link. The copy with a set-user-ID bit
+    // was not begun.
+    assert_eq!(seen, 6);
+    let owner = fs::metadata(folder.join("a")).unwrap().uid();
+    assert_eq!(owner, if user.plain { NOBODY } else { 12 });
+}
+
+#[test]
+fn nothing_dangerous_lands_in_a_folder() {
+    is_harmless(&User::root());
+}
+
+#[test]
+fn nor_in_an_ordinary_user_s() {
+    is_harmless(&User::plain());
 }
 
 #[test]
