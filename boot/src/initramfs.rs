@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use cpio::newc;
 
+use crate::decoders::{unxz, unzstd};
 use crate::module;
 
 /// Where the guest's init finds the modules' paths, in the order to load them.
@@ -313,8 +314,8 @@ pub fn load_module(path: &Path) -> Result<Vec<u8>, InitramfsError> {
     let mut out = Vec::new();
     match path.extension().and_then(|extension| extension.to_str()) {
         Some("ko") => return Ok(data),
-        Some("xz") => lzma_rust2::XzReader::new(data.as_slice(), false).read_to_end(&mut out),
-        Some("zst") => ruzstd::decoding::StreamingDecoder::new(data.as_slice())
+        Some("xz") => unxz(data.as_slice()).read_to_end(&mut out),
+        Some("zst") => unzstd(data.as_slice())
             .map_err(|error| unpack(&error))?
             .read_to_end(&mut out),
         _ => return Err(InitramfsError::UnknownModule(path.to_owned())),

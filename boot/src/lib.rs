@@ -21,6 +21,7 @@ pub mod acpi;
 pub mod bzimage;
 pub mod cmdline;
 pub mod cpu;
+mod decoders;
 pub mod elf;
 pub mod initramfs;
 pub mod initrd;

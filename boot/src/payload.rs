@@ -10,6 +10,8 @@ use std::mem::offset_of;
 use linux_loader::bootparam::{boot_params, setup_header};
 use vm_memory::ByteValued;
 
+use crate::decoders::{unxz, unzstd};
+
 const HEADER_OFFSET: usize = offset_of!(boot_params, hdr);
 const HEADER_MAGIC: u32 = u32::from_le_bytes(*b"HdrS");
 const SECTOR: usize = 512;
@@ -49,10 +51,9 @@ pub enum PayloadError {
 pub fn extract_vmlinux(image: &[u8]) -> Result<Vec<u8>, PayloadError> {
     let payload = payload(image)?;
     let vmlinux = if payload.starts_with(ZSTD_MAGIC) {
-        let decoder = ruzstd::decoding::StreamingDecoder::new(payload).map_err(corrupt)?;
-        read_all(decoder)?
+        read_all(unzstd(payload).map_err(corrupt)?)?
     } else if payload.starts_with(XZ_MAGIC) {
-        read_all(lzma_rust2::XzReader::new(payload, false))?
+        read_all(unxz(payload))?
     } else if payload.starts_with(LZ4_LEGACY_MAGIC) {
         unlz4(payload)?
     } else if payload.starts_with(ELF_MAGIC) {
@@ -157,10 +158,7 @@ mod tests {
         let elf = [ELF_MAGIC, &[7; 100_000]].concat();
         assert_eq!(extract_vmlinux(&image(&elf)).unwrap(), elf);
         assert_eq!(extract_vmlinux(&image(&lz4(&elf))).unwrap(), elf);
-        let mut packed = ruzstd::encoding::compress_to_vec(
-            elf.as_slice(),
-            ruzstd::encoding::CompressionLevel::Fastest,
-        );
+        let mut packed = zstd::encode_all(elf.as_slice(), 1).unwrap();
         packed.extend((elf.len() as u32).to_le_bytes());
         assert_eq!(extract_vmlinux(&image(&packed)).unwrap(), elf);
         let mut options = lzma_rust2::XzOptions::with_preset(0);

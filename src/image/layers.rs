@@ -257,9 +257,9 @@ pub fn check<'a>(
         task: &*task,
     });
     let mut entries = Entries::new(input);
-    let tree = Tree::read(&mut entries, limits).map_err(told_plainly)?;
+    let tree = Tree::read(&mut entries, limits).map_err(ArchiveError::plainly)?;
     let found = entries.into_inner().finish();
-    let (found, _) = found.map_err(|error| told_plainly(error.into()))?;
+    let (found, _) = found.map_err(|error| ArchiveError::from(error).plainly())?;
     if let Some(expected) = expected.filter(|expected| *expected != found) {
         return Err(LayerError::Digest { expected, found });
     }
@@ -270,16 +270,6 @@ pub fn check<'a>(
         tree,
         record,
     })
-}
-
-/// An error of reading that is in truth one of the archive.
-fn told_plainly(error: ArchiveError) -> ArchiveError {
-    match error {
-        ArchiveError::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-            ArchiveError::Truncated
-        }
-        error => error,
-    }
 }
 
 impl Checked<'_> {
@@ -381,7 +371,10 @@ impl Checked<'_> {
         let source = self.source.unpacked(&self.limits)?;
         let mut entries = Entries::new(Hashing::new(source));
         for number in 0..=last {
-            let entry = entries.next().map_err(told_plainly)?.ok_or_else(changed)?;
+            let entry = entries
+                .next()
+                .map_err(ArchiveError::plainly)?
+                .ok_or_else(changed)?;
             let Some((path, inode)) = wanted.get(&number) else {
                 continue;
             };
@@ -400,7 +393,11 @@ impl Checked<'_> {
             out.entry(&inside(path), &Kind::File, &meta, entry.size, &mut data)?;
         }
         let found = entries.into_inner().finish();
-        match found.map_err(|error| told_plainly(error.into()))?.0 == self.record.diff_id {
+        match found
+            .map_err(|error| ArchiveError::from(error).plainly())?
+            .0
+            == self.record.diff_id
+        {
             true => Ok(()),
             false => Err(changed().into()),
         }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
-use super::archive::{artifact, choose, count_layers};
+use super::archive::{artifact, candidates, count_layers};
 use super::config::{Descriptor, ImageConfig, Manifest};
 use super::digest::Digest;
 use super::progress::Progress;
@@ -15,7 +15,7 @@ use super::reference::Reference;
 use super::registry::Client;
 use super::section::Section;
 use super::store::{Image, Layer, Store, foreign, read_config, take_file};
-use crate::failure::{Failure, OrFail};
+use crate::failure::{Class, Failure, OrFail};
 
 /// How many blobs come at once.
 const AT_ONCE: usize = 3;
@@ -88,27 +88,41 @@ fn find(
     reference: &Reference,
     what: &str,
 ) -> Result<(Digest, Descriptor, Vec<Descriptor>), Failure> {
-    let (mut data, digest) = client.manifest(&reference.wanted())?;
-    for _ in 0..INDEXES_MAX {
-        let manifest = Manifest::read(&data).map_err(|_| {
-            Failure::config(format!("{what}: an image in a format that is not known"))
-        })?;
-        match manifest {
-            Manifest::Image { config, layers } => return Ok((digest, config, layers)),
-            Manifest::Artifact(kind) => {
-                return Err(Failure::config(format!("{what}: {}", artifact(&kind))));
+    let (data, digest) = client.manifest(&reference.wanted())?;
+    let (config, layers) = image_in(client, &data, what, 0)?;
+    Ok((digest, config, layers))
+}
+
+/// What a manifest names, or the one in an index that runs here.
+fn image_in(
+    client: &Client,
+    data: &[u8],
+    what: &str,
+    depth: usize,
+) -> Result<(Descriptor, Vec<Descriptor>), Failure> {
+    if depth >= INDEXES_MAX {
+        return Err(Failure::config(format!(
+            "{what}: indexes of indexes of indexes"
+        )));
+    }
+    let manifest = Manifest::read(data)
+        .map_err(|_| Failure::config(format!("{what}: an image in a format that is not known")))?;
+    match manifest {
+        Manifest::Image { config, layers } => Ok((config, layers)),
+        Manifest::Artifact(kind) => Err(Failure::config(format!("{what}: {}", artifact(&kind)))),
+        Manifest::Index { manifests } => {
+            let mut none = Failure::config(format!("{what}: there is no image for linux/amd64"));
+            for candidate in candidates(manifests) {
+                let (data, _) = client.manifest(&candidate.digest.to_string())?;
+                match image_in(client, &data, what, depth.saturating_add(1)) {
+                    // Something else may lie before it.
+                    Err(failure) if failure.class == Class::Config => none = failure,
+                    found => return found,
+                }
             }
-            Manifest::Index { manifests } => {
-                let chosen = choose(manifests).ok_or_else(|| {
-                    Failure::config(format!("{what}: there is no image for linux/amd64"))
-                })?;
-                (data, _) = client.manifest(&chosen.digest.to_string())?;
-            }
+            Err(none)
         }
     }
-    Err(Failure::config(format!(
-        "{what}: indexes of indexes of indexes"
-    )))
 }
 
 struct Pull<'a> {

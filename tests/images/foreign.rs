@@ -153,7 +153,7 @@ fn what_lies_beside_an_image_is_passed_over() {
     let (work, user) = (saved(), User::root());
     shell(LAYOUT, &[work.path()]);
     let path = |name: &str| work.path().join(name).display().to_string();
-    for name in ["beside", "silent"] {
+    for name in ["beside", "silent", "nested"] {
         let told = user.ok(&["load", &path(name)]);
         let lines: Vec<&str> = told.lines().collect();
         assert_eq!(
@@ -169,9 +169,6 @@ fn what_lies_beside_an_image_is_passed_over() {
         text.contains("simplesigning") && text.contains("linux/arm64"),
         "{text}"
     );
-    // Two that say nothing of what they are for cannot be told apart.
-    let (code, text) = user.fails(&["load", &path("nested")]);
-    assert_eq!(code, 2, "{text}");
     user.assert_empty();
 }
 
@@ -198,7 +195,7 @@ fn what_is_run_from_an_archive_takes_no_name() {
 fn a_folder_with_holes_is_imported_without_them() {
     let (work, user) = (tempfile::tempdir().unwrap(), User::root());
     shell(
-        r#"cd "$1"; mkdir -p root/log; echo x >root/x; truncate -s 3G root/log/lastlog
+        r#"cd "$1"; mkdir -p root/log; echo x >root/x; truncate -s 200M root/log/lastlog
         printf end >>root/log/lastlog"#,
         &[work.path()],
     );
@@ -220,7 +217,7 @@ fn a_folder_with_holes_is_imported_without_them() {
         command.stdin(Stdio::null());
         limited
     };
-    run(&mut limited("3G"));
+    run(&mut limited("200M"));
     assert!(user.fingerprint("sparse").contains("lastlog f 644"));
     let output = limited("70G").output().unwrap();
     let text = String::from_utf8(output.stderr).unwrap();
@@ -237,7 +234,7 @@ fn a_folder_with_holes_is_imported_without_them() {
 fn a_large_file_of_zeroes_is_no_bomb() {
     let (work, user) = (tempfile::tempdir().unwrap(), User::root());
     shell(
-        r#"cd "$1"; truncate -s 1200M lastlog; tar -c lastlog | gzip -1 >root.tar.gz"#,
+        r#"cd "$1"; truncate -s 1040M lastlog; tar -c lastlog | gzip -1 >root.tar.gz"#,
         &[work.path()],
     );
     let archive = work.path().join("root.tar.gz").display().to_string();

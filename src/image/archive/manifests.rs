@@ -18,6 +18,8 @@ use crate::printable;
 /// How many indexes lie in one another.
 const INDEXES_MAX: usize = 4;
 const IMAGES_MAX: usize = 1000;
+/// How many manifests of an index are looked at that do not say what they are for.
+const SILENT_MAX: usize = 8;
 
 /// `manifest.json` of `docker save`.
 #[derive(Deserialize)]
@@ -100,7 +102,7 @@ pub fn laid_out(files: &Files) -> Result<Contents, Failure> {
             same.names.extend(name);
             continue;
         }
-        match manifest(files, descriptor)? {
+        match manifest(files, descriptor, 0)? {
             Ok(mut found) => {
                 found.names.extend(name);
                 all.insert(descriptor.digest, found);
@@ -115,48 +117,55 @@ pub fn laid_out(files: &Files) -> Result<Contents, Failure> {
 }
 
 /// The image of a manifest, or the one in an index that runs here; or why it is none.
-fn manifest(files: &Files, descriptor: &Descriptor) -> Result<Result<Found, String>, Failure> {
-    let mut descriptor = descriptor.clone();
-    for depth in 0..INDEXES_MAX {
-        if let Some(why) = descriptor.not_an_image() {
-            return Ok(Err(why));
-        }
-        // Of other platforms often nothing is there but their names.
-        if depth == 0 && !files.has_blob(&descriptor)? {
-            return Ok(Err("is not in the archive".into()));
-        }
-        let what = descriptor.digest.to_string();
-        let data = files.json_blob(&descriptor)?;
-        match Manifest::read(&data).or_config(&what)? {
-            Manifest::Artifact(kind) => return Ok(Err(artifact(&kind))),
-            Manifest::Index { manifests } => {
-                let Some(next) = choose(manifests) else {
-                    return Ok(Err("is an index without linux/amd64".into()));
-                };
-                descriptor = next;
-            }
-            Manifest::Image { config, layers } => {
-                let data = files.json_blob(&config)?;
-                let checked = read_config(&data, &what)?;
-                if let Some(why) = foreign(&checked) {
-                    return Ok(Err(why));
+fn manifest(
+    files: &Files,
+    descriptor: &Descriptor,
+    depth: usize,
+) -> Result<Result<Found, String>, Failure> {
+    if depth >= INDEXES_MAX {
+        return Err(Failure::config("indexes of indexes of indexes"));
+    }
+    if let Some(why) = descriptor.not_an_image() {
+        return Ok(Err(why));
+    }
+    // Of other platforms often nothing is there but their names.
+    if !files.has_blob(descriptor)? {
+        return Ok(Err("is not in the archive".into()));
+    }
+    let what = descriptor.digest.to_string();
+    let data = files.json_blob(descriptor)?;
+    match Manifest::read(&data).or_config(&what)? {
+        Manifest::Artifact(kind) => Ok(Err(artifact(&kind))),
+        Manifest::Index { manifests } => {
+            let mut none = "is an index without linux/amd64".to_owned();
+            for candidate in candidates(manifests) {
+                match manifest(files, &candidate, depth.saturating_add(1))? {
+                    Ok(found) => return Ok(Ok(found)),
+                    Err(why) => none = format!("is an index of what {why}"),
                 }
-                count_layers(&checked, layers.len())?;
-                let layers = layers
-                    .iter()
-                    .map(|layer| files.blob(layer))
-                    .collect::<Result<_, _>>()?;
-                return Ok(Ok(Found {
-                    config: data,
-                    checked,
-                    layers,
-                    names: Vec::new(),
-                    manifest: Some(descriptor.digest),
-                }));
             }
+            Ok(Err(none))
+        }
+        Manifest::Image { config, layers } => {
+            let data = files.json_blob(&config)?;
+            let checked = read_config(&data, &what)?;
+            if let Some(why) = foreign(&checked) {
+                return Ok(Err(why));
+            }
+            count_layers(&checked, layers.len())?;
+            let layers = layers
+                .iter()
+                .map(|layer| files.blob(layer))
+                .collect::<Result<_, _>>()?;
+            Ok(Ok(Found {
+                config: data,
+                checked,
+                layers,
+                names: Vec::new(),
+                manifest: Some(descriptor.digest),
+            }))
         }
     }
-    Err(Failure::config("indexes of indexes of indexes"))
 }
 
 /// Says that something is an artifact of a type.
@@ -165,9 +174,10 @@ pub fn artifact(kind: &str) -> String {
     format!("is no image, but an artifact of type {kind}")
 }
 
-/// The manifest in an index that runs here: of its platform, and for any processor of
-/// that if there is a choice; or the only one that says nothing, as its image will.
-pub fn choose(manifests: Vec<Descriptor>) -> Option<Descriptor> {
+/// The manifests in an index that may run here: the one of its platform, for any
+/// processor of that if there is a choice; or those that say nothing, as their images
+/// will.
+pub fn candidates(manifests: Vec<Descriptor>) -> Vec<Descriptor> {
     let mut silent = Vec::new();
     let mut ours: Option<Descriptor> = None;
     for descriptor in manifests {
@@ -187,7 +197,8 @@ pub fn choose(manifests: Vec<Descriptor>) -> Option<Descriptor> {
             ours = Some(descriptor);
         }
     }
-    ours.or_else(|| silent.pop().filter(|_| silent.is_empty()))
+    silent.truncate(SILENT_MAX);
+    ours.map_or(silent, |ours| vec![ours])
 }
 
 /// A configuration and a manifest must tell of equally many layers.
@@ -222,25 +233,27 @@ mod tests {
             json::from_slice(format!(r#"{{"digest":"{digest}","size":1{more}}}"#).as_bytes())
                 .unwrap()
         };
-        let chosen = |all: &[&str]| {
-            let found = choose(all.iter().map(|text| one(text)).collect())?;
-            all.iter().position(|text| one(text).digest == found.digest)
+        let chosen = |all: &[&str]| -> Vec<usize> {
+            let found = candidates(all.iter().map(|text| one(text)).collect());
+            let place =
+                |found: &Descriptor| all.iter().position(|it| one(it).digest == found.digest);
+            found.iter().filter_map(place).collect()
         };
         assert_eq!(
             chosen(&["linux/arm64", "unknown/unknown", "linux/amd64"]),
-            Some(2)
+            [2]
         );
-        assert_eq!(chosen(&["linux/arm64", "windows/amd64", "unsaid"]), Some(2));
-        assert_eq!(chosen(&["unsaid", "unknown/unknown", "artifact"]), Some(0));
-        assert_eq!(chosen(&["unsaid", "unsaid too"]), None);
-        assert_eq!(chosen(&["unsaid"]), Some(0));
+        assert_eq!(chosen(&["linux/arm64", "windows/amd64", "unsaid"]), [2]);
+        assert_eq!(chosen(&["unsaid", "unknown/unknown", "artifact"]), [0]);
+        assert_eq!(chosen(&["unsaid", "unsaid too"]), [0, 1]);
+        assert_eq!(chosen(&["unsaid"]), [0]);
         assert_eq!(
             chosen(&["linux/amd64/v3", "linux/amd64/v2", "linux/amd64"]),
-            Some(2)
+            [2]
         );
-        assert_eq!(chosen(&["linux/amd64/v3", "linux/amd64/v1"]), Some(1));
-        assert_eq!(chosen(&["linux/arm64"]), None);
-        assert_eq!(chosen(&["artifact"]), None);
-        assert_eq!(chosen(&[]), None);
+        assert_eq!(chosen(&["linux/amd64/v3", "linux/amd64/v1"]), [1]);
+        assert_eq!(chosen(&["linux/arm64"]), [0; 0]);
+        assert_eq!(chosen(&["artifact"]), [0; 0]);
+        assert_eq!(chosen(&[]), [0; 0]);
     }
 }

@@ -15,9 +15,10 @@ use super::reference::Reference;
 use super::section::Section;
 use super::source::Source;
 use super::store::{Image, Store};
+use super::tarball::ArchiveError;
 use crate::failure::{Failure, OrFail};
 
-pub use manifests::{artifact, choose, count_layers};
+pub use manifests::{artifact, candidates, count_layers};
 
 /// How many things that are no images are told of.
 const TOLD_MAX: usize = 3;
@@ -128,7 +129,7 @@ impl Store {
             let unpacked = archive.unpacked(&self.limits);
             let spooled =
                 unpacked.and_then(|input| Ok(Section::spooled(input, work.path(), &*task)?));
-            archive = spooled.or_config(what)?;
+            archive = spooled.map_err(ArchiveError::plainly).or_config(what)?;
         }
         let spool = |input: &mut dyn std::io::Read| {
             let task = progress.begin("unpacking the archive", None);

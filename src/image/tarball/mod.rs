@@ -43,6 +43,16 @@ pub enum ArchiveError {
 }
 
 impl ArchiveError {
+    /// What decoders call an end that they did not expect is an archive that is cut off.
+    pub fn plainly(self) -> Self {
+        match self {
+            ArchiveError::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                ArchiveError::Truncated
+            }
+            error => error,
+        }
+    }
+
     /// About an entry.
     pub fn entry(path: &[u8], why: impl Into<String>) -> Self {
         ArchiveError::Entry {
