@@ -266,5 +266,16 @@ mod tests {
         let (options, _) = run_words(&words("-e A -e B --env C --network none --init img"));
         assert_eq!(options.environment, ["A", "B", "C"]);
         assert_eq!(options.net.as_deref(), Some("none"));
+        for line in [
+            "rm -fv a b",
+            "stop -s INT --timeout 1 a",
+            "logs -n all a",
+            "logs --tail 5 a",
+            "exec -it=false -d --privileged a true",
+        ] {
+            let all = words(&format!("mayfly {line}"));
+            assert!(Cli::try_parse_from(all).is_ok(), "{line}");
+        }
+        assert!(Cli::try_parse_from(words("mayfly logs -n some a")).is_err());
     }
 }

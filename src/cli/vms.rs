@@ -35,6 +35,21 @@ Examples:
 A folder that is there gets SRC in it, or, if SRC ends in /., what is in SRC; else
 DEST is what SRC becomes. Devices, named pipes and set-user-ID bits of a VM stay there.";
 
+/// So many lines, or all.
+#[derive(Clone, Copy, Debug)]
+pub struct Lines(Option<usize>);
+
+fn lines(text: &str) -> Result<Lines, String> {
+    match text {
+        "all" => Ok(Lines(None)),
+        text => {
+            let number = text.parse();
+            let number = number.map_err(|_| "write a number, or all".to_owned())?;
+            Ok(Lines(Some(number)))
+        }
+    }
+}
+
 /// What is asked of them.
 #[derive(Subcommand)]
 pub enum Verb {
@@ -56,8 +71,8 @@ pub enum Verb {
         #[arg(short, long)]
         follow: bool,
         /// Begin with the last lines, so many
-        #[arg(short = 'n', long, value_name = "N")]
-        tail: Option<usize>,
+        #[arg(short = 'n', long, value_name = "N|all", value_parser = lines)]
+        tail: Option<Lines>,
         /// Print before each line when it began
         #[arg(short, long)]
         timestamps: bool,
@@ -99,6 +114,9 @@ pub enum Verb {
         /// How many seconds they have [default: what --stop-timeout of run said, else 10]
         #[arg(short, long, visible_alias = "timeout", value_name = "SECONDS")]
         time: Option<u64>,
+        /// What asks them [default: what each was started with]
+        #[arg(short, long)]
+        signal: Option<String>,
         /// Their names
         #[arg(required = true)]
         vm: Vec<String>,
@@ -123,6 +141,9 @@ pub enum Verb {
         /// End those that run
         #[arg(short, long)]
         force: bool,
+        /// Nothing, for Docker's command lines: what is a VM's own goes with it anyway
+        #[arg(short, long)]
+        volumes: bool,
         /// Their names
         #[arg(required = true)]
         vm: Vec<String>,
@@ -237,7 +258,12 @@ pub fn run(verb: Verb) -> Result<ExitCode, Failure> {
             tail,
             timestamps,
             vm,
-        } => logs::print(&Place::find(&vm)?, follow, tail, timestamps)?,
+        } => logs::print(
+            &Place::find(&vm)?,
+            follow,
+            tail.and_then(|lines| lines.0),
+            timestamps,
+        )?,
         Verb::Exec(args) => return Ok(exit_code(args.run())),
         Verb::Attach {
             no_stdin,
@@ -258,15 +284,17 @@ pub fn run(verb: Verb) -> Result<ExitCode, Failure> {
             from,
             to,
         })?,
-        Verb::Stop { time, vm } => each(&vm, |place| {
-            let said = || place.record().ok().and_then(|vm| vm.stop_timeout);
-            let time = time.or_else(said).unwrap_or(STOP_TIMEOUT);
-            end::stop(place, Duration::from_secs(time))?;
-            super::print(&place.name())
-        })?,
-        Verb::Kill { signal: text, vm } => {
-            let number = signal(&text)
-                .ok_or_else(|| Failure::config(format!("--signal {text}: is no signal")))?;
+        Verb::Stop { time, signal, vm } => {
+            let signal = signal.as_deref().map(signal_number).transpose()?;
+            each(&vm, |place| {
+                let said = || place.record().ok().and_then(|vm| vm.stop_timeout);
+                let time = time.or_else(said).unwrap_or(STOP_TIMEOUT);
+                end::stop(place, signal, Duration::from_secs(time))?;
+                super::print(&place.name())
+            })?;
+        }
+        Verb::Kill { signal, vm } => {
+            let number = signal_number(&signal)?;
             each(&vm, |place| {
                 end::kill(place, number)?;
                 super::print(&place.name())
@@ -277,7 +305,7 @@ pub fn run(verb: Verb) -> Result<ExitCode, Failure> {
             let status = place.wait()?.unwrap_or(end::STATUS_KILLED);
             super::print(&status.to_string())
         })?,
-        Verb::Rm { force, vm } => each(&vm, |place| {
+        Verb::Rm { force, vm, .. } => each(&vm, |place| {
             if force && place.state() == State::Running {
                 end::kill(place, libc::SIGKILL)?;
                 place.wait()?;
@@ -303,6 +331,14 @@ pub fn run(verb: Verb) -> Result<ExitCode, Failure> {
         } => stats(&vm, json, no_stream || !io::stdout().is_terminal())?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn signal_number(text: &str) -> Result<i32, Failure> {
+    signal(text).ok_or_else(|| {
+        Failure::config(format!(
+            "--signal {text}: is no signal; write a name such as INT, or a number"
+        ))
+    })
 }
 
 fn keys(text: &str) -> Result<Option<DetachKeys>, Failure> {

@@ -36,7 +36,7 @@ impl Deadline {
 }
 
 /// Asks a VM's command to end, and ends the VM when its time is over.
-pub fn stop(place: &Place, time: Duration) -> Result<(), Failure> {
+pub fn stop(place: &Place, signal: Option<i32>, time: Duration) -> Result<(), Failure> {
     if place.state() == State::Ended {
         return Ok(());
     }
@@ -44,7 +44,8 @@ pub fn stop(place: &Place, time: Duration) -> Result<(), Failure> {
     let record = place.record()?;
     wake(place, record.pid, deadline.left())?;
     let timeout = deadline.left().min(END_TIMEOUT);
-    let told = signal_main(place, record.stop_signal, timeout);
+    let signal = signal.unwrap_or(record.stop_signal);
+    let told = signal_main(place, signal, timeout);
     if told.is_ok() && wait(place, deadline.left())? {
         return Ok(());
     }
