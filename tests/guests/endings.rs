@@ -1,8 +1,10 @@
 //! Every way in which a VM ends: exit code, record, and nothing left behind.
 
+use std::fs;
 use std::time::Duration;
 
-use crate::common::{Guest, kernel};
+use crate::common::{Guest, kernel, kill};
+use crate::run::{User, eventually, text};
 
 #[test]
 fn a_power_off_is_told_in_the_record() {
@@ -182,4 +184,75 @@ fn a_guest_without_init_ends_too() {
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(text.contains("Unable to mount root fs"), "{text}");
+}
+
+/// What `inspect` tells of a VM.
+fn inspect(user: &User, name: &str) -> serde_json::Value {
+    let all: serde_json::Value = serde_json::from_str(&user.text(&["inspect", name])).unwrap();
+    all[0].clone()
+}
+
+/// The VMM process of a VM without helpers: its supervisor's only child.
+fn vmm(user: &User, name: &str) -> u32 {
+    let supervisor = inspect(user, name)["pid"].as_u64().unwrap();
+    let children = format!("/proc/{supervisor}/task/{supervisor}/children");
+    fs::read_to_string(children)
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap()
+}
+
+#[test]
+fn a_vm_in_the_background_is_told_of_whatever_becomes_of_it() {
+    let user = User::root();
+    let run = |name: &str, script: &str| {
+        let words = [
+            "run", "-d", "--name", name, "--net", "none", "demo", "sh", "-c",
+        ];
+        user.text(&[&words[..], &[script]].concat());
+    };
+    run("killed", "echo hello; sleep 1000");
+    eventually("it says hello", || {
+        user.text(&["logs", "killed"]) == "hello\n"
+    });
+    user.text(&["ctl", "killed", "pause"]);
+    assert!(user.text(&["ps"]).contains("(paused)"));
+    let refused = user.output(&["exec", "killed", "true"]);
+    let said = text(&refused.stderr);
+    assert!(
+        said.contains("is paused; let it go on with mayfly ctl killed resume"),
+        "{said}"
+    );
+    user.text(&["ctl", "killed", "resume"]);
+    user.text(&["exec", "killed", "true"]);
+    kill(vmm(&user, "killed"), 9);
+    assert_eq!(user.text(&["wait", "killed"]), "125\n");
+    assert_eq!(user.text(&["logs", "killed"]), "hello\n");
+    assert!(user.text(&["ps", "-a"]).contains("exited (125)"));
+    let ended = inspect(&user, "killed")["ended"].clone();
+    assert_eq!(
+        ended["reason"],
+        "killed: the VMM process was ended by signal 9"
+    );
+
+    // A paused VM that is to stop goes on, so that its command hears of it.
+    run(
+        "stopped",
+        "trap 'exit 3' TERM; echo up; while :; do sleep 0.1; done",
+    );
+    eventually("it is up", || user.text(&["logs", "stopped"]) == "up\n");
+    user.text(&["ctl", "stopped", "pause"]);
+    user.text(&["stop", "-t", "300", "stopped"]);
+    assert_eq!(user.text(&["wait", "stopped"]), "3\n");
+
+    run(
+        "panicked",
+        "sleep 1; echo c >/proc/sysrq-trigger; sleep 1000",
+    );
+    assert_eq!(user.text(&["wait", "panicked"]), "125\n");
+    let ended = inspect(&user, "panicked")["ended"].clone();
+    assert_eq!(ended["reason"], "panicked: the guest's kernel panicked");
+    let lines = ended["last_lines"].to_string();
+    assert!(lines.contains("Kernel panic - not syncing"), "{ended}");
 }
