@@ -21,7 +21,11 @@ struct Vm {
 
 impl Vm {
     fn start(user: &User, name: &str, words: &[&str]) -> Self {
-        let run = ["run", "--name", name, "--net", "none", "--memory", "32M"];
+        Vm::with_network(user, name, &[words, &["--net", "none"]].concat())
+    }
+
+    fn with_network(user: &User, name: &str, words: &[&str]) -> Self {
+        let run = ["run", "--name", name, "--memory", "32M"];
         let words = [&run, words, &["tiny", "x"]].concat();
         let child = user.mayfly(&words).spawn().unwrap();
         Vm {
@@ -32,13 +36,18 @@ impl Vm {
 
     /// Its VMM process, as soon as there is one; none if there will be none.
     fn vmm(&mut self) -> Option<u32> {
-        eventually("no VMM process", || {
-            let vmm = children(self.child.id())
+        self.process("mayfly")
+    }
+
+    /// Its process of a program, whose name may have an end such as `.avx2`, as soon as there is one; none if there will be none.
+    fn process(&mut self, program: &str) -> Option<u32> {
+        eventually("no process", || {
+            let found = children(self.child.id())
                 .into_iter()
-                .find(|pid| name(*pid) == "mayfly");
-            match (vmm, self.child.try_wait().unwrap()) {
+                .find(|pid| name(*pid).starts_with(program));
+            match (found, self.child.try_wait().unwrap()) {
                 (None, None) => None,
-                (vmm, _) => Some(vmm),
+                (found, _) => Some(found),
             }
         })
     }
@@ -215,6 +224,57 @@ fn a_killed_supervisor_takes_its_vm_along() {
     let ended = Vm::start(&user, "vm", &words).end();
     let said = text(&ended.stderr);
     assert!(said.contains("turned itself off"), "{said}");
+}
+
+#[test]
+fn a_killed_passt_is_told() {
+    let user = User::new();
+    let reason = "was ended by signal 9";
+    let mut told = 0;
+    for number in 0..KILLS {
+        let mut vm = Vm::with_network(&user, "vm", &["-p", "127.0.0.1::80"]);
+        moment(number);
+        let passt = vm.process("passt");
+        let passt = passt.unwrap_or_else(|| panic!("{number}: it has no passt"));
+        kill(passt, libc::SIGKILL);
+        let problem = eventually("nobody is told", || {
+            let vm_now = user.vm("vm");
+            let problem = vm_now.and_then(|it| it["problems"][0].as_str().map(str::to_owned));
+            match (problem, vm.child.try_wait().unwrap()) {
+                (None, None) => None,
+                (problem, _) => Some(problem),
+            }
+        });
+        let Some(problem) = problem else {
+            // It was still starting, and is refused.
+            let ended = vm.end();
+            assert_eq!(ended.status.code(), Some(125), "{number}: {ended:?}");
+            let said = text(&ended.stderr);
+            assert!(said.contains("passt"), "{number}: {said}");
+            assert_eq!(user.vm("vm"), None, "{number}: {said}");
+            continue;
+        };
+        told += 1;
+        assert!(
+            problem.contains("passt") && problem.contains(reason),
+            "{problem}"
+        );
+        // The VM goes on.
+        let vm_now = user.vm("vm").unwrap();
+        assert_eq!(vm_now["state"], "running", "{number}: {vm_now}");
+        assert!(user.text(&["ps"]).contains("problem"), "{number}");
+        if number % 10 == 0 {
+            user.text(&["stop", "-t", "0", "vm"]);
+            let said = text(&vm.end().stderr);
+            assert!(said.contains(reason), "{number}: {said}");
+            let vm_now = user.vm("vm").unwrap();
+            assert_eq!(vm_now["ended"]["problems"][0], problem.as_str());
+        } else {
+            drop(vm);
+        }
+        user.text(&["rm", "vm"]);
+    }
+    assert!(told > KILLS / 4, "{told}");
 }
 
 #[test]
