@@ -2,12 +2,12 @@
 
 mod challenge;
 mod credentials;
+mod download;
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::net::IpAddr;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,8 +19,9 @@ use ureq::{Agent, Body, Proxy};
 
 use self::challenge::Challenge;
 use self::credentials::Credentials;
+use self::download::{Deadline, PACE_MIN, Pace, Target};
 use super::config::{Descriptor, JSON_MAX};
-use super::digest::{Digest, Hasher};
+use super::digest::Digest;
 use super::json;
 use super::progress::Task;
 use super::reference::Reference;
@@ -33,9 +34,6 @@ const DEFAULT_HOST: &str = "registry-1.docker.io";
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long an answer may take to begin, and one of JSON to end.
 const ANSWER_TIME: Duration = Duration::from_secs(60);
-/// A connection that brings less in such a time does not bring an image.
-const PACE_TIME: Duration = Duration::from_secs(60);
-const PACE_MIN: u64 = 60 << 10;
 /// How often something is tried again that brought nothing new.
 const TRIES: u32 = 4;
 const MANIFEST_TYPES: &str = "application/vnd.oci.image.index.v1+json, \
@@ -56,58 +54,6 @@ pub struct Client {
     authorization: Mutex<Option<String>>,
     /// When all must have come.
     deadline: Deadline,
-}
-
-/// When something must be done, and how long there was for it.
-#[derive(Clone, Copy)]
-struct Deadline {
-    end: Option<Instant>,
-    time: Duration,
-}
-
-impl Deadline {
-    fn after(time: Duration) -> Self {
-        let end = Instant::now().checked_add(time);
-        Deadline { end, time }
-    }
-
-    /// Says that it has passed.
-    fn passed(&self) -> Option<String> {
-        let passed = self.end.is_some_and(|end| Instant::now() >= end);
-        passed.then(|| {
-            format!(
-                "took more than {} s (--timeout of mayfly image pull); what has come is kept for \
-                 the next pull",
-                self.time.as_secs()
-            )
-        })
-    }
-}
-
-/// How fast bytes come.
-struct Pace {
-    since: Instant,
-    bytes: u64,
-}
-
-impl Pace {
-    fn new(now: Instant) -> Self {
-        Pace {
-            since: now,
-            bytes: 0,
-        }
-    }
-
-    /// Counts bytes that came; false if too few come.
-    fn goes_on(&mut self, bytes: u64, now: Instant) -> bool {
-        self.bytes = self.bytes.saturating_add(bytes);
-        if now.saturating_duration_since(self.since) < PACE_TIME {
-            return true;
-        }
-        let enough = self.bytes >= PACE_MIN;
-        *self = Pace::new(now);
-        enough
-    }
 }
 
 /// Reads all of a small answer, however slowly it comes.
@@ -559,114 +505,9 @@ fn pause(tries: u32) {
     thread::sleep(Duration::from_millis(250 << tries.min(4)));
 }
 
-/// A file that gets longer, and its digest.
-struct Target {
-    file: File,
-    path: PathBuf,
-    hasher: Hasher,
-    have: u64,
-}
-
-impl Target {
-    /// Reads what is there.
-    fn resume(file: File, path: &Path, size: u64) -> io::Result<Self> {
-        let mut target = Target {
-            file,
-            path: path.to_owned(),
-            hasher: Hasher::new(),
-            have: 0,
-        };
-        let there = target.file.metadata()?.len();
-        if there > size {
-            target.restart()?;
-            return Ok(target);
-        }
-        let mut buffer = vec![0; 256 << 10];
-        loop {
-            let count = target.file.read_at(&mut buffer, target.have)?;
-            if count == 0 {
-                return Ok(target);
-            }
-            target
-                .hasher
-                .update(buffer.get(..count).unwrap_or_default());
-            target.have = target.have.saturating_add(count as u64);
-        }
-    }
-
-    /// Begins anew, in another file: others may read this one, which was whole to them.
-    fn restart(&mut self) -> io::Result<()> {
-        let file = tempfile::NamedTempFile::new_in(self.path.parent().unwrap_or(Path::new(".")))?;
-        file.as_file().lock()?;
-        self.file = file.persist(&self.path).map_err(|error| error.error)?;
-        self.hasher = Hasher::new();
-        self.have = 0;
-        Ok(())
-    }
-
-    /// All that came. Others may have it too: who holds a blob must not wait for another.
-    fn finish(self) -> io::Result<Section> {
-        self.file.sync_data()?;
-        self.file.unlock()?;
-        Section::whole(self.file)
-    }
-
-    fn write(&mut self, data: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(data, self.have)?;
-        self.hasher.update(data);
-        self.have = self.have.saturating_add(data.len() as u64);
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// A second pull, of a manifest that lies about the length, begins the blob anew.
-    #[test]
-    fn who_reads_a_blob_keeps_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("blob");
-        std::fs::write(&path, "genuine").unwrap();
-        let open = || {
-            let file = File::options().read(true).write(true).open(&path).unwrap();
-            file.lock().unwrap();
-            file
-        };
-        let read = |section: &Section| {
-            let mut text = String::new();
-            section.reader().read_to_string(&mut text).unwrap();
-            text
-        };
-        let whole = Target::resume(open(), &path, 7).unwrap();
-        assert_eq!(whole.have, 7);
-        let reader = whole.finish().unwrap();
-        let mut other = Target::resume(open(), &path, 3).unwrap();
-        assert_eq!(other.have, 0);
-        other.write(b"bad").unwrap();
-        assert_eq!(read(&reader), "genuine");
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), "bad");
-        // Nobody else begins with it meanwhile.
-        assert!(File::open(&path).unwrap().try_lock().is_err());
-        assert_eq!(read(&other.finish().unwrap()), "bad");
-        assert!(File::open(&path).unwrap().try_lock().is_ok());
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
-    }
-
-    #[test]
-    fn what_comes_too_slowly_is_told() {
-        let start = Instant::now();
-        let after = |seconds| start + Duration::from_secs(seconds);
-        let mut pace = Pace::new(start);
-        assert!(pace.goes_on(1, after(59)));
-        assert!(pace.goes_on(PACE_MIN, after(60)));
-        assert!(pace.goes_on(PACE_MIN - 1, after(119)));
-        assert!(!pace.goes_on(0, after(120)));
-        let deadline = Deadline::after(Duration::ZERO);
-        assert!(deadline.passed().unwrap().contains("--timeout"));
-        assert!(Deadline::after(Duration::MAX).passed().is_none());
-    }
 
     #[test]
     fn only_this_host_is_loopback() {
