@@ -20,6 +20,7 @@ use crate::control::Folder;
 use crate::failure::{Failure, OrFail};
 use crate::machine::StartSignals;
 use crate::machine::Status;
+use crate::sandbox::Cgroup;
 use crate::timing::milliseconds;
 
 const RECORD: &str = "vm.json";
@@ -326,6 +327,9 @@ impl Place {
             return Ok(());
         }
         // Of a process that was killed.
+        if let Ok(record) = self.record() {
+            Cgroup::remove_left(record.pid);
+        }
         let _ = fs::remove_file(Folder::locate().socket(&self.name()));
         log::remove_folder(&self.0);
         fs::remove_dir_all(&self.0).or_host(what())

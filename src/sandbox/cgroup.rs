@@ -11,7 +11,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::Access;
 
@@ -282,6 +283,32 @@ impl Cgroup {
             ));
         }
         made
+    }
+
+    /// Removes the groups of a supervisor that was killed, and so could not.
+    pub fn remove_left(supervisor: u32) {
+        if Path::new(&format!("/proc/{supervisor}")).exists() {
+            return;
+        }
+        let name = format!("{PREFIX}{supervisor}");
+        let found = Hierarchies::find();
+        let unified = found.unified.iter().flat_map(|(top, own)| {
+            let above = own.ancestors();
+            above.take_while(move |it| it.starts_with(top))
+        });
+        let legacy = found.legacy.iter().map(|(_, own)| own.as_path());
+        // Its VMM process was killed with it, and may not have ended yet.
+        const TIMEOUT: Duration = Duration::from_secs(1);
+        let deadline = Instant::now() + TIMEOUT;
+        for parent in unified.chain(legacy) {
+            let folder = parent.join(&name);
+            while let Err(error) = fs::remove_dir(&folder)
+                && error.kind() == ErrorKind::ResourceBusy
+                && Instant::now() < deadline
+            {
+                thread::sleep(TIMEOUT / 100);
+            }
+        }
     }
 
     /// Puts a process into the groups. If the host does not let this user, it is

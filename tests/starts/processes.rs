@@ -1,6 +1,8 @@
 //! VMM processes that are killed or stopped while they start.
 
 use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -45,6 +47,47 @@ fn one_that_is_killed_ends_its_start() {
             ended.assert_refused(status, "the VMM process was ended by signal 9");
         }
     }
+}
+
+/// Control groups of a supervisor's VM.
+fn groups_of(supervisor: u32) -> Vec<PathBuf> {
+    let name = format!("mayfly-{supervisor}");
+    let (mut found, mut folders) = (Vec::new(), vec![PathBuf::from("/sys/fs/cgroup")]);
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                match entry.file_name() == *name {
+                    true => found.push(entry.path()),
+                    false => folders.push(entry.path()),
+                }
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn a_killed_supervisor_s_groups_go_with_its_record() {
+    let host = Host::new();
+    let flags = ["--net", "none", "--name", "killed"];
+    let mut start = host.start(host.command(Verb::Run, "idle", &flags));
+    await_vmm(&mut start, Duration::from_millis(100)).unwrap();
+    let supervisor = start.child.id();
+    kill(supervisor, libc::SIGKILL);
+    let mark = start.wait().mark;
+    let deadline = Instant::now() + crate::common::BOUND;
+    while !marked(&mark).is_empty() {
+        assert!(Instant::now() < deadline);
+        thread::sleep(Duration::from_millis(10));
+    }
+    let mut remove = Command::new(host.path("mayfly"));
+    host.surround(&mut remove);
+    let ended = host.finish(host.start({
+        remove.args(["rm", "killed"]);
+        remove
+    }));
+    assert!(ended.status.success(), "{ended:?}");
+    assert_eq!(groups_of(supervisor), [""; 0].map(PathBuf::from));
 }
 
 #[test]
