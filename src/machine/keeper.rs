@@ -2,34 +2,31 @@
 //! machine needs, and starts the machine's process, which may be taken over by its
 //! guest. Names, the terminal, clients and the processes beside the VM stay here.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::ExitStatusExt;
-use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use mayfly_devices::bus::lock;
 use mayfly_devices::poll::{entry, poll, ready};
 use rustix::fs::{OFlags, fcntl_setfl};
-use serde_json::{Value, json};
 
+use super::clients::Clients;
 use super::link::{Done, Errand, Link, Order, Word};
 use super::pidfile::PidFile;
 use super::resources::Resources;
 use super::run::{self, Ending, Legacy, Outcome};
 use super::signals::{Signals, StartSignals};
 use super::status::StatusBoard;
+use super::vmm_process::{STOP_TIMEOUT, StopHandle, VmmProcess};
 use crate::config::{MachineConfig, NetConfig};
 use crate::console::Opened;
-use crate::control::{Ask, Command, Event, Folder, Reply, Server};
+use crate::control::{Event, Folder, Server};
 use crate::disk_lock::DiskLocks;
 use crate::failure::{Class, Failure, OrFail};
 use crate::helper::Running;
@@ -42,14 +39,10 @@ use crate::timing::Timeline;
 use crate::unix_socket::Name;
 use crate::vsock;
 
-/// A machine that was told to end has so long before its process is killed.
-const PATIENCE: Duration = Duration::from_secs(30);
 /// The VMM process has so long to build a VM, and as long again to let the guest run …
 const START_TIMEOUT: Duration = Duration::from_secs(120);
 /// … and a second more for each so many bytes that are to be touched before.
 const PREFAULTED_PER_S: u64 = 64 << 20;
-/// Questions that may wait for an answer; older ones are forgotten.
-const ASKED_MAX: usize = 64;
 /// One that closed its link has so long to end by itself.
 const LAST_WORD_MS: i32 = 1000;
 const FOR_EVER: i32 = -1;
@@ -71,7 +64,7 @@ pub fn run(
 /// The keeper of a machine that is built, and does not run yet.
 pub struct Keeper<'a> {
     config: &'a MachineConfig,
-    ender: Ender,
+    stop: StopHandle,
     errands: Link,
     vsock: Option<UnixListener>,
     networks: Option<Watch>,
@@ -87,71 +80,10 @@ pub struct Keeper<'a> {
     timeline: Timeline,
 }
 
-/// Ends a machine, from any thread.
-#[derive(Clone)]
-pub struct Ender(Arc<Process>);
-
-struct Process {
-    link: Link,
-    child: Mutex<Child>,
-    /// Readable when it has ended.
-    exited: OwnedFd,
-    told: AtomicBool,
-    /// The guest does: there is something that may end in order.
-    runs: AtomicBool,
-    patience: Duration,
-}
-
-impl Process {
-    fn kill(&self) {
-        // If it has ended, nothing happens.
-        let _ = lock(&self.child).kill();
-    }
-
-    /// Waits for its end; others may kill it meanwhile.
-    fn wait(&self) -> io::Result<ExitStatus> {
-        let mut exited = [entry(self.exited.as_raw_fd(), libc::POLLIN)];
-        loop {
-            match poll(&mut exited, -1) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                _ => break,
-            }
-        }
-        lock(&self.child).wait()
-    }
-}
-
-impl Ender {
-    /// Ends the machine, whatever its guest does.
-    pub fn end(&self) {
-        let _ = self.0.link.try_send(&Order::End);
-        self.insist();
-    }
-
-    /// Kills the machine's process if it does not end soon, as it was told to, or said
-    /// it would: a guest may have taken it over.
-    fn insist(&self) {
-        if !self.0.runs.load(Ordering::Relaxed) {
-            return self.0.kill();
-        }
-        if self.0.told.swap(true, Ordering::Relaxed) {
-            return;
-        }
-        let process = self.0.clone();
-        let insist = move || {
-            thread::sleep(process.patience);
-            process.kill();
-        };
-        if thread::Builder::new().spawn(insist).is_err() {
-            self.0.kill();
-        }
-    }
-}
-
 impl Drop for Keeper<'_> {
     fn drop(&mut self) {
-        self.ender.0.kill();
-        let _ = self.ender.0.wait();
+        self.stop.0.kill();
+        let _ = self.stop.0.wait();
         self.locks.release();
         if let Some(says) = self.says.take() {
             let _ = says.join();
@@ -365,13 +297,13 @@ impl<'a> Keeper<'a> {
         let helpers = helpers.collect::<Result<_, _>>();
         let keeper = Keeper {
             config,
-            ender: Ender(Arc::new(Process {
+            stop: StopHandle(Arc::new(VmmProcess {
                 link,
                 child: Mutex::new(child),
                 exited,
-                told: AtomicBool::new(false),
+                stopping: AtomicBool::new(false),
                 runs: AtomicBool::new(false),
-                patience: PATIENCE,
+                stop_timeout: STOP_TIMEOUT,
             })),
             errands,
             vsock,
@@ -404,8 +336,8 @@ impl<'a> Keeper<'a> {
     }
 
     /// Ends the machine, from any thread.
-    pub fn ender(&self) -> Ender {
-        self.ender.clone()
+    pub fn stop_handle(&self) -> StopHandle {
+        self.stop.clone()
     }
 
     /// What users are told of the machine while it runs.
@@ -414,7 +346,7 @@ impl<'a> Keeper<'a> {
     }
 
     fn link(&self) -> &Link {
-        &self.ender.0.link
+        &self.stop.0.link
     }
 
     /// Runs the machine to its end.
@@ -447,11 +379,8 @@ impl<'a> Keeper<'a> {
             ends: natures,
         };
         let link = self.link();
-        let clients = Arc::new(Clients {
-            link: link.try_clone().or_host("duplicating a descriptor")?,
-            state: Mutex::default(),
-            board: self.board.clone(),
-        });
+        let to_vmm = link.try_clone().or_host("duplicating a descriptor")?;
+        let clients = Arc::new(Clients::new(to_vmm, self.board.clone()));
         let asked = clients.clone();
         let server = Server::start(listener, socket, move |ask| asked.ask(ask))
             .or_host("starting the control thread")?;
@@ -475,7 +404,7 @@ impl<'a> Keeper<'a> {
     /// Tells the machine of the host's networks, on a thread, as they change.
     fn tell_of(&self, networks: Watch) -> io::Result<()> {
         let link = self.link().try_clone()?;
-        let ended = self.ender.0.exited.try_clone()?;
+        let ended = self.stop.0.exited.try_clone()?;
         let tell = move || networks.follow(&ended, |now| tell_networks(&link, now));
         let thread = thread::Builder::new().name("networks".into());
         thread.spawn(tell).map(drop)
@@ -484,8 +413,8 @@ impl<'a> Keeper<'a> {
     /// Keeps the machine's process to its end, which comes soon after it is told.
     fn attend(&self, clients: &Clients) -> Result<Ending, Failure> {
         let ending = self.follow(clients, START_TIMEOUT);
-        self.ender.insist();
-        let _ = self.ender.0.wait();
+        self.stop.kill_after_timeout();
+        let _ = self.stop.0.wait();
         if let Ok(ending) = &ending {
             let how = ending.outcome.to_string();
             self.board.tell(&Event::now("ended", Some(how)));
@@ -543,16 +472,16 @@ impl<'a> Keeper<'a> {
     }
 
     fn runs(&self) -> bool {
-        self.ender.0.runs.load(Ordering::Relaxed)
+        self.stop.0.runs.load(Ordering::Relaxed)
     }
 
     /// Keeps what was said of the sandbox before the guest ran.
     fn note(&self, clients: &Clients, mut report: Report) {
-        self.ender.0.runs.store(true, Ordering::Relaxed);
+        self.stop.0.runs.store(true, Ordering::Relaxed);
         let cgroup = self.cgroup.as_ref();
         let status = cgroup.map_or(&Status::Off, Cgroup::status).clone();
         report.set(Layer::Cgroup, status);
-        lock(&clients.state).sandbox.get_or_insert(report);
+        clients.note_sandbox(report);
     }
 
     /// Does an errand, and answers. That it, or its answer, fails is an answer, too; an error
@@ -601,7 +530,7 @@ impl<'a> Keeper<'a> {
         };
         let ends = matches!(order, Order::Signal(_));
         if self.link().try_send(&order).is_err() || ends {
-            self.ender.insist();
+            self.stop.kill_after_timeout();
         }
         Ok(())
     }
@@ -619,10 +548,10 @@ impl<'a> Keeper<'a> {
     /// Why it does not speak any more. If it lives, it says what makes no sense.
     fn why_died(&self) -> String {
         // One that has ended closed its link a moment before.
-        ready(self.ender.0.exited.as_raw_fd(), libc::POLLIN, LAST_WORD_MS);
-        self.ender.0.kill();
+        ready(self.stop.0.exited.as_raw_fd(), libc::POLLIN, LAST_WORD_MS);
+        self.stop.0.kill();
         let what = "the VMM process";
-        match self.ender.0.wait() {
+        match self.stop.0.wait() {
             Ok(status) if status.code() == Some(sandbox::VIOLATION.into()) => {
                 format!("{what} was ended, as it did what its sandbox forbids")
             }
@@ -656,88 +585,6 @@ fn harmless(mut ending: Ending) -> Ending {
     ending
 }
 
-/// Who asks, and who listens, over the control socket.
-struct Clients {
-    link: Link,
-    state: Mutex<State>,
-    board: StatusBoard,
-}
-
-#[derive(Default)]
-struct State {
-    next: u64,
-    asked: BTreeMap<u64, (Command, SyncSender<Reply>)>,
-    /// Nobody will answer any more.
-    over: bool,
-    sandbox: Option<Report>,
-}
-
-impl Clients {
-    fn ask(&self, ask: Ask) {
-        let mut state = lock(&self.state);
-        if state.over {
-            return;
-        }
-        if ask.command == (Command::Events {}) {
-            self.board.subscribe(ask.subscriber);
-            let _ = ask.reply.try_send(Reply::done());
-            return;
-        }
-        let id = state.next;
-        state.next += 1;
-        let order = Order::Ask {
-            id,
-            command: ask.command.clone(),
-        };
-        match self.link.try_send(&order) {
-            Ok(()) => {
-                while state.asked.len() >= ASKED_MAX {
-                    state.asked.pop_first();
-                }
-                state.asked.insert(id, (ask.command, ask.reply));
-            }
-            Err(error) => {
-                let error = format!("asking the machine: {error}");
-                let _ = ask.reply.try_send(Reply::Error(error));
-            }
-        }
-    }
-
-    fn answer(&self, id: u64, reply: Reply) {
-        // A client that has gone needs no answer.
-        let mut state = lock(&self.state);
-        let Some((command, client)) = state.asked.remove(&id) else {
-            return;
-        };
-        match (&command, &reply) {
-            (Command::Pause {}, Reply::Ok(_)) => self.board.set_paused(true),
-            // A guest that is to turn off runs again.
-            (Command::Resume {} | Command::Shutdown { .. }, Reply::Ok(_)) => {
-                self.board.set_paused(false);
-            }
-            _ => {}
-        }
-        let reply = match (command, reply) {
-            (Command::Info {}, Reply::Ok(Value::Object(mut info))) => {
-                info.insert("sandbox".into(), json!(state.sandbox));
-                info.insert("problems".into(), json!(self.board.status().problems));
-                Reply::Ok(info.into())
-            }
-            (_, reply) => reply,
-        };
-        let _ = client.try_send(reply);
-    }
-
-    /// Lets all of them know that it is over.
-    fn forget(&self) {
-        *lock(&self.state) = State {
-            over: true,
-            ..State::default()
-        };
-        self.board.close();
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::process::{Command as Program, Stdio};
@@ -746,34 +593,13 @@ mod tests {
 
     use super::*;
     use crate::config::RawConfig;
-    use crate::control::{Subscriber, Subscription};
+
     use crate::machine::signals::raise;
 
-    /// What a machine's process has here, rather than [`PATIENCE`].
+    /// What a machine's process has here, rather than [`STOP_TIMEOUT`].
     const SHORT: Duration = Duration::from_millis(300);
-    /// Much more than it should take it to end, and less than [`PATIENCE`].
+    /// Much more than it should take it to end, and less than [`STOP_TIMEOUT`].
     const LONG: Duration = Duration::from_secs(20);
-
-    fn clients() -> (Clients, Link) {
-        let (link, other) = Link::pair().unwrap();
-        let clients = Clients {
-            link,
-            state: Mutex::default(),
-            board: StatusBoard::default(),
-        };
-        (clients, other)
-    }
-
-    fn ask(clients: &Clients, command: Command) -> (mpsc::Receiver<Reply>, Subscription) {
-        let (reply, answer) = mpsc::sync_channel(1);
-        let (subscriber, subscription) = Subscriber::new();
-        clients.ask(Ask {
-            subscriber: (command == Command::Events {}).then_some(subscriber),
-            command,
-            reply,
-        });
-        (answer, subscription)
-    }
 
     #[test]
     fn what_a_vmm_process_says_is_harmless() {
@@ -782,61 +608,6 @@ mod tests {
         pass_on_words(&said[..], &mut passed);
         let expected = [&b"?[2Jfine\n"[..], &[b'x'; 10_000], b"?"].concat();
         assert_eq!(passed, expected);
-    }
-
-    #[test]
-    fn what_is_paused_is_known_to_be() {
-        let (clients, machine) = clients();
-        let commands = [
-            Command::Pause {},
-            Command::Info {},
-            Command::Resume {},
-            Command::Pause {},
-            Command::Shutdown { deadline: 1 },
-        ];
-        let mut paused = Vec::new();
-        for command in commands {
-            let (answer, _) = ask(&clients, command);
-            let Some(Order::Ask { id, .. }) = machine.receive().unwrap() else {
-                panic!();
-            };
-            clients.answer(id, Reply::done());
-            answer.recv().unwrap();
-            paused.push(clients.board.status().paused);
-        }
-        assert_eq!(paused, [true, true, false, true, false]);
-    }
-
-    #[test]
-    fn an_answer_finds_who_asked() {
-        let (clients, machine) = clients();
-        let asked = [(); 2].map(|()| ask(&clients, Command::Pause {}).0);
-        for _ in 0..2 {
-            let Some(Order::Ask { id, .. }) = machine.receive().unwrap() else {
-                panic!();
-            };
-            clients.answer(id, Reply::Ok(id.into()));
-            // A machine that was taken over says it twice.
-            clients.answer(id, Reply::done());
-        }
-        for (id, answer) in asked.into_iter().enumerate() {
-            assert_eq!(answer.recv().unwrap(), Reply::Ok(id.into()));
-        }
-        let (forgotten, _) = ask(&clients, Command::Pause {});
-        clients.forget();
-        assert!(forgotten.recv().is_err());
-        assert!(ask(&clients, Command::Pause {}).0.recv().is_err());
-    }
-
-    #[test]
-    fn a_machine_that_does_not_listen_holds_nobody_up() {
-        let (clients, _machine) = clients();
-        for _ in 0..10_000 {
-            drop(ask(&clients, Command::Pause {}));
-        }
-        assert!(lock(&clients.state).asked.len() <= ASKED_MAX);
-        let (refused, _) = ask(&clients, Command::Pause {});
-        assert!(matches!(refused.recv().unwrap(), Reply::Error(_)));
     }
 
     /// Keeps a shell's script that stands in for a machine's process: its standard input
@@ -848,7 +619,7 @@ mod tests {
         act: fn(&Keeper),
     ) -> (Result<Ending, Failure>, Duration) {
         keep_while(script, message, move |keeper, clients, _| {
-            keeper.ender.0.runs.store(true, Ordering::Relaxed);
+            keeper.stop.0.runs.store(true, Ordering::Relaxed);
             act(keeper);
             keeper.attend(clients)
         })
@@ -883,13 +654,13 @@ mod tests {
             drop(program);
             let keeper = Keeper {
                 config: &config,
-                ender: Ender(Arc::new(Process {
+                stop: StopHandle(Arc::new(VmmProcess {
                     link,
                     exited: child.pidfd().try_clone_to_owned().unwrap(),
                     child: Mutex::new(child),
-                    told: AtomicBool::new(false),
+                    stopping: AtomicBool::new(false),
                     runs: AtomicBool::new(false),
-                    patience: SHORT,
+                    stop_timeout: SHORT,
                 })),
                 errands,
                 vsock: None,
@@ -903,11 +674,8 @@ mod tests {
                 board: StatusBoard::default(),
                 timeline: Timeline::start(),
             };
-            let clients = Clients {
-                link: keeper.link().try_clone().unwrap(),
-                state: Mutex::default(),
-                board: keeper.board.clone(),
-            };
+            let to_vmm = keeper.link().try_clone().unwrap();
+            let clients = Clients::new(to_vmm, keeper.board.clone());
             let started = Instant::now();
             let ending = keep(&keeper, &clients, &start);
             let _ = told.send((ending, started.elapsed()));
@@ -963,7 +731,7 @@ mod tests {
         );
         // A session ends it.
         let ended = keep(|keeper, clients, _| {
-            keeper.ender().end();
+            keeper.stop_handle().stop();
             keeper.attend(clients)
         });
         assert!(ended.to_string().contains("ended by signal 9"), "{ended}");
@@ -1025,18 +793,5 @@ mod tests {
         let reason = "the VMM process was ended by signal 9";
         assert_eq!(ending.unwrap().outcome, Outcome::Internal(reason.into()));
         assert!(time >= SHORT, "{time:?}");
-    }
-
-    #[test]
-    fn subscribers_that_left_do_not_gather() {
-        let (clients, _machine) = clients();
-        let stays = ask(&clients, Command::Events {});
-        for _ in 0..5 {
-            drop(ask(&clients, Command::Events {}));
-        }
-        assert_eq!(clients.board.subscribers(), 2);
-        clients.board.tell(&Event::now("one", None));
-        assert_eq!(clients.board.subscribers(), 1);
-        drop(stays);
     }
 }

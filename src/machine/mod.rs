@@ -2,6 +2,7 @@
 
 mod attach;
 mod build;
+mod clients;
 mod control;
 mod event_loop;
 mod keeper;
@@ -12,12 +13,14 @@ mod resources;
 mod run;
 mod signals;
 mod status;
+mod vmm_process;
 
 pub(crate) use build::open_kvm;
-pub use keeper::{Ender, Keeper, run};
+pub use keeper::{Keeper, run};
 pub use platform::PlatformHandle;
 pub(crate) use resources::refusal;
 pub use run::{Ending, Outcome};
 pub(crate) use signals::Signals;
 pub use signals::{StartSignals, survive_file_limit};
 pub use status::{Status, StatusBoard};
+pub use vmm_process::StopHandle;

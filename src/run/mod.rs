@@ -300,7 +300,7 @@ fn run_machine(
     });
     let problems = board.clone();
     log.on_failure(move |problem| problems.add_problem(problem));
-    let session = Session::start(options, plan, (listener, socket), log, keeper.ender())?;
+    let session = Session::start(options, plan, (listener, socket), log, keeper.stop_handle())?;
     let ending = keeper.run();
     let end = session.end();
     let ending = ending.map_err(|failure| match end {

@@ -21,7 +21,7 @@ use super::plan::Plan;
 use super::{STATUS_FAILED, standard};
 use crate::console::terminal::RawTerminal;
 use crate::failure::{Failure, OrFail};
-use crate::machine::{Ender, Signals};
+use crate::machine::{Signals, StopHandle};
 use crate::unix_socket::Name;
 
 /// The guest has so long to turn off when all was said.
@@ -82,7 +82,7 @@ pub struct Session {
 struct Shared {
     link: Mutex<Option<Link>>,
     why: Why,
-    machine: Ender,
+    machine: StopHandle,
 }
 
 impl Shared {
@@ -91,7 +91,7 @@ impl Shared {
         let mut first = self.why.lock().unwrap_or_else(PoisonError::into_inner);
         first.get_or_insert(why);
         drop(first);
-        self.machine.end();
+        self.machine.stop();
     }
 
     fn link(&self) -> Option<Link> {
@@ -108,7 +108,7 @@ impl Session {
         plan: Plan,
         (listener, name): (UnixListener, Name),
         log: Log,
-        machine: Ender,
+        machine: StopHandle,
     ) -> Result<Self, Failure> {
         let signals = Signals::passed_on().or_internal("blocking signals")?;
         let why = Why::default();
@@ -211,7 +211,7 @@ fn work(
     let machine = shared.machine.clone();
     thread::Builder::new().spawn(move || {
         thread::sleep(FAREWELL);
-        machine.end();
+        machine.stop();
     })?;
     let _ = link.send(&HostMessage::Bye);
     result
