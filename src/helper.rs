@@ -8,7 +8,7 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
@@ -149,6 +149,24 @@ pub fn output(
     let _ = child.kill();
     let _ = child.wait();
     read.map(|()| said)
+}
+
+/// A program beside a VM, which has nothing of the user's: no environment but the search
+/// path, and no descriptors but the standard streams and those that it is given after this.
+pub fn command(program: &Path) -> io::Result<Command> {
+    let open = sandbox::descriptors()?;
+    let mut command = Command::new(program);
+    command.env_clear();
+    if let Some(path) = std::env::var_os("PATH") {
+        command.env("PATH", path);
+    }
+    let prepare = move || {
+        close_by_exec(&open);
+        Ok(())
+    };
+    // SAFETY: what runs between fork and exec are system calls.
+    unsafe { command.pre_exec(prepare) };
+    Ok(command)
 }
 
 /// Starts a program in a session of its own, with nothing open but standard streams.
@@ -443,6 +461,7 @@ fn listen(program: &str, chatter: Chatter, stderr: ChildStderr) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
     use std::io::Write;
     use std::os::fd::AsRawFd;
 
@@ -475,6 +494,33 @@ mod tests {
             unsafe { command.pre_exec(prepare) };
             assert_eq!(command.output().unwrap().stdout, b"");
         }
+    }
+
+    #[test]
+    fn nothing_of_the_user_s_is_for_a_helper() {
+        // What a shell passes on: `mayfly run … 3<folder`.
+        let (inherited, _writer) = io::pipe().unwrap();
+        inherit(inherited.as_raw_fd()).unwrap();
+        let (given, _other) = io::pipe().unwrap();
+        let mut command = command(Path::new("/bin/sh")).unwrap();
+        give(&mut command, given.as_raw_fd(), None);
+        let script = "env; for fd in /proc/self/fd/*; do [ ! -e $fd ] || readlink $fd; done";
+        let output = command.args(["-c", script]).output().unwrap();
+        let said = String::from_utf8(output.stdout).unwrap();
+        let name = |fd: RawFd| fs::read_link(format!("/proc/self/fd/{fd}")).unwrap();
+        let has = |fd| said.contains(name(fd).to_str().unwrap());
+        assert!(
+            has(given.as_raw_fd()) && !has(inherited.as_raw_fd()),
+            "{said}"
+        );
+        let own = |line: &&str| {
+            ["PATH=", "PWD=", "_=", "OLDPWD=", "SHLVL="]
+                .iter()
+                .any(|it| line.starts_with(it))
+        };
+        let foreign = said.lines().filter(|line| line.contains('=') && !own(line));
+        assert_eq!(foreign.collect::<Vec<_>>(), [""; 0]);
+        assert!(std::env::vars_os().count() > 1);
     }
 
     #[test]

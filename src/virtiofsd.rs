@@ -23,7 +23,6 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use mayfly_devices::virtio::fs::{BackendError, Frontend};
@@ -123,7 +122,7 @@ pub fn start(
         // SAFETY: has no preconditions.
         parent: unsafe { libc::getpid() },
     };
-    let mut command = Command::new(&program);
+    let mut command = helper::command(&program).or_host(&what)?;
     command
         .args(arguments(make, config, sandbox.listener.as_raw_fd()))
         .current_dir("/");
@@ -193,7 +192,7 @@ pub fn find() -> Option<PathBuf> {
 
 /// Both have the same name, and may be anywhere.
 fn make(program: &Path, what: &str, signals: &StartSignals) -> Result<Make, Failure> {
-    let mut command = Command::new(program);
+    let mut command = helper::command(program).or_host(what)?;
     command.arg("--version");
     let said = helper::output(command, what, PATIENCE, signals)?;
     let said = String::from_utf8_lossy(&said);
@@ -386,6 +385,8 @@ fn mount(source: Option<&CStr>, target: &CStr, flags: libc::c_ulong) -> io::Resu
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixListener;
+
+    use std::process::Command;
 
     use super::*;
 

@@ -445,14 +445,19 @@ impl<'a> Keeper<'a> {
             if said {
                 match self.link().receive() {
                     Ok(Some(Word::Ended(ending))) => return Ok(harmless(ending)),
-                    Ok(Some(Word::Failed { class, message })) => {
+                    // What never ran leaves nothing behind. One whose guest has run may
+                    // have been taken over, and does not have its traces removed so.
+                    Ok(Some(Word::Failed { class, message })) if !self.runs() => {
                         return Err(Failure::new(class, printable::text(&message)));
+                    }
+                    Ok(Some(Word::Failed { message, .. })) => {
+                        return Ok(self.ended_by(printable::line(&message)));
                     }
                     Ok(Some(Word::Reply { id, reply })) => clients.answer(id, reply),
                     Ok(Some(Word::Event(event))) => self.board.tell(&event),
                     Ok(Some(Word::Closed(report))) => self.note(clients, report),
+                    Ok(Some(Word::Running)) => self.stop.0.runs.store(true, Ordering::Relaxed),
                     Ok(Some(Word::Built)) => {}
-                    // What never ran leaves nothing behind.
                     Ok(None) | Err(_) if !self.runs() => {
                         return Err(Failure::new(Class::Internal, self.why_died()));
                     }
@@ -477,7 +482,6 @@ impl<'a> Keeper<'a> {
 
     /// Keeps what was said of the sandbox before the guest ran.
     fn note(&self, clients: &Clients, mut report: Report) {
-        self.stop.0.runs.store(true, Ordering::Relaxed);
         let cgroup = self.cgroup.as_ref();
         let status = cgroup.map_or(&Status::Off, Cgroup::status).clone();
         report.set(Layer::Cgroup, status);
@@ -537,8 +541,13 @@ impl<'a> Keeper<'a> {
 
     /// The end of a VM whose process has ended without a word about it.
     fn died(&self) -> Ending {
+        self.ended_by(self.why_died())
+    }
+
+    /// The end of a VM that cannot go on.
+    fn ended_by(&self, why: String) -> Ending {
         Ending {
-            outcome: Outcome::Internal(self.why_died()),
+            outcome: Outcome::Internal(why),
             guest_status: None,
             last_lines: Vec::new(),
             timeline: self.timeline,
@@ -744,6 +753,21 @@ mod tests {
         });
         let failure = ending.unwrap_err().to_string();
         assert!(failure.contains("ended by signal 9"), "{failure}");
+    }
+
+    #[test]
+    fn one_that_fails_after_its_guest_ran_did_run() {
+        let script = "printf %s \"$1\" >&0; exec sleep 60";
+        let failed = message(&Word::Failed {
+            class: Class::Config,
+            message: "\x1b[2Jforget me".into(),
+        });
+        let (ending, _) = keep(script, failed.clone(), |_| ());
+        let outcome = ending.unwrap().outcome;
+        assert_eq!(outcome, Outcome::Internal("?[2Jforget me".into()));
+        // Before that, it never ran.
+        let (ending, _) = keep_while(script, failed, |keeper, clients, _| keeper.attend(clients));
+        assert_eq!(ending.unwrap_err().class, Class::Config);
     }
 
     #[test]

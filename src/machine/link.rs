@@ -69,8 +69,10 @@ pub enum Order {
 pub enum Word {
     /// All is ready to start.
     Built,
-    /// The sandbox is closed, and the guest about to run.
+    /// The sandbox is closed.
     Closed(Report),
+    /// Nothing can fail any more, and the guest is about to run.
+    Running,
     /// It can't be.
     Failed {
         /// Whose fault it is.

@@ -235,6 +235,7 @@ fn live(legacy: Legacy) -> Result<Ending, Failure> {
         link.clone(),
     );
     let commander = Rc::new(RefCell::new(commander.or_host("creating a timer")?));
+    let started = link.clone();
     events.add(Control {
         wake: machine.wake,
         events: machine.events,
@@ -247,6 +248,7 @@ fn live(legacy: Legacy) -> Result<Ending, Failure> {
         learnt: learnt.clone(),
     });
     jail.confine(Role::EventLoop).or_host("seccomp")?;
+    started.send(&Word::Running, &[]).or_internal(LINK)?;
     vcpus.resume();
     {
         let mut learnt = learnt.borrow_mut();

@@ -94,6 +94,9 @@ impl HostNetworks {
         };
         let network = Cidr::of(to.unwrap_or(anything), prefix);
         match route.header.kind {
+            // Whole networks that are taken for local (TPROXY: local 0.0.0.0/0) are no
+            // addresses of the host's; its loopback is one.
+            RouteType::Local if !is_narrow(network) => {}
             RouteType::Local | RouteType::Broadcast | RouteType::Anycast => self.own.push(network),
             RouteType::Unicast if is_near(route, network) => self.near.push(network),
             _ => {}
@@ -116,12 +119,17 @@ impl HostNetworks {
     }
 }
 
-/// It leads to who is on the other end of a device, without a router between.
-fn is_near(route: &RouteMessage, network: Cidr) -> bool {
+/// It is no wider than a network of one site, or of the loopback.
+fn is_narrow(network: Cidr) -> bool {
     let widest = match network.address() {
         IpAddr::V4(_) => WIDEST,
         IpAddr::V6(_) => WIDEST_6,
     };
+    network.prefix() >= widest
+}
+
+/// It leads to who is on the other end of a device, without a router between.
+fn is_near(route: &RouteMessage, network: Cidr) -> bool {
     let routed = route.attributes.iter().any(|attribute| {
         matches!(
             attribute,
@@ -131,7 +139,7 @@ fn is_near(route: &RouteMessage, network: Cidr) -> bool {
                 | RouteAttribute::NhId(_)
         )
     });
-    !routed && network.prefix() >= widest
+    !routed && is_narrow(network)
 }
 
 fn open(groups: u32, flags: SocketFlags) -> io::Result<OwnedFd> {

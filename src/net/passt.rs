@@ -9,7 +9,6 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use etherparse::{ArpHardwareId, ArpOperation, ArpPacket, EtherType, PacketBuilder};
@@ -70,7 +69,7 @@ pub fn start(config: &UserConfig, door: &Door) -> Result<Starting, Failure> {
     let host = HostNetworks::list().or_host(format!("{flag}: listing the host's addresses"))?;
     let (socket, theirs) = UnixStream::pair().or_host(&flag)?;
     let fd = theirs.as_raw_fd();
-    let mut command = Command::new(program);
+    let mut command = helper::command(&program).or_host(&flag)?;
     command.args(arguments(&net, config, fd));
     let later = config.publish.is_empty();
     door.lead(&mut command).or_host(&flag)?;

@@ -287,7 +287,8 @@ impl Attack {
             ));
         }
         if record["guest_status"] != DONE {
-            return Some(format!("the guest is not done: {record}"));
+            let said: Vec<&str> = self.ended.stdout.lines().rev().take(6).collect();
+            return Some(format!("the guest is not done: {record} {said:?}"));
         }
         if self.answers == 0 || self.slowest > STEP / 4 {
             let (answers, slowest) = (self.answers, self.slowest);

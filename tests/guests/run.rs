@@ -110,7 +110,8 @@ fn cache(name: &str) -> PathBuf {
 
 /// Copies a folder, and what links in it lead to.
 fn copy(from: &Path, to: &Path) {
-    let copied = Command::new("cp").arg("-rL").arg(from).arg(to).status();
+    // Links inside stay links: a VM's log and its folder lead to each other.
+    let copied = Command::new("cp").arg("-rH").arg(from).arg(to).status();
     assert!(copied.unwrap().success());
 }
 
