@@ -288,7 +288,8 @@ fn run_machine(
     agent_socket.push(format!("_{PORT}"));
     let (listener, socket) =
         unix_socket::listen(&PathBuf::from(agent_socket), "the agent's socket")?;
-    let log = Log::create(&place.make_log()?, plan.log_size).or_host("the log")?;
+    let (log, _written) = place.make_log()?;
+    let log = Log::create(&log, plan.log_size).or_host("the log")?;
     // Before there are other threads.
     let keeper = Keeper::start(&config, timeline, signals)?;
     drop(reserved);

@@ -346,8 +346,9 @@ impl Place {
         self.0.join("vsock")
     }
 
-    /// Makes a place for what its main process writes.
-    pub fn make_log(&self) -> Result<PathBuf, Failure> {
+    /// Makes a place for what its main process writes, and a lock that is to be held while
+    /// that is written.
+    pub fn make_log(&self) -> Result<(PathBuf, File), Failure> {
         log::make_folder(&self.0)
     }
 

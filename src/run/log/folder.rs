@@ -1,8 +1,9 @@
 //! Where logs are: in the user's data folder, as the folder of what is known of VMs is
 //! memory on most hosts, and what VMs wrote is too much for that. A log's folder and its
-//! VM's have links to each other; one whose VM has forgotten it is removed.
+//! VM's have links to each other; one whose VM has forgotten it is removed, but not while it
+//! is written: another mount namespace may have this folder, and not the one of its VM.
 
-use std::fs::{self, DirBuilder};
+use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
@@ -15,6 +16,8 @@ use crate::image::data_folder;
 const FOLDER: &str = "logs";
 /// In a log's folder, where its VM's is.
 const OWNER: &str = "vm";
+/// In a log's folder, locked by who writes the log.
+const WRITER: &str = "writer";
 /// In a VM's folder, where its log's is.
 const LINK: &str = "log";
 /// How folders that are being made are called at first …
@@ -22,16 +25,20 @@ const NEW: &str = ".new-";
 /// … which takes no longer than this.
 const MAKING_MAX: Duration = Duration::from_secs(3600);
 
-/// Makes the folder of a log for a VM that has a folder; returns the log's path.
-pub fn make_folder(vm: &Path) -> Result<PathBuf, Failure> {
+/// Makes the folder of a log for a VM that has a folder; returns the log's path, and a lock
+/// that is to be held while the log is written.
+pub fn make_folder(vm: &Path) -> Result<(PathBuf, File), Failure> {
     make_in(&data_folder()?.join(FOLDER), vm).or_host("the log")
 }
 
-fn make_in(all: &Path, vm: &Path) -> io::Result<PathBuf> {
+fn make_in(all: &Path, vm: &Path) -> io::Result<(PathBuf, File)> {
     DirBuilder::new().recursive(true).mode(0o700).create(all)?;
     let (all, vm) = (all.canonicalize()?, vm.canonicalize()?);
     sweep(&all);
     let fresh = tempfile::Builder::new().prefix(NEW).tempdir_in(&all)?;
+    let lock = File::create(fresh.path().join(WRITER))?;
+    // Where a file system has no locks, no log is taken for one that nobody writes.
+    let _ = lock.try_lock();
     symlink(&vm, fresh.path().join(OWNER))?;
     let made = fresh.path().file_name().unwrap_or_default();
     let made = made.to_string_lossy();
@@ -42,7 +49,7 @@ fn make_in(all: &Path, vm: &Path) -> io::Result<PathBuf> {
     symlink(&folder, vm.join(LINK))?;
     fs::rename(fresh.path(), &folder)?;
     let _ = fresh.keep();
-    Ok(folder.join(NAME))
+    Ok((folder.join(NAME), lock))
 }
 
 /// Where the log of a VM is that has a folder.
@@ -70,6 +77,14 @@ fn is_of(folder: &Path, vm: &Path) -> bool {
         && owner == id(&folder.join(OWNER))
 }
 
+/// Whether a VM that runs may write to a log, or to one that is being made.
+fn is_written(folder: &Path) -> bool {
+    match File::options().write(true).open(folder.join(WRITER)) {
+        Ok(lock) => lock.try_lock().is_err(),
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
+    }
+}
+
 /// Removes the logs that no VM has any more, as after a restart of the host.
 fn sweep(all: &Path) {
     for entry in fs::read_dir(all).into_iter().flatten().flatten() {
@@ -84,7 +99,7 @@ fn sweep(all: &Path) {
                 owner.is_ok_and(|owner| !is_of(&folder, &owner))
             }
         };
-        if waste {
+        if waste && !is_written(&folder) {
             let _ = fs::remove_dir_all(folder);
         }
     }
@@ -101,8 +116,9 @@ mod tests {
         let vm = |name: &str| {
             let vm = home.path().join(name);
             fs::create_dir(&vm).unwrap();
-            let log = make_in(&all, &vm).unwrap();
+            let (log, lock) = make_in(&all, &vm).unwrap();
             fs::write(&log, name).unwrap();
+            drop(lock);
             (vm, log)
         };
         let ((a, log_a), (b, log_b)) = (vm("a"), vm("b"));
@@ -125,5 +141,26 @@ mod tests {
         fs::create_dir(&making).unwrap();
         vm("e");
         assert!(making.exists() && !log_c.exists() && log_d.exists());
+    }
+
+    #[test]
+    fn a_log_that_is_written_stays_though_its_vm_is_not_seen() {
+        let home = tempfile::tempdir().unwrap();
+        let all = home.path().join("logs");
+        let vm = |name: &str| {
+            let vm = home.path().join(name);
+            fs::create_dir(&vm).unwrap();
+            vm
+        };
+        // As in another mount namespace.
+        let hidden = vm("hidden");
+        let (log, lock) = make_in(&all, &hidden).unwrap();
+        fs::write(&log, "x").unwrap();
+        fs::remove_dir_all(&hidden).unwrap();
+        make_in(&all, &vm("other")).unwrap();
+        assert!(log.exists());
+        drop(lock);
+        make_in(&all, &vm("another")).unwrap();
+        assert!(!log.exists());
     }
 }
