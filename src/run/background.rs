@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
+use super::process::started as start_time;
 use super::record::Place;
 use super::{STATUS_FAILED, signalled};
 use crate::arguments;
@@ -43,6 +44,7 @@ pub fn detach(name: &str, words: &[OsString]) -> Result<u8, Failure> {
         // If it has gone, it told why.
         let _ = arguments::hand_over(words, input);
     }
+    let since = start_time(child.id());
     let (said, sent) = hear(&mut child, &signals)?;
     // The name is another if a VM had the one that was made up here.
     if let Some(name) = started(&said) {
@@ -51,7 +53,7 @@ pub fn detach(name: &str, words: &[OsString]) -> Result<u8, Failure> {
         return Ok(0);
     }
     let status = child.wait().or_host(WHAT)?;
-    Ok(failed(name, child.id(), status, sent))
+    Ok(failed(name, (child.id(), since), status, sent))
 }
 
 /// Hears what the process in the background says until its command runs or it ends. A signal
@@ -102,7 +104,12 @@ fn started(said: &[u8]) -> Option<&str> {
 
 /// What to exit with. One that ended by itself said why on standard error; of one that was
 /// killed this tells, and removes what it left.
-fn failed(name: &str, pid: u32, status: ExitStatus, sent: Option<i32>) -> u8 {
+fn failed(
+    name: &str,
+    (pid, since): (u32, Option<u64>),
+    status: ExitStatus,
+    sent: Option<i32>,
+) -> u8 {
     let code = status.code().and_then(|code| u8::try_from(code).ok());
     if let Some(code) = code {
         return code;
@@ -111,7 +118,9 @@ fn failed(name: &str, pid: u32, status: ExitStatus, sent: Option<i32>) -> u8 {
         let why = format!("its supervisor was ended by signal {signal} while it started");
         let _ = writeln!(io::stderr(), "mayfly: {name}: {why}");
     }
-    Place::remove_of(pid);
+    if let Some(since) = since {
+        Place::remove_of(pid, since);
+    }
     sent.map_or(STATUS_FAILED, signalled)
 }
 

@@ -1,15 +1,15 @@
 //! Ending VMs from outside.
 
-use std::fs;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use mayfly_guest::protocol::HostMessage;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 
 use super::agent::Agent;
-use super::record::{Place, State};
+use super::process::Process;
+use super::record::{Place, Record, State};
 use crate::control::{Client, Command, Folder};
 use crate::failure::{Failure, OrFail};
 
@@ -42,7 +42,7 @@ pub fn stop(place: &Place, signal: Option<i32>, time: Duration) -> Result<(), Fa
     }
     let deadline = Deadline::after(time);
     let record = place.record()?;
-    wake(place, record.pid, deadline.left())?;
+    wake(place, &record, deadline.left())?;
     let timeout = deadline.left().min(END_TIMEOUT);
     let signal = signal.unwrap_or(record.stop_signal);
     let told = signal_main(place, signal, timeout);
@@ -63,7 +63,7 @@ pub fn kill(place: &Place, signal: i32) -> Result<(), Failure> {
         return signal_main(place, signal, END_TIMEOUT);
     }
     let deadline = Deadline::after(END_TIMEOUT);
-    wake(place, place.record()?.pid, deadline.left())?;
+    wake(place, &place.record()?, deadline.left())?;
     let told = signal_main(place, signal, deadline.left());
     match told.is_ok() && wait(place, deadline.left())? {
         true => Ok(()),
@@ -73,8 +73,8 @@ pub fn kill(place: &Place, signal: i32) -> Result<(), Failure> {
 
 /// Lets go on what could not hear that it is to end: processes that a signal has
 /// stopped, and a guest that is paused.
-fn wake(place: &Place, supervisor: u32, time: Duration) -> Result<(), Failure> {
-    continue_processes(supervisor);
+fn wake(place: &Place, record: &Record, time: Duration) -> Result<(), Failure> {
+    continue_processes(record);
     if place.status().paused {
         let socket = Folder::locate().socket(&place.name());
         let resume = move || Client::connect(&socket, END_TIMEOUT)?.ask(&Command::Resume {});
@@ -84,16 +84,15 @@ fn wake(place: &Place, supervisor: u32, time: Duration) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Continues a VM's processes: its supervisor's, whose number is its own while its lock
-/// is held, and those that it started.
-fn continue_processes(supervisor: u32) {
-    let children = fs::read_to_string(format!("/proc/{supervisor}/task/{supervisor}/children"));
-    let children = children.unwrap_or_default();
-    let children = children.split_whitespace().map(str::parse);
-    let all = [Ok(supervisor.cast_signed())].into_iter().chain(children);
-    for pid in all.flatten().filter_map(Pid::from_raw) {
+/// Continues a VM's processes: its supervisor's, and those that it started.
+fn continue_processes(record: &Record) {
+    let Some(supervisor) = Process::find(record.pid, record.pid_started) else {
+        return;
+    };
+    let children = supervisor.children();
+    for process in [supervisor].iter().chain(&children) {
         // Nothing happens to one that is not stopped.
-        let _ = kill_process(pid, Signal::CONT);
+        let _ = process.signal(Signal::CONT);
     }
 }
 
@@ -126,7 +125,7 @@ fn within<T: Send + 'static>(
 fn force(place: &Place) -> Result<(), Failure> {
     let deadline = Deadline::after(END_TIMEOUT);
     let record = place.record()?;
-    continue_processes(record.pid);
+    continue_processes(&record);
     let socket = Folder::locate().socket(&place.name());
     let end =
         move || Client::connect(&socket, END_TIMEOUT)?.ask(&Command::Shutdown { deadline: 0 });
@@ -134,10 +133,12 @@ fn force(place: &Place) -> Result<(), Failure> {
     if matches!(told, Some(Ok(_))) && wait(place, deadline.left())? {
         return Ok(());
     }
-    // The lock is held: the number is still that process's.
-    let pid = i32::try_from(record.pid).ok().and_then(Pid::from_raw);
-    if let (State::Running, Some(pid)) = (place.state(), pid) {
-        kill_process(pid, Signal::KILL).or_host(place.name())?;
+    // Who removes a VM has its lock, too: then there is none to be killed, and another process
+    // may have the number.
+    if let State::Running = place.state()
+        && let Some(supervisor) = Process::find(record.pid, record.pid_started)
+    {
+        supervisor.signal(Signal::KILL).or_host(place.name())?;
     }
     place.wait().map(drop)
 }

@@ -18,6 +18,7 @@ mod mount;
 mod network;
 mod options;
 mod plan;
+mod process;
 pub mod record;
 mod resolver;
 mod session;
@@ -435,6 +436,7 @@ fn record(options: &Options, plan: &Plan, image: &Image, ports: &[String]) -> Re
         labels: labels(options, image),
         created_ms: now_ms(),
         pid: std::process::id(),
+        pid_started: process::started(std::process::id()),
         remove: options.remove,
         ended: None,
     }

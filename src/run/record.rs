@@ -90,10 +90,21 @@ pub struct Record {
     pub created_ms: u64,
     /// The process that runs it.
     pub pid: u32,
+    /// When that was started, as other processes may have its number later: clock ticks after
+    /// the host was booted.
+    #[serde(default)]
+    pub pid_started: Option<u64>,
     /// It leaves nothing behind.
     pub remove: bool,
     /// How it ended.
     pub ended: Option<Ended>,
+}
+
+impl Record {
+    /// Whether a process that was killed wrote it. Others may have had its number.
+    fn is_left_by(&self, pid: u32, started: u64) -> bool {
+        self.ended.is_none() && self.pid == pid && self.pid_started == Some(started)
+    }
 }
 
 /// How a VM ended.
@@ -144,11 +155,13 @@ impl Place {
         }
     }
 
-    /// Removes those of a process that was killed while it started its VM.
-    pub fn remove_of(pid: u32) {
+    /// Removes those of a process that was killed while it started its VM. Their names may be
+    /// others than it was given, if VMs had that.
+    pub fn remove_of(pid: u32, started: u64) {
         // The VMM process ends with it, and may have the lock for a moment.
         for place in Place::all().unwrap_or_default() {
-            if place.record().is_ok_and(|record| record.pid == pid) {
+            let record = place.record();
+            if record.is_ok_and(|record| record.is_left_by(pid, started)) {
                 let _ = place.remove();
             }
         }
@@ -560,6 +573,30 @@ mod tests {
         let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
         names.sort();
         assert_eq!(names, [".making", ".new-alive", "alive", "killed"]);
+    }
+
+    #[test]
+    fn a_record_is_of_one_process() {
+        let record = Record {
+            pid: 7,
+            pid_started: Some(100),
+            ..Record::default()
+        };
+        assert!(record.is_left_by(7, 100));
+        assert!(!record.is_left_by(8, 100));
+        // Another one had the number, or it ended as it should.
+        assert!(!record.is_left_by(7, 101));
+        let ended = Record {
+            ended: Some(Ended {
+                at_ms: 0,
+                status: 0,
+                reason: None,
+                last_lines: Vec::new(),
+                problems: Vec::new(),
+            }),
+            ..record
+        };
+        assert!(!ended.is_left_by(7, 100));
     }
 
     #[test]
