@@ -121,6 +121,30 @@ pub fn check_free(path: &Path, flag: &str) -> Result<bool, Failure> {
     }
 }
 
+/// Removes a socket that a process which was killed has left, and none that somebody listens
+/// on. One that has not quite ended is waited for.
+pub fn remove_leftover(path: &Path, patience: Duration) -> Result<(), Failure> {
+    const AGAIN: Duration = Duration::from_millis(10);
+    let flag = path.display().to_string();
+    let deadline = Instant::now() + patience;
+    loop {
+        let lock = lock(folder_of(path), patience, &flag)?;
+        match check_free(path, &flag) {
+            Ok(true) => return fs::remove_file(path).or_host(flag),
+            Err(_) if Instant::now() < deadline => {}
+            other => return other.map(drop),
+        }
+        drop(lock);
+        thread::sleep(AGAIN);
+    }
+}
+
+/// Where a name is.
+fn folder_of(path: &Path) -> &Path {
+    let folder = path.parent().filter(|parent| *parent != Path::new(""));
+    folder.unwrap_or(Path::new("."))
+}
+
 /// Makes a socket with a name, and listens. It does not block.
 pub fn listen(path: &Path, flag: &str) -> Result<(UnixListener, Name), Failure> {
     let listener = socket().map(UnixListener::from).or_host(flag)?;
@@ -138,8 +162,7 @@ impl Name {
     /// Gives a socket its name, and listens.
     pub fn give(socket: &UnixListener, path: &Path, flag: &str) -> Result<Self, Failure> {
         // Who looks whether a socket is a leftover must not see a new one.
-        let folder = path.parent().filter(|parent| *parent != Path::new(""));
-        let _lock = lock(folder.unwrap_or(Path::new(".")), LOCK_PATIENCE, flag)?;
+        let _lock = lock(folder_of(path), LOCK_PATIENCE, flag)?;
         if check_free(path, flag)? {
             fs::remove_file(path).or_host(flag)?;
         }
@@ -248,6 +271,13 @@ mod tests {
         drop(first);
         std::mem::forget(name);
         assert!(check_free(&path, "--x").unwrap());
+        // Only what nobody listens on is removed for another.
+        std::mem::forget(Name::give(&second, &path, "--x").unwrap());
+        assert!(remove_leftover(&path, Duration::ZERO).is_err() && path.exists());
+        drop(second);
+        remove_leftover(&path, Duration::ZERO).unwrap();
+        assert!(!path.exists());
+        remove_leftover(&path, Duration::ZERO).unwrap();
         let third = new();
         let name = Name::give(&third, &path, "--x").unwrap();
         // Another's file is left alone.

@@ -22,6 +22,7 @@ use crate::machine::StartSignals;
 use crate::machine::Status;
 use crate::sandbox::Cgroup;
 use crate::timing::milliseconds;
+use crate::unix_socket;
 
 const RECORD: &str = "vm.json";
 const LOCK: &str = "lock";
@@ -40,6 +41,8 @@ const MAKING: &str = ".making";
 const MAKING_TIMEOUT: Duration = Duration::from_secs(10);
 /// Whoever looks at a VM takes no longer.
 const LOOK: Duration = Duration::from_millis(500);
+/// A VMM process that was killed has ended by then.
+const RELEASE: Duration = Duration::from_secs(1);
 
 /// What a VM was started as, and how it ended.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -322,12 +325,21 @@ impl Place {
 
     /// Removes it; not while its process lives.
     pub fn remove(&self) -> Result<(), Failure> {
+        self.remove_if_free(true)
+    }
+
+    /// The same; one of those that have a part in it now may be waited for.
+    fn remove_if_free(&self, waits: bool) -> Result<(), Failure> {
         let what = || format!("removing {}", self.0.display());
+        let (look, release) = match waits {
+            true => (LOOK, RELEASE),
+            false => (Duration::ZERO, Duration::ZERO),
+        };
         let lock = File::open(self.0.join(LOCK)).or_host(what())?;
         // Those that look hold it for a moment.
-        let deadline = Instant::now() + LOOK;
+        let deadline = Instant::now() + look;
         while lock.try_lock().is_err() {
-            if Instant::now() > deadline {
+            if Instant::now() >= deadline {
                 return Err(Failure::config(format!(
                     "{}: runs; stop it first, or remove it with --force",
                     self.name()
@@ -340,10 +352,20 @@ impl Place {
             return Ok(());
         }
         // Of a process that was killed.
-        if let Ok(record) = self.record() {
-            Cgroup::remove_left(record.pid);
+        if let Ok(record) = self.record()
+            && !Cgroup::remove_left(record.pid, release)
+            && !waits
+        {
+            let why = "its processes have not ended yet";
+            return Err(Failure::host(format!("{}: {why}", what())));
         }
-        let _ = fs::remove_file(Folder::locate().socket(&self.name()));
+        // A VM of another kind may have the name by now. What is left is replaced by whoever
+        // takes it.
+        let socket = Folder::locate().socket(&self.name());
+        let freed = unix_socket::remove_leftover(&socket, look);
+        if !waits {
+            freed?;
+        }
         log::remove_folder(&self.0);
         fs::remove_dir_all(&self.0).or_host(what())
     }
@@ -457,7 +479,7 @@ fn make_new(folder: &Path, what: &str, signals: &StartSignals) -> Result<(TempDi
         match error {
             TryLockError::WouldBlock if Instant::now() < deadline => signals.sleep(LOOK / 100)?,
             TryLockError::WouldBlock => {
-                let why = "another mayfly has it locked, and is stopped";
+                let why = "another mayfly has had it locked for 10 s; it may be stopped";
                 return Err(Failure::host(format!("{what}: {why}")));
             }
             TryLockError::Error(error) => return Err(error).or_host(what),
@@ -498,7 +520,8 @@ fn sweep_alone(folder: &Path) {
                 let _ = fs::remove_dir_all(entry.path());
             }
         } else if crate::control::valid_name(name) && place.is_left_over() {
-            let _ = place.remove();
+            // Others wait for this. Whom it would have to wait for the next sweep finds.
+            let _ = place.remove_if_free(false);
         }
     }
 }

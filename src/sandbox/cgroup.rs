@@ -285,10 +285,11 @@ impl Cgroup {
         made
     }
 
-    /// Removes the groups of a supervisor that was killed, and so could not.
-    pub fn remove_left(supervisor: u32) {
+    /// Removes the groups of a supervisor that was killed, and so could not. False if its VMM
+    /// process, which was killed with it, has not ended in time.
+    pub fn remove_left(supervisor: u32, time: Duration) -> bool {
         if Path::new(&format!("/proc/{supervisor}")).exists() {
-            return;
+            return true;
         }
         let name = format!("{PREFIX}{supervisor}");
         let found = Hierarchies::find();
@@ -297,18 +298,21 @@ impl Cgroup {
             above.take_while(move |it| it.starts_with(top))
         });
         let legacy = found.legacy.iter().map(|(_, own)| own.as_path());
-        // Its VMM process was killed with it, and may not have ended yet.
-        const TIMEOUT: Duration = Duration::from_secs(1);
-        let deadline = Instant::now() + TIMEOUT;
+        let deadline = Instant::now() + time;
+        let mut free = true;
         for parent in unified.chain(legacy) {
             let folder = parent.join(&name);
             while let Err(error) = fs::remove_dir(&folder)
                 && error.kind() == ErrorKind::ResourceBusy
-                && Instant::now() < deadline
             {
-                thread::sleep(TIMEOUT / 100);
+                if Instant::now() >= deadline {
+                    free = false;
+                    break;
+                }
+                thread::sleep(PAUSE);
             }
         }
+        free
     }
 
     /// Puts a process into the groups. If the host does not let this user, it is
