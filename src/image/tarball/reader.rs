@@ -21,7 +21,7 @@ const SOLARIS_HEADER: u8 = b'X';
 const SOLARIS_ACL: u8 = b'A';
 const SOLARIS_ATTRIBUTES: u8 = b'E';
 
-/// The largest extended header, or long name.
+/// The most that the extended headers and long names of one entry have together.
 const EXTENSION_MAX: u64 = 1 << 20;
 
 /// The entries of an archive, one after the other.
@@ -68,6 +68,7 @@ impl<R: Read> Entries<R> {
     pub fn next(&mut self) -> Result<Option<Entry>, ArchiveError> {
         let mut extensions = Extensions::default();
         let mut extended = false;
+        let mut left = EXTENSION_MAX;
         loop {
             self.skip()?;
             let Some(header) = self.header()? else {
@@ -87,15 +88,15 @@ impl<R: Read> Entries<R> {
                 // Access lists and attributes of Solaris, which are the next entry's.
                 (_, SOLARIS_ACL | SOLARIS_ATTRIBUTES) => self.expect(size(&header)?),
                 (EntryType::XHeader, _) | (_, SOLARIS_HEADER) => {
-                    let data = self.extension(&header)?;
+                    let data = self.extension(&header, &mut left)?;
                     extensions.parse(&data)?;
                 }
                 (EntryType::GNULongName, _) => {
-                    let data = self.extension(&header)?;
+                    let data = self.extension(&header, &mut left)?;
                     extensions.path.get_or_insert(until_nul(data));
                 }
                 (EntryType::GNULongLink, _) => {
-                    let data = self.extension(&header)?;
+                    let data = self.extension(&header, &mut left)?;
                     extensions.link.get_or_insert(until_nul(data));
                 }
                 _ => return self.entry(&header, extensions).map(Some),
@@ -228,13 +229,13 @@ impl<R: Read> Entries<R> {
         Ok(Some(header))
     }
 
-    fn extension(&mut self, header: &Header) -> Result<Vec<u8>, ArchiveError> {
+    /// What one of an entry's extended headers has. They may be many: `left` is what all that
+    /// follow may still have.
+    fn extension(&mut self, header: &Header, left: &mut u64) -> Result<Vec<u8>, ArchiveError> {
         let size = size(header)?;
-        if size > EXTENSION_MAX {
-            return Err(ArchiveError::TooMuch(
-                "an extended header of more than 1 MiB".into(),
-            ));
-        }
+        *left = left.checked_sub(size).ok_or_else(|| {
+            ArchiveError::TooMuch("extended headers of an entry of more than 1 MiB".into())
+        })?;
         self.expect(size);
         let mut data = Vec::new();
         self.read_to_end(&mut data)?;

@@ -349,6 +349,25 @@ fn hostile_headers_are_refused() {
     assert!(read(b"\x7fELF and no archive").is_err());
 }
 
+/// One that fits is no leave for any number of them.
+#[test]
+fn extended_headers_of_an_entry_count_together() {
+    let file = member(b"f", EntryType::Regular, b"");
+    let header = |name: &str, size| {
+        let records = record(&format!("SCHILY.xattr.user.{name}"), &"x".repeat(size));
+        member(b"x", EntryType::XHeader, &records)
+    };
+    let (a, b) = (header("a", 600 << 10), header("b", 600 << 10));
+    // Those of two entries do not.
+    let apart = [&a[..], &file, &b, &file].concat();
+    assert_eq!(read(&apart).unwrap().len(), 2);
+    let long = member(b"x", EntryType::GNULongName, &vec![b'x'; 600 << 10]);
+    for second in [b, long] {
+        let archive = [&a[..], &second, &file].concat();
+        assert!(matches!(read(&archive), Err(ArchiveError::TooMuch(_))));
+    }
+}
+
 #[test]
 fn labels_and_dumped_folders_are_read_past() {
     let dump = b"Yfile\0\0".repeat(200);
