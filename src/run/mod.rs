@@ -170,6 +170,8 @@ fn run_here(
     // Behind the layers, and the disk for what is written.
     let disks_before = 1 + usize::from(plan.disk_size.is_some());
     let volumes = Volumes::find(&options.volumes, &options.mounts, disks_before)?;
+    let others = plan.setup.mounts.iter().chain(&volumes.mounts);
+    let of_image = volumes::of_image(&image.config.config.volumes, others)?;
     // Open until the machine has it open.
     let scratch = plan.disk_size.map(|size| make_scratch(size, options));
     let scratch = scratch.transpose()?;
@@ -190,8 +192,7 @@ fn run_here(
     }
     plan.setup.layer_root = LAYER_ROOT.to_owned();
     plan.setup.mounts.extend(volumes.mounts);
-    let own = volumes::of_image(&image.config.config.volumes, &plan.setup.mounts)?;
-    plan.setup.mounts.extend(own);
+    plan.setup.mounts.extend(of_image);
     // What is in another comes behind it.
     let depth = |mount: &Mount| mount.target.iter().filter(|&&byte| byte == b'/').count();
     plan.setup.mounts.sort_by_key(depth);

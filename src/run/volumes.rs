@@ -1,5 +1,6 @@
 //! The volumes of a VM of `mayfly run`: folders of the host, disks, named volumes.
 
+use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
@@ -16,6 +17,8 @@ use crate::volume::{Volumes as Named, is_ext4};
 const SYNTAX: &str = "write FOLDER:DIR[:ro], with the name of a volume or the path of a disk in \
                       place of FOLDER, or DIR alone";
 const TARGET: &str = "the guest's folder must begin with a slash, be below /, and have no ..";
+/// So many volumes may an image name: each is a mount of the guest's.
+const OF_IMAGE_MAX: usize = 256;
 /// What other engines share folders by, where they need it. It means nothing here.
 const MEANINGLESS: [&str; 13] = [
     "z",
@@ -268,7 +271,21 @@ pub fn target(text: &[u8]) -> Result<Vec<u8>, String> {
 }
 
 /// The volumes that an image names, but for those that the user has others for.
-pub fn of_image(texts: &[String], others: &[Mount]) -> Result<Vec<Mount>, Failure> {
+pub fn of_image<'a>(
+    texts: &[String],
+    others: impl IntoIterator<Item = &'a Mount>,
+) -> Result<Vec<Mount>, Failure> {
+    if texts.len() > OF_IMAGE_MAX {
+        return Err(Failure::config(format!(
+            "the image has {} of VOLUME; it may have {OF_IMAGE_MAX}",
+            texts.len()
+        )));
+    }
+    let plain = |other: &Mount| {
+        let target = other.target.strip_suffix(b"/");
+        target.unwrap_or(&other.target).to_vec()
+    };
+    let mut taken: HashSet<_> = others.into_iter().map(plain).collect();
     let mut all = Vec::new();
     for text in texts {
         let failed = |why| {
@@ -276,9 +293,7 @@ pub fn of_image(texts: &[String], others: &[Mount]) -> Result<Vec<Mount>, Failur
             Failure::config(format!("the image's VOLUME {text}: {why}"))
         };
         let target = target(text.as_bytes()).map_err(failed)?;
-        let same =
-            |other: &Mount| other.target.strip_suffix(b"/").unwrap_or(&other.target) == target;
-        if !others.iter().chain(&all).any(same) {
+        if taken.insert(target.clone()) {
             all.push(Mount {
                 target,
                 source: Source::Own,
@@ -381,6 +396,10 @@ mod tests {
             of_image(&texts, &[other("/a/"), other("/b"), other("/c")]).unwrap(),
             []
         );
+        let many: Vec<_> = (0..=OF_IMAGE_MAX).map(|it| format!("/{it}")).collect();
+        assert_eq!(of_image(&many[1..], &[]).unwrap().len(), OF_IMAGE_MAX);
+        let error = of_image(&many, &[]).unwrap_err().to_string();
+        assert!(error.contains("257"), "{error}");
         for text in ["data", "/", "/a/../b"] {
             assert!(of_image(&[text.to_owned()], &[]).is_err(), "{text}");
         }
