@@ -8,7 +8,8 @@
 //! archive has files for but does not describe must look as it does below: it
 //! takes what the layers below say of it, and the layer's name then says so too.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::FileExt;
@@ -23,7 +24,7 @@ use super::limits::Limits;
 use super::progress::{Progress, Task};
 use super::section::Section;
 use super::tarball::{ArchiveError, Entries, Kind, Meta, Writer};
-use super::tree::{Inode, InodeKind, Tree, split};
+use super::tree::{Inode, InodeKind, Tree};
 use crate::helper;
 
 /// Where a layer's files are in its file system: what is above is the tool's own,
@@ -71,8 +72,8 @@ pub struct Record {
     /// Folders that it has files for and does not describe.
     implied: Vec<String>,
     /// Of those, the ones of which it shows nothing that is below.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    implied_opaque: Vec<String>,
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    implied_opaque: BTreeSet<String>,
     /// What it takes away.
     whiteouts: BTreeSet<String>,
     /// The folders that it describes.
@@ -93,12 +94,18 @@ struct Folder {
 
 /// Bytes as text, and back.
 fn escaped(bytes: &[u8]) -> String {
-    let plain = |byte: u8| byte.is_ascii_graphic() && byte != b'%';
-    let text = |byte: &u8| match plain(*byte) {
-        true => char::from(*byte).to_string(),
-        false => format!("%{byte:02x}"),
-    };
-    bytes.iter().map(text).collect()
+    let mut text = String::with_capacity(bytes.len());
+    for &byte in bytes {
+        match byte.is_ascii_graphic() && byte != b'%' {
+            true => text.push(char::from(byte)),
+            false => text.extend([
+                '%',
+                char::from_digit(u32::from(byte >> 4), 16).unwrap_or_default(),
+                char::from_digit(u32::from(byte & 15), 16).unwrap_or_default(),
+            ]),
+        }
+    }
+    text
 }
 
 fn unescaped(text: &str) -> Vec<u8> {
@@ -150,7 +157,7 @@ impl Record {
     }
 
     pub(super) fn new(diff_id: Digest, tree: &Tree) -> Self {
-        let (mut implied, mut implied_opaque) = (Vec::new(), Vec::new());
+        let (mut implied, mut implied_opaque) = (Vec::new(), BTreeSet::new());
         let mut folders = BTreeMap::new();
         let mut hides = false;
         for (path, _, inode) in tree.names() {
@@ -163,7 +170,7 @@ impl Record {
                 match silent {
                     true => {
                         if opaque {
-                            implied_opaque.push(escaped(path));
+                            implied_opaque.insert(escaped(path));
                         }
                         implied.push(escaped(path));
                     }
@@ -187,32 +194,88 @@ impl Record {
 
     /// What the implied folders have in the layers below, lowest first.
     pub fn inherited(&self, below: &[&Record]) -> Inheritance {
+        let mut said: BTreeMap<&str, Said> = BTreeMap::new();
+        for path in &self.implied {
+            // Who is in already is so with all it lies in.
+            for path in outwards(path) {
+                match said.entry(path) {
+                    Entry::Occupied(_) => break,
+                    Entry::Vacant(entry) => entry.insert(Said::default()),
+                };
+            }
+        }
+        for (level, layer) in below.iter().enumerate() {
+            layer.say(level, &mut said);
+        }
+        let hides_all = below.iter().rposition(|layer| layer.opaque);
+        // The layer that hides what lies in a folder and below that layer. A folder comes
+        // before what is in it.
+        let mut inside: HashMap<&str, Option<usize>> = HashMap::new();
+        let mut metas = HashMap::new();
+        for (path, said) in said {
+            let outer = outwards(path).nth(1);
+            let outer = outer.and_then(|outer| inside.get(outer)).copied();
+            let hidden = outer.unwrap_or(hides_all).max(said.gone);
+            inside.insert(path, hidden.max(said.opaque));
+            if let Some((level, folder)) = said.folder
+                && hidden <= Some(level)
+            {
+                metas.insert(path, folder);
+            }
+        }
         let found = self.implied.iter().filter_map(|path| {
-            let path = unescaped(path);
-            let meta = below.iter().rev().find_map(|layer| layer.says(&path))??;
-            Some((path, meta))
+            let folder = metas.get(path.as_str())?;
+            Some((unescaped(path), folder.meta()))
         });
         Inheritance(found.collect())
     }
 
-    /// What this layer says of a folder: nothing; that it is new; how it looks.
-    fn says(&self, path: &[u8]) -> Option<Option<Meta>> {
-        if let Some(folder) = self.folders.get(&escaped(path)) {
-            return Some(Some(folder.meta()));
+    /// Adds what this layer says of folders; those below it have said theirs.
+    fn say<'a>(&'a self, level: usize, said: &mut BTreeMap<&str, Said<'a>>) {
+        let add = |path: &str, said: &mut Said<'a>| {
+            let folder = self.folders.get(path);
+            if let Some(folder) = folder {
+                said.folder = Some((level, folder));
+            }
+            if self.whiteouts.contains(path) {
+                said.gone = Some(level);
+            }
+            if folder.is_some_and(|it| it.opaque) || self.implied_opaque.contains(path) {
+                said.opaque = Some(level);
+            }
+        };
+        let names = [self.whiteouts.len(), self.implied_opaque.len()];
+        let names = names.iter().fold(self.folders.len(), |sum, len| sum + len);
+        if said.len() < names {
+            said.iter_mut().for_each(|(path, said)| add(path, said));
+            return;
         }
-        let mut ancestor = path;
-        loop {
-            let name = escaped(ancestor);
-            let opaque = ancestor != path && self.folders.get(&name).is_some_and(|it| it.opaque);
-            if opaque || self.opaque || self.whiteouts.contains(&name) {
-                return Some(None);
+        let names = self.folders.keys().chain(&self.whiteouts);
+        for path in names.chain(&self.implied_opaque) {
+            if let Some(said) = said.get_mut(path.as_str()) {
+                add(path, said);
             }
-            if ancestor.is_empty() {
-                return None;
-            }
-            ancestor = split(ancestor).0;
         }
     }
+}
+
+/// What layers say of a folder: which was the last to, by its place from the lowest.
+#[derive(Default)]
+struct Said<'a> {
+    /// How it looks.
+    folder: Option<(usize, &'a Folder)>,
+    /// It is taken away.
+    gone: Option<usize>,
+    /// What layers below have in it is hidden.
+    opaque: Option<usize>,
+}
+
+/// An escaped path, and all that it lies in: a slash is never escaped.
+fn outwards(path: &str) -> impl Iterator<Item = &str> {
+    std::iter::successors(Some(path), |path| match path.rsplit_once('/') {
+        Some((outer, _)) => Some(outer),
+        None => (!path.is_empty()).then_some(""),
+    })
 }
 
 /// What a layer takes from those below.
@@ -573,6 +636,75 @@ mod tests {
                 .unwrap();
         }
         out.finish().unwrap()
+    }
+
+    /// A layer of folders (`a/`), opaque ones (`a/.wh..wh..opq`), whiteouts and files.
+    fn record(entries: &[(&str, u32)]) -> Record {
+        let mut out = Writer::new(Vec::new());
+        for (name, mode) in entries {
+            let kind = match name.strip_suffix('/') {
+                Some(_) => Kind::Folder,
+                None => Kind::File,
+            };
+            let mode = *mode;
+            let meta = Meta {
+                mode,
+                ..Meta::default()
+            };
+            let name = name.trim_end_matches('/').as_bytes();
+            out.entry(name, &kind, &meta, 0, &mut io::empty()).unwrap();
+        }
+        let archive = out.finish().unwrap();
+        let tree = Tree::read(&mut Entries::new(&archive[..]), &Limits::default()).unwrap();
+        Record::new(Digest::of(&archive), &tree)
+    }
+
+    #[test]
+    fn folders_look_as_the_highest_layer_below_that_shows_them() {
+        let modes = |below: &[&Record]| {
+            let above = record(&[("a b/c/file", 0)]);
+            let found = above.inherited(below).0;
+            let found = found.into_iter();
+            found
+                .map(|(path, meta)| (String::from_utf8(path).unwrap(), meta.mode))
+                .collect::<Vec<_>>()
+        };
+        let described = record(&[("a b/", 0o700), ("a b/c/", 0o711)]);
+        let (outer, inner) = (("a b".to_owned(), 0o700), ("a b/c".to_owned(), 0o711));
+        let both = [outer.clone(), inner.clone()];
+        assert_eq!(modes(&[&described]), both);
+        for (layer, expected) in [
+            (record(&[("other/", 0o755)]), &both[..]),
+            // A whiteout, of it and of what it lies in.
+            (record(&[("a b/.wh.c", 0)]), &[outer.clone()]),
+            (record(&[(".wh.a b", 0)]), &[]),
+            // Opaque: what hides all in it is described, or only implied.
+            (record(&[(".wh..wh..opq", 0)]), &[]),
+            (record(&[("a b/.wh..wh..opq", 0)]), &[outer.clone()]),
+            (
+                record(&[("a b/", 0o500), ("a b/.wh..wh..opq", 0)]),
+                &[("a b".to_owned(), 0o500)],
+            ),
+            // One that is opaque itself looks as below.
+            (record(&[("a b/c/.wh..wh..opq", 0)]), &both),
+            // Many that are of no interest.
+            (
+                record(&[
+                    ("a b/c/", 0o555),
+                    ("w/", 0),
+                    ("x/", 0),
+                    ("y/", 0),
+                    ("z/", 0),
+                ]),
+                &[outer.clone(), ("a b/c".to_owned(), 0o555)],
+            ),
+        ] {
+            assert_eq!(modes(&[&described, &layer]), expected, "{layer:?}");
+            // What is below them is hidden, what is above is not.
+            assert_eq!(modes(&[&layer, &described]), both);
+        }
+        assert_eq!(escaped(b"a b/%\xff"), "a%20b/%25%ff");
+        assert_eq!(unescaped("a%20b/%25%ff"), b"a b/%\xff");
     }
 
     /// Between the two readings somebody writes to the archive: the layer must not have

@@ -12,6 +12,9 @@ const PATH_MAX: usize = 4095;
 const NAME_MAX: usize = 255;
 const DEPTH_MAX: usize = 256;
 const ENTRIES_MAX: usize = 2_000_000;
+/// How many folders may be there only by what is in them. Each is looked for in all layers
+/// below.
+const IMPLIED_MAX: usize = 100_000;
 /// How many bytes names, targets of links and attributes may have together.
 const NAMES_MAX: usize = 256 << 20;
 
@@ -56,6 +59,8 @@ pub struct Tree {
     noted: BTreeMap<Vec<u8>, usize>,
     data: u64,
     weight: usize,
+    /// How many folders no entry has described.
+    implied: usize,
     limits: Limits,
 }
 
@@ -70,6 +75,7 @@ impl Tree {
             noted: BTreeMap::new(),
             data: 0,
             weight: 0,
+            implied: 0,
             limits: *limits,
         };
         tree.imply(b"", 0);
@@ -186,7 +192,9 @@ impl Tree {
                     .get(&path)
                     .and_then(|inode| self.inodes.get_mut(*inode))
                 {
-                    *implied = false;
+                    if std::mem::replace(implied, false) {
+                        self.implied = self.implied.saturating_sub(1);
+                    }
                     *meta = entry.meta;
                     return Ok(());
                 }
@@ -286,6 +294,7 @@ impl Tree {
     }
 
     fn imply(&mut self, path: &[u8], mtime: u32) {
+        self.implied = self.implied.saturating_add(1);
         let inode = self.inode(Inode {
             meta: Meta {
                 mode: 0o755,
@@ -331,9 +340,9 @@ impl Tree {
                 }
                 None => {
                     self.weigh(path.len())?;
-                    if self.names.len() >= ENTRIES_MAX {
+                    if self.implied >= IMPLIED_MAX {
                         return Err(ArchiveError::TooMuch(
-                            "more than two million folders".into(),
+                            "more than 100,000 folders that no entry describes".into(),
                         ));
                     }
                     self.imply(path, mtime);

@@ -347,3 +347,15 @@ fn a_folder_that_hides_is_known_whether_it_is_described_or_not() {
     assert_eq!(folders, [b"a".to_vec(), b"b/c".to_vec()]);
     assert_eq!(record.whiteouts().collect::<Vec<_>>(), [b"d/e".to_vec()]);
 }
+
+#[test]
+fn folders_that_no_entry_describes_are_so_many_and_no_more() {
+    let deep = |name: usize| format!("{name}{}/f", "/d".repeat(200)).into_bytes();
+    let files = |count| (0..count).map(deep).collect::<Vec<_>>();
+    let read = |paths: &[Vec<u8>]| {
+        let entries = paths.iter().map(|path| (&path[..], Kind::File, 0o644));
+        tree(&entries.collect::<Vec<_>>()).map(|_| ())
+    };
+    assert!(read(&files(400)).is_ok());
+    assert!(matches!(read(&files(500)), Err(ArchiveError::TooMuch(_))));
+}
