@@ -120,10 +120,12 @@ fn fetch(options: &CopyOptions, vm: &str, path: &[u8], to: &Side) -> Result<(), 
     let name = name_of(path);
     let Side::Host(target) = *to else {
         let mut sink = ToTar::new(name, BufWriter::new(io::stdout()));
-        return copy(&mut source, &mut sink).map_err(|error| match error.kind() {
+        copy(&mut source, &mut sink).map_err(|error| match error.kind() {
             io::ErrorKind::BrokenPipe => Failure::new(Class::ReaderGone, ""),
             _ => failed(vm)(error),
-        });
+        })?;
+        tell_left_out(vm, sink.left_out);
+        return Ok(());
     };
     let first = source.next().map_err(failed(vm))?;
     let first = first.ok_or_else(|| Failure::host(format!("{vm}: nothing came")))?;
@@ -142,13 +144,18 @@ fn fetch(options: &CopyOptions, vm: &str, path: &[u8], to: &Side) -> Result<(), 
         .put(&first, &mut source)
         .and_then(|()| copy(&mut source, &mut files))
         .map_err(failed(vm))?;
-    if let count @ 1.. = files.left_out() {
+    tell_left_out(vm, files.left_out());
+    Ok(())
+}
+
+/// Tells of what stays with the guest.
+fn tell_left_out(vm: &str, count: u64) {
+    if count > 0 {
         let _ = writeln!(
             io::stderr(),
             "mayfly: {vm}: {count} devices and named pipes were left out"
         );
     }
-    Ok(())
 }
 
 /// Into a guest.
@@ -224,10 +231,13 @@ impl Read for Owned {
 /// shorter meanwhile ends the copy: zeroes in its place would be as many as a guest says.
 const AHEAD_MAX: u64 = 4 << 20;
 
-/// Writes a tar archive.
+/// Writes a tar archive of what a guest sends. It may be unpacked by root, with all that is
+/// in it: what would lend its owner's rights is left out, as where `Files` makes it.
 struct ToTar<W: Write> {
     name: Vec<u8>,
     writer: Option<Writer<W>>,
+    /// How many devices and named pipes there were.
+    left_out: u64,
 }
 
 impl<W: Write> ToTar<W> {
@@ -235,6 +245,7 @@ impl<W: Write> ToTar<W> {
         ToTar {
             name: name.into(),
             writer: Some(Writer::new(output)),
+            left_out: 0,
         }
     }
 
@@ -250,21 +261,30 @@ impl<W: Write> ToTar<W> {
 
 impl<W: Write> Sink for ToTar<W> {
     fn put(&mut self, entry: &Entry, data: &mut dyn Data) -> io::Result<()> {
+        const HARMLESS: u32 = 0o777;
+        const STICKY: u32 = 0o1000;
         let (kind, size) = match &entry.kind {
             &Kind::File(size) => (tarball::Kind::File, size),
             Kind::Folder => (tarball::Kind::Folder, 0),
             Kind::Symlink(target) => (tarball::Kind::Symlink(target.clone()), 0),
             Kind::Link(target) => (tarball::Kind::Link(self.path(target)), 0),
-            &Kind::Char(major, minor) => (tarball::Kind::Char(major, minor), 0),
-            &Kind::Block(major, minor) => (tarball::Kind::Block(major, minor), 0),
-            Kind::Fifo => (tarball::Kind::Fifo, 0),
+            Kind::Char(..) | Kind::Block(..) | Kind::Fifo => {
+                self.left_out = self.left_out.saturating_add(1);
+                return Ok(());
+            }
         };
+        let bits = match entry.kind {
+            Kind::Folder => HARMLESS | STICKY,
+            _ => HARMLESS,
+        };
+        let xattrs = entry.xattrs.iter();
+        let xattrs = xattrs.filter(|(name, _)| !name.starts_with(b"security."));
         let meta = Meta {
-            mode: entry.mode & 0o7777,
+            mode: entry.mode & bits,
             uid: entry.uid,
             gid: entry.gid,
             mtime: u32::try_from(entry.mtime.max(0)).unwrap_or(u32::MAX),
-            xattrs: entry.xattrs.iter().cloned().collect(),
+            xattrs: xattrs.cloned().collect(),
         };
         let path = self.path(&entry.path);
         let Some(writer) = &mut self.writer else {
@@ -432,7 +452,7 @@ mod tests {
         let entry = |path: &str, kind| Entry {
             path: path.into(),
             kind,
-            mode: 0o4755,
+            mode: 0o1755,
             uid: 3_000_000,
             gid: 5,
             mtime: 7,
@@ -444,7 +464,6 @@ mod tests {
             entry("f", Kind::File(5)),
             entry("l", Kind::Link(b"f".to_vec())),
             entry("s", Kind::Symlink(b"/x".to_vec())),
-            entry("c", Kind::Char(5, 1)),
         ];
         // A file that got shorter.
         let all = through_tar("etc", &entries, b"abc").unwrap();
@@ -452,17 +471,43 @@ mod tests {
             .iter()
             .map(|(entry, _)| str::from_utf8(&entry.path).unwrap());
         let paths: Vec<_> = paths.collect();
-        assert_eq!(paths, ["", "etc", "etc/f", "etc/l", "etc/s", "etc/c"]);
+        assert_eq!(paths, ["", "etc", "etc/f", "etc/l", "etc/s"]);
         assert_eq!(all[2].1, b"abc");
         assert_eq!(all[3].0.kind, Kind::Link(b"etc/f".to_vec()));
-        assert_eq!(all[4].0, entry("etc/s", Kind::Symlink(b"/x".to_vec())));
+        let link = Entry {
+            mode: 0o755,
+            ..entry("etc/s", Kind::Symlink(b"/x".to_vec()))
+        };
+        assert_eq!(all[4].0, link);
         let all = through_tar("", &entries, b"abcdef").unwrap();
-        let f = (entry("f", Kind::File(5)), b"abcde".to_vec());
+        let f = Entry {
+            mode: 0o755,
+            ..entry("f", Kind::File(5))
+        };
+        let f = (f, b"abcde".to_vec());
         assert_eq!((&all[1].0, &all[2]), (&entry("", Kind::Folder), &f));
         // A long file that got shorter: as many zeroes as a guest says would have no end.
         let long = [entry("f", Kind::File(u64::MAX >> 1))];
         let error = through_tar("", &long, b"abc").unwrap_err();
         assert!(error.to_string().contains("shorter"), "{error}");
+        // What stays with the guest.
+        let special = [Kind::Char(1, 3), Kind::Block(8, 0), Kind::Fifo];
+        let special = special.map(|kind| entry("x", kind));
+        let mut sink = ToTar::new(b"", Vec::new());
+        for entry in &special {
+            sink.put(entry, &mut io::empty()).unwrap();
+        }
+        assert_eq!(sink.left_out, 3);
+        assert_eq!(through_tar("", &special, b"").unwrap().len(), 1);
+        for (kind, mode) in [(Kind::File(0), 0o755), (Kind::Folder, 0o1755)] {
+            let lending = Entry {
+                mode: 0o7755,
+                xattrs: vec![(b"security.capability".to_vec(), b"x".to_vec())],
+                ..entry("f", kind)
+            };
+            let (came, _) = through_tar("", &[lending], b"").unwrap().remove(1);
+            assert_eq!((came.mode, came.xattrs), (mode, vec![]), "{:?}", came.kind);
+        }
         // What leads out of it.
         let out = [entry("../x", Kind::File(0))];
         assert!(through_tar("", &out, b"").is_err());
