@@ -210,9 +210,15 @@ impl Guests {
             fs::remove_file(&default).or_host(default.display())?;
         }
         fs::remove_dir_all(&guest.folder).or_host(guest.folder.display())?;
-        match guest.fetched_kernel(&self.cache.join(KERNELS)) {
-            Some(folder) => fs::remove_dir_all(&folder).or_host(folder.display()),
-            None => Ok(()),
+        let kernels = self.cache.join(KERNELS);
+        let Some(kernel) = guest.fetched_kernel(&kernels) else {
+            return Ok(());
+        };
+        // It may be made anew from it, as after an upgrade.
+        let same = |other: &Guest| other.fetched_kernel(&kernels).as_ref() == Some(&kernel);
+        match self.list().iter().any(same) {
+            true => Ok(()),
+            false => fs::remove_dir_all(&kernel).or_host(kernel.display()),
         }
     }
 
@@ -331,6 +337,34 @@ mod tests {
             assert!(guests.choose(name).is_err(), "{name}");
             assert!(guests.remove(name).is_err(), "{name}");
         }
+    }
+
+    #[test]
+    fn a_fetched_kernel_goes_with_the_last_guest_made_from_it() {
+        let (_folder, guests) = guests();
+        let kernel = guests.cache.join(KERNELS).join("debian-6.12/vmlinuz");
+        fs::create_dir_all(kernel.parent().unwrap()).unwrap();
+        fs::write(&kernel, "kernel").unwrap();
+        let version = FileVersion::of(&kernel).unwrap();
+        for name in ["a", "b"] {
+            put(&guests, name);
+            let manifest = Manifest {
+                mayfly: String::new(),
+                made_ms: 0,
+                kernel: version.clone(),
+                modules: None,
+                init: version.clone(),
+                probe: None,
+                busybox: None,
+            };
+            let text = serde_json::to_vec(&manifest).unwrap();
+            let folder = guests.cache.join(GUESTS).join(name);
+            fs::write(folder.join(MANIFEST), text).unwrap();
+        }
+        guests.remove("a").unwrap();
+        assert!(kernel.exists());
+        guests.remove("b").unwrap();
+        assert!(!kernel.parent().unwrap().exists());
     }
 
     #[test]
