@@ -101,8 +101,8 @@ impl DockerFlags {
                 ("no-new-privileges", "" | "true") => wanted = true,
                 ("no-new-privileges", "false") => wanted = false,
                 // The walls of a container: a VM has others.
-                ("apparmor" | "label", _) => {}
-                ("seccomp" | "systempaths", "unconfined") => {}
+                ("seccomp" | "systempaths" | "apparmor", "unconfined") => {}
+                ("apparmor", "docker-default") | ("label", "disable") => {}
                 _ => {
                     return Err(Failure::config(format!(
                         "--security-opt {option}: a VM knows no-new-privileges, and no filters \
@@ -126,9 +126,16 @@ mod tests {
             init: Some(true),
             privileged: Some(true),
             cap_add: vec!["ALL".into()],
-            security_opt: ["seccomp=unconfined", "label=disable", "no-new-privileges"]
-                .map(str::to_owned)
-                .to_vec(),
+            security_opt: [
+                "seccomp=unconfined",
+                "label=disable",
+                "label:disable",
+                "apparmor=unconfined",
+                "apparmor=docker-default",
+                "no-new-privileges",
+            ]
+            .map(str::to_owned)
+            .to_vec(),
             restart: text("no"),
             platform: text("linux/amd64"),
             ipc: text("private"),
@@ -151,6 +158,14 @@ mod tests {
             (
                 |it| it.security_opt = vec!["seccomp=a.json".into()],
                 "--security-opt seccomp=a.json: ",
+            ),
+            (
+                |it| it.security_opt = vec!["apparmor=mine".into()],
+                "--security-opt apparmor=mine: ",
+            ),
+            (
+                |it| it.security_opt = vec!["label=type:mine_t".into()],
+                "--security-opt label=type:mine_t: ",
             ),
         ] {
             let mut flags = DockerFlags::default();
