@@ -23,7 +23,7 @@ pub struct RawConfig {
     /// What the VM is called by mayfly ctl [default: vm- and the process id]
     #[arg(long, value_name = "NAME", allow_hyphen_values = true)]
     pub name: Option<String>,
-    /// Kernel: a vmlinux (ELF) or a bzImage [default: the fetched one, else the host's]
+    /// Kernel: a vmlinux (ELF) or a bzImage [default: the default guest's; see mayfly guest]
     #[arg(long, value_name = "PATH")]
     pub kernel: Option<PathBuf>,
     /// Initial RAM disk

@@ -108,7 +108,7 @@ impl Files {
 
     /// A document that must be there.
     pub fn json(&self, name: &str) -> Result<Vec<u8>, Failure> {
-        self.read(&self.need(name)?, name)
+        self.read(&self.need(name)?, &printable::line(name))
     }
 
     fn read(&self, source: &Section, name: &str) -> Result<Vec<u8>, Failure> {

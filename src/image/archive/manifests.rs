@@ -46,13 +46,13 @@ pub fn saved(files: &Files) -> Result<Contents, Failure> {
     let mut all = Contents::default();
     for one in list {
         let config = files.json(&one.config)?;
-        let checked = read_config(&config, &one.config)?;
+        let checked = read_config(&config, &printable::line(&one.config))?;
         let named = one.config.rsplit('/').next().unwrap_or_default();
         let named = Digest::from_hex(named.strip_suffix(".json").unwrap_or(named));
         if named.is_some_and(|digest| digest != Digest::of(&config)) {
             return Err(Failure::config(format!(
                 "{}: its digest is another",
-                one.config
+                printable::line(&one.config)
             )));
         }
         if let Some(why) = foreign(&checked) {
