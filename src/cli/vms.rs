@@ -33,8 +33,8 @@ Examples:
   mayfly cp web:/var/log - | tar t    an archive
 
 A folder that is there gets SRC in it, or, if SRC ends in /., what is in SRC; else
-DEST is what SRC becomes. Devices, named pipes, capabilities and set-user-ID bits of a VM stay
-there, for an archive, too.";
+DEST is what SRC becomes. Devices, named pipes, capabilities and set-user-ID bits of
+a VM stay there, for an archive, too.";
 
 /// So many lines, or all.
 #[derive(Clone, Copy, Debug)]
