@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use crate::config::{NetConfig, RawConfig};
-use crate::failure::{Class, Failure, OrFail};
+use crate::failure::{Class, Failure};
 use crate::machine::{self, Ending, Outcome};
 use crate::timing::{Record, Timeline};
 
@@ -79,7 +79,7 @@ pub fn run(args: Args, timeline: Timeline) -> Result<ExitCode, Failure> {
     }
     let code = exit_code(&ending.outcome);
     if args.json {
-        super::print(&record(&ending, code)?)?;
+        super::print_json(&record(&ending, code))?;
     }
     match &ending.outcome {
         Outcome::Panic => super::report(&"the guest's kernel panicked"),
@@ -114,17 +114,16 @@ fn exit_code(outcome: &Outcome) -> u8 {
     }
 }
 
-fn record(ending: &Ending, exit_code: u8) -> Result<String, Failure> {
+fn record(ending: &Ending, exit_code: u8) -> Record<'_> {
     let detail = match &ending.outcome {
         Outcome::Crash(reason) | Outcome::Internal(reason) => Some(reason.as_str()),
         _ => None,
     };
-    serde_json::to_string(&Record {
+    Record {
         outcome: ending.outcome.name(),
         detail,
         exit_code,
         guest_status: ending.guest_status,
         timing_us: (&ending.timeline).into(),
-    })
-    .or_internal("--json")
+    }
 }

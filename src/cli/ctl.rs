@@ -10,6 +10,7 @@ use mayfly_devices::rate_limiter::Limits;
 use crate::config::{Keys, parse_size, take_limits};
 use crate::control::{Client, ClientError, Command, Folder};
 use crate::failure::{Class, Failure, OrFail};
+use crate::printable;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -96,17 +97,17 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         }
         Verb::Info => {
             let info = client.ask(&Command::Info {}).map_err(refuse)?;
-            let text = serde_json::to_string_pretty(&info).or_internal("ctl info")?;
-            super::print(&text)?;
+            super::print_pretty_json(&info)?;
         }
         Verb::Metrics => {
             let metrics = client.ask(&Command::Metrics {}).map_err(refuse)?;
-            super::print(metrics.as_str().unwrap_or_default().trim_end())?;
+            let metrics = metrics.as_str().unwrap_or_default().trim_end();
+            super::print(&printable::lines(metrics.as_bytes()))?;
         }
         Verb::Events => {
             client.ask(&Command::Events {}).map_err(refuse)?;
             while let Some(event) = client.event().map_err(refuse)? {
-                super::print(&serde_json::to_string(&event).or_internal("ctl events")?)?;
+                super::print_json(&event)?;
             }
         }
         Verb::Shutdown { deadline, no_wait } => {

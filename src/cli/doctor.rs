@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use crate::doctor::{self, Verdict};
-use crate::failure::{Class, Failure, OrFail};
+use crate::failure::{Class, Failure};
 use crate::kvm::accept::AcceptKvm;
 use crate::machine;
 
@@ -33,7 +33,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     }
     let checks = doctor::examine(args.accept_kvm);
     if args.json {
-        super::print(&serde_json::to_string(&checks).or_internal("--json")?)?;
+        super::print_json(&checks)?;
     } else {
         for check in &checks {
             super::print(&check.to_string())?;

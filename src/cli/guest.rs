@@ -7,7 +7,7 @@ use clap::Subcommand;
 use serde_json::json;
 
 use super::image::bytes;
-use crate::failure::{Failure, OrFail};
+use crate::failure::Failure;
 use crate::guests::{Guest, Guests, MakeOptions};
 
 const EXAMPLES: &str = "\
@@ -121,7 +121,7 @@ fn list(guests: &Guests, json: bool, quiet: bool) -> Result<(), Failure> {
             })
         };
         let all: Vec<_> = all.iter().map(one).collect();
-        return super::print(&serde_json::to_string(&all).or_internal("JSON")?);
+        return super::print_json(&all);
     }
     if !quiet {
         super::print(&format!("{:<32} {:>10}  DEFAULT", "NAME", "SIZE"))?;

@@ -10,7 +10,6 @@ use serde_json::json;
 use crate::config::parse_size;
 use crate::failure::{Failure, OrFail};
 use crate::image::{Bars, Image, Limits, PullOptions, Reference, RunConfig, Store};
-use crate::printable;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -257,7 +256,7 @@ fn list(store: &Store, json: bool, quiet: bool) -> Result<(), Failure> {
     let images = store.list()?;
     if json {
         let all: Vec<_> = images.iter().map(brief).collect();
-        return super::print(&serde_json::to_string(&all).or_internal("--json")?);
+        return super::print_json(&all);
     }
     if quiet {
         return images
@@ -323,8 +322,7 @@ fn inspect(store: &Store, names: &[String]) -> Result<(), Failure> {
         }
         all.push(value);
     }
-    let document = serde_json::to_string_pretty(&all).or_internal("JSON")?;
-    super::print(&printable::json(&document))
+    super::print_pretty_json(&all)
 }
 
 /// An image that must be there.

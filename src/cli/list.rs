@@ -6,7 +6,8 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::control::{Client, ClientError, Command, Folder};
-use crate::failure::{Failure, OrFail};
+use crate::failure::Failure;
+use crate::printable;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -32,7 +33,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let about = |name: &String| about(&folder, name, PATIENCE);
     let all: Vec<Value> = names.iter().filter_map(about).collect();
     if args.json {
-        super::print(&serde_json::to_string(&all).or_internal("--json")?)?;
+        super::print_json(&all)?;
         return Ok(ExitCode::SUCCESS);
     }
     super::print(&format!(
@@ -44,7 +45,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
             Some(number) => (number / scale).to_string(),
             None => "?".to_owned(),
         };
-        let text = |key: &str| vm[key].as_str().unwrap_or("?").to_owned();
+        let text = |key: &str| printable::text(vm[key].as_str().unwrap_or("?"));
         super::print(&format!(
             "{:<20} {:>8} {:<8} {:>4} {:>9}M {:>9}s",
             text("name"),

@@ -26,9 +26,11 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use serde::Serialize;
 use tempfile::NamedTempFile;
 
-use crate::failure::{Class, Failure};
+use crate::failure::{Class, Failure, OrFail};
+use crate::printable;
 
 /// A VM that starts faster than a container.
 #[derive(Parser)]
@@ -182,6 +184,20 @@ fn print(line: &str) -> Result<(), Failure> {
     print_bytes(&[line.as_bytes(), b"\n"].concat())
 }
 
+/// Prints a document, as one line. What guests and images say in it moves no terminal.
+fn print_json(value: &impl Serialize) -> Result<(), Failure> {
+    print(&json_text(serde_json::to_string(value))?)
+}
+
+/// Prints a document for people: on many lines.
+fn print_pretty_json(value: &impl Serialize) -> Result<(), Failure> {
+    print(&json_text(serde_json::to_string_pretty(value))?)
+}
+
+fn json_text(document: serde_json::Result<String>) -> Result<String, Failure> {
+    Ok(printable::json(&document.or_internal("JSON")?))
+}
+
 /// Prints something, at once. That its reader has gone is no news, but there is no use
 /// in going on either.
 fn print_bytes(bytes: &[u8]) -> Result<(), Failure> {
@@ -256,6 +272,25 @@ mod tests {
         let bytes = OsString::from_vec(b"gr\xfcn".to_vec());
         let (_, command) = run_words(&["img".into(), bytes.clone()]);
         assert_eq!(command, [bytes]);
+    }
+
+    #[test]
+    fn what_guests_and_images_say_in_json_moves_no_terminal() {
+        let vm = serde_json::json!({ "labels": { "a": "\u{9b}2J\u{202e}" } });
+        let text = json_text(serde_json::to_string(&vm)).unwrap();
+        assert_eq!(text, r#"{"labels":{"a":"\u009b2J\u202e"}}"#);
+    }
+
+    /// No verb has a way of its own.
+    #[test]
+    fn all_json_is_printed_by_the_same_function() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cli");
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let text = fs::read_to_string(&path).unwrap();
+            let own = path.ends_with("mod.rs");
+            assert!(own || !text.contains("serde_json::to_string"), "{path:?}");
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::logs;
 use crate::control::{Client, Command, Folder};
-use crate::failure::{Failure, OrFail};
+use crate::failure::Failure;
 use crate::machine::Status;
 use crate::printable;
 use crate::run::detach::{self, DetachKeys};
@@ -322,7 +322,7 @@ pub fn run(verb: Verb) -> Result<ExitCode, Failure> {
                 .iter()
                 .map(|name| Place::find(name).and_then(|place| inspect(&place)))
                 .collect::<Result<_, _>>()?;
-            super::print(&serde_json::to_string_pretty(&all).or_internal("inspect")?)?;
+            super::print_pretty_json(&all)?;
         }
         Verb::Port { vm, port } => super::port::port(&vm, port.as_deref())?,
         Verb::Stats {
@@ -376,7 +376,7 @@ fn ps(all: bool, quiet: bool, as_json: bool) -> Result<(), Failure> {
     if as_json {
         let all = vms.iter().map(|(state, vm, how)| describe(*state, vm, how));
         let all: Vec<Value> = all.collect();
-        return super::print(&serde_json::to_string(&all).or_internal("--json")?);
+        return super::print_json(&all);
     }
     if quiet {
         return vms.iter().try_for_each(|(_, vm, _)| super::print(&vm.name));
@@ -497,16 +497,15 @@ fn stats(names: &[String], as_json: bool, once: bool) -> Result<(), Failure> {
             };
             let percent = before.percent(&now, INTERVAL);
             let memory = now.resident >> 20;
-            super::print(&match as_json {
-                true => json!({
+            match as_json {
+                true => super::print_json(&json!({
                     "name": vm.name, "cpu_percent": percent, "memory": now.resident, "of": vm.memory,
-                })
-                .to_string(),
+                }))?,
                 false => {
                     let of = format!("{memory} MiB / {}", vm.memory);
-                    format!("{:<24} {percent:>7.1} {of:>20}", vm.name)
+                    super::print(&format!("{:<24} {percent:>7.1} {of:>20}", vm.name))?;
                 }
-            })?;
+            }
         }
         if once {
             return Ok(());

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::image::bytes;
 use crate::config::parse_size;
-use crate::failure::{Failure, OrFail};
+use crate::failure::Failure;
 use crate::volume::{SIZE, Volumes};
 
 const EXAMPLES: &str = "\
@@ -97,7 +97,7 @@ fn list(volumes: &Volumes, json: bool, quiet: bool) -> Result<(), Failure> {
             })
         };
         let all: Vec<_> = all.iter().map(one).collect();
-        return super::print(&serde_json::to_string(&all).or_internal("JSON")?);
+        return super::print_json(&all);
     }
     if !quiet {
         super::print(&format!(

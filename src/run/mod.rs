@@ -58,6 +58,7 @@ use crate::guests;
 use crate::image::{Bars, Image, LAYER_ROOT, Progress, PullOptions, Quiet, Store, data_folder};
 use crate::machine::{Ending, Keeper, Outcome, StartSignals};
 use crate::net::publish::{Reserved, summary};
+use crate::printable;
 use crate::timing::{Timeline, TimingUs};
 use crate::unix_socket;
 use crate::volume::{Journal, make_ext4};
@@ -337,7 +338,7 @@ fn run_machine(
             "timing_us": TimingUs::from(&ending.timeline),
         });
         // Who asked for it must not take its absence for success.
-        let printed = writeln!(io::stdout(), "{record}");
+        let printed = writeln!(io::stdout(), "{}", printable::json(&record.to_string()));
         if let Err(error) = printed
             && error.kind() != io::ErrorKind::BrokenPipe
             && end.status == 0
