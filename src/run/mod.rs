@@ -96,7 +96,7 @@ pub fn run(options: Options, words: &[OsString], timeline: Timeline) -> Result<u
     }
     let image = obtain(options)?;
     if mode == Mode::Obtain {
-        for folder in Volumes::find(&options.volumes, &options.mounts, 1)?.written {
+        for folder in Volumes::find(&options.volumes, &options.mounts, &options.tmpfs, 1)?.written {
             let name = [folder.as_os_str().as_bytes(), b"\0"].concat();
             io::stdout().write_all(&name).or_host("standard output")?;
         }
@@ -170,7 +170,8 @@ fn run_here(
     let guest = guest_files(options)?;
     // Behind the layers, and the disk for what is written.
     let disks_before = 1 + usize::from(plan.disk_size.is_some());
-    let volumes = Volumes::find(&options.volumes, &options.mounts, disks_before)?;
+    let (texts, mounts, tmpfs) = (&options.volumes, &options.mounts, &options.tmpfs);
+    let volumes = Volumes::find(texts, mounts, tmpfs, disks_before)?;
     let others = plan.setup.mounts.iter().chain(&volumes.mounts);
     let of_image = volumes::of_image(&image.config.config.volumes, others)?;
     // Open until the machine has it open.

@@ -14,6 +14,7 @@ use super::limits;
 use super::log;
 use super::options::Options;
 use super::sysctl;
+use super::volumes;
 use crate::config::parse_size;
 use crate::failure::Failure;
 use crate::image::RunConfig;
@@ -232,18 +233,17 @@ fn arguments(options: &Options, image: &RunConfig) -> Result<Vec<Vec<u8>>, Failu
     }
 }
 
-fn tmpfs(text: &OsStr) -> Result<Mount, Failure> {
+/// `DIR[:OPTIONS]`.
+pub fn tmpfs(text: &OsStr) -> Result<Mount, Failure> {
     let bytes = text.as_bytes();
     let failed = |reason: &str| Failure::config(format!("--tmpfs {}: {reason}", text.display()));
     let (target, options) = match bytes.iter().position(|&byte| byte == b':') {
         Some(at) => (&bytes[..at], &bytes[at + 1..]),
         None => (bytes, &[][..]),
     };
-    if !target.starts_with(b"/") {
-        return Err(failed("the folder must begin with a slash"));
-    }
+    let target = volumes::target(target).map_err(|why| failed(&why))?;
     let options = std::str::from_utf8(options).unwrap_or("?");
-    memory(target, options).map_err(|why| failed(&why))
+    memory(&target, options).map_err(|why| failed(&why))
 }
 
 /// Memory as a folder, with options of tmpfs(5).
@@ -534,6 +534,8 @@ mod tests {
             |it| it.timeout = Some(u64::MAX.to_string()),
             |it| it.sysctls = vec!["vm.swappiness".into()],
             |it| it.tmpfs = vec!["tmp".into()],
+            |it| it.tmpfs = vec!["/tmp/../etc".into()],
+            |it| it.tmpfs = vec!["/".into()],
             |it| it.tmpfs = vec!["/tmp:size=x".into()],
             |it| it.tmpfs = vec!["/tmp:suid".into()],
             |it| it.environment = vec!["=x".into()],

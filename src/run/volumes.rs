@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use mayfly_guest::protocol::{Mount, Source};
 
-use super::mount;
+use super::{mount, plan};
 use crate::config::{DiskConfig, FolderConfig};
 use crate::failure::{Failure, OrFail};
 use crate::machine::refusal;
@@ -87,33 +87,40 @@ impl Volumes {
     pub fn find(
         texts: &[OsString],
         mounts: &[OsString],
+        tmpfs: &[OsString],
         disks_before: usize,
     ) -> Result<Self, Failure> {
         let mut volumes = Volumes::default();
         let mut wishes = Vec::new();
+        // What is where another volume is would hide it. Of --tmpfs, the last one counts.
+        let mut taken = HashSet::new();
+        for text in tmpfs {
+            taken.insert(plan::tmpfs(text)?.target);
+        }
+        let mut take = |flag: &str, target: &[u8]| match taken.insert(target.to_owned()) {
+            true => Ok(()),
+            false => Err(Failure::config(format!(
+                "{flag}: another volume goes to {}, too",
+                OsStr::from_bytes(target).display()
+            ))),
+        };
         for text in texts {
             let flag = format!("-v {}", text.display());
             let wish = parse(text).map_err(|why| Failure::config(format!("{flag}: {why}")))?;
+            take(&flag, &wish.target)?;
             wishes.push((flag, wish));
         }
         for text in mounts {
             let flag = format!("--mount {}", text.display());
             match mount::parse(text).map_err(|why| Failure::config(format!("{flag}: {why}")))? {
-                mount::Kind::Volume(wish) => wishes.push((flag, wish)),
-                mount::Kind::Memory(memory) => volumes.mounts.push(memory),
-            }
-        }
-        for (index, (flag, wish)) in wishes.iter().enumerate() {
-            let same = |target: &[u8]| target == wish.target;
-            let earlier = wishes.iter().take(index).map(|(_, wish)| &wish.target);
-            if earlier
-                .chain(volumes.mounts.iter().map(|it| &it.target))
-                .any(|it| same(it))
-            {
-                return Err(Failure::config(format!(
-                    "{flag}: another volume goes to {}, too",
-                    OsStr::from_bytes(&wish.target).display()
-                )));
+                mount::Kind::Volume(wish) => {
+                    take(&flag, &wish.target)?;
+                    wishes.push((flag, wish));
+                }
+                mount::Kind::Memory(memory) => {
+                    take(&flag, &memory.target)?;
+                    volumes.mounts.push(memory);
+                }
             }
         }
         let mut all = Vec::new();
@@ -261,12 +268,18 @@ pub fn volume_name(text: &OsStr) -> Result<String, String> {
 
 /// A folder of the guest's.
 pub fn target(text: &[u8]) -> Result<Vec<u8>, String> {
-    let target = text.strip_suffix(b"/").unwrap_or(text);
-    let mut parts = target.split(|&byte| byte == b'/');
-    let bad = |part: &[u8]| [&b"."[..], b".."].contains(&part);
-    match !target.starts_with(b"/") || parts.any(bad) || text.contains(&0) {
+    let parts = text.split(|&byte| byte == b'/');
+    let mut target = Vec::new();
+    for part in parts.filter(|part| !part.is_empty()) {
+        if [&b"."[..], b".."].contains(&part) {
+            return Err(TARGET.into());
+        }
+        target.push(b'/');
+        target.extend_from_slice(part);
+    }
+    match !text.starts_with(b"/") || target.is_empty() || text.contains(&0) {
         true => Err(TARGET.into()),
-        false => Ok(target.to_owned()),
+        false => Ok(target),
     }
 }
 
@@ -340,6 +353,7 @@ mod tests {
         for (text, target, read_only) in [
             (&b"/b"[..], &b"/b"[..], false),
             (b"/b/", b"/b", false),
+            (b"a://b///c/", b"/b/c", false),
             (b"a:/b", b"/b", false),
             (b"./a:/b/:ro", b"/b", true),
             (b"/a:/b/c:rw", b"/b/c", false),
@@ -420,9 +434,9 @@ mod tests {
         ]
         .map(OsString::from);
         let memory = ["type=tmpfs,dst=/m".into()];
-        let volumes = Volumes::find(&texts, &memory, 2).unwrap();
+        let volumes = Volumes::find(&texts, &memory, &[], 2).unwrap();
         assert_eq!(volumes.mounts[0].target, b"/m");
-        let volumes = Volumes::find(&texts, &[], 2).unwrap();
+        let volumes = Volumes::find(&texts, &[], &[], 2).unwrap();
         assert_eq!(volumes.folders.len(), 2);
         assert!(volumes.folders[0].read_only && !volumes.folders[1].read_only);
         assert_eq!(volumes.folders[0].path, volumes.folders[1].path);
@@ -446,24 +460,31 @@ mod tests {
             ("a/b:/x".into(), "begins with / or ./"),
             ("-a:/x".into(), "begins with / or ./"),
         ] {
-            let refused = Volumes::find(&[text.into()], &[], 1)
+            let refused = Volumes::find(&[text.into()], &[], &[], 1)
                 .unwrap_err()
                 .to_string();
             assert!(refused.contains(reason), "{refused}");
         }
         let twice = [format!("{path}:/x"), format!("{path}:/x/")].map(OsString::from);
-        let refused = Volumes::find(&twice, &[], 1).unwrap_err().to_string();
+        let refused = Volumes::find(&twice, &[], &[], 1).unwrap_err().to_string();
         assert!(refused.contains("another volume"), "{refused}");
         let memory = ["type=tmpfs,dst=/x".into()];
-        assert!(Volumes::find(&twice[..1], &memory, 1).is_err());
-        assert!(Volumes::find(&texts, &[], 26).is_err());
+        assert!(Volumes::find(&twice[..1], &memory, &[], 1).is_err());
+        let tmpfs = ["//x/:size=1m".into()];
+        assert!(Volumes::find(&twice[..1], &[], &tmpfs, 1).is_err());
+        assert!(Volumes::find(&[], &memory, &tmpfs, 1).is_err());
+        let twice = [memory.clone(), memory].concat();
+        assert!(Volumes::find(&[], &twice, &[], 1).is_err());
+        let twice = [tmpfs.clone(), tmpfs].concat();
+        assert!(Volumes::find(&[], &[], &twice, 1).is_ok());
+        assert!(Volumes::find(&texts, &[], &[], 26).is_err());
         let disk = |to: &str| format!("{path}/a,disk:/{to}").into();
-        let refused = Volumes::find(&[disk("x"), disk("y")], &[], 1).unwrap_err();
+        let refused = Volumes::find(&[disk("x"), disk("y")], &[], &[], 1).unwrap_err();
         assert!(refused.to_string().starts_with("-v "), "{refused}");
         assert!(
             refused.to_string().contains("has that disk, too"),
             "{refused}"
         );
-        assert!(Volumes::find(&[disk("x:ro"), disk("y:ro")], &[], 1).is_ok());
+        assert!(Volumes::find(&[disk("x:ro"), disk("y:ro")], &[], &[], 1).is_ok());
     }
 }
