@@ -60,6 +60,12 @@ pub fn take() -> io::Result<Vec<OsString>> {
     Ok(words)
 }
 
+/// Whether these are few enough to be taken.
+pub fn can_be_handed_over(words: &[OsString]) -> bool {
+    let lens = words.iter().map(|word| word.len() as u64 + 1);
+    lens.sum::<u64>() <= WORDS_MAX
+}
+
 /// Gives words to a process that was started with [`HANDED_OVER`].
 pub fn hand_over(words: &[OsString], mut to: impl Write) -> io::Result<()> {
     for word in words {

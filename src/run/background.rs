@@ -28,8 +28,14 @@ const SAID_MAX: usize = 256;
 const GRACE_PERIOD: Duration = Duration::from_secs(10);
 
 /// Starts this program again in the background, and waits until its command runs. `words` are
-/// those of the command line behind the verb.
-pub fn detach(name: &str, words: &[OsString]) -> Result<u8, Failure> {
+/// those of the command line behind the verb, and `from_files` the variables of its files.
+pub fn detach(name: &str, from_files: &[OsString], words: &[OsString]) -> Result<u8, Failure> {
+    let handed_over = with_variables(from_files, words);
+    if !arguments::can_be_handed_over(&handed_over) {
+        return Err(Failure::config(
+            "--env-file: the variables have more than a command can be given",
+        ));
+    }
     let program = std::env::current_exe().or_host(WHAT)?;
     let mut command = Command::new(program);
     // What makes it the one in the background, then all as given; but everybody can
@@ -42,7 +48,7 @@ pub fn detach(name: &str, words: &[OsString]) -> Result<u8, Failure> {
     let mut child = command.spawn().or_host(WHAT)?;
     if let Some(input) = child.stdin.take() {
         // If it has gone, it told why.
-        let _ = arguments::hand_over(words, input);
+        let _ = arguments::hand_over(&handed_over, input);
     }
     let since = start_time(child.id());
     let (said, sent) = hear(&mut child, &signals)?;
@@ -54,6 +60,17 @@ pub fn detach(name: &str, words: &[OsString]) -> Result<u8, Failure> {
     }
     let status = child.wait().or_host(WHAT)?;
     Ok(failed(name, (child.id(), since), status, sent))
+}
+
+/// The words that the process in the background gets: as given, and what the files held.
+fn with_variables(from_files: &[OsString], words: &[OsString]) -> Vec<OsString> {
+    let flag = |variable: &OsString| {
+        let mut word = OsString::from("--from-environment-files=");
+        word.push(variable);
+        word
+    };
+    let variables = from_files.iter().map(flag);
+    variables.chain(words.iter().cloned()).collect()
 }
 
 /// Hears what the process in the background says until its command runs or it ends. A signal
@@ -135,4 +152,49 @@ pub fn tell_started(name: &str) {
     let _ = dup2_stdin(&null);
     let _ = dup2_stdout(&null);
     let _ = dup2_stderr(&null);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run::Options;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    #[command(args_override_self = true)]
+    struct Words {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    /// A pipe has its variables but once: `--env-file <(...)`.
+    #[test]
+    fn what_files_of_variables_held_is_not_read_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("env");
+        std::fs::write(&path, "A=b=c\nB=\n").unwrap();
+        let words = [
+            "--env-file".into(),
+            path.clone().into_os_string(),
+            "img".into(),
+            "-e".into(),
+        ];
+        let read = |before: &[&str], words: &[OsString]| {
+            let before = before.iter().map(OsString::from);
+            let words = before.chain(words.iter().cloned());
+            let mut options = Words::parse_from(words).options.sort().unwrap();
+            options.read_files().unwrap();
+            options
+        };
+        let first = read(&["run", "-d"], &words);
+        assert_eq!(first.from_environment_files, ["A=b=c", "B="]);
+        std::fs::remove_file(&path).unwrap();
+        let words = with_variables(&first.from_environment_files, &words);
+        let second = read(&["run", "--detached", "x"], &words);
+        assert_eq!(second.from_environment_files, ["A=b=c", "B="]);
+        assert_eq!(
+            (&*second.image, &*second.command),
+            ("img", &["-e".into()][..])
+        );
+    }
 }

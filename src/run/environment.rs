@@ -22,8 +22,8 @@ pub type Variables = Vec<(Vec<u8>, Vec<u8>)>;
 pub struct Wishes<'a> {
     /// `NAME=VALUE`, or `NAME` for the host's own value.
     pub flags: &'a [OsString],
-    /// Files with a variable in each line.
-    pub files: &'a [PathBuf],
+    /// Those that [`of_files`] found.
+    pub from_files: &'a [OsString],
     /// The command has a terminal.
     pub terminal: bool,
 }
@@ -31,8 +31,8 @@ pub struct Wishes<'a> {
 impl Wishes<'_> {
     /// What they add to what is there; the last one of a name wins.
     pub fn onto(&self, mut all: Variables) -> Result<Variables, Failure> {
-        for path in self.files {
-            all.extend(of_file(path)?);
+        for text in self.from_files {
+            all.extend(variable(text.as_bytes()));
         }
         for text in self.flags {
             let bytes = text.as_bytes();
@@ -84,6 +84,17 @@ fn variable(text: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
             Some((text.to_vec(), value.into_vec()))
         }
     }
+}
+
+/// The variables of `--env-file`, each as `NAME=VALUE`. A file may be a pipe, from which
+/// they come but once.
+pub fn of_files(paths: &[PathBuf]) -> Result<Vec<OsString>, Failure> {
+    let mut all = Vec::new();
+    for path in paths {
+        let found = of_file(path)?.into_iter();
+        all.extend(found.map(|(name, value)| OsString::from_vec([name, value].join(&b'='))));
+    }
+    Ok(all)
 }
 
 /// The variables of a file, as Docker reads it: blanks before a name and lines with a

@@ -11,7 +11,7 @@ use mayfly_guest::protocol::{HostMessage, Process, Size};
 
 use super::agent::{Agent, AgentError, Link, Patient, Streams};
 use super::detach::DetachKeys;
-use super::environment::Wishes;
+use super::environment::{self, Wishes};
 use super::record::{Place, Record, State};
 use super::session::{Insistence, send_apart};
 use super::{SIGNALLED, standard};
@@ -48,9 +48,10 @@ pub struct ExecOptions {
 pub fn exec(options: ExecOptions) -> Result<u8, Failure> {
     check_terminal(options.terminal && options.interactive && !options.detach)?;
     let (place, record) = running(&options.name)?;
+    let from_files = environment::of_files(&options.environment_files)?;
     let wishes = Wishes {
         flags: &options.environment,
-        files: &options.environment_files,
+        from_files: &from_files,
         terminal: options.terminal,
     };
     let given = record.environment.into_iter();

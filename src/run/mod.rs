@@ -83,7 +83,9 @@ const SCRATCH_DISK: &str = "/dev/vdb";
 /// Runs an image's command in a VM, and returns the status to exit with. `words` are
 /// those of the command line behind the verb.
 pub fn run(options: Options, words: &[OsString], timeline: Timeline) -> Result<u8, Failure> {
-    let options = &options.sort()?;
+    let mut options = options.sort()?;
+    options.read_files()?;
+    let options = &options;
     let mode = options.mode();
     options.docker.check()?;
     exec::check_terminal(options.interactive && options.terminal && mode == Mode::Foreground)?;
@@ -104,7 +106,7 @@ pub fn run(options: Options, words: &[OsString], timeline: Timeline) -> Result<u
     }
     let plan = Plan::new(options, &image.config.config)?;
     if mode == Mode::Detach {
-        return background::detach(&plan.name, words);
+        return background::detach(&plan.name, &options.from_environment_files, words);
     }
     run_here(options, plan, &image, network, timeline)
 }

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use super::docker::DockerFlags;
+use super::environment;
 use crate::failure::Failure;
 use crate::kvm::accept::AcceptKvm;
 use crate::sandbox;
@@ -173,6 +174,9 @@ pub struct Options {
     /// This is the process in the background, and this its VM's name
     #[arg(long, hide = true)]
     pub(super) detached: Option<String>,
+    /// A variable that was in a file of --env-file: NAME=VALUE
+    #[arg(long, hide = true)]
+    pub(super) from_environment_files: Vec<OsString>,
     /// Only see to it that the image and volumes are there, and print folders to write to
     #[arg(long, hide = true)]
     pub(super) only_obtain: bool,
@@ -230,6 +234,15 @@ impl Options {
         })?;
         self.command = words.collect();
         Ok(self)
+    }
+
+    /// Reads what may be there to be read but once. In the background all of it came with the
+    /// words.
+    pub(super) fn read_files(&mut self) -> Result<(), Failure> {
+        if matches!(self.mode(), Mode::Foreground | Mode::Detach) {
+            self.from_environment_files = environment::of_files(&self.environment_files)?;
+        }
+        Ok(())
     }
 
     /// What is to be done.

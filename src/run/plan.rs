@@ -75,7 +75,7 @@ impl Plan {
         };
         let wishes = Wishes {
             flags: &options.environment,
-            files: &options.environment_files,
+            from_files: &options.from_environment_files,
             terminal: options.terminal,
         };
         let given = environment::of_image(&image.env, &hostname, &wishes);
@@ -539,7 +539,6 @@ mod tests {
             |it| it.tmpfs = vec!["/tmp:size=x".into()],
             |it| it.tmpfs = vec!["/tmp:suid".into()],
             |it| it.environment = vec!["=x".into()],
-            |it| it.environment_files = vec!["/nowhere".into()],
             |it| it.stop_signal = Some("WHAT".into()),
             |it| it.shm_size = Some("x".into()),
             |it| it.ulimit = vec!["nofile".into()],
