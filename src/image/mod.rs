@@ -13,6 +13,7 @@ mod limits;
 mod obtain;
 mod progress;
 mod pull;
+mod records;
 mod reference;
 mod registry;
 mod section;
