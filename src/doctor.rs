@@ -254,7 +254,7 @@ fn memory() -> Check {
 }
 
 fn guest() -> Check {
-    const NAME: &str = "guest";
+    const NAME: &str = "guest kernel";
     match Guests::locate().ok().and_then(|all| all.default_guest()) {
         Some(guest) => ok(
             NAME,

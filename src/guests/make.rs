@@ -68,11 +68,7 @@ impl Guests {
             }
         }
         if !sources::is_debian() {
-            return Err(Failure::config(
-                "no kernel for guests: this host's cannot be read or has no modules, and this is no \
-                 Debian whose package could be fetched; name one with mayfly guest make --kernel \
-                 FILE --modules DIR",
-            ));
+            return Err(no_source());
         }
         let source = sources::of_debian(&self.cache.join(KERNELS))?;
         self.assemble(&named(&source), &source.kernel, Some(&source.modules))
@@ -80,6 +76,9 @@ impl Guests {
 
     /// Makes the default guest where there is none.
     pub(super) fn make_default(&self) -> Result<Guest, Failure> {
+        if sources::of_host().is_none() && !sources::is_debian() {
+            return Err(no_source());
+        }
         let _lock = self.lock()?;
         if let Some(guest) = self.default_guest() {
             return Ok(guest); // somebody else was faster
@@ -149,6 +148,15 @@ impl Guests {
         }
         Guest::open(folder).ok_or_else(|| Failure::host(format!("{name}: was not made")))
     }
+}
+
+/// There is no kernel to make a guest of.
+fn no_source() -> Failure {
+    Failure::config(
+        "no kernel for guests: this host's cannot be read or has no modules, and this is no Debian \
+         whose package could be fetched; name one with --kernel, or with mayfly guest make --kernel \
+         FILE --modules DIR",
+    )
 }
 
 /// A kernel's release as the name of a guest: `6.12.1+deb13-amd64` has a plus sign.

@@ -223,15 +223,19 @@ fn unknown_flags_and_no_kernel() {
     let output = boot(&["--colour", "blue"]);
     assert_eq!(output.status.code(), Some(CONFIG));
     assert!(String::from_utf8_lossy(&output.stderr).contains("--colour"));
-    // In a namespace where the host's own kernel is out of sight too.
-    let script = "mount -t tmpfs none /boot && exec \"$0\" boot";
+    // In a namespace where the host's own kernel is out of sight, and the tools that would
+    // fetch one.
+    let script = "mount -t tmpfs none /boot && \
+                  { [ ! -d /lib/modules ] || mount -t tmpfs none /lib/modules; } && \
+                  PATH=/nowhere exec \"$0\" boot";
     let output = Command::new("unshare")
         .args(["--mount", "sh", "-c", script])
         .arg(mayfly())
         .env("MAYFLY_CACHE", "/nonexistent")
         .output()
         .unwrap();
-    assert_refusal(&output, CONFIG, &["--kernel", "scripts/mayfly"]);
+    assert_refusal(&output, CONFIG, &["--kernel", "mayfly guest make"]);
+    assert!(!Path::new("/nonexistent").exists());
 }
 
 /// Runs mayfly in a mount namespace that a shell has prepared, as an ordinary user.
