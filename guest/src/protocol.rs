@@ -324,6 +324,11 @@ impl<R: Read> Frames<R> {
         }
     }
 
+    /// Where they come from.
+    pub fn source(&mut self) -> &mut R {
+        &mut self.from
+    }
+
     /// The next frame; none at the end. What breaks the rules is an error.
     pub fn frame<M: DeserializeOwned>(&mut self) -> io::Result<Option<Frame<'_, M>>> {
         let mut header = [0; HEADER];

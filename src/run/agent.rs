@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mayfly_devices::poll::ready;
 use mayfly_guest::copy::wire::{Incoming, Outgoing};
@@ -110,10 +110,53 @@ pub struct Streams {
     pub errors: Box<dyn Write + Send>,
 }
 
+/// A connection of which all that is read comes until a time, however little comes at once.
+struct Timed {
+    stream: UnixStream,
+    deadline: Option<Instant>,
+}
+
+impl Timed {
+    fn new(stream: UnixStream, patience: Option<Duration>) -> io::Result<Self> {
+        let mut timed = Timed {
+            stream,
+            deadline: None,
+        };
+        timed.limit(patience)?;
+        Ok(timed)
+    }
+
+    /// Gives what is read from now on so long, or all the time that it takes.
+    fn limit(&mut self, patience: Option<Duration>) -> io::Result<()> {
+        self.deadline = patience.and_then(|patience| Instant::now().checked_add(patience));
+        self.stream.set_read_timeout(None)
+    }
+}
+
+impl Read for Timed {
+    fn read(&mut self, data: &mut [u8]) -> io::Result<usize> {
+        let Some(deadline) = self.deadline else {
+            return self.stream.read(data);
+        };
+        let late = || io::Error::from(io::ErrorKind::TimedOut);
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(late());
+        }
+        self.stream.set_read_timeout(Some(left))?;
+        self.stream.read(data).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => late(),
+            _ => error,
+        })
+    }
+}
+
 /// A connection to the agent.
 pub struct Agent {
-    frames: Frames<UnixStream>,
+    frames: Frames<Timed>,
     link: Link,
+    /// How long it has to answer.
+    patience: Option<Duration>,
 }
 
 /// The part of a connection that others use at the same time.
@@ -138,7 +181,16 @@ impl Link {
 impl Agent {
     /// Hears the agent's first word.
     pub fn greet(stream: UnixStream) -> Result<Self, AgentError> {
-        let mut frames = Frames::new(stream.try_clone()?);
+        let timed = Timed::new(stream.try_clone()?, None)?;
+        Agent::hear(timed, stream, None)
+    }
+
+    fn hear(
+        timed: Timed,
+        stream: UnixStream,
+        patience: Option<Duration>,
+    ) -> Result<Self, AgentError> {
+        let mut frames = Frames::new(timed);
         match frames.message()? {
             GuestMessage::Hello { version: VERSION } => {}
             GuestMessage::Hello { version } => return Err(AgentError::Version(version)),
@@ -147,6 +199,7 @@ impl Agent {
         Ok(Agent {
             frames,
             link: Link(Arc::new(Mutex::new(stream))),
+            patience,
         })
     }
 
@@ -155,20 +208,26 @@ impl Agent {
         const PATIENCE: Duration = Duration::from_secs(10);
         const ANSWER_MAX: usize = 64;
         let stream = unix_socket::connect_blocking(socket)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut timed = Timed::new(stream.try_clone()?, Some(PATIENCE))?;
         (&stream).write_all(format!("CONNECT {PORT}\n").as_bytes())?;
         let mut answer = Vec::new();
         // Byte by byte: what follows is the agent's.
         while answer.len() < ANSWER_MAX && !answer.ends_with(b"\n") {
             let mut byte = [0];
-            (&stream).read_exact(&mut byte)?;
+            timed.read_exact(&mut byte)?;
             answer.extend(byte);
         }
         if !answer.starts_with(b"OK ") || !answer.ends_with(b"\n") {
             return Err(io::Error::from(io::ErrorKind::ConnectionRefused).into());
         }
         // It has the same time for what it is asked; not for a process.
-        Agent::greet(stream)
+        Agent::hear(timed, stream, Some(PATIENCE))
+    }
+
+    /// Sends a message, from which on the answer has its time.
+    fn say(&mut self, message: &HostMessage) -> io::Result<()> {
+        self.frames.source().limit(self.patience)?;
+        self.link.send(message)
     }
 
     /// What others may use while this follows a process.
@@ -178,7 +237,7 @@ impl Agent {
 
     /// Asks for something that is done at once, or not.
     pub fn ask(&mut self, message: &HostMessage) -> Result<(), AgentError> {
-        self.link.send(message)?;
+        self.say(message)?;
         match self.frames.message()? {
             GuestMessage::Done => Ok(()),
             GuestMessage::Failed(failed) => Err(AgentError::Failed(harmless(failed))),
@@ -193,7 +252,7 @@ impl Agent {
 
     /// Leaves a process that runs; what it wrote until then is nobody's.
     pub fn leave(&mut self) -> Result<(), AgentError> {
-        self.link.send(&HostMessage::Detach)?;
+        self.say(&HostMessage::Detach)?;
         loop {
             match self.frames.frame()? {
                 Some(Frame::Message(GuestMessage::Done | GuestMessage::Exited(_))) => return Ok(()),
@@ -210,7 +269,7 @@ impl Agent {
     /// The entries of what was asked for, with holes of files as such if that was asked
     /// for, too.
     pub fn entries(&mut self, holes: bool) -> io::Result<impl Source> {
-        self.link.lock().set_read_timeout(None)?;
+        self.frames.source().limit(None)?;
         let incoming = Incoming::new(&mut self.frames, Stream::Out, |_| Ok(()));
         Ok(match holes {
             true => incoming,
@@ -225,8 +284,8 @@ impl Agent {
             error => io::Error::other(error),
         };
         self.ask(&HostMessage::Unpack(wish)).map_err(failed)?;
+        self.frames.source().limit(None)?;
         let stream = self.link.lock();
-        stream.set_read_timeout(None)?;
         let mut sent = 0_usize;
         let frames = &mut self.frames;
         let mut answer = |sent: &mut usize| match frames.message()? {
@@ -255,7 +314,7 @@ impl Agent {
     /// Moves a process's bytes until it ends, and all of its output is out. Nothing
     /// is returned if the user left it.
     pub fn follow(&mut self, streams: Streams) -> Result<Option<Exit>, AgentError> {
-        self.link.lock().set_read_timeout(None)?;
+        self.frames.source().limit(None)?;
         let window = Arc::new(Window::default());
         let detaches = streams.detach.is_some();
         if let Some(input) = streams.input {
@@ -520,6 +579,34 @@ mod tests {
             writer.write_all(b"a\x10qrest").unwrap();
             let left = agent.unwrap().follow(streams);
             assert_eq!(matches!(left, Ok(None)), answers, "{left:?}");
+            guest.join().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_guest_that_never_comes_to_an_answer_is_left() {
+        let endless: [fn(&UnixStream) -> io::Result<()>; 2] = [
+            |stream| protocol::send_data(stream, Stream::Out, b"more"),
+            // A frame's header, and a byte of it now and then.
+            |mut stream| {
+                thread::sleep(Duration::from_millis(5));
+                stream.write_all(&[0])
+            },
+        ];
+        let header: &[u8] = &[2, 0, 0xf0, 0, 0];
+        for (begins, more) in [&[], header].into_iter().zip(endless) {
+            let (agent, guest) = guest(move |stream| {
+                hello(&stream);
+                (&stream).write_all(begins).unwrap();
+                while more(&stream).is_ok() {}
+            });
+            let mut agent = agent.unwrap();
+            agent.patience = Some(Duration::from_millis(200));
+            let AgentError::Connection(error) = agent.leave().unwrap_err() else {
+                panic!();
+            };
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+            drop(agent);
             guest.join().unwrap();
         }
     }
