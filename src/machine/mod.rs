@@ -21,6 +21,8 @@ pub use platform::PlatformHandle;
 pub(crate) use resources::refusal;
 pub use run::{Ending, Outcome};
 pub(crate) use signals::Signals;
+#[cfg(test)]
+pub(crate) use signals::raise;
 pub use signals::{StartSignals, survive_file_limit};
 pub use status::{Status, StatusBoard};
 pub use vmm_process::StopHandle;

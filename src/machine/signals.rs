@@ -114,8 +114,8 @@ impl Signals {
     }
 }
 
-/// The signals that end a VM's start, all of whose waits heed them: then nothing is left of
-/// it. Those that are for a VM that runs wait for who takes them.
+/// The signals that end a VM's start: then nothing is left of it. All of its waits heed them,
+/// but for those for locks of images (see `disk_lock`), which end soon. Those that are for a VM that runs wait for who takes them.
 pub struct StartSignals(Signals);
 
 impl StartSignals {
@@ -136,18 +136,28 @@ impl StartSignals {
     /// Waits until a descriptor is ready or broken, but not longer than a time: false then.
     /// Fails if a signal is sent.
     pub fn wait(&self, fd: BorrowedFd, timeout: Duration) -> Result<bool, Failure> {
-        self.wait_for(fd.as_raw_fd(), timeout)
+        self.wait_for((fd.as_raw_fd(), libc::POLLIN), timeout)
+    }
+
+    /// Waits until a descriptor takes more, or is broken. Fails if a signal is sent.
+    pub fn wait_for_room(&self, fd: BorrowedFd) -> Result<(), Failure> {
+        let fd = (fd.as_raw_fd(), libc::POLLOUT);
+        self.wait_for(fd, Duration::MAX).map(drop)
     }
 
     /// Waits. Fails if a signal is sent.
     pub fn sleep(&self, time: Duration) -> Result<(), Failure> {
         const NONE: RawFd = -1;
-        self.wait_for(NONE, time).map(drop)
+        self.wait_for((NONE, libc::POLLIN), time).map(drop)
     }
 
-    fn wait_for(&self, fd: RawFd, timeout: Duration) -> Result<bool, Failure> {
+    fn wait_for(
+        &self,
+        (fd, events): (RawFd, libc::c_short),
+        timeout: Duration,
+    ) -> Result<bool, Failure> {
         let deadline = Instant::now().checked_add(timeout);
-        let mut entries = [self.0.as_raw_fd(), fd].map(|fd| entry(fd, libc::POLLIN));
+        let mut entries = [entry(self.0.as_raw_fd(), libc::POLLIN), entry(fd, events)];
         loop {
             // Rounded up, so that it is over then.
             let left = deadline.map_or(timeout, |it| it.saturating_duration_since(Instant::now()));

@@ -8,6 +8,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::io::ioctl_fionbio;
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
@@ -47,8 +48,15 @@ pub fn detach(name: &str, from_files: &[OsString], words: &[OsString]) -> Result
     let signals = StartSignals::take().or_internal("blocking signals")?;
     let mut child = command.spawn().or_host(WHAT)?;
     if let Some(input) = child.stdin.take() {
-        // If it has gone, it told why.
-        let _ = arguments::hand_over(&handed_over, input);
+        let told = Heedful::new(input, &signals)
+            .or_host(WHAT)
+            .and_then(|input| input.hand_over(&handed_over));
+        if let Err(failure) = told {
+            // Without all of its words it does nothing.
+            let _ = child.kill();
+            child.wait().or_host(WHAT)?;
+            return Err(failure);
+        }
     }
     let since = start_time(child.id());
     let (said, sent) = hear(&mut child, &signals)?;
@@ -73,6 +81,51 @@ fn with_variables(from_files: &[OsString], words: &[OsString]) -> Vec<OsString> 
     variables.chain(words.iter().cloned()).collect()
 }
 
+/// A pipe to a process that may not read it: whoever writes to it heeds signals.
+struct Heedful<'a, W> {
+    to: W,
+    signals: &'a StartSignals,
+    failure: Option<Failure>,
+}
+
+impl<'a, W: Write + AsFd> Heedful<'a, W> {
+    fn new(to: W, signals: &'a StartSignals) -> io::Result<Self> {
+        ioctl_fionbio(&to, true)?;
+        Ok(Heedful {
+            to,
+            signals,
+            failure: None,
+        })
+    }
+
+    /// Gives the process its words, unless a signal comes.
+    fn hand_over(mut self, words: &[OsString]) -> Result<(), Failure> {
+        // If it has gone, it told why.
+        let _ = arguments::hand_over(words, &mut self);
+        self.failure.map_or(Ok(()), Err)
+    }
+}
+
+impl<W: Write + AsFd> Write for Heedful<'_, W> {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        loop {
+            match self.to.write(data) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                result => return result,
+            }
+            let room = self.signals.wait_for_room(self.to.as_fd());
+            if let Err(failure) = room {
+                self.failure = Some(failure);
+                return Err(io::ErrorKind::Other.into());
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.to.flush()
+    }
+}
+
 /// Hears what the process in the background says until its command runs or it ends. A signal
 /// that comes meanwhile is for that one.
 fn hear(child: &mut Child, signals: &StartSignals) -> Result<(Vec<u8>, Option<i32>), Failure> {
@@ -82,7 +135,8 @@ fn hear(child: &mut Child, signals: &StartSignals) -> Result<(Vec<u8>, Option<i3
         return Ok((said, None));
     };
     let mut deadline = None;
-    while said.len() < SAID_MAX {
+    // Others may have its output, too, and keep it.
+    while said.len() < SAID_MAX && started(&said).is_none() {
         let left = deadline.map_or(Duration::MAX, |deadline: Instant| {
             deadline.saturating_duration_since(Instant::now())
         });
@@ -156,9 +210,13 @@ pub fn tell_started(name: &str) {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::run::Options;
+    use std::thread;
+
     use clap::Parser;
+
+    use super::*;
+    use crate::machine::raise;
+    use crate::run::Options;
 
     #[derive(Parser)]
     #[command(args_override_self = true)]
@@ -196,5 +254,43 @@ mod tests {
             (&*second.image, &*second.command),
             ("img", &["-e".into()][..])
         );
+    }
+
+    #[test]
+    fn one_that_has_started_is_heard_while_others_keep_its_output() {
+        // What is blocked is of a thread.
+        let test = || {
+            let signals = StartSignals::take().unwrap();
+            let mut command = Command::new("sh");
+            command.args(["-c", "echo started vm; exec sleep 600"]);
+            let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+            let (said, sent) = hear(&mut child, &signals).unwrap();
+            assert_eq!((started(&said), sent), (Some("vm"), None));
+            assert!(child.try_wait().unwrap().is_none());
+            child.kill().unwrap();
+            child.wait().unwrap();
+        };
+        thread::spawn(test).join().unwrap();
+    }
+
+    #[test]
+    fn a_signal_ends_the_handing_over_to_one_that_does_not_read() {
+        let test = || {
+            let signals = StartSignals::take().unwrap();
+            let (mut reader, writer) = io::pipe().unwrap();
+            let words = [OsString::from("x".repeat(4 << 20))];
+            raise(libc::SIGTERM);
+            let heedful = Heedful::new(writer, &signals).unwrap();
+            let failure = heedful.hand_over(&words).unwrap_err();
+            assert_eq!(failure.status(), 128 + 15);
+            assert!(reader.read_to_end(&mut Vec::new()).unwrap() < 4 << 20);
+            // The words come whole otherwise.
+            let (mut reader, writer) = io::pipe().unwrap();
+            let reading = thread::spawn(move || reader.read_to_end(&mut Vec::new()).unwrap());
+            let heedful = Heedful::new(writer, &signals).unwrap();
+            heedful.hand_over(&words).unwrap();
+            assert_eq!(reading.join().unwrap(), (4 << 20) + 1);
+        };
+        thread::spawn(test).join().unwrap();
     }
 }
