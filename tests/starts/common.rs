@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 use mayfly_boot::initramfs::Initramfs;
 use tempfile::TempDir;
 
+use crate::tiny::{Does, kernel, kill};
+
 /// Nothing here takes nearly as long, unless it hangs.
 pub const BOUND: Duration = Duration::from_secs(120);
 /// Marks the processes of a start, to be found when they should be gone.
@@ -22,39 +24,6 @@ const MARK: &str = "MAYFLY_TEST_START";
 pub const FAILED: i32 = 125;
 pub const CONFIG: i32 = 2;
 pub const HOST: i32 = 3;
-
-/// Turns its machine off: `mov $0xb00, %dx; mov $0x34, %al; out %al, (%dx); hlt; jmp -1`.
-pub const OFF: &[u8] = &[0x66, 0xba, 0x00, 0x0b, 0xb0, 0x34, 0xee, 0xf4, 0xeb, 0xfd];
-/// Does nothing, for ever: `hlt; jmp -1`.
-pub const IDLE: &[u8] = &[0xf4, 0xeb, 0xfd];
-
-/// A kernel that is these instructions: an ELF file with one segment, at 1 MiB.
-pub fn kernel(code: &[u8]) -> Vec<u8> {
-    const AT: u64 = 1 << 20;
-    const HEADERS: u64 = 64 + 56;
-    let len = code.len() as u64;
-    let mut file = b"\x7fELF\x02\x01\x01".to_vec();
-    file.resize(16, 0);
-    for half in [2u16, 62] {
-        file.extend(half.to_le_bytes()); // an executable, of x86-64
-    }
-    file.extend(1u32.to_le_bytes());
-    for word in [AT, 64, 0] {
-        file.extend(word.to_le_bytes());
-    }
-    file.extend(0u32.to_le_bytes());
-    for half in [64u16, 56, 1, 0, 0, 0] {
-        file.extend(half.to_le_bytes());
-    }
-    for half in [1u32, 5] {
-        file.extend(half.to_le_bytes()); // loaded, read and executed
-    }
-    for word in [HEADERS, AT, AT, len, len, 0x1000] {
-        file.extend(word.to_le_bytes());
-    }
-    file.extend(code);
-    file
-}
 
 /// A verb that starts a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,13 +69,13 @@ impl Host {
         for name in ["share", "cache/default", "tmp", "root/bin"] {
             fs::create_dir_all(host.path(name)).unwrap();
         }
-        for (name, code) in [("off", OFF), ("idle", IDLE)] {
-            fs::write(host.path(name), kernel(code)).unwrap();
+        for (name, does) in [("off", Does::PowerOff), ("idle", Does::Halt)] {
+            fs::write(host.path(name), kernel(does)).unwrap();
         }
         // An archive with nothing in it.
         let archive = Initramfs::new(Vec::new()).unwrap().finish().unwrap();
         for (name, data) in [
-            ("vmlinux", &kernel(OFF)),
+            ("vmlinux", &kernel(Does::PowerOff)),
             ("run.cpio", &archive),
             ("initramfs.cpio", &archive),
         ] {
@@ -361,11 +330,6 @@ impl Ended {
             }
         }
     }
-}
-
-pub fn kill(pid: u32, signal: i32) {
-    // SAFETY: numbers. One that has ended already needs no signal.
-    unsafe { libc::kill(pid.cast_signed(), signal) };
 }
 
 /// Writes a program that a shell runs.

@@ -120,11 +120,11 @@ fn a_supervisor_that_is_killed_while_it_starts_is_told_of() {
         words.windows(10).any(|it| it == b"--detached")
     };
     let supervisors = marked(&start.mark).into_iter().filter(supervisor);
-    supervisors.for_each(|pid| crate::common::kill(pid, libc::SIGKILL));
+    supervisors.for_each(|pid| crate::tiny::kill(pid, libc::SIGKILL));
     // passt has a socket that nobody else has open, and would end by that.
     for pid in marked(&start.mark) {
         if pid != start.child.id() {
-            crate::common::kill(pid, libc::SIGKILL);
+            crate::tiny::kill(pid, libc::SIGKILL);
         }
     }
     let ended = host.finish(start);

@@ -3,6 +3,10 @@
 
 #![allow(unsafe_code, clippy::unwrap_used, missing_docs)]
 
+#[allow(dead_code, reason = "users and processes are other ones here")]
+#[path = "../tiny/mod.rs"]
+mod tiny;
+
 mod common;
 mod helpers;
 mod limits;

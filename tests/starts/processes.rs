@@ -6,8 +6,9 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::{FAILED, Host, Start, VERBS, Verb, kill, marked};
+use crate::common::{FAILED, Host, Start, VERBS, Verb, marked};
 use crate::refusals::net_none;
+use crate::tiny::kill;
 
 /// The VMM process of a start: it is the first in a PID namespace of its own.
 fn vmm(start: &Start) -> Option<u32> {
@@ -73,6 +74,16 @@ fn a_killed_supervisor_s_groups_go_with_its_record() {
     let mut start = host.start(host.command(Verb::Run, "idle", &flags));
     await_vmm(&mut start, Duration::from_millis(100)).unwrap();
     let supervisor = start.child.id();
+    let mut doctor = Command::new(host.path("mayfly"));
+    host.surround(&mut doctor);
+    let checks = doctor.args(["doctor", "--json"]).output().unwrap().stdout;
+    let checks: Vec<serde_json::Value> = serde_json::from_slice(&checks).unwrap();
+    let groups = checks.iter().find(|check| check["name"] == "cgroup");
+    let (verdict, found) = (&groups.unwrap()["verdict"], &groups.unwrap()["found"]);
+    match verdict.as_str().unwrap() {
+        "ok" => assert_ne!(groups_of(supervisor), [""; 0].map(PathBuf::from)),
+        _ => assert!(found.as_str().unwrap().contains("no limit of"), "{found}"),
+    }
     kill(supervisor, libc::SIGKILL);
     let mark = start.wait().mark;
     let deadline = Instant::now() + crate::common::BOUND;

@@ -3,18 +3,19 @@
 use std::fs;
 use std::process::Command;
 
-use crate::common::{CONFIG, FAILED, HOST, Host, OFF, VERBS, Verb, kernel};
+use crate::common::{CONFIG, FAILED, HOST, Host, VERBS, Verb};
+use crate::tiny::{Does, kernel};
 
 #[test]
 fn a_kernel_that_is_none_is_told_of() {
     let host = Host::new();
     let name = |name: &str| host.text(name);
-    fs::write(host.path("short"), &kernel(OFF)[..100]).unwrap();
+    fs::write(host.path("short"), &kernel(Does::PowerOff)[..100]).unwrap();
     fs::write(host.path("empty"), "").unwrap();
     let far = [
-        &kernel(OFF)[..88],
+        &kernel(Does::PowerOff)[..88],
         &(1u64 << 40).to_le_bytes(),
-        &kernel(OFF)[96..],
+        &kernel(Does::PowerOff)[96..],
     ]
     .concat();
     fs::write(host.path("far"), far).unwrap();
