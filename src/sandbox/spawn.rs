@@ -7,6 +7,8 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use mayfly_devices::poll::{entry, poll};
 
@@ -162,13 +164,17 @@ pub(crate) fn divide(
 
 /// Fails if this process has more than one thread.
 fn alone() -> io::Result<()> {
-    match fs::read_dir("/proc/self/task")?.count() {
-        1 => Ok(()),
-        _ => {
+    // One that was joined may be there for another moment.
+    const MOMENT: Duration = Duration::from_secs(1);
+    let deadline = Instant::now() + MOMENT;
+    while fs::read_dir("/proc/self/task")?.count() != 1 {
+        if Instant::now() >= deadline {
             let why = "a process is divided while it has one thread";
-            Err(io::Error::new(io::ErrorKind::InvalidInput, why))
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         }
+        thread::sleep(MOMENT / 1000);
     }
+    Ok(())
 }
 
 /// How all layers fare on this host, shown by a VMM without a machine.
