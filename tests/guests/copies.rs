@@ -149,12 +149,18 @@ fn archives_go_through_pipes() {
     let home = user.home.path();
     within(
         &user,
-        "mkdir -p /srv/a; echo in > /srv/a/file; chown 3:4 /srv/a/file; mkfifo /srv/pipe",
+        "mkdir -p /srv/a; cd /srv/a; echo in > file; chown 3:4 file; chmod 4755 file; mkfifo ../pipe",
     );
     let archive = home.join("out.tar");
     let mut command = user.mayfly(&["cp", "c:/srv", "-"]);
-    let status = command.stdout(File::create(&archive).unwrap()).status();
-    assert!(status.unwrap().success());
+    let output = command
+        .stdout(File::create(&archive).unwrap())
+        .stderr(Stdio::piped())
+        .output();
+    let output = output.unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let told = text(&output.stderr);
+    assert!(told.contains("1 devices and named pipes"), "{output:?}");
     let archive = archive.to_str().unwrap();
     let mut listed: Vec<String> = tool("tar", &["--numeric-owner", "-tvf", archive])
         .lines()
@@ -166,14 +172,18 @@ fn archives_go_through_pipes() {
         .collect();
     listed.sort();
     let expected = [
-        "-rw-r--r-- 3/4 srv/a/file",
+        "-rwxr-xr-x 3/4 srv/a/file",
         "drwxr-xr-x 0/0 srv",
         "drwxr-xr-x 0/0 srv/a",
-        "prw-r--r-- 0/0 srv/pipe",
     ];
     assert_eq!(listed, expected);
 
-    // The same again, plain and by gzip, with owners and without.
+    // The same again, and a pipe of the host's, plain and by gzip, with owners and without.
+    let srv = home.join("srv");
+    fs::create_dir(&srv).unwrap();
+    tool("mkfifo", &[srv.join("pipe").to_str().unwrap()]);
+    let folder = home.to_str().unwrap();
+    tool("tar", &["-C", folder, "-rf", archive, "srv/pipe"]);
     tool("gzip", &["-k", archive]);
     let zipped = format!("{archive}.gz");
     within(&user, "mkdir /x /y");
