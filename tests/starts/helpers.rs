@@ -1,10 +1,9 @@
 //! Programs beside a VM that hang, die or talk nonsense while it starts; and signals meanwhile.
 
 use std::process::Command;
-use std::thread;
-use std::time::Duration;
 
 use crate::common::{FAILED, HOST, Host, Start, VERBS, Verb, marked, program};
+use crate::tiny::{eventually, kill, name};
 
 /// A start whose passt is this script.
 fn with_passt(host: &Host, verb: Verb, script: &str) -> Command {
@@ -67,17 +66,24 @@ fn one_that_hangs_is_given_up() {
     ended.assert_refused(FAILED, "virtiofsd: says nothing");
 }
 
-/// Waits until a start has come to where a program beside it runs `sleep`.
-fn await_sleep(start: &Start) {
-    let sleeps = |pid: &u32| {
-        let name = std::fs::read_to_string(format!("/proc/{pid}/comm"));
-        name.is_ok_and(|name| name == "sleep\n")
-    };
-    let deadline = std::time::Instant::now() + crate::common::BOUND;
-    while !marked(&start.mark).iter().any(sleeps) {
-        assert!(std::time::Instant::now() < deadline);
-        thread::sleep(Duration::from_millis(10));
-    }
+/// Waits until a start has come to where a program beside it runs `sleep`, which does not have
+/// its mark: such programs have nothing of the user's environment.
+fn await_sleep(start: &Start) -> u32 {
+    eventually("sleep", || {
+        let mut all = vec![start.child.id()];
+        while let Some(pid) = all.pop() {
+            if name(pid) == "sleep" {
+                return Some(pid);
+            }
+            let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
+            for task in tasks.into_iter().flatten().flatten() {
+                let children = std::fs::read_to_string(task.path().join("children"));
+                let children = children.unwrap_or_default();
+                all.extend(children.split_whitespace().flat_map(str::parse::<u32>));
+            }
+        }
+        None
+    })
 }
 
 #[test]
@@ -113,18 +119,19 @@ fn signals_end_a_start_that_waits() {
 fn a_supervisor_that_is_killed_while_it_starts_is_told_of() {
     let host = Host::new();
     let start = host.start(with_passt(&host, Verb::Detached, "exec sleep 1000"));
-    await_sleep(&start);
+    let passt = await_sleep(&start);
     // All but the process that waits for it, and passt.
     let supervisor = |pid: &u32| {
         let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         words.windows(10).any(|it| it == b"--detached")
     };
     let supervisors = marked(&start.mark).into_iter().filter(supervisor);
-    supervisors.for_each(|pid| crate::tiny::kill(pid, libc::SIGKILL));
+    supervisors.for_each(|pid| kill(pid, libc::SIGKILL));
     // passt has a socket that nobody else has open, and would end by that.
+    kill(passt, libc::SIGKILL);
     for pid in marked(&start.mark) {
         if pid != start.child.id() {
-            crate::tiny::kill(pid, libc::SIGKILL);
+            kill(pid, libc::SIGKILL);
         }
     }
     let ended = host.finish(start);
