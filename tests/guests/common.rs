@@ -216,6 +216,11 @@ impl Running {
         text(&self.stdout)
     }
 
+    /// What it has said on standard error.
+    pub fn errors(&self) -> String {
+        text(&self.stderr)
+    }
+
     /// Waits until the console shows a text.
     pub fn expect(&mut self, what: &str) {
         let deadline = Instant::now() + PATIENCE;

@@ -450,8 +450,9 @@ fn a_flood_leaves_others_their_share_of_a_cpu() {
     let before = times();
     thread::sleep(BESIDE);
     let after = times();
-    for running in [&quiet.child, &flood.running.child] {
-        assert!(machine_process(running.id()).is_some(), "a guest ended");
+    for running in [&quiet, &flood.running] {
+        let lives = machine_process(running.child.id()).is_some();
+        assert!(lives, "a guest ended: {}", running.errors());
     }
     let [quiet, flood] = [0, 1].map(|vm: usize| (after[vm] - before[vm]) as f64);
     let share = quiet / (quiet + flood);
