@@ -77,7 +77,7 @@ pub enum Word {
     Failed {
         /// Whose fault it is.
         class: Class,
-        /// Why.
+        /// The reason, for the user.
         message: String,
     },
     /// An answer.

@@ -157,7 +157,7 @@ impl VsockState {
 pub struct SaveError {
     /// The kind of device.
     pub device: DeviceId,
-    /// Why.
+    /// The reason, as the end of a sentence.
     pub reason: &'static str,
 }
 
