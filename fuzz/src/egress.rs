@@ -281,7 +281,7 @@ fn is_public(address: IpAddr) -> bool {
         IpAddr::V4(it) => {
             let [a, b, ..] = it.octets();
             let closed = it.is_private() || it.is_link_local() || OWN.contains(&it) || a >= 224;
-            !closed && !(a == 100 && b & 0xc0 == 64) && it != Ipv4Addr::new(168, 63, 129, 16)
+            !(closed || a == 100 && b & 0xc0 == 64) && it != Ipv4Addr::new(168, 63, 129, 16)
         }
         IpAddr::V6(it) => {
             let [a, b, ..] = it.octets();
