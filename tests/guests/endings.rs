@@ -1,9 +1,9 @@
 //! Every way in which a VM ends: exit code, record, and nothing left behind.
 
-use std::fs;
 use std::time::Duration;
 
 use crate::common::{Guest, kernel, kill};
+use crate::processes::children;
 use crate::run::{User, eventually, text};
 
 #[test]
@@ -195,12 +195,10 @@ fn inspect(user: &User, name: &str) -> serde_json::Value {
 /// The VMM process of a VM without helpers: its supervisor's only child.
 fn vmm(user: &User, name: &str) -> u32 {
     let supervisor = inspect(user, name)["pid"].as_u64().unwrap();
-    let children = format!("/proc/{supervisor}/task/{supervisor}/children");
-    fs::read_to_string(children)
-        .unwrap()
-        .trim()
-        .parse()
-        .unwrap()
+    match children(u32::try_from(supervisor).unwrap())[..] {
+        [vmm] => vmm,
+        ref others => panic!("{others:?}"),
+    }
 }
 
 #[test]

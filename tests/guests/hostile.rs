@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use crate::common::{Ended, Guest, mayfly, test_data, tool};
 use crate::control::{Controlled, wait_until};
 use crate::nets::{Namespace, Peer};
+use crate::processes::children;
 
 /// All ports and kinds of attack come round in so many seeds.
 const SEEDS: u64 = 3072;
@@ -141,11 +142,7 @@ impl Drop for Talk {
 
 /// The process of a machine: the descendant of its keeper that runs vCPUs.
 fn machine_process(keeper: u32) -> Option<u32> {
-    let children = fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children")).ok()?;
-    let children = children
-        .split_whitespace()
-        .filter_map(|pid| pid.parse().ok());
-    children.into_iter().find_map(|child: u32| {
+    children(keeper).into_iter().find_map(|child: u32| {
         let tasks = fs::read_dir(format!("/proc/{child}/task")).ok()?;
         let mut names =
             tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("comm")).ok());
@@ -427,9 +424,7 @@ fn cpu_time(pid: u32) -> u64 {
     let fields = stat.rsplit_once(") ").map_or("", |(_, fields)| fields);
     let times = fields.split(' ').skip(11).take(4);
     let own: u64 = times.map(|time| time.parse::<u64>().unwrap()).sum();
-    let children = read(&format!("task/{pid}/children"));
-    let children = children.split_whitespace().map(|pid| pid.parse().unwrap());
-    own + children.map(cpu_time).sum::<u64>()
+    own + children(pid).into_iter().map(cpu_time).sum::<u64>()
 }
 
 #[test]

@@ -19,6 +19,8 @@ mod limits;
 mod memory;
 mod nets;
 mod platform;
+#[path = "../processes/mod.rs"]
+mod processes;
 mod real;
 mod refusals;
 mod run;

@@ -1,6 +1,7 @@
 //! How the host provides a guest's memory.
 
 use crate::common::Guest;
+use crate::processes::children;
 
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 const FREE: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
@@ -21,13 +22,10 @@ pub fn status(keeper: u32, field: &str) -> u64 {
 
 /// The machine's process, whose keeper has a number.
 pub fn machine(keeper: u32) -> u32 {
-    let children = format!("/proc/{keeper}/task/{keeper}/children");
-    let children = std::fs::read_to_string(children).unwrap();
-    let mut children = children.split_whitespace();
-    let is_mayfly = |pid: &&str| {
+    let is_mayfly = |pid: &u32| {
         std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|it| it == "mayfly\n")
     };
-    children.find(is_mayfly).unwrap().parse().unwrap()
+    children(keeper).into_iter().find(is_mayfly).unwrap()
 }
 
 #[test]

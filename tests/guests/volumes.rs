@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown, symlink
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use crate::processes::children;
 use crate::run::{NOBODY, User, eventually, text};
 
 /// A folder of the user's with a file in it.
@@ -27,12 +28,7 @@ fn volume(source: &Path, rest: &str) -> String {
 
 /// The processes below one.
 fn below(pid: u32) -> Vec<u32> {
-    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
-    let children = children.unwrap_or_default();
-    let children: Vec<u32> = children
-        .split(' ')
-        .filter_map(|it| it.parse().ok())
-        .collect();
+    let children = children(pid);
     let theirs = children.iter().flat_map(|&it| below(it));
     children.iter().copied().chain(theirs).collect()
 }

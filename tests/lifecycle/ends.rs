@@ -8,7 +8,8 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use crate::tiny::{User, children, eventually, kill, name, runs};
+use crate::processes::children;
+use crate::tiny::{User, eventually, kill, name, runs};
 
 /// So often a process is killed.
 const KILLS: u64 = 50;

@@ -3,6 +3,8 @@
 
 #![allow(unsafe_code, clippy::unwrap_used, missing_docs)]
 
+#[path = "../processes/mod.rs"]
+mod processes;
 #[path = "../tiny/mod.rs"]
 mod tiny;
 

@@ -126,15 +126,6 @@ impl User {
     }
 }
 
-/// The processes that a process has started, and that still run.
-pub fn children(pid: u32) -> Vec<u32> {
-    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
-    let text = text.unwrap_or_default();
-    text.split_whitespace()
-        .map(|child| child.parse().unwrap())
-        .collect()
-}
-
 /// What a process's program is called.
 pub fn name(pid: u32) -> String {
     let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
