@@ -67,7 +67,7 @@ pub fn can_be_handed_over(words: &[OsString]) -> bool {
 }
 
 /// Gives words to a process that was started with [`HANDED_OVER`].
-pub fn hand_over(words: &[OsString], mut to: impl Write) -> io::Result<()> {
+pub fn write_words(words: &[OsString], mut to: impl Write) -> io::Result<()> {
     for word in words {
         to.write_all(word.as_bytes())?;
         to.write_all(b"\0")?;
@@ -211,7 +211,7 @@ mod tests {
         ];
         assert_eq!(shown, expected);
         let mut wire = Vec::new();
-        hand_over(&words, &mut wire).unwrap();
+        write_words(&words, &mut wire).unwrap();
         let all = wire.strip_suffix(b"\0").unwrap().split(|&byte| byte == 0);
         let all: Vec<_> = all.map(|word| OsString::from_vec(word.to_vec())).collect();
         assert_eq!(all, words);

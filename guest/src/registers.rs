@@ -12,7 +12,7 @@ use std::env;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-/// What glibc is told by.
+/// The variable that glibc reads its settings from.
 const VARIABLE: &str = "GLIBC_TUNABLES";
 /// The functions that it then chooses know SSE alone (`sysdeps/x86/cpu-tunables.c`).
 const SSE_ONLY: &str = "glibc.cpu.hwcaps=-AVX,-AVX2,-AVX512F,-AVX512VL,-AVX512BW,-FMA,\

@@ -11,7 +11,7 @@ use crate::run::record::{Place, State};
 /// How often a log is looked at that is followed.
 const INTERVAL: Duration = Duration::from_millis(100);
 
-/// Prints a VM's log; what is missing in it is told on standard error.
+/// Prints a VM's log; a line on standard error says what is missing in it.
 pub fn print(
     place: &Place,
     follow: bool,

@@ -50,7 +50,7 @@ pub fn detach(name: &str, from_files: &[OsString], words: &[OsString]) -> Result
     if let Some(input) = child.stdin.take() {
         let told = Heedful::new(input, &signals)
             .or_host(WHAT)
-            .and_then(|input| input.hand_over(&handed_over));
+            .and_then(|input| input.send_words(&handed_over));
         if let Err(failure) = told {
             // Without all of its words it does nothing.
             let _ = child.kill();
@@ -99,9 +99,9 @@ impl<'a, W: Write + AsFd> Heedful<'a, W> {
     }
 
     /// Gives the process its words, unless a signal comes.
-    fn hand_over(mut self, words: &[OsString]) -> Result<(), Failure> {
+    fn send_words(mut self, words: &[OsString]) -> Result<(), Failure> {
         // If it has gone, it told why.
-        let _ = arguments::hand_over(words, &mut self);
+        let _ = arguments::write_words(words, &mut self);
         self.failure.map_or(Ok(()), Err)
     }
 }
@@ -281,14 +281,14 @@ mod tests {
             let words = [OsString::from("x".repeat(4 << 20))];
             raise(libc::SIGTERM);
             let heedful = Heedful::new(writer, &signals).unwrap();
-            let failure = heedful.hand_over(&words).unwrap_err();
+            let failure = heedful.send_words(&words).unwrap_err();
             assert_eq!(failure.status(), 128 + 15);
             assert!(reader.read_to_end(&mut Vec::new()).unwrap() < 4 << 20);
             // The words come whole otherwise.
             let (mut reader, writer) = io::pipe().unwrap();
             let reading = thread::spawn(move || reader.read_to_end(&mut Vec::new()).unwrap());
             let heedful = Heedful::new(writer, &signals).unwrap();
-            heedful.hand_over(&words).unwrap();
+            heedful.send_words(&words).unwrap();
             assert_eq!(reading.join().unwrap(), (4 << 20) + 1);
         };
         thread::spawn(test).join().unwrap();

@@ -1,5 +1,5 @@
 //! Who started whom. The kernel's own list of a process's children
-//! (`/proc/PID/task/PID/children`) misses some while any of them starts or ends.
+//! (`/proc/PID/task/PID/children`) is not reliable while any of them runs (proc(5)).
 
 use std::fs;
 

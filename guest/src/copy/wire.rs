@@ -16,7 +16,7 @@ pub const ENTRY_WEIGHT: usize = 1024;
 pub enum Piece {
     /// The next entry.
     Entry(Entry),
-    /// So many zeroes of a file, that are not there as data.
+    /// The length of a hole in a file: zeroes that are not there as data.
     Hole(u64),
     /// There are no more.
     End,

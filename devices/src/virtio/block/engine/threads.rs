@@ -147,7 +147,7 @@ impl Threads {
         Threads::signalling(&EventFd::new(EFD_NONBLOCK)?, THREADS, worker, prepare)
     }
 
-    /// So many threads, which signal an event that others may signal, too.
+    /// A number of threads, which signal an event that others may signal, too.
     pub(super) fn signalling(
         event: &EventFd,
         count: usize,
