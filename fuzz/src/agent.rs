@@ -1,9 +1,9 @@
 //! The agent's protocol, and programs that it could not start.
 
-use mayfly_guest::copy::wire::{Incoming, Piece};
-use mayfly_guest::copy::{Data, Kind, Source};
 use mayfly_guest::program;
-use mayfly_guest::protocol::{Frame, Frames, GuestMessage, HostMessage, Stream, send, send_data};
+use mayfly_protocol::agent::{Frame, Frames, GuestMessage, HostMessage, Stream, send, send_data};
+use mayfly_protocol::copy::wire::{Incoming, Piece};
+use mayfly_protocol::copy::{Data, Kind, Source};
 use std::io::Read;
 
 use serde::{Serialize, de::DeserializeOwned};

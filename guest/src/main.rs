@@ -39,7 +39,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 use std::process::Command;
 
-use mayfly_guest::init_words;
+use mayfly_protocol::init_words;
 
 /// The lists of modules to load (see `boot/src/initramfs.rs`).
 const MODULE_LIST: &str = "/etc/mayfly/modules";

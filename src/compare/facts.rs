@@ -1,6 +1,6 @@
 //! What can be seen from inside an instance, beside what can be seen outside.
 
-use mayfly_guest::facts::Facts;
+use mayfly_protocol::facts::Facts;
 
 use super::capabilities;
 use super::model::{EngineReport, Isolation};

@@ -4,8 +4,8 @@
 
 use std::collections::BTreeMap;
 
-pub use mayfly_guest::peer::Way;
-pub use mayfly_guest::steady::Figure;
+pub use mayfly_protocol::peer::Way;
+pub use mayfly_protocol::steady::Figure;
 use serde::{Deserialize, Serialize};
 
 use super::statistics::Summary;

@@ -23,7 +23,7 @@ use std::str::FromStr;
 
 use mayfly_boot::{Protocol, cmdline, layout};
 use mayfly_devices::virtio::console::CHANNELS_MAX;
-use mayfly_guest::init_words;
+use mayfly_protocol::init_words;
 
 pub use self::balloon::{BalloonConfig, check_size as check_balloon_size};
 pub use self::console::{ChannelConfig, ConsoleConfig, HostEnd};

@@ -12,12 +12,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use mayfly_devices::poll::ready;
-use mayfly_guest::copy::wire::{Incoming, Outgoing};
-use mayfly_guest::copy::{Source, copy};
-use mayfly_guest::protocol::{
-    self, DATA_MAX, Exit, Failed, Frame, Frames, GuestMessage, HostMessage, PORT, Process, Stream,
-    Unpack, VERSION, WINDOW,
+use mayfly_protocol::agent::{
+    DATA_MAX, Exit, Failed, Frame, Frames, GuestMessage, HostMessage, PORT, Process, Stream,
+    Unpack, VERSION, WINDOW, send, send_data,
 };
+use mayfly_protocol::copy::wire::{Incoming, Outgoing};
+use mayfly_protocol::copy::{Source, copy};
 
 use super::detach::DetachKeys;
 use crate::printable;
@@ -166,11 +166,11 @@ pub struct Link(Arc<Mutex<UnixStream>>);
 impl Link {
     /// Sends a message.
     pub fn send(&self, message: &HostMessage) -> io::Result<()> {
-        protocol::send(&*self.lock(), message)
+        send(&*self.lock(), message)
     }
 
     fn send_data(&self, data: &[u8]) -> io::Result<()> {
-        protocol::send_data(&*self.lock(), Stream::In, data)
+        send_data(&*self.lock(), Stream::In, data)
     }
 
     fn lock(&self) -> MutexGuard<'_, UnixStream> {
@@ -442,8 +442,8 @@ impl Window {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mayfly_guest::copy::wire::{ENTRY_WEIGHT, Piece};
-    use mayfly_guest::copy::{Data, Entry, Kind};
+    use mayfly_protocol::copy::wire::{ENTRY_WEIGHT, Piece};
+    use mayfly_protocol::copy::{Data, Entry, Kind};
     use std::sync::mpsc;
 
     /// A guest that does as it is told here.
@@ -456,7 +456,7 @@ mod tests {
     }
 
     fn hello(stream: &UnixStream) {
-        protocol::send(stream, &GuestMessage::Hello { version: VERSION }).unwrap();
+        send(stream, &GuestMessage::Hello { version: VERSION }).unwrap();
     }
 
     fn exited(stream: &UnixStream, status: u8) {
@@ -464,7 +464,7 @@ mod tests {
             status,
             out_of_memory: false,
         };
-        protocol::send(stream, &GuestMessage::Exited(exit)).unwrap();
+        send(stream, &GuestMessage::Exited(exit)).unwrap();
     }
 
     #[derive(Clone, Default)]
@@ -507,9 +507,9 @@ mod tests {
     fn output_and_errors_stay_apart() {
         let (agent, guest) = guest(|stream| {
             hello(&stream);
-            protocol::send_data(&stream, Stream::Out, b"out").unwrap();
-            protocol::send_data(&stream, Stream::Err, b"err").unwrap();
-            protocol::send_data(&stream, Stream::Out, b"put").unwrap();
+            send_data(&stream, Stream::Out, b"out").unwrap();
+            send_data(&stream, Stream::Err, b"err").unwrap();
+            send_data(&stream, Stream::Out, b"put").unwrap();
             exited(&stream, 7);
         });
         let (out, err) = (Sink::default(), Sink::default());
@@ -524,7 +524,7 @@ mod tests {
     fn a_reader_that_has_gone_is_told_to_the_guest() {
         let (agent, guest) = guest(|stream| {
             hello(&stream);
-            protocol::send_data(&stream, Stream::Out, b"out").unwrap();
+            send_data(&stream, Stream::Out, b"out").unwrap();
             let mut frames = Frames::new(stream.try_clone().unwrap());
             let message: HostMessage = frames.message().unwrap();
             assert_eq!(message, HostMessage::Closed(Stream::Out));
@@ -539,7 +539,7 @@ mod tests {
     fn output_that_is_lost_is_no_success() {
         let (agent, guest) = guest(|stream| {
             hello(&stream);
-            protocol::send_data(&stream, Stream::Out, b"out").unwrap();
+            send_data(&stream, Stream::Out, b"out").unwrap();
             exited(&stream, 0);
         });
         let full = File::options().write(true).open("/dev/full").unwrap();
@@ -569,7 +569,7 @@ mod tests {
                 let message: HostMessage = frames.message().unwrap();
                 assert_eq!(message, HostMessage::Detach);
                 if answers {
-                    protocol::send(&stream, &GuestMessage::Done).unwrap();
+                    send(&stream, &GuestMessage::Done).unwrap();
                 }
                 assert_eq!(frames.frame::<HostMessage>().unwrap(), None);
             });
@@ -586,7 +586,7 @@ mod tests {
     #[test]
     fn a_guest_that_never_comes_to_an_answer_is_left() {
         let endless: [fn(&UnixStream) -> io::Result<()>; 2] = [
-            |stream| protocol::send_data(stream, Stream::Out, b"more"),
+            |stream| send_data(stream, Stream::Out, b"more"),
             // A frame's header, and a byte of it now and then.
             |mut stream| {
                 thread::sleep(Duration::from_millis(5));
@@ -645,7 +645,7 @@ mod tests {
             let mut frames = Frames::new(stream.try_clone().unwrap());
             let message: HostMessage = frames.message().unwrap();
             assert!(matches!(message, HostMessage::Unpack(_)), "{message:?}");
-            protocol::send(&stream, &GuestMessage::Done).unwrap();
+            send(&stream, &GuestMessage::Done).unwrap();
             let mut come = 0;
             // A frame more has no room.
             while come + DATA_MAX <= WINDOW {
@@ -662,7 +662,7 @@ mod tests {
                 status: 125,
                 reason: "full".into(),
             };
-            protocol::send(&stream, &GuestMessage::Failed(failed)).unwrap();
+            send(&stream, &GuestMessage::Failed(failed)).unwrap();
         });
         let result = agent.unwrap().bring(Unpack::default(), &mut Endless(true));
         assert_eq!(result.unwrap_err().to_string(), "full");
@@ -689,7 +689,7 @@ mod tests {
             stream.set_read_timeout(timeout).unwrap();
             assert!(frames.frame::<HostMessage>().is_err());
             stream.set_read_timeout(None).unwrap();
-            protocol::send(&stream, &GuestMessage::Taken(WINDOW as u32)).unwrap();
+            send(&stream, &GuestMessage::Taken(WINDOW as u32)).unwrap();
             let mut frames = Frames::new(stream.try_clone().unwrap());
             loop {
                 match frames.frame::<HostMessage>().unwrap().unwrap() {
@@ -713,10 +713,10 @@ mod tests {
     #[test]
     fn a_guest_that_talks_nonsense_is_refused() {
         let (agent, _) = guest(|stream| {
-            protocol::send(&stream, &GuestMessage::Hello { version: 99 }).unwrap();
+            send(&stream, &GuestMessage::Hello { version: 99 }).unwrap();
         });
         assert!(matches!(agent, Err(AgentError::Version(99))));
-        let (agent, _) = guest(|stream| protocol::send(&stream, &GuestMessage::Done).unwrap());
+        let (agent, _) = guest(|stream| send(&stream, &GuestMessage::Done).unwrap());
         assert!(matches!(agent, Err(AgentError::Nonsense)));
         let (agent, _) = guest(drop);
         assert!(matches!(agent, Err(AgentError::Connection(_))));
@@ -724,8 +724,8 @@ mod tests {
             let (agent, guest) = guest(move |stream| {
                 hello(&stream);
                 match nonsense {
-                    Stream::In => protocol::send_data(&stream, Stream::In, b"x").unwrap(),
-                    _ => protocol::send(&stream, &GuestMessage::Done).unwrap(),
+                    Stream::In => send_data(&stream, Stream::In, b"x").unwrap(),
+                    _ => send(&stream, &GuestMessage::Done).unwrap(),
                 }
             });
             let followed = agent

@@ -10,8 +10,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use flate2::bufread::MultiGzDecoder;
-use mayfly_guest::copy::{Data, Entry, Files, Keep, Kind, Place, Sink, Source, Walk, copy, xattrs};
-use mayfly_guest::protocol::{HostMessage, Unpack};
+use mayfly_protocol::agent::{HostMessage, Unpack};
+use mayfly_protocol::copy::{
+    Data, Entry, Files, Keep, Kind, Place, Sink, Source, Walk, copy, xattrs,
+};
 
 use super::agent::Agent;
 use super::record::{self, State};

@@ -4,7 +4,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use mayfly_guest::protocol::HostMessage;
+use mayfly_protocol::agent::HostMessage;
 use rustix::process::Signal;
 
 use super::agent::Agent;

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use mayfly_guest::protocol::{HostMessage, Process, Size};
+use mayfly_protocol::agent::{HostMessage, Process, Size};
 
 use super::agent::{Agent, AgentError, Link, Patient, Streams};
 use super::detach::DetachKeys;

@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use mayfly_guest::protocol::Limit;
+use mayfly_protocol::agent::Limit;
 
 /// Linux' names and numbers (`asm-generic/resource.h`).
 const NAMES: [(&str, u8); 16] = [

@@ -35,7 +35,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use mayfly_guest::protocol::{Exit, Mount, Net, PORT};
+use mayfly_protocol::agent::{Exit, Mount, Net, PORT};
 use serde_json::json;
 
 pub use self::copy::{CopyOptions, cp};

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
-use mayfly_guest::protocol::Mount;
+use mayfly_protocol::agent::Mount;
 
 use super::plan;
 use super::volumes::{Wanted, Wish, target, volume_name};
@@ -110,7 +110,7 @@ fn split(text: &[u8]) -> Result<Fields<'_>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mayfly_guest::protocol::Source;
+    use mayfly_protocol::agent::Source;
     use std::ffi::OsString;
     use std::os::unix::ffi::OsStringExt;
 

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::net::IpAddr;
 use std::str::FromStr;
 
-use mayfly_guest::protocol::Net;
+use mayfly_protocol::agent::Net;
 
 use super::options::{Mode, Options};
 use crate::config::{Keys, NetConfig, Network, parse_ports};

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::time::Duration;
 
-use mayfly_guest::protocol::{Limit, Mount, Process, Setup, Source};
+use mayfly_protocol::agent::{Limit, Mount, Process, Setup, Source};
 
 use super::environment::{self, Wishes};
 use super::limits;

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Read;
 
-use mayfly_guest::protocol::Net;
+use mayfly_protocol::agent::Net;
 
 use super::options::Options;
 use crate::failure::Failure;

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use mayfly_guest::protocol::{Exit, HostMessage};
+use mayfly_protocol::agent::{Exit, HostMessage};
 use rustix::net::{Shutdown, shutdown};
 
 use super::agent::{Agent, AgentError, Link, Patient, Streams};

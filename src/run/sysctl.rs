@@ -1,6 +1,6 @@
 //! `--sysctl NAME=VALUE`: settings of the guest's kernel.
 
-use mayfly_guest::protocol::Sysctl;
+use mayfly_protocol::agent::Sysctl;
 
 use crate::failure::Failure;
 

@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use mayfly_guest::protocol::{Mount, Source};
+use mayfly_protocol::agent::{Mount, Source};
 
 use super::{mount, plan};
 use crate::config::{DiskConfig, FolderConfig};

@@ -14,7 +14,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use mayfly_guest::program;
-use mayfly_guest::protocol::{Bytes, Failed};
+use mayfly_protocol::agent::{Bytes, Failed};
 
 const STATUS_NOT_EXECUTABLE: u8 = 126;
 const STATUS_NOT_FOUND: u8 = 127;

@@ -3,9 +3,9 @@
 use std::fs::File;
 use std::io::{self, Read};
 
-use mayfly_guest::copy::wire::{Incoming, Outgoing, Piece};
-use mayfly_guest::copy::{Files, Keep, Place, Walk, copy};
-use mayfly_guest::protocol::{Bytes, Failed, Frames, GuestMessage, Stream, Unpack, send};
+use mayfly_protocol::agent::{Bytes, Failed, Frames, GuestMessage, Stream, Unpack, send};
+use mayfly_protocol::copy::wire::{Incoming, Outgoing, Piece};
+use mayfly_protocol::copy::{Files, Keep, Place, Walk, copy};
 
 /// Everything: the host is the machine's owner.
 pub const ALL: Keep = Keep {

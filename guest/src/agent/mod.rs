@@ -17,7 +17,7 @@ use std::io;
 use std::sync::Arc;
 use std::thread;
 
-use mayfly_guest::protocol::{Failed, Frames, GuestMessage, HostMessage, PORT, VERSION, send};
+use mayfly_protocol::agent::{Failed, Frames, GuestMessage, HostMessage, PORT, VERSION, send};
 
 use self::reaper::Reaper;
 use self::session::{Host, Machine, Session};

@@ -10,7 +10,7 @@ use std::net::IpAddr;
 use std::os::unix::fs::{OpenOptionsExt, symlink};
 use std::path::Path;
 
-use mayfly_guest::protocol::{Net, Setup};
+use mayfly_protocol::agent::{Net, Setup};
 
 use super::command::plain;
 use super::setup::make_folder;

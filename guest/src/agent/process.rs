@@ -14,7 +14,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use mayfly_guest::protocol::{Bytes, Failed, Limit, Process, Size};
+use mayfly_protocol::agent::{Bytes, Failed, Limit, Process, Size};
 
 use super::reaper::{Reaper, Started};
 use super::{command, passwd, setup};

@@ -12,7 +12,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use mayfly_guest::protocol::Exit;
+use mayfly_protocol::agent::Exit;
 
 /// Knows the processes that were started here and have not ended.
 #[derive(Default)]

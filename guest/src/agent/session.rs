@@ -10,7 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use mayfly_guest::protocol::{
+use mayfly_protocol::agent::{
     DATA_MAX, Failed, Frame, Frames, GuestMessage, HostMessage, Process, Size, Stream, send,
     send_data,
 };
@@ -536,7 +536,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
     use std::time::Instant;
 
-    use mayfly_guest::protocol::Exit;
+    use mayfly_protocol::agent::Exit;
 
     const PATIENCE: Duration = Duration::from_millis(100);
 

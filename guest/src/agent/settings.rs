@@ -5,7 +5,7 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 
-use mayfly_guest::protocol::Sysctl;
+use mayfly_protocol::agent::Sysctl;
 
 use super::command::plain;
 

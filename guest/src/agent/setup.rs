@@ -10,8 +10,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, chown};
 use std::path::Path;
 
-use mayfly_guest::copy::{Files, Place, Walk, copy, xattrs};
-use mayfly_guest::protocol::{Mount, Setup, Source};
+use mayfly_protocol::agent::{Mount, Setup, Source};
+use mayfly_protocol::copy::{Files, Place, Walk, copy, xattrs};
 
 use super::{copies, names, settings};
 use crate::interface;

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::mpsc;
 use std::thread;
 
-use mayfly_guest::facts::Facts;
+use mayfly_protocol::facts::Facts;
 
 /// System calls have numbers up to here (6.12 ends at 462).
 const SYSCALLS: u32 = 470;

@@ -13,8 +13,8 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use mayfly_guest::peer::Meeting;
-use mayfly_guest::steady::{Figure, Steady};
+use mayfly_protocol::peer::Meeting;
+use mayfly_protocol::steady::{Figure, Steady};
 
 use super::tcp;
 
@@ -30,7 +30,7 @@ pub const MIB: f64 = 1_048_576.0;
 
 /// Does all of it, and returns a JSON object. Words: `root=DIR` is a folder of the root's
 /// file system, if not `/`; `volume=DIR` also measures files there; `tcp=…` also measures TCP
-/// (see `mayfly_guest::peer`).
+/// (see `mayfly_protocol::peer`).
 pub fn measure(words: &[String]) -> String {
     let mut figures: Vec<Figure> = [
         Figure::of("cpu", "ns", rounds(cpu)),

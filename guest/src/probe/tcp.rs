@@ -6,8 +6,8 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-use mayfly_guest::peer::{CHUNK, LAST, Meeting, SECRET, Secret, Task, Way};
-use mayfly_guest::steady::Figure;
+use mayfly_protocol::peer::{CHUNK, LAST, Meeting, SECRET, Secret, Task, Way};
+use mayfly_protocol::steady::Figure;
 
 use super::steady::{MIB, ROUNDS, nanoseconds, repeated};
 

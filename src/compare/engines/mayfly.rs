@@ -1,6 +1,6 @@
 //! mayfly: `mayfly run`, as users run it.
 
-use mayfly_guest::peer::Meeting;
+use mayfly_protocol::peer::Meeting;
 
 use super::{About, Engine, Job, Place, VOLUME, first_line, words};
 use crate::compare::instance::{Launch, Sign};

@@ -3,7 +3,7 @@
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 
-use mayfly_guest::peer::ADDRESSES_MAX;
+use mayfly_protocol::peer::ADDRESSES_MAX;
 
 /// The kernel's IPv4 routes, those to itself among them.
 const TRIE: &str = "/proc/net/fib_trie";

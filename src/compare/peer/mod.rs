@@ -3,7 +3,7 @@
 //!
 //! Who calls may be hostile, be it the instance or anybody who reaches this host: nothing is
 //! done for those who do not begin with the secret of [`Meeting`], and little for those who
-//! do. See `mayfly_guest::peer` for what is said.
+//! do. See `mayfly_protocol::peer` for what is said.
 
 mod addresses;
 #[cfg(test)]
@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use mayfly_guest::peer::{CHUNK, LAST, Meeting, SECRET, Task};
+use mayfly_protocol::peer::{CHUNK, LAST, Meeting, SECRET, Task};
 use ring::rand::{SecureRandom, SystemRandom};
 use rustix::event::{PollFd, PollFlags, poll};
 

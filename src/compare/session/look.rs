@@ -1,6 +1,6 @@
 //! What can be seen from inside.
 
-use mayfly_guest::facts::Facts;
+use mayfly_protocol::facts::Facts;
 
 use super::{Part, Session, Stop};
 use crate::compare::engines;

@@ -13,7 +13,7 @@ use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use mayfly_guest::facts::Facts;
+use mayfly_protocol::facts::Facts;
 use rustix::process::Pid;
 use serde_json::Value;
 

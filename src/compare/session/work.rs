@@ -2,8 +2,8 @@
 
 use std::fs;
 
-use mayfly_guest::peer::Way;
-use mayfly_guest::steady::Steady;
+use mayfly_protocol::peer::Way;
+use mayfly_protocol::steady::Steady;
 
 use super::{Session, Stop};
 use crate::compare::engines::VOLUME;

@@ -1,4 +1,5 @@
 use std::fs;
+use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
@@ -7,7 +8,7 @@ use proptest::prelude::*;
 
 use super::wire::{Incoming, Outgoing, Piece};
 use super::*;
-use crate::protocol::{Frames, Stream, Unpack, send, send_data};
+use crate::agent::{Frames, Stream, Unpack, send, send_data};
 
 const PLAIN: Keep = Keep {
     owners: false,

@@ -9,18 +9,12 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::{Data, Entry, Kind, Place, Sink, about, names, xattrs};
-use crate::protocol::Bytes;
-
-/// What of an entry is kept beside its data.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Keep {
-    /// Owners and groups; else all is whose process this is.
-    pub owners: bool,
-    /// Devices, named pipes, and the bits that lend a program its owner's rights.
-    /// Where entries come from a party that is not to be trusted, they are left out.
-    pub special: bool,
-}
+use super::entry::{Data, Entry, Kind, Sink};
+use super::keep::Keep;
+use super::path::{about, names};
+use super::place::Place;
+use super::xattrs;
+use crate::agent::Bytes;
 
 /// Makes files below a place, and nowhere else: every name is looked up in a folder
 /// that is open, alone, and no symbolic link is ever followed.

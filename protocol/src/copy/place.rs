@@ -9,8 +9,8 @@ use std::path::Path;
 
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 
-use super::about;
-use crate::protocol::{Bytes, Unpack};
+use super::path::about;
+use crate::agent::{Bytes, Unpack};
 
 /// A name in a folder.
 #[derive(Debug)]

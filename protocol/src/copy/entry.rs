@@ -1,32 +1,12 @@
-//! Files on their way: out of a folder, over a connection, into a folder.
-//!
-//! A [`Source`] tells entry for entry what there is, a folder before what is in it;
-//! a [`Sink`] makes it. Both ends of a connection use the same ones, and the other
-//! end may be hostile: entries are checked where they come in, and [`Files`] makes
-//! nothing outside of its place, whatever they say.
-
-mod files;
-mod place;
-mod walk;
-pub mod wire;
-pub mod xattrs;
-
-pub use files::{Files, Keep};
-pub use place::Place;
-pub use walk::Walk;
+//! What is copied: entries, where they come from and where they go to.
 
 use std::io::{self, Read};
 
 use serde::{Deserialize, Serialize};
 
-use self::xattrs::Xattrs;
-use crate::protocol::Bytes;
-
-/// Linux' own limits of a name and of a path.
-const NAME_MAX: usize = 255;
-const PATH_MAX: usize = 4095;
-/// How many folders lie in each other, at most: each is open.
-const DEPTH_MAX: usize = 256;
+use super::path::{PATH_MAX, about, names};
+use super::xattrs::{self, Xattrs};
+use crate::agent::Bytes;
 
 /// What an entry is, apart from its data.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -120,40 +100,3 @@ pub fn copy(source: &mut impl Source, sink: &mut impl Sink) -> io::Result<()> {
     }
     sink.finish()
 }
-
-/// The names in a path, of which none leads elsewhere.
-fn names(path: &[u8]) -> io::Result<Vec<&[u8]>> {
-    let refuse = |why: &str| Err(about(path, io::Error::other(why)));
-    if path.is_empty() {
-        return Ok(Vec::new());
-    }
-    if path.len() > PATH_MAX {
-        return refuse("a path of more than 4095 bytes");
-    }
-    if path.contains(&0) {
-        return refuse("a NUL in its name");
-    }
-    let names: Vec<&[u8]> = path.split(|&byte| byte == b'/').collect();
-    if names.len() > DEPTH_MAX {
-        return refuse("lies more than 256 folders deep");
-    }
-    for name in &names {
-        match *name {
-            b"" | b"." | b".." => return refuse("no plain path"),
-            name if name.len() > NAME_MAX => return refuse("a name of more than 255 bytes"),
-            _ => {}
-        }
-    }
-    Ok(names)
-}
-
-/// An error that names its file.
-fn about(path: &[u8], error: impl Into<io::Error>) -> io::Error {
-    let error = error.into();
-    let path = String::from_utf8_lossy(path);
-    io::Error::new(error.kind(), format!("{path}: {error}"))
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests;

@@ -9,8 +9,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, SeekFrom, Stat};
 use rustix::io::Errno;
 
-use super::{DEPTH_MAX, Data, Entry, Kind, PATH_MAX, Place, Source, about, xattrs};
-use crate::protocol::Bytes;
+use super::entry::{Data, Entry, Kind, Source};
+use super::path::{DEPTH_MAX, PATH_MAX, about};
+use super::place::Place;
+use super::xattrs;
+use crate::agent::Bytes;
 
 /// How many files with several names are remembered; further ones are copied once
 /// for each name.

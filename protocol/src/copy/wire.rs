@@ -5,8 +5,9 @@ use std::io::{self, Read, Write};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Data, Entry, Kind, Sink, Source, xattrs};
-use crate::protocol::{DATA_MAX, Frame, Frames, Stream, send, send_data};
+use super::entry::{Data, Entry, Kind, Sink, Source};
+use super::xattrs;
+use crate::agent::{DATA_MAX, Frame, Frames, Stream, send, send_data};
 
 /// How many bytes of the window an entry counts for, without its attributes, or a hole.
 pub const ENTRY_WEIGHT: usize = 1024;

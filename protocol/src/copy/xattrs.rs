@@ -8,8 +8,8 @@ use std::os::fd::AsFd;
 use rustix::fs::{XattrFlags, fgetxattr, flistxattr, flistxattr_query, fsetxattr};
 use rustix::io::Errno;
 
-use super::Keep;
-use crate::protocol::Bytes;
+use super::keep::Keep;
+use crate::agent::Bytes;
 
 /// Names and values.
 pub type Xattrs = Vec<(Bytes, Bytes)>;
