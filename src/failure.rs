@@ -3,9 +3,10 @@
 use std::error::Error;
 use std::fmt;
 
+use mayfly_image::ErrorKind;
 use serde::{Deserialize, Serialize};
 
-use crate::printable;
+use mayfly_printable as printable;
 
 /// Whose fault it is; the value is the exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -124,19 +125,35 @@ pub trait OrFail<T> {
     }
 }
 
+/// A message about an error, with the error's causes behind it.
+fn with_causes(mut message: String, error: &dyn Error) -> String {
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        // Some errors tell their cause themselves.
+        let text = error.to_string();
+        if !message.ends_with(&text) {
+            message.push_str(&format!(": {text}"));
+        }
+        cause = error.source();
+    }
+    message
+}
+
+impl From<mayfly_image::Error> for Failure {
+    fn from(error: mayfly_image::Error) -> Self {
+        let class = match error.kind() {
+            ErrorKind::Invalid | ErrorKind::NotFound => Class::Config,
+            ErrorKind::InUse | ErrorKind::Registry | ErrorKind::Host => Class::Host,
+            ErrorKind::Internal => Class::Internal,
+        };
+        Failure::new(class, with_causes(error.to_string(), &error))
+    }
+}
+
 impl<T, E: Error> OrFail<T> for Result<T, E> {
     fn or_fail(self, class: Class, what: impl fmt::Display) -> Result<T, Failure> {
         self.map_err(|error| {
-            let mut message = format!("{what}: {error}");
-            let mut cause = error.source();
-            while let Some(error) = cause {
-                // Some errors tell their cause themselves.
-                let text = error.to_string();
-                if !message.ends_with(&text) {
-                    message.push_str(&format!(": {text}"));
-                }
-                cause = error.source();
-            }
+            let message = with_causes(format!("{what}: {error}"), &error);
             Failure::new(class, message)
         })
     }
@@ -170,6 +187,22 @@ mod tests {
         Untold(#[source] io::Error),
         #[error("{0}")]
         Same(#[source] io::Error),
+    }
+
+    #[test]
+    fn what_images_fail_with_is_told_with_its_cause() {
+        let error = mayfly_image::Store::open("/proc/nothing".as_ref())
+            .err()
+            .unwrap();
+        let failure = Failure::from(error);
+        let expected = "image store /proc/nothing: No such file or directory (os error 2)";
+        assert_eq!(failure.to_string(), expected);
+        assert_eq!(failure.class, Class::Host);
+        let folder = tempfile::tempdir().unwrap();
+        let store = mayfly_image::Store::open(&folder.path().join("store")).unwrap();
+        let failure = Failure::from(store.remove("a:1").unwrap_err());
+        assert_eq!(failure.to_string(), "a:1: no such image");
+        assert_eq!(failure.class, Class::Config);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use mayfly_devices::bus::lock;
 use mayfly_devices::poll::ready;
+use mayfly_process::{end_with_us, inherit, unblock_signals};
 
 use crate::failure::{Failure, OrFail};
 use crate::machine::StartSignals;
@@ -75,37 +76,6 @@ impl Ready {
 pub struct Running {
     socket: UnixStream,
     life: Arc<Life>,
-}
-
-/// Where a program is, if it is installed.
-pub fn find_program(name: &str) -> Option<PathBuf> {
-    let paths = std::env::var_os("PATH").unwrap_or_default();
-    let mut all = std::env::split_paths(&paths).map(|folder| folder.join(name));
-    all.find(|path| path.is_file())
-}
-
-/// The VM's main thread takes signals by other means, which is not for others.
-pub fn unblock_signals() -> io::Result<()> {
-    // SAFETY: all zeroes are the empty set of signals.
-    let none: libc::sigset_t = unsafe { std::mem::zeroed() };
-    // SAFETY: reads a live set, and keeps no old one.
-    match unsafe { libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut()) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-/// Has the kernel kill a program when the thread that starts it ends.
-pub fn end_with_us(command: &mut Command) {
-    let prepare = || {
-        // SAFETY: numbers.
-        match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
-    };
-    // SAFETY: what runs between fork and exec is a system call.
-    unsafe { command.pre_exec(prepare) };
 }
 
 /// What a program says on standard output, up to [`COMPLAINT_MAX`] bytes. One that takes
@@ -213,16 +183,6 @@ pub fn give(command: &mut Command, fd: RawFd, waits: Option<&'static CStr>) {
     };
     // SAFETY: what runs between fork and exec are system calls.
     unsafe { command.pre_exec(prepare) };
-}
-
-/// Leaves a descriptor open for the program that follows; to be called between fork
-/// and exec.
-pub fn inherit(fd: RawFd) -> io::Result<()> {
-    // SAFETY: numbers; a descriptor that is none is refused.
-    match unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
 }
 
 /// Waits until there is something to read from a socket, and lets the program that

@@ -29,11 +29,12 @@ use mayfly_devices::virtio::fs::{BackendError, Frontend};
 
 use crate::config::FolderConfig;
 use crate::failure::{Failure, OrFail};
-use crate::helper::{self, Chatter, Helper, Ready, find_program, inherit};
+use crate::helper::{self, Chatter, Helper, Ready};
 use crate::machine::StartSignals;
 use crate::sandbox::Door;
 use crate::sandbox::seccomp::Filter;
 use crate::unix_socket;
+use mayfly_process::{find_program, inherit};
 
 const PROGRAM: &str = "virtiofsd";
 /// Where else it is: Debian's, others', cargo's, and that of Debian 12's QEMU.

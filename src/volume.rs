@@ -9,9 +9,9 @@ use std::process::{Command, Stdio};
 use tempfile::NamedTempFile;
 
 use crate::control::{NAME_MAX, valid_name};
+use crate::data_folder::data_folder;
 use crate::disk_lock;
 use crate::failure::{Failure, OrFail};
-use crate::image::data_folder;
 
 /// The size of one that is made when it is first used: the file is sparse.
 pub const SIZE: u64 = 8 << 30;

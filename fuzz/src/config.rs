@@ -7,7 +7,7 @@ use mayfly::config::{
     BalloonConfig, ChannelConfig, ConsoleConfig, DiskConfig, Keys, MemoryConfig, NetConfig,
     RawConfig, VsockConfig, WatchdogAction, escape, parse_size,
 };
-use mayfly::image::{ImageConfig, Reference, RunConfig, fuzzing};
+use mayfly_image::{ImageConfig, Reference, RunConfig, fuzzing};
 use mayfly::logging::LogConfig;
 use mayfly::net::cidr::Cidr;
 use mayfly::net::egress::rule::Rule;

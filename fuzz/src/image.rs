@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use mayfly::image::{Digest, LAYER_ROOT, Quiet, Store, fuzzing};
+use mayfly_image::{Digest, LAYER_ROOT, Quiet, Store, fuzzing};
 use tar::EntryType;
 
 use crate::tarball::{append, sealed};

@@ -8,8 +8,10 @@ use clap::Subcommand;
 use serde_json::json;
 
 use crate::config::parse_size;
+use crate::data_folder::data_folder;
 use crate::failure::{Failure, OrFail};
-use crate::image::{Bars, Image, Limits, PullOptions, Reference, RunConfig, Store};
+use crate::progress_bars::Bars;
+use mayfly_image::{Image, Limits, PullOptions, Reference, RunConfig, Store};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -145,7 +147,7 @@ impl MaxSize {
 
 /// Runs the verb.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
-    let store = Store::open_default()?;
+    let store = Store::open(&data_folder()?)?;
     match args.verb {
         Verb::Pull {
             name,

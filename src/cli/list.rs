@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::control::{Client, ClientError, Command, Folder};
 use crate::failure::Failure;
-use crate::printable;
+use mayfly_printable as printable;
 
 const EXAMPLES: &str = "\
 Examples:

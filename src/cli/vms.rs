@@ -15,10 +15,10 @@ use super::logs;
 use crate::control::{Client, Command, Folder};
 use crate::failure::Failure;
 use crate::machine::Status;
-use crate::printable;
 use crate::run::detach::{self, DetachKeys};
 use crate::run::record::{Place, Record, State, now_ms};
 use crate::run::{self, CopyOptions, ExecOptions, Usage, end, signal};
+use mayfly_printable as printable;
 
 /// A machine that takes longer to tell of itself is left out.
 const PATIENCE: Duration = Duration::from_secs(2);

@@ -9,9 +9,11 @@ use std::path::PathBuf;
 use super::Options;
 use super::engines::{PROBE, Place};
 use super::guard::Scene;
+use crate::data_folder::data_folder;
 use crate::failure::{Failure, OrFail};
 use crate::guests;
-use crate::image::{Bars, Digest, Image, PullOptions, RunConfig, Store};
+use crate::progress_bars::Bars;
+use mayfly_image::{Digest, Image, PullOptions, RunConfig, Store};
 
 /// The image's files are there themselves and, at times, as an archive, as mayfly's layer
 /// and as a disk.
@@ -24,7 +26,8 @@ const MOUNT_POINTS: [&str; 7] = ["proc", "sys", "dev", "run", "tmp", "etc", ".ma
 
 /// Gets the image, from wherever it is.
 pub fn obtain(name: &str) -> Result<Image, Failure> {
-    Store::open_default()?.obtain(name, &PullOptions::default(), &Bars::new())
+    let store = Store::open(&data_folder()?)?;
+    Ok(store.obtain(name, &PullOptions::default(), &Bars::new())?)
 }
 
 /// Gets the image, unpacks it, and puts it where each engine wants it.

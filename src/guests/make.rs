@@ -17,8 +17,8 @@ use super::{
 };
 use crate::control::valid_name;
 use crate::failure::{Failure, OrFail};
-use crate::helper::find_program;
 use crate::run::record::now_ms;
+use mayfly_process::find_program;
 
 /// What an image's VM needs beside mayfly's devices.
 const RUN_MODULES: [&str; 2] = ["squashfs", "overlay"];

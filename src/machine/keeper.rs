@@ -33,11 +33,11 @@ use crate::helper::Running;
 use crate::logging;
 use crate::net::host::{HostNetworks, Watch};
 use crate::net::publish::Reserved;
-use crate::printable;
 use crate::sandbox::{self, Cgroup, Child, Layer, Mode, Policy, Report, Share, Status};
 use crate::timing::Timeline;
 use crate::unix_socket::Name;
 use crate::vsock;
+use mayfly_printable as printable;
 
 /// The VMM process has so long to build a VM, and as long again to let the guest run …
 const START_TIMEOUT: Duration = Duration::from_secs(120);

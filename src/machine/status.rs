@@ -8,7 +8,7 @@ use mayfly_devices::bus::lock;
 use serde::{Deserialize, Serialize};
 
 use crate::control::{Event, Subscriber};
-use crate::printable;
+use mayfly_printable as printable;
 
 /// More problems than these are only logged.
 const PROBLEMS_MAX: usize = 16;

@@ -19,9 +19,10 @@ use super::publish::Protocol;
 use super::user::UserNet;
 use crate::config::UserConfig;
 use crate::failure::{Failure, OrFail};
-use crate::helper::{self, Chatter, Helper, Ready, find_program};
+use crate::helper::{self, Chatter, Helper, Ready};
 use crate::machine::StartSignals;
 use crate::sandbox::Door;
+use mayfly_process::find_program;
 
 const PROGRAM: &str = "passt";
 /// What a process that waits to become it is called.

@@ -20,8 +20,8 @@ use mayfly_protocol::copy::wire::{Incoming, Outgoing};
 use mayfly_protocol::copy::{Source, copy};
 
 use super::detach::DetachKeys;
-use crate::printable;
 use crate::unix_socket;
+use mayfly_printable as printable;
 
 /// A guest has so long to let a user go.
 const FAREWELL: Duration = Duration::from_secs(2);

@@ -19,9 +19,9 @@ use super::agent::Agent;
 use super::record::{self, State};
 use crate::arguments::split_at;
 use crate::failure::{Class, Failure, OrFail};
-use crate::image::tarball::{self, Entries, Meta, Writer};
-use crate::image::tree::normalised;
-use crate::printable;
+use mayfly_image::normalised;
+use mayfly_image::tarball::{self, Entries, Meta, Writer};
+use mayfly_printable as printable;
 
 /// What to copy, in the user's words.
 #[derive(Clone, Debug, Default)]

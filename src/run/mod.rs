@@ -53,15 +53,17 @@ use self::text::Text;
 use self::volumes::Volumes;
 use crate::arguments;
 use crate::config::{DiskConfig, FolderConfig, NetConfig, RawConfig, escape};
+use crate::data_folder::data_folder;
 use crate::failure::{Failure, OrFail};
 use crate::guests;
-use crate::image::{Bars, Image, LAYER_ROOT, Progress, PullOptions, Quiet, Store, data_folder};
 use crate::machine::{Ending, Keeper, Outcome, StartSignals};
 use crate::net::publish::{Reserved, summary};
-use crate::printable;
+use crate::progress_bars::Bars;
 use crate::timing::{Timeline, TimingUs};
 use crate::unix_socket;
 use crate::volume::{Journal, make_ext4};
+use mayfly_image::{Image, LAYER_ROOT, Progress, PullOptions, Quiet, Store};
+use mayfly_printable as printable;
 
 /// mayfly itself failed, or the command could not be started.
 pub const STATUS_FAILED: u8 = 125;
@@ -118,7 +120,7 @@ fn obtain(options: &Options) -> Result<Image, Failure> {
         true => Box::new(Quiet),
         false => Box::new(Bars::new()),
     };
-    let store = Store::open_default()?;
+    let store = Store::open(&data_folder()?)?;
     let is_path = name.starts_with(['/', '.']);
     // What runs in the background was asked for in the foreground, and got.
     let pull = match options.mode() {
@@ -128,14 +130,14 @@ fn obtain(options: &Options) -> Result<Image, Failure> {
     match pull {
         Pull::Always if !is_path => {
             let reference = name.parse().or_config("image")?;
-            store.pull(&reference, &PullOptions::default(), &*progress)
+            Ok(store.pull(&reference, &PullOptions::default(), &*progress)?)
         }
         Pull::Never if !is_path => store.find(name)?.ok_or_else(|| {
             Failure::config(format!(
                 "{name}: is not in the store, and --pull never is given"
             ))
         }),
-        _ => store.obtain(name, &PullOptions::default(), &*progress),
+        _ => Ok(store.obtain(name, &PullOptions::default(), &*progress)?),
     }
 }
 

@@ -17,7 +17,7 @@ use super::sysctl;
 use super::volumes;
 use crate::config::parse_size;
 use crate::failure::Failure;
-use crate::image::RunConfig;
+use mayfly_image::RunConfig;
 
 /// Where programs share memory.
 const SHARED_MEMORY: &str = "/dev/shm";

@@ -174,7 +174,7 @@ fn what_lies_beside_an_image_is_passed_over() {
 
 #[test]
 fn what_is_run_from_an_archive_takes_no_name() {
-    use mayfly::image::{PullOptions, Quiet, Store};
+    use mayfly_image::{PullOptions, Quiet, Store};
 
     let (work, user) = (saved(), User::root());
     let archive = work.path().join("saved.tar").display().to_string();

@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::process::Command;
 
-use mayfly::image::{PullOptions, Quiet, Store};
+use mayfly::failure::Failure;
+use mayfly_image::{PullOptions, Quiet, Store};
 
 use crate::common::{Made, User, assert_same, run, shell};
 
@@ -150,7 +151,7 @@ fn an_image_is_obtained_from_wherever_it_is() {
         &user.fingerprint(&folder.id.to_string()),
         &made.fingerprint(),
     );
-    let refused = obtain("/nowhere/at/all").unwrap_err().to_string();
+    let refused = Failure::from(obtain("/nowhere/at/all").unwrap_err()).to_string();
     assert!(refused.contains("No such file"), "{refused}");
 }
 

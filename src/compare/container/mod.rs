@@ -367,7 +367,7 @@ impl Writable {
         let make = |name| {
             let folder = spec.writable.join(name);
             fs::create_dir(&folder).or_config(folder.display())?;
-            Ok(folder)
+            Ok::<_, Failure>(folder)
         };
         let upper = make("upper")?;
         let made = Writable {

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::NAME;
+use crate::data_folder::data_folder;
 use crate::failure::{Failure, OrFail};
-use crate::image::data_folder;
 
 const FOLDER: &str = "logs";
 /// In a log's folder, where its VM's is.

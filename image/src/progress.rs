@@ -1,0 +1,26 @@
+//! Telling a user how far long work is.
+
+/// What is told of long work.
+pub trait Progress: Sync {
+    /// Some work begins: what it is, and how many bytes there are if that is known.
+    fn begin(&self, what: &str, total: Option<u64>) -> Box<dyn Task>;
+}
+
+/// Work that goes on. It ends when this is dropped.
+pub trait Task: Send + Sync {
+    /// So many more bytes are done.
+    fn advance(&self, bytes: u64);
+}
+
+/// Tells nothing.
+pub struct Quiet;
+
+impl Progress for Quiet {
+    fn begin(&self, _what: &str, _total: Option<u64>) -> Box<dyn Task> {
+        Box::new(Quiet)
+    }
+}
+
+impl Task for Quiet {
+    fn advance(&self, _bytes: u64) {}
+}
