@@ -439,6 +439,14 @@ pub fn run(steps: Vec<Step>) {
             }
             Step::Wait(seconds) => {
                 now += Duration::from_secs(seconds.into());
+                // Requests that are sent again pass a few at a time, and are small.
+                for _ in 0..10 {
+                    let again: Vec<_> = std::iter::from_fn(|| filter.take_due(now)).collect();
+                    assert!(again.len() <= 4 && again.iter().all(|frame| frame.len() <= 114));
+                    let due = filter.next_due();
+                    assert!(due.is_none_or(|due| due > now && due <= now + Duration::from_secs(1)));
+                    now += Duration::from_millis(10);
+                }
                 continue;
             }
         };

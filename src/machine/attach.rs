@@ -267,7 +267,7 @@ fn place(
 /// The address that was given, or one that is the same whenever the same host
 /// gives the guest the same TAP, and hardly ever another's. Networks of sockets
 /// are apart, so there it may be the same for all guests.
-fn mac_address(config: &NetConfig) -> [u8; 6] {
+pub fn mac_address(config: &NetConfig) -> [u8; 6] {
     /// Locally administered, of one device (IEEE 802).
     const LOCAL: u8 = 0x02;
     config.mac.unwrap_or_else(|| {

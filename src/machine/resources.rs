@@ -11,6 +11,7 @@ use mayfly_devices::virtio::block::{Concat, Disk, ID_LEN, Image, Qcow2, SECTOR};
 
 use rustix::fs::{Access, MemfdFlags, OFlags, fcntl_getfl, fcntl_setfl, fstatfs, memfd_create};
 
+use super::attach::mac_address;
 use super::build::open_kvm;
 use super::signals::StartSignals;
 use crate::config::{DiskConfig, Format, MachineConfig, Network};
@@ -125,7 +126,8 @@ impl Resources {
                 tap::open(name, queues.number(config.cpus)).map(StartingNet::Tap)
             }
             Network::User(user) => {
-                passt::start(user, &door).map(|starting| StartingNet::Passt(Box::new(starting)))
+                let starting = passt::start(user, mac_address(net), &door)?;
+                Ok(StartingNet::Passt(Box::new(starting)))
             }
         });
         let nets: Vec<_> = nets.collect::<Result<_, _>>()?;

@@ -52,13 +52,14 @@ pub struct Starting {
     filter: Egress,
     socket: UnixStream,
     helper: Helper,
+    guest_mac: [u8; 6],
     /// It starts with the guest's first frame.
     later: bool,
 }
 
 /// Starts it; [`Starting::ready`] waits for it. Many a guest uses no network: unless
 /// there are ports to be opened, a process waits in its stead for the first frame.
-pub fn start(config: &UserConfig, door: &Door) -> Result<Starting, Failure> {
+pub fn start(config: &UserConfig, guest_mac: [u8; 6], door: &Door) -> Result<Starting, Failure> {
     let flag = "--net user".to_owned();
     let missing = || {
         Failure::host(format!(
@@ -82,6 +83,7 @@ pub fn start(config: &UserConfig, door: &Door) -> Result<Starting, Failure> {
         filter: Egress::new(net, config, KnownHost::new(&host)),
         socket,
         helper,
+        guest_mac,
         later,
     })
 }
@@ -171,7 +173,7 @@ impl Starting {
     /// Asks for the gateway's address, which it answers once it has started.
     /// Fails if a signal ends the start; what is in it is how passt fares.
     fn greet(&mut self, signals: &StartSignals) -> Result<io::Result<()>, Failure> {
-        let request = arp_request();
+        let request = arp_request(self.guest_mac);
         let mut frame = u32::try_from(request.len())
             .unwrap_or(u32::MAX)
             .to_be_bytes()
@@ -219,16 +221,17 @@ impl Starting {
     }
 }
 
-/// "Who has the gateway's address?", from the guest's.
-fn arp_request() -> Vec<u8> {
+/// "Who has the gateway's address?", from the guest's. By this passt learns the guest's MAC
+/// address, to which it sends clients of published ports, also before the guest itself has
+/// sent anything.
+fn arp_request(guest_mac: [u8; 6]) -> Vec<u8> {
     const BROADCAST: [u8; 6] = [0xff; 6];
-    const ASKER: [u8; 6] = [0x02, 0, 0, 0, 0, 1];
     let (guest, gateway) = (super::user::GUEST_IP, super::user::GATEWAY);
     let arp = ArpPacket::new(
         ArpHardwareId::ETHERNET,
         EtherType::IPV4,
         ArpOperation::REQUEST,
-        &ASKER,
+        &guest_mac,
         &guest.octets(),
         &[0; 6],
         &gateway.octets(),
@@ -236,7 +239,7 @@ fn arp_request() -> Vec<u8> {
     let mut frame = Vec::new();
     if let Ok(arp) = arp {
         // A vector takes all.
-        let _ = PacketBuilder::ethernet2(ASKER, BROADCAST)
+        let _ = PacketBuilder::ethernet2(guest_mac, BROADCAST)
             .arp(arp)
             .write_to_vec(&mut frame);
     }
@@ -273,8 +276,10 @@ mod tests {
 
     #[test]
     fn it_is_greeted_in_the_guest_s_name() {
-        let request = arp_request();
+        let mac = [2, 1, 2, 3, 4, 5];
+        let request = arp_request(mac);
         assert_eq!(request.len(), 42);
+        assert_eq!((&request[6..12], &request[22..28]), (&mac[..], &mac[..]));
         assert_eq!(request[28..32], [10, 0, 2, 15]);
         assert_eq!(request[38..42], [10, 0, 2, 2]);
     }

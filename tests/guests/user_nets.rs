@@ -368,6 +368,48 @@ fn a_guest_reaches_the_host_and_is_reached_by_it() {
     assert_eq!(processes(&namespace), Vec::<String>::new());
 }
 
+/// How many clients come at once, and the time in which each is answered: passt resets
+/// one that the guest has not answered for 10 s.
+const BURST: usize = 100;
+const BURST_TIME: Duration = Duration::from_secs(30);
+
+/// A burst of clients is answered, also if the server has room for ten that it has not
+/// accepted yet.
+#[test]
+fn a_burst_of_clients_is_answered() {
+    let namespace = internet("burst");
+    let script = "echo answer >/tmp/page; httpd -p 8082 -h /tmp
+        until grep -q ':1F92 ' /proc/net/tcp /proc/net/tcp6; do sleep 1; done
+        echo up: now
+        sleep 100000";
+    let mut running = start(&namespace, ",publish=18082:8082", script);
+    running.expect("up: now");
+    let ask = || -> std::io::Result<String> {
+        let mut client = TcpStream::connect(("127.0.0.1", 18082))?;
+        client.set_read_timeout(Some(BURST_TIME))?;
+        client.write_all(b"GET /page HTTP/1.0\r\n\r\n")?;
+        let mut page = String::new();
+        client.read_to_string(&mut page)?;
+        Ok(page)
+    };
+    let namespace = &namespace;
+    let started = Instant::now();
+    let answers: Vec<_> = std::thread::scope(|scope| {
+        let clients: Vec<_> = (0..BURST)
+            .map(|_| scope.spawn(move || within(namespace, ask)))
+            .collect();
+        clients.into_iter().map(|it| it.join().unwrap()).collect()
+    });
+    let took = started.elapsed();
+    let good = |answer: &&std::io::Result<String>| {
+        answer.as_ref().is_ok_and(|page| page.ends_with("answer\n"))
+    };
+    let answered = answers.iter().filter(good).count();
+    println!("{answered} of {BURST} clients were answered in {took:?}");
+    assert_eq!(answered, BURST, "{answers:?}");
+    assert!(took < BURST_TIME, "{took:?}");
+}
+
 /// With rules, what they do not name is refused, and at once.
 #[test]
 fn a_guest_reaches_only_what_is_allowed() {

@@ -20,12 +20,16 @@
 //! a rule names; answers of published ports; ARP, neighbour discovery and DHCP, which end
 //! in passt.
 //!
+//! It also sees which clients of published ports the guest has not answered, and asks it
+//! again (`resend.rs`).
+//!
 //! Packets must be plain: no fragments, VLANs, IP options or extension headers.
 
 mod answer;
 mod dns;
 mod frame;
 mod kind;
+mod resend;
 pub mod rule;
 mod table;
 #[cfg(test)]
@@ -38,8 +42,9 @@ use std::time::{Duration, Instant};
 use mayfly_devices::virtio::net::{FrameFilter, Verdict};
 
 use self::dns::Question;
-use self::frame::{Frame, Packet, Upper, icmp};
+use self::frame::{Frame, Packet, Segment, Upper, icmp};
 use self::kind::Kind;
+use self::resend::Requests;
 use self::rule::Rule;
 use self::table::Table;
 use super::host::KnownHost;
@@ -121,6 +126,8 @@ pub struct Egress {
     /// Addresses of names, with the port that their rule has.
     opened: Table<(IpAddr, Option<u16>)>,
     asked: VecDeque<Asked>,
+    /// Requests of clients of published ports.
+    requests: Requests,
     counters: Counters,
     /// When the log was told last, and of how many it was not.
     told: Option<Instant>,
@@ -142,6 +149,7 @@ impl Egress {
             flows: Table::new(FLOWS_MAX),
             opened: Table::new(OPENED_MAX),
             asked: VecDeque::new(),
+            requests: Requests::default(),
             counters: Counters::default(),
             told: None,
             untold: 0,
@@ -362,7 +370,15 @@ impl FrameFilter for Egress {
             }
         };
         let answer = match self.judge(&packet, now) {
-            Ok(()) => return Verdict::Pass,
+            Ok(()) => {
+                if let Upper::Tcp(segment) = packet.upper
+                    && (segment.syn || segment.rst)
+                    && let Some(flow) = outgoing_flow(&packet, End::Peer)
+                {
+                    self.requests.remove(&flow);
+                }
+                return Verdict::Pass;
+            }
             Err(Denied::Silently) => {
                 self.counters.packets += 1;
                 None
@@ -411,8 +427,24 @@ impl FrameFilter for Egress {
             && self.published.contains(&(flow.protocol, flow.guest_port))
         {
             self.flows.keep(flow, now, flow.protocol.idle());
+            if flow.protocol == Protocol::Tcp {
+                self.requests.add(flow, frame, now);
+            }
+        }
+        if let Upper::Tcp(Segment { rst: true, .. }) = packet.upper
+            && let Some(flow) = incoming_flow(&packet)
+        {
+            self.requests.remove(&flow);
         }
         true
+    }
+
+    fn next_due(&self) -> Option<Instant> {
+        self.requests.next_due()
+    }
+
+    fn take_due(&mut self, now: Instant) -> Option<Vec<u8>> {
+        self.requests.take(now)
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
@@ -425,6 +457,7 @@ impl FrameFilter for Egress {
             ("denied_packets", packets),
             ("denied_names", names),
             ("malformed_packets", malformed),
+            ("resent_requests", self.requests.resent()),
         ]
     }
 }

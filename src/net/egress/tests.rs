@@ -201,7 +201,8 @@ fn without_rules_the_hosts_loopback_is_closed() {
         [
             ("denied_packets", 10),
             ("denied_names", 0),
-            ("malformed_packets", 0)
+            ("malformed_packets", 0),
+            ("resent_requests", 0)
         ]
     );
 }
@@ -758,6 +759,59 @@ fn aliases_are_followed() {
         ("", 5, &[0xc0, 0xff]),
         ("", 1, &WEB)
     ]));
+}
+
+#[test]
+fn requests_to_published_ports_are_sent_again_until_the_guest_answers() {
+    let now = Instant::now();
+    let second = Duration::from_secs(1);
+    let client = (GATEWAY.octets(), 40_000);
+    let request = tcp(Way::In, 80, client, "S");
+    let asked = |rules: &[&str]| {
+        let mut egress = filter(rules);
+        assert!(egress.incoming(&request, now));
+        egress
+    };
+    for rules in [&[][..], &["example.com"]] {
+        let mut egress = asked(rules);
+        assert_eq!(egress.next_due(), Some(now + second));
+        assert_eq!(egress.take_due(now), None);
+        assert_eq!(egress.take_due(now + second), Some(request.clone()));
+        assert_eq!(egress.take_due(now + second), None);
+        assert_eq!(egress.next_due(), Some(now + 2 * second));
+        // Until it is accepted, or refused, or the client has gone.
+        for (way, flags, ends) in [
+            (Way::Out, "SA", true),
+            (Way::Out, "RA", true),
+            (Way::In, "R", true),
+            (Way::Out, "A", false),
+        ] {
+            let mut egress = asked(rules);
+            let frame = tcp(way, 80, client, flags);
+            match way {
+                Way::Out => assert!(egress.passes(&frame, now)),
+                Way::In => assert!(egress.incoming(&frame, now)),
+            }
+            assert_eq!(egress.next_due().is_none(), ends, "{flags}");
+            // Another client's is none.
+            let mut egress = asked(rules);
+            let other = (client.0, client.1 + 1);
+            egress.incoming(&tcp(way, 80, other, flags), now);
+            egress.outgoing(&tcp(way, 80, other, flags), now);
+            assert!(egress.next_due().is_some(), "{flags}");
+        }
+    }
+    // No other packet is.
+    let mut egress = filter(&[]);
+    for frame in [
+        tcp(Way::In, 81, client, "S"),
+        tcp(Way::In, 80, client, "SA"),
+        tcp(Way::In, 80, client, "A"),
+        udp(Way::In, 53, client, b"?"),
+    ] {
+        egress.incoming(&frame, now);
+        assert_eq!(egress.next_due(), None);
+    }
 }
 
 #[test]

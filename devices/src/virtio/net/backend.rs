@@ -81,6 +81,21 @@ impl Backend {
         }
     }
 
+    /// Readable when [`handle_timer`](Self::handle_timer) shall be called.
+    pub(super) fn timer_source(&self) -> Option<RawFd> {
+        match &self.0 {
+            Kind::Tap(_) => None,
+            Kind::Stream(stream) => Some(stream.timer_source()),
+        }
+    }
+
+    /// Gets the packets that its filter has for the guest by now.
+    pub(super) fn handle_timer(&mut self) {
+        if let Kind::Stream(stream) = &mut self.0 {
+            stream.handle_timer();
+        }
+    }
+
     /// Forgets what the guest did not get.
     pub(super) fn reset(&mut self) {
         match &mut self.0 {

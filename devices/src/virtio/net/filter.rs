@@ -22,6 +22,16 @@ pub trait FrameFilter: Send {
     /// The network sends one to the guest; false if it is lost.
     fn incoming(&mut self, frame: &[u8], now: Instant) -> bool;
 
+    /// When [`take_due`](Self::take_due) returns the next frame, if there will be one.
+    fn next_due(&self) -> Option<Instant> {
+        None
+    }
+
+    /// Takes a frame of its own for the guest, of those that are due.
+    fn take_due(&mut self, _now: Instant) -> Option<Vec<u8>> {
+        None
+    }
+
     /// What it has counted, by name.
     fn counters(&self) -> Vec<(&'static str, u64)>;
 }

@@ -51,6 +51,8 @@ const TRANSMIT_BUDGET: Token = RECEIVE_BUDGET + 1;
 const NEW_LIMITS: Token = RECEIVE_BUDGET + 2;
 /// From here on, of the pairs' room for packets.
 const ROOM: Token = 1 << 17;
+/// And from here on, of the timers of their filters.
+const TIMER: Token = 1 << 18;
 
 /// What each offers; the host's end adds some.
 const FEATURES: [u32; 3] = [
@@ -340,8 +342,11 @@ impl VirtioDevice for Net {
         let packets = (0..).zip(ends().map(Backend::source));
         let room = (ROOM..).zip(ends());
         let room = room.filter_map(|(token, end)| Some((token, end.room_source()?)));
+        let timers = (TIMER..).zip(ends());
+        let timers = timers.filter_map(|(token, end)| Some((token, end.timer_source()?)));
         packets
             .chain(room)
+            .chain(timers)
             .chain([
                 (RECEIVE_BUDGET, self.receive.limiter.timer()),
                 (TRANSMIT_BUDGET, self.transmit.limiter.timer()),
@@ -355,8 +360,15 @@ impl VirtioDevice for Net {
             RECEIVE_BUDGET => self.receive.limiter.acknowledge(),
             TRANSMIT_BUDGET => self.transmit.limiter.acknowledge(),
             NEW_LIMITS => self.take_limits(),
+            TIMER.. => {
+                let index = (token - TIMER) as usize;
+                if let Some(pair) = self.pairs.get_mut(index) {
+                    pair.end.handle_timer();
+                    self.receive.turns.add(index);
+                }
+            }
             // Its pair has its turn still.
-            ROOM.. => {}
+            ROOM..TIMER => {}
             end => self.receive.turns.add(end as usize),
         }
         self.work(queues)

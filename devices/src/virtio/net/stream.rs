@@ -10,9 +10,10 @@ use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::timerfd::TimerFd;
 
 use super::backend::Incoming;
 use super::filter::{FrameFilter, Verdict};
@@ -184,6 +185,9 @@ pub struct Stream {
     waiting: Option<Waiting>,
     filter: Option<Box<dyn FrameFilter>>,
     answers: VecDeque<Vec<u8>>,
+    /// Expires when the filter has a frame of its own for the guest, and when that is.
+    timer: TimerFd,
+    timer_set_to: Option<Instant>,
 }
 
 impl Stream {
@@ -201,6 +205,8 @@ impl Stream {
             waiting: None,
             filter,
             answers: VecDeque::new(),
+            timer: TimerFd::new().map_err(io::Error::from)?,
+            timer_set_to: None,
         })
     }
 
@@ -210,6 +216,43 @@ impl Stream {
 
     pub fn room_source(&self) -> RawFd {
         self.room.as_raw_fd()
+    }
+
+    pub fn timer_source(&self) -> RawFd {
+        self.timer.as_raw_fd()
+    }
+
+    /// Takes the frames of the filter's own that are due.
+    pub fn handle_timer(&mut self) {
+        // Disarming forgets that it expired, and does not block as reading may.
+        let _ = self.timer.clear();
+        self.timer_set_to = None;
+        let now = Instant::now();
+        // What does not fit is lost, as the timer would expire for ever.
+        while let Some(frame) = self.filter.as_mut().and_then(|it| it.take_due(now)) {
+            self.answer(Verdict::Answer(frame));
+        }
+        self.set_timer();
+    }
+
+    /// Sets the timer to when the filter has a frame of its own.
+    fn set_timer(&mut self) {
+        let due = self.filter.as_ref().and_then(|filter| filter.next_due());
+        if due == self.timer_set_to {
+            return;
+        }
+        self.timer_set_to = due;
+        let set = match due {
+            // No time at all would stop it.
+            Some(due) => {
+                let wait = due.saturating_duration_since(Instant::now());
+                self.timer.reset(wait.max(Duration::from_millis(1)), None)
+            }
+            None => self.timer.clear(),
+        };
+        if let Err(error) = set {
+            log::warn!("network: setting a timer: {error}");
+        }
     }
 
     /// What is half sent or half read stays: the peer counts on it.
@@ -238,6 +281,7 @@ impl Stream {
                     self.inbox.used(len);
                     return Incoming::Lost;
                 }
+                self.set_timer();
                 self.waiting = Some(Waiting::Frame(len));
                 Incoming::Packet
             }
@@ -292,6 +336,7 @@ impl Stream {
                 self.outbox.fill(chain, len, 0);
                 let verdict = filter.outgoing(self.outbox.frame(), Instant::now());
                 self.filter = Some(filter);
+                self.set_timer();
                 if verdict != Verdict::Pass {
                     self.outbox.clear();
                     self.answer(verdict);

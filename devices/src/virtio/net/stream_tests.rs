@@ -1,7 +1,7 @@
 use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -308,6 +308,65 @@ fn a_filter_passes_drops_and_answers() {
         driver.used(TRANSMIT);
     }
     assert_eq!(counter(&driver, "tx_drops"), 502);
+}
+
+/// Sends the guest each frame of the network's once more.
+#[derive(Default)]
+struct Again {
+    frames: VecDeque<(Instant, Vec<u8>)>,
+}
+
+impl FrameFilter for Again {
+    fn outgoing(&mut self, _: &[u8], _: Instant) -> Verdict {
+        Verdict::Pass
+    }
+
+    fn incoming(&mut self, frame: &[u8], now: Instant) -> bool {
+        let due = now + Duration::from_millis(20);
+        self.frames.push_back((due, frame.to_vec()));
+        true
+    }
+
+    fn next_due(&self) -> Option<Instant> {
+        self.frames.front().map(|(due, _)| *due)
+    }
+
+    fn take_due(&mut self, now: Instant) -> Option<Vec<u8>> {
+        let is_due = self.next_due().is_some_and(|due| due <= now);
+        is_due
+            .then(|| self.frames.pop_front())?
+            .map(|(_, frame)| frame)
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+}
+
+#[test]
+fn a_filter_s_own_frames_reach_the_guest_when_they_are_due() {
+    let (mut driver, mut peer) = driver(Some(Box::<Again>::default()));
+    let buffers = [0x9000, 0xa000, 0xb000, 0xc000];
+    for at in buffers {
+        driver.add(RECEIVE, &[Descriptor::writable(at, 200)]);
+    }
+    driver.kick(RECEIVE);
+    let mut received = 0;
+    for (first, pause) in [(4, 0), (5, 10)] {
+        std::thread::sleep(Duration::from_millis(pause));
+        peer.write_all(&framed(&[first; 30])).unwrap();
+        driver.handle_events(|token| token == 0);
+        received += driver.used(RECEIVE).len();
+    }
+    assert_eq!(received, 2);
+    while received < 4 {
+        driver.handle_events(|token| token == TIMER);
+        let more = driver.used(RECEIVE).len();
+        assert!(more > 0, "the timer is not set again");
+        received += more;
+    }
+    let got = buffers.map(|at| driver.read(at + HEADER as u64, 30));
+    assert_eq!(got, [4, 5, 4, 5].map(|first| [first; 30]));
 }
 
 proptest! {
