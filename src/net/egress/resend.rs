@@ -75,6 +75,11 @@ impl Requests {
             return None;
         }
         self.pause = None;
+        // Those of a VM that was paused meanwhile, for one.
+        let given_up = |first: &Request| now >= first.begun + GIVE_UP;
+        while self.waiting.front().is_some_and(given_up) {
+            self.waiting.pop_front();
+        }
         let is_due = self.waiting.front().is_some_and(|first| first.due <= now);
         if !is_due {
             self.sent = 0;
@@ -150,6 +155,17 @@ mod tests {
             .collect();
         assert_eq!(seconds, expected);
         assert_eq!((requests.resent(), requests.next_due()), (16, None));
+    }
+
+    #[test]
+    fn what_was_given_up_meanwhile_is_not_sent() {
+        let now = Instant::now();
+        let mut requests = Requests::default();
+        requests.add(flow(0), &[0; 54], now);
+        requests.add(flow(1), &[1; 54], now + INTERVAL);
+        assert_eq!(requests.take(now + GIVE_UP), Some(vec![1; 54]));
+        assert_eq!(requests.take(now + GIVE_UP), None);
+        assert_eq!(requests.next_due(), None);
     }
 
     #[test]
