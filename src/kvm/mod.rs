@@ -7,6 +7,7 @@ pub mod memory;
 pub mod msr;
 pub mod probe;
 pub mod reclaim;
+pub mod state;
 pub mod vcpu;
 pub mod vm;
 

@@ -19,6 +19,7 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::cpuid::{self, Topology};
 use super::gate::{Gate, Next};
+use super::state::{self, StateError, StateScope, TscAnchor, VcpuState};
 use super::vm::Vm;
 use super::{KvmError, doing, msr};
 
@@ -46,7 +47,7 @@ pub struct Buses {
 
 /// A vCPU that is not running yet.
 pub struct Vcpu {
-    fd: VcpuFd,
+    pub(super) fd: VcpuFd,
     index: u8,
     exits: Arc<ExitCounters>,
     /// How often in a row KVM did not enter the guest.
@@ -202,6 +203,22 @@ impl Vcpu {
             ..Default::default()
         };
         self.fd.set_regs(&regs).map_err(doing("setting registers"))
+    }
+
+    /// What KVM holds of this vCPU, which is at rest: no access of it is unanswered.
+    pub fn save(&self, scope: &StateScope) -> Result<VcpuState, StateError> {
+        state::vcpu::save(&self.fd, scope)
+    }
+
+    /// Makes this vCPU, which never ran, go on as another was saved. The guest's memory is
+    /// there already, and [`Vm::restore`] comes after the last vCPU.
+    pub fn restore(
+        &self,
+        state: &VcpuState,
+        scope: &StateScope,
+        anchor: TscAnchor,
+    ) -> Result<(), StateError> {
+        state::vcpu::restore(&self.fd, state, scope, anchor)
     }
 
     /// What this vCPU left the guest for.

@@ -14,6 +14,7 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::memory::GuestMemory;
+use super::state::{self, StateError, VmState};
 use super::{KvmError, doing};
 
 /// Where Intel's KVM keeps pages of its own: in the hole, below the BIOS.
@@ -75,7 +76,7 @@ pub fn open() -> Result<Kvm, OpenError> {
 
 /// A virtual machine without vCPUs.
 pub struct Vm {
-    fd: VmFd,
+    pub(super) fd: VmFd,
     // Behind `fd`, so that it is unmapped only when the machine is gone.
     memory: Option<GuestMemory>,
     /// What KVM lets CPUID say.
@@ -133,6 +134,16 @@ impl Vm {
         self.fd
             .create_vcpu(index.into())
             .map_err(doing("creating a vCPU"))
+    }
+
+    /// What KVM holds of this VM beside its vCPUs, which are at rest.
+    pub fn save(&self) -> Result<VmState, StateError> {
+        state::vm::save(&self.fd)
+    }
+
+    /// Makes this VM go on as another was saved, after all its vCPUs were restored.
+    pub fn restore(&self, state: &VmState) -> Result<(), StateError> {
+        state::vm::restore(&self.fd, state)
     }
 
     /// Interrupts the guest whenever `event` is signalled.
