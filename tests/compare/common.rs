@@ -1,25 +1,25 @@
 //! Comparisons, and what they would leave.
 
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use mayfly::compare::model::{EngineReport, Mark, Report};
+use mayfly_testing::processes::command_lines;
+use mayfly_testing::tools::{busybox_root, program};
+use mayfly_testing::{text, until};
 
 /// A word that no other process has, and a time that no test takes.
 pub const LONG: &str = "98765";
-pub const PATIENCE: Duration = Duration::from_secs(60);
-pub const NAP: Duration = Duration::from_millis(50);
+/// What goes by itself has gone by then.
+const TIMEOUT: Duration = Duration::from_secs(60);
 /// All comparisons' folders, instances and control groups begin so.
 pub const PREFIX: &str = "mayfly-compare-";
 
 pub fn mayfly() -> Command {
-    let program = std::env::var_os("MAYFLY_BIN").expect("MAYFLY_BIN: run scripts/test");
-    let mut command = Command::new(program);
+    let mut command = Command::new(mayfly_testing::mayfly());
     command.arg("compare").stdin(Stdio::null());
     command
 }
@@ -85,15 +85,6 @@ impl Comparison {
     }
 }
 
-/// Waits for what must come.
-pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !condition() {
-        assert!(start.elapsed() < PATIENCE, "{what}: not within a minute");
-        thread::sleep(NAP);
-    }
-}
-
 /// What a comparison would leave: folders, processes, mounts, control groups.
 pub fn leftovers() -> Vec<String> {
     let mut found = Vec::new();
@@ -109,9 +100,8 @@ pub fn leftovers() -> Vec<String> {
             }
         }
     }
-    for entry in fs::read_dir("/proc").unwrap().flatten() {
-        let words = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let words = String::from_utf8_lossy(&words).replace('\0', " ");
+    for words in command_lines() {
+        let words = text(&words).replace('\0', " ");
         if words.contains(PREFIX) || words.contains(LONG) {
             found.push(words);
         }
@@ -123,63 +113,28 @@ pub fn leftovers() -> Vec<String> {
             .filter(|line| line.contains(PREFIX))
             .map(str::to_owned),
     );
-    let groups = Command::new("find")
-        .args([
-            "/sys/fs/cgroup",
-            "-type",
-            "d",
-            "-name",
-            &format!("{PREFIX}*"),
-        ])
-        .output()
-        .unwrap();
-    found.extend(
-        String::from_utf8_lossy(&groups.stdout)
-            .lines()
-            .map(str::to_owned),
-    );
+    let name = format!("{PREFIX}*");
+    let groups = ["/sys/fs/cgroup", "-type", "d", "-name", &name];
+    // Others' groups may go while they are looked through.
+    let groups = Command::new("find").args(groups).output().unwrap();
+    found.extend(text(&groups.stdout).lines().map(str::to_owned));
     found
 }
 
 pub fn nothing_is_left() {
-    let mut last = Vec::new();
-    let start = Instant::now();
-    loop {
-        last.clone_from(&leftovers());
-        if last.is_empty() {
-            return;
-        }
-        assert!(start.elapsed() < PATIENCE, "left behind: {last:#?}");
-        thread::sleep(NAP);
-    }
-}
-
-pub fn children(pid: u32) -> Vec<u32> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir("/proc").unwrap().flatten() {
-        let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
-        let parent = stat
-            .rsplit_once(") ")
-            .and_then(|(_, rest)| rest.split(' ').nth(1));
-        if parent == Some(pid.to_string().as_str()) {
-            found.push(entry.file_name().to_str().unwrap().parse().unwrap());
-        }
-    }
-    found
-}
-
-pub fn kill(pid: u32, signal: i32) {
-    let pid = i32::try_from(pid).unwrap();
-    // SAFETY: numbers.
-    assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
+    let deadline = Instant::now() + TIMEOUT;
+    until("nothing is left", || {
+        let left = leftovers();
+        assert!(Instant::now() < deadline, "left behind: {left:#?}");
+        left.is_empty()
+    });
 }
 
 /// Waits until containers run the long command.
 pub fn running(instances: usize) {
     until("the command runs", || {
-        let words = |entry: fs::DirEntry| fs::read(entry.path().join("cmdline")).ok();
-        let all = fs::read_dir("/proc").unwrap().flatten().filter_map(words);
         let long = format!("sleep\0{LONG}\0");
+        let all = command_lines().into_iter();
         all.filter(|words| words == long.as_bytes()).count() >= instances
     });
 }
@@ -202,12 +157,8 @@ pub fn engine<'a>(report: &'a Report, name: &str) -> &'a EngineReport {
 /// A program on its own as an image, with what a test adds to it.
 pub fn image(spoil: impl FnOnce(&Path)) -> tempfile::TempDir {
     let image = tempfile::tempdir().unwrap();
-    fs::set_permissions(image.path(), fs::Permissions::from_mode(0o755)).unwrap();
-    fs::create_dir(image.path().join("bin")).unwrap();
-    fs::copy("/bin/busybox", image.path().join("bin/busybox")).unwrap();
-    for name in ["chmod", "echo", "mv", "sh", "sleep", "touch"] {
-        symlink("busybox", image.path().join("bin").join(name)).unwrap();
-    }
+    let programs = ["chmod", "echo", "mv", "sh", "sleep", "touch"];
+    busybox_root(image.path(), &programs);
     spoil(image.path());
     image
 }
@@ -245,7 +196,6 @@ pub fn sleeper(folder: &Path, name: &str, slow: bool) -> String {
 /// An engine of one's own.
 pub fn script(folder: &Path, name: &str, text: &str) -> String {
     let path = folder.join(name);
-    fs::write(&path, text).unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    program(&path, text);
     format!("{name}={}", path.display())
 }

@@ -8,9 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use mayfly_testing::processes::{children, kill};
+use mayfly_testing::until;
+
 use crate::common::{
-    Comparison, LONG, children, engine, instance, kill, leftovers, mayfly, nothing_is_left,
-    running, sleeper, until,
+    Comparison, LONG, engine, instance, leftovers, mayfly, nothing_is_left, running, sleeper,
 };
 
 #[test]

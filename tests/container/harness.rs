@@ -3,14 +3,15 @@
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, PipeReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Mutex;
-use std::time::{Duration, Instant};
 
 use mayfly::compare::container::{Spec, Volume};
+use mayfly_testing::processes::descendants;
+use mayfly_testing::tools::busybox_root;
 use tempfile::TempDir;
 
 /// The descriptor for marks, and others that stay behind.
@@ -89,15 +90,12 @@ impl Setup {
 pub fn image() -> TempDir {
     let image = tempfile::tempdir().unwrap();
     let root = image.path();
-    fs::set_permissions(root, fs::Permissions::from_mode(0o755)).unwrap();
-    for folder in ["bin", "etc", "tmp"] {
+    let programs: Vec<&str> = PROGRAMS.split_whitespace().collect();
+    busybox_root(root, &programs);
+    for folder in ["etc", "tmp"] {
         fs::create_dir(root.join(folder)).unwrap();
     }
     fs::set_permissions(root.join("tmp"), fs::Permissions::from_mode(0o1777)).unwrap();
-    fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
-    for program in PROGRAMS.split_whitespace() {
-        symlink("busybox", root.join("bin").join(program)).unwrap();
-    }
     fs::write(root.join("etc/plain"), "plain\n").unwrap();
     fs::write(root.join("etc/no-program"), [0x7f, b'E', 0, 0]).unwrap();
     let program = fs::Permissions::from_mode(0o755);
@@ -253,7 +251,7 @@ impl Running {
 
     /// The container's first process, as the host numbers it.
     pub fn init(&self) -> i32 {
-        descendants(self.child.id().cast_signed())[1]
+        descendants(self.child.id())[1].cast_signed()
     }
 
     /// Waits for its end.
@@ -290,40 +288,6 @@ impl Running {
             marks,
         }
     }
-}
-
-/// A process and all below it.
-pub fn descendants(pid: i32) -> Vec<i32> {
-    let mut all = vec![pid];
-    let mut next = 0;
-    while let Some(pid) = all.get(next) {
-        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
-        let children = children.unwrap_or_default();
-        all.extend(
-            children
-                .split_whitespace()
-                .filter_map(|it| it.parse::<i32>().ok()),
-        );
-        next += 1;
-    }
-    all
-}
-
-/// Whether a process has ended; one that nobody has waited for has.
-pub fn gone(pid: i32) -> bool {
-    fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z"))
-}
-
-/// Whether something comes true in time.
-pub fn until(patience: Duration, mut it: impl FnMut() -> bool) -> bool {
-    let begun = Instant::now();
-    while !it() {
-        if begun.elapsed() > patience {
-            return false;
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    true
 }
 
 /// What `/proc/PID/status` says behind a name.

@@ -12,13 +12,14 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
-use std::time::Duration;
 
 use mayfly::compare::container::{self, Spec};
+use mayfly_testing::processes::{descendants, runs};
+use mayfly_testing::until;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use harness::{Running, Setup, gone, status_of, until};
+use harness::{Running, Setup, status_of};
 
 /// What nobody has.
 const NOBODY: u32 = 65534;
@@ -493,13 +494,12 @@ fn killed(setup: &Setup) -> Outcome {
         let running: Running = container.start();
         running.line("ready");
         let init = running.init();
-        let all: Vec<_> = harness::descendants(init);
+        let all = descendants(init.cast_unsigned());
         expect!(all.len() == 3, "{all:?}");
         running.signal(libc::SIGKILL);
         let ended = running.end();
         expect!(ended.status == 128 + libc::SIGKILL, "{ended:?}");
-        let late = until(Duration::from_secs(10), || all.iter().all(|pid| gone(*pid)));
-        expect!(late, "{all:?} live on");
+        until("all of it ends", || !all.iter().any(|&pid| runs(pid)));
     }
     Ok(())
 }

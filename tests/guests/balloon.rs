@@ -3,8 +3,9 @@
 use std::io::Write;
 use std::process::Stdio;
 
-use crate::common::{Guest, Running};
-use crate::control::{Controlled, wait_until};
+use mayfly_testing::guest::{Controlled, Guest, Running};
+use mayfly_testing::until;
+
 use crate::memory::status;
 
 const MIB: u64 = 1 << 20;
@@ -28,7 +29,7 @@ fn fill(running: &mut Running, mib: u64) {
     let before = fills(running);
     let orders = running.child.stdin.as_mut().unwrap();
     writeln!(orders, "{mib}").unwrap();
-    wait_until("filled", || fills(running) > before);
+    until("filled", || fills(running) > before);
     assert!(
         !running.console().contains("failed"),
         "{}",
@@ -43,7 +44,7 @@ fn resident(vm: &Controlled) -> u64 {
 
 fn inflate(vm: &Controlled, mib: u64) {
     vm.ctl(&["balloon", &format!("{mib}M")]);
-    wait_until("inflated", || vm.info()["balloon"]["actual"] == mib * MIB);
+    until("inflated", || vm.info()["balloon"]["actual"] == mib * MIB);
 }
 
 #[test]
@@ -61,7 +62,7 @@ fn a_balloon_gives_memory_to_the_host_and_back() {
     assert!(inflated < full - least, "{full} {inflated}");
 
     let statistics = |vm: &Controlled| vm.info()["balloon"]["statistics"].clone();
-    wait_until("counted", || {
+    until("counted", || {
         let free = statistics(&vm)["free_bytes"].as_u64();
         free.is_some_and(|free| free < 110 * MIB)
     });
@@ -95,7 +96,7 @@ fn reported_pages_go_back_by_themselves() {
     let full = resident(&vm);
     assert!(full > 150 * MIB, "{full}");
     fill(&mut vm.running, 0);
-    wait_until("reported", || resident(&vm) < full - 110 * MIB);
+    until("reported", || resident(&vm) < full - 110 * MIB);
     // And can be used again.
     fill(&mut vm.running, 150);
     assert!(resident(&vm) > 150 * MIB);

@@ -2,7 +2,8 @@
 
 use std::fs;
 
-use crate::common::{Guest, kernel};
+use mayfly_testing::guest::Guest;
+use mayfly_testing::kernel;
 
 fn boots(name: &str, file: &str, args: &[&str]) {
     let release = fs::read_to_string(kernel(name, "release")).unwrap();

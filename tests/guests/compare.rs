@@ -7,9 +7,9 @@ use std::process::{Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use mayfly::compare::model::{EngineReport, Mark, Report, Way};
+use mayfly_testing::user::{NOBODY, User};
+use mayfly_testing::{kernel, mayfly, test_data, text, until};
 
-use crate::common::{kernel, mayfly, test_data};
-use crate::run::{NOBODY, User, eventually, text};
 use crate::user_nets::loopback;
 
 const ENGINES: [&str; 7] = [
@@ -76,7 +76,7 @@ fn leftovers() -> String {
 
 fn nothing_is_left() {
     // What other tests have goes, too.
-    eventually("nothing is left", || leftovers().is_empty());
+    until("nothing is left", || leftovers().is_empty());
 }
 
 fn engine<'a>(report: &'a Report, name: &str) -> &'a EngineReport {
@@ -256,7 +256,7 @@ fn a_killed_podman_leaves_nothing() {
     command.arg("compare").args(flags);
     command.env("XDG_DATA_HOME", test_data("share"));
     let mut child = command.stdout(Stdio::null()).spawn().unwrap();
-    eventually("the command runs", || leftovers().contains("sleep"));
+    until("the command runs", || leftovers().contains("sleep"));
     let left = leftovers();
     assert!(
         left.contains("cni-podman") && left.contains("-A CNI-FORWARD"),

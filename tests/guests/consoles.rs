@@ -9,7 +9,9 @@ use std::os::unix::process::CommandExt;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use crate::common::{Guest, PATIENCE, random_file, test_data};
+use mayfly_testing::guest::Guest;
+use mayfly_testing::tools::random_file;
+use mayfly_testing::{TIMEOUT, test_data};
 
 /// A terminal, and what a program on it printed.
 struct Terminal {
@@ -67,7 +69,7 @@ impl Terminal {
 
     /// Waits for a text that was not seen before.
     fn expect(&mut self, what: &str) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         loop {
             if let Some(at) = self.seen.find(what) {
                 self.seen.drain(..at + what.len());
@@ -162,7 +164,7 @@ fn a_paste_is_not_lost() {
     let folder = tempfile::tempdir().unwrap();
     let copy = folder.path().join("copy");
     std::fs::write(&copy, &lines).unwrap();
-    let sum = crate::common::tool("md5sum", &[copy.to_str().unwrap()]);
+    let sum = mayfly_testing::tools::tool("md5sum", &[copy.to_str().unwrap()]);
     let sum = sum.split(' ').next().unwrap().to_owned();
     let ended = running.wait();
     assert!(ended.stdout.contains(&sum), "{sum}: {ended:?}");
@@ -299,7 +301,7 @@ fn a_virtio_console_loses_nothing_and_says_nothing_twice() {
         .map(|line| format!("line {line} of a long paste\n"))
         .collect();
     std::fs::write(&input, &lines).unwrap();
-    let sum = crate::common::tool("md5sum", &[input.to_str().unwrap()]);
+    let sum = mayfly_testing::tools::tool("md5sum", &[input.to_str().unwrap()]);
     guest.command.stdin(File::open(&input).unwrap());
     let shown = guest.run();
     assert!(shown.contains(sum.split(' ').next().unwrap()), "{shown}");
@@ -359,7 +361,7 @@ fn channels_carry_bytes_both_ways_and_tell_who_is_there() {
 
 /// Connects as soon as the VM listens.
 fn connect(path: &std::path::Path) -> UnixStream {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     loop {
         match UnixStream::connect(path) {
             Ok(stream) => return stream,

@@ -3,58 +3,14 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use crate::common::{Guest, PATIENCE, Running, mayfly, tool};
-use crate::nets::{Namespace, Peer};
-
-/// A VM that is called `vm`, and the folder with its socket.
-pub struct Controlled {
-    pub running: Running,
-    runtime: PathBuf,
-}
-
-impl Controlled {
-    pub fn start(mut guest: Guest, start: impl FnOnce(Guest) -> Running) -> Self {
-        let runtime = guest.path("runtime");
-        guest.command.env("MAYFLY_RUNTIME_DIR", &runtime);
-        guest.command.args(["--name", "vm"]);
-        Controlled {
-            running: start(guest),
-            runtime,
-        }
-    }
-
-    pub fn mayfly(&self, args: &[&str]) -> Output {
-        let mut command = Command::new(mayfly());
-        command.env("MAYFLY_RUNTIME_DIR", &self.runtime);
-        command.args(args).output().unwrap()
-    }
-
-    /// `mayfly ctl vm …`, which must succeed.
-    pub fn ctl(&self, args: &[&str]) -> String {
-        let output = self.mayfly(&[&["ctl", "vm"], args].concat());
-        assert!(output.status.success(), "{args:?}: {output:?}");
-        String::from_utf8(output.stdout).unwrap()
-    }
-
-    /// `mayfly ctl vm …`, which must be refused with one line.
-    pub fn refused(&self, args: &[&str]) -> String {
-        let output = self.mayfly(&[&["ctl", "vm"], args].concat());
-        assert_eq!(output.status.code(), Some(2), "{args:?}: {output:?}");
-        String::from_utf8(output.stderr).unwrap()
-    }
-
-    pub fn info(&self) -> serde_json::Value {
-        serde_json::from_str(&self.ctl(&["info"])).unwrap()
-    }
-
-    pub fn socket(&self) -> PathBuf {
-        self.runtime.join("vm.sock")
-    }
-}
+use mayfly_testing::guest::{Controlled, Guest};
+use mayfly_testing::net::Namespace;
+use mayfly_testing::tools::{Peer, tool};
+use mayfly_testing::{mayfly, until};
 
 /// The last number that the guest printed behind `now: `, on a whole line.
 fn last_now(console: &str) -> u64 {
@@ -68,15 +24,6 @@ fn last_now(console: &str) -> u64 {
 
 fn size(path: &Path) -> u64 {
     path.metadata().map_or(0, |metadata| metadata.len())
-}
-
-/// Waits for something that will happen.
-pub fn wait_until(what: &str, mut happened: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !happened() {
-        assert!(Instant::now() < deadline, "never {what}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
 }
 
 #[test]
@@ -99,7 +46,7 @@ fn a_pause_stops_time_for_nobody_else() {
     nc.args(["nc", "-l", "-p", "5001", "-e", "dd", "bs=64k", &target]);
     let mut sink = Peer(nc.stderr(std::process::Stdio::null()).spawn().unwrap());
     let mut vm = Controlled::start(guest, |guest| namespace.start(guest));
-    wait_until("a byte received", || size(&received) > 1 << 20);
+    until("a byte received", || size(&received) > 1 << 20);
     vm.ctl(&["pause"]);
     vm.ctl(&["pause"]); // again is no mistake
     assert_eq!(vm.info()["state"], "paused");
@@ -118,7 +65,7 @@ fn a_pause_stops_time_for_nobody_else() {
     assert!(vm.running.console().contains(&format!("sum: {sum}")));
     // The clock did not stand still with the guest.
     let before = last_now(&vm.running.console());
-    wait_until("another second", || {
+    until("another second", || {
         last_now(&vm.running.console()) > before
     });
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
@@ -164,7 +111,7 @@ fn every_command_is_answered_and_garbage_harms_nobody() {
 
     // Another of the same name is refused, before it does anything.
     let mut second = Guest::new("");
-    second.command.env("MAYFLY_RUNTIME_DIR", &vm.runtime);
+    second.command.env("MAYFLY_RUNTIME_DIR", vm.runtime());
     let second = second.args(["--name", "vm"]).start().wait();
     assert_eq!(second.code(), Some(2), "{second:?}");
     assert!(second.stderr.contains("--name vm: a VM of that name runs"));
@@ -191,7 +138,7 @@ fn every_command_is_answered_and_garbage_harms_nobody() {
 
     // Events of all that follows, to the end.
     let mut command = Command::new(mayfly());
-    command.env("MAYFLY_RUNTIME_DIR", &vm.runtime);
+    command.env("MAYFLY_RUNTIME_DIR", vm.runtime());
     command.args(["ctl", "vm", "events"]);
     let mut events = command
         .stdout(std::process::Stdio::piped())
@@ -205,14 +152,14 @@ fn every_command_is_answered_and_garbage_harms_nobody() {
         }
     });
     // It tells of what happens once it listens.
-    wait_until("an event", || {
+    until("an event", || {
         vm.ctl(&["pause"]);
         vm.ctl(&["resume"]);
         lines.recv_timeout(Duration::from_millis(100)).is_ok()
     });
     vm.ctl(&["nmi"]);
     let ticks = vm.running.console().matches("tick").count();
-    wait_until("another tick", || {
+    until("another tick", || {
         vm.running.console().matches("tick").count() > ticks + 1
     });
     // Its processes do not heed the power button: the deadline ends it.

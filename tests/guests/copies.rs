@@ -5,8 +5,9 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::common::{random_file, tool};
-use crate::run::{NOBODY, User, text};
+use mayfly_testing::text;
+use mayfly_testing::tools::{random_file, tool};
+use mayfly_testing::user::{NOBODY, User};
 
 fn start(user: &User) {
     user.text(&["run", "-d", "--name", "c", "demo", "sleep", "100000"]);

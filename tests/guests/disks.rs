@@ -4,7 +4,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use crate::common::{Guest, ended_by, random_file, tool};
+use mayfly_testing::guest::Guest;
+use mayfly_testing::tools::{random_file, tool};
 
 fn make_ext4(path: &Path, mib: u64) {
     std::fs::File::create(path)
@@ -119,7 +120,7 @@ fn what_was_synced_survives_a_kill() {
     running.signal(9);
     let folder = std::mem::replace(&mut running.folder, tempfile::tempdir().unwrap());
     let ended = running.wait();
-    assert_eq!(ended_by(&ended), Some(9), "{ended:?}");
+    assert_eq!(ended.signal(), Some(9), "{ended:?}");
 
     // Replays the journal, and nothing else.
     let replay = Command::new("e2fsck")

@@ -5,9 +5,10 @@ use std::io::Write;
 use std::path::Path;
 use std::process::Stdio;
 
-use crate::common::{Guest, Running, distro, tool};
-use crate::control::Controlled;
-use crate::nets::{Namespace, Peer};
+use mayfly_testing::distro;
+use mayfly_testing::guest::{Controlled, Guest, Running};
+use mayfly_testing::net::Namespace;
+use mayfly_testing::tools::{Peer, tool};
 
 /// Where apt in the guest looks for packages.
 const MIRROR: &str = "10.9.0.1:8000";

@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use crate::common::{Guest, kernel, kill};
-use crate::processes::children;
-use crate::run::{User, eventually, text};
+use mayfly_testing::guest::Guest;
+use mayfly_testing::processes::{children, kill};
+use mayfly_testing::user::User;
+use mayfly_testing::{kernel, text, until};
 
 #[test]
 fn a_power_off_is_told_in_the_record() {
@@ -131,7 +132,7 @@ fn ends_by_signal(signal: i32) {
         .args(["--cpus", "2", "--json", "--console", &console, "--pidfile"])
         .args([&pidfile])
         .start();
-    let deadline = std::time::Instant::now() + crate::common::PATIENCE;
+    let deadline = std::time::Instant::now() + mayfly_testing::TIMEOUT;
     let mut client = loop {
         match std::os::unix::net::UnixStream::connect(&socket) {
             Ok(client) => break client,
@@ -141,7 +142,7 @@ fn ends_by_signal(signal: i32) {
     };
     let mut seen = Vec::new();
     client
-        .set_read_timeout(Some(crate::common::PATIENCE))
+        .set_read_timeout(Some(mayfly_testing::TIMEOUT))
         .unwrap();
     while !String::from_utf8_lossy(&seen).contains("up") {
         let mut chunk = [0; 256];
@@ -176,7 +177,7 @@ fn sigint_ends_it_in_order() {
 
 #[test]
 fn a_guest_without_init_ends_too() {
-    let output = std::process::Command::new(crate::common::mayfly())
+    let output = std::process::Command::new(mayfly_testing::mayfly())
         .args(["boot", "--json", "--kernel"])
         .arg(kernel("cloud-6.12", "vmlinux"))
         .output()
@@ -211,7 +212,7 @@ fn a_vm_in_the_background_is_told_of_whatever_becomes_of_it() {
         user.text(&[&words[..], &[script]].concat());
     };
     run("killed", "echo hello; sleep 1000");
-    eventually("it says hello", || {
+    until("it says hello", || {
         user.text(&["logs", "killed"]) == "hello\n"
     });
     user.text(&["ctl", "killed", "pause"]);
@@ -239,7 +240,7 @@ fn a_vm_in_the_background_is_told_of_whatever_becomes_of_it() {
         "stopped",
         "trap 'exit 3' TERM; echo up; while :; do sleep 0.1; done",
     );
-    eventually("it is up", || user.text(&["logs", "stopped"]) == "up\n");
+    until("it is up", || user.text(&["logs", "stopped"]) == "up\n");
     user.text(&["ctl", "stopped", "pause"]);
     user.text(&["stop", "-t", "300", "stopped"]);
     assert_eq!(user.text(&["wait", "stopped"]), "3\n");

@@ -5,9 +5,9 @@ use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
 use std::process::Command;
 
+use mayfly_testing::text;
+use mayfly_testing::user::User;
 use serde_json::json;
-
-use crate::run::{User, text};
 
 const LATIN: &[u8] = b"gr\xfcn";
 
@@ -143,7 +143,7 @@ fn flags_are_docker_s() {
     assert_eq!(printed(exec), b"1\xfd\n--help\n--\n-e\ngr\xfcn\n");
     let script = "echo lost; sleep 1; echo done >/m/state";
     assert_eq!(user.text(&["exec", "-d", "f", "sh", "-c", script]), "");
-    crate::run::eventually("it goes on", || {
+    mayfly_testing::until("it goes on", || {
         user.output(&["exec", "f", "cat", "/m/state"]).stdout == b"done\n"
     });
     assert_eq!(
@@ -175,8 +175,7 @@ fn a_record_that_is_lost_is_no_success() {
     let user = User::root();
     let full = File::options().write(true).open("/dev/full").unwrap();
     let words = ["run", "--rm", "--json", "--net", "none", "demo", "true"].map(OsString::from);
-    let mut command = user.mayfly(&[]);
-    let output = command.args(words).stdout(full).output().unwrap();
+    let output = user.mayfly(&words).stdout(full).output().unwrap();
     assert_eq!(output.status.code(), Some(125), "{output:?}");
     assert!(text(&output.stderr).contains("No space left"), "{output:?}");
 }

@@ -10,10 +10,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::common::{Ended, Guest, mayfly, test_data, tool};
-use crate::control::{Controlled, wait_until};
-use crate::nets::{Namespace, Peer};
-use crate::processes::children;
+use mayfly_testing::guest::{Controlled, Ended, Guest};
+use mayfly_testing::net::Namespace;
+use mayfly_testing::processes::children;
+use mayfly_testing::tools::{Peer, tool};
+use mayfly_testing::{mayfly, test_data, until};
 
 /// All ports and kinds of attack come round in so many seeds.
 const SEEDS: u64 = 3072;
@@ -438,7 +439,7 @@ fn a_flood_leaves_others_their_share_of_a_cpu() {
     let endless = format!("work={}", u64::MAX);
     let quiet = quiet.args(["--cmdline", &endless, "--memory", "64M"]);
     let quiet = quiet.start();
-    wait_until("a guest that runs", || {
+    until("a guest that runs", || {
         machine_process(quiet.child.id()).is_some_and(|pid| cpu_time(pid) > 100)
     });
     let times = || [quiet.child.id(), flood.running.child.id()].map(cpu_time);

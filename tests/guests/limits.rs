@@ -3,9 +3,10 @@
 use std::fs::File;
 use std::process::Stdio;
 
-use crate::common::Guest;
-use crate::control::{Controlled, wait_until};
-use crate::nets::{Namespace, Peer};
+use mayfly_testing::guest::{Controlled, Guest};
+use mayfly_testing::net::Namespace;
+use mayfly_testing::tools::Peer;
+use mayfly_testing::until;
 
 /// How far off a rate may be.
 const TOLERANCE: f64 = 0.05;
@@ -70,7 +71,7 @@ fn rates_are_kept_and_changed_while_the_guest_runs() {
     let _source = serve("5002", ["cat", "/dev/zero"]);
     let vm = Controlled::start(guest.args(disks), |guest| namespace.start(guest));
     let taken = |count: usize| {
-        wait_until("a sample", || samples(&vm.running.console()).len() >= count);
+        until("a sample", || samples(&vm.running.console()).len() >= count);
         samples(&vm.running.console())
     };
     let check = |from: Sample, to: Sample, expected: [Option<f64>; 4]| {

@@ -5,7 +5,6 @@
 
 mod balloon;
 mod boots;
-mod common;
 mod compare;
 mod consoles;
 mod control;
@@ -19,8 +18,6 @@ mod limits;
 mod memory;
 mod nets;
 mod platform;
-#[path = "../processes/mod.rs"]
-mod processes;
 mod real;
 mod refusals;
 mod run;

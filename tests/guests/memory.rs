@@ -1,7 +1,7 @@
 //! How the host provides a guest's memory.
 
-use crate::common::Guest;
-use crate::processes::children;
+use mayfly_testing::guest::Guest;
+use mayfly_testing::processes::children;
 
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 const FREE: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";

@@ -1,105 +1,12 @@
 //! TCP over TAP, in a network namespace of the test's own, with real peers.
 
-use std::process::{Child, Command, Stdio};
+use std::process::Stdio;
 
-use crate::common::{Guest, Running, random_file, tool};
+use mayfly_testing::guest::Guest;
+use mayfly_testing::net::Namespace;
+use mayfly_testing::tools::{Peer, random_file, tool};
 
-const TAP: &str = "tap0";
 const GIB: u64 = 1 << 30;
-
-/// A network namespace with a TAP, gone with this.
-pub struct Namespace {
-    name: String,
-    /// More keys of the guest's `--net`.
-    keys: String,
-}
-
-impl Namespace {
-    pub fn new(name: &str) -> Self {
-        Self::with(name, "tap", "")
-    }
-
-    /// With a TAP of a mode, and more keys of `--net`.
-    pub fn with(name: &str, mode: &str, keys: &str) -> Self {
-        let mut namespace = Self::bare(name);
-        namespace.keys = keys.into();
-        for command in [
-            &*format!("tuntap add dev tap0 mode {mode}"),
-            "addr add 10.9.0.1/24 dev tap0",
-            "link set tap0 up",
-        ] {
-            let words: Vec<&str> = command.split(' ').collect();
-            tool("ip", &[&["-n", &namespace.name], &words[..]].concat());
-        }
-        namespace
-    }
-
-    /// With nothing but loopback.
-    pub fn bare(name: &str) -> Self {
-        let namespace = Namespace {
-            name: format!("mayfly-{name}-{}", std::process::id()),
-            keys: String::new(),
-        };
-        tool("ip", &["netns", "add", &namespace.name]);
-        tool("ip", &["-n", &namespace.name, "link", "set", "lo", "up"]);
-        namespace
-    }
-
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", &self.name]).arg(program);
-        command
-    }
-
-    /// The guest is to be started in the namespace.
-    pub fn enter(&self, mut guest: Guest) -> Guest {
-        guest.command = self.inside(&guest.command);
-        guest.command.stdin(Stdio::null());
-        guest
-    }
-
-    /// The same command, in the namespace.
-    pub fn inside(&self, command: &Command) -> Command {
-        let mut inside = self.command(command.get_program());
-        inside.args(command.get_args());
-        for (name, value) in command.get_envs() {
-            inside.env(name, value.unwrap_or_default());
-        }
-        inside
-    }
-
-    /// Starts the guest with the TAP and an address.
-    pub fn start(&self, guest: Guest) -> Running {
-        let guest = self.enter(guest);
-        let address = "ip=10.9.0.2::10.9.0.1:255.255.255.0:guest:eth0:off";
-        guest
-            .args(["--net", &format!("tap={TAP}{}", self.keys)])
-            .args(["--cmdline", address])
-            .start()
-    }
-}
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        let _ = Command::new("ip")
-            .args(["netns", "delete", &self.name])
-            .status();
-    }
-}
-
-/// A process of the host, ended with this.
-pub struct Peer(pub Child);
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 #[test]
 fn a_gibibyte_goes_in_and_comes_back_unchanged() {

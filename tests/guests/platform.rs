@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use crate::common::Guest;
-use crate::control::Controlled;
+use mayfly_testing::guest::{Controlled, Guest};
 
 #[test]
 fn the_power_button_turns_the_guest_off_in_order() {

@@ -8,9 +8,10 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use crate::common::{distro, random_file, tool};
-use crate::nets::Peer;
-use crate::run::{NOBODY, User, data, eventually, text};
+use mayfly_testing::tools::{Peer, random_file, tool};
+use mayfly_testing::user::{NOBODY, User};
+use mayfly_testing::{distro, test_data, text, until};
+
 use crate::user_nets::{HOSTS, Internet, OWN, Servers, internet, within};
 
 /// The store with Debian's images.
@@ -116,7 +117,7 @@ fn nginx_is_published(user: &User, name: &str) {
     let started = host.mayfly(user, &[&words[..], &rest].concat()).output();
     assert_eq!(succeeded(&started.unwrap()), "web\n");
     let page = "http://127.0.0.1:8080/body";
-    eventually("nginx answers", || {
+    until("nginx answers", || {
         host.curl(&["--head", page]).status.success()
     });
     succeeded(&host.curl(&["--output", got.to_str().unwrap(), page]));
@@ -127,7 +128,7 @@ fn nginx_is_published(user: &User, name: &str) {
     let elsewhere = within(&host.namespace, || TcpStream::connect((OWN, 8080)));
     assert!(elsewhere.is_err(), "{elsewhere:?}");
     let logged = |stream: fn(Output) -> Vec<u8>, what: &str| {
-        eventually(what, || {
+        until(what, || {
             text(&stream(user.output(&["logs", "web"]))).contains(what)
         });
     };
@@ -374,7 +375,7 @@ fn ten_machines_share_a_page_cache() {
     /// What a machine needs for this and that.
     const LITTLE: u64 = 16 << 20;
     // Not a copy in memory: that would be its own cache.
-    let (user, store) = (User::root(), data(DEBIAN));
+    let (user, store) = (User::root(), test_data(DEBIAN));
     let run = |words: &[&str]| {
         let mut command = user.mayfly(words);
         command.env("XDG_DATA_HOME", &store);

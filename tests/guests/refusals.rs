@@ -4,7 +4,9 @@ use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Command, Output};
 
-use crate::common::{kernel, mayfly, prepared, tool};
+use mayfly_testing::guest::prepared;
+use mayfly_testing::tools::tool;
+use mayfly_testing::{kernel, mayfly};
 
 const CONFIG: i32 = 2;
 const HOST: i32 = 3;
@@ -329,7 +331,7 @@ fn a_failed_start_touches_nothing() {
 fn a_pidfile_of_a_vm_that_runs() {
     let folder = Folder::new();
     let pidfile = folder.path("pid");
-    let mut first = crate::common::Guest::new("echo ready; sleep 1000")
+    let mut first = mayfly_testing::guest::Guest::new("echo ready; sleep 1000")
         .args(["--pidfile", &pidfile])
         .start();
     first.expect("ready");

@@ -3,129 +3,13 @@
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::{PATIENCE, mayfly};
-
-pub const NOBODY: u32 = 65534;
-
-/// A user with VMs, whose files are all in one folder.
-pub struct User {
-    pub home: tempfile::TempDir,
-    pub plain: bool,
-}
-
-impl User {
-    pub fn root() -> Self {
-        User::root_with("share")
-    }
-
-    /// With the images of a store that scripts/test has made.
-    pub fn root_with(store: &str) -> Self {
-        let home = tempfile::tempdir().unwrap();
-        let user = User { home, plain: false };
-        copy(&data(store), &user.home.path().join("share"));
-        user
-    }
-
-    /// Nobody in particular: with no privileges, but /dev/kvm's group.
-    pub fn plain() -> Self {
-        User::plain_with("share")
-    }
-
-    pub fn plain_with(store: &str) -> Self {
-        let user = User {
-            plain: true,
-            ..User::root_with(store)
-        };
-        // Root's own folders are not for others.
-        let home = user.home.path();
-        fs::copy(mayfly(), home.join("mayfly")).unwrap();
-        copy(&cache("default"), &home.join("default"));
-        let changed = Command::new("chown")
-            .arg("-R")
-            .arg(NOBODY.to_string())
-            .arg(home)
-            .status();
-        assert!(changed.unwrap().success());
-        user
-    }
-
-    fn runtime(&self) -> PathBuf {
-        self.home.path().join("run")
-    }
-
-    pub fn mayfly(&self, words: &[&str]) -> Command {
-        let mut command = match self.plain {
-            true => Command::new("setpriv"),
-            false => Command::new(mayfly()),
-        };
-        if self.plain {
-            let group = fs::metadata("/dev/kvm").unwrap().gid();
-            command.arg(format!("--reuid={NOBODY}"));
-            command.args([format!("--regid={NOBODY}"), format!("--groups={group}")]);
-            command.arg(self.home.path().join("mayfly"));
-            command.env("MAYFLY_CACHE", self.home.path());
-        }
-        command
-            .args(words)
-            .env("XDG_DATA_HOME", self.home.path().join("share"))
-            .env("MAYFLY_RUNTIME_DIR", self.runtime())
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        command
-    }
-
-    pub fn output(&self, words: &[&str]) -> Output {
-        self.mayfly(words).output().unwrap()
-    }
-
-    /// Runs something that succeeds, and returns what it printed.
-    pub fn text(&self, words: &[&str]) -> String {
-        let output = self.output(words);
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        let errors = String::from_utf8_lossy(&output.stderr);
-        assert!(
-            output.status.success(),
-            "{words:?}: {:?} {text} {errors}",
-            output.status
-        );
-        text
-    }
-}
-
-pub fn data(name: &str) -> PathBuf {
-    PathBuf::from(std::env::var_os("MAYFLY_TEST_DATA").unwrap()).join(name)
-}
-
-fn cache(name: &str) -> PathBuf {
-    PathBuf::from(std::env::var_os("MAYFLY_CACHE").unwrap()).join(name)
-}
-
-/// Copies a folder, and what links in it lead to.
-fn copy(from: &Path, to: &Path) {
-    // Links inside stay links: a VM's log and its folder lead to each other.
-    let copied = Command::new("cp").arg("-rH").arg(from).arg(to).status();
-    assert!(copied.unwrap().success());
-}
-
-pub fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-pub fn eventually(what: &str, mut is: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !is() {
-        assert!(Instant::now() < deadline, "{what}");
-        thread::sleep(Duration::from_millis(200));
-    }
-}
+use mayfly_testing::user::User;
+use mayfly_testing::{TIMEOUT, text, until};
 
 /// Makes tests of these, as root's and as an ordinary user's.
 macro_rules! for_both {
@@ -444,7 +328,7 @@ fn vms_in_the_background_are_listed_asked_and_ended(user: &User) {
     assert_eq!(user.text(&["rm", "bg"]), "bg\n");
     assert_eq!(user.text(&["ps", "-a", "-q"]), "");
     // What is left is for all VMs.
-    let left = fs::read_dir(user.runtime()).unwrap();
+    let left = fs::read_dir(user.path("run")).unwrap();
     let names = left.map(|entry| entry.unwrap().file_name().into_string().unwrap());
     assert_eq!(names.filter(|name| !name.starts_with('.')).count(), 0);
 }
@@ -464,7 +348,7 @@ fn a_killed_process_is_told_as_such(user: &User) {
     thread::sleep(Duration::from_secs(1));
     user.text(&["kill", "k"]);
     assert_eq!(text(&waiter.wait_with_output().unwrap().stdout), "137\n");
-    eventually("it removes itself", || {
+    until("it removes itself", || {
         user.text(&["ps", "-a", "-q"]).is_empty()
     });
 }
@@ -515,7 +399,7 @@ impl Terminal {
     /// Waits for a text, and forgets all up to its end.
     fn expect(&mut self, wanted: &str) {
         assert!(
-            self.comes(wanted, PATIENCE),
+            self.comes(wanted, TIMEOUT),
             "no {wanted:?} in {:?}",
             self.seen
         );
@@ -634,7 +518,7 @@ fn a_user_may_leave_and_come_back(user: &User) {
     exec.master.write_all(b"\x18q").unwrap();
     exec.expect("left l");
     assert_eq!(exec.child.wait().unwrap().code(), Some(0));
-    eventually("it goes on", || {
+    until("it goes on", || {
         user.output(&["exec", "l", "cat", "/done"]).stdout == b"done\n"
     });
     terminal.master.write_all(b"exit 6\n").unwrap();

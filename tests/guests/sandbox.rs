@@ -3,12 +3,13 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use mayfly_testing::guest::{Controlled, Guest};
+use mayfly_testing::processes::kill;
+use mayfly_testing::user::User;
+use mayfly_testing::{text, until};
 use serde_json::Value;
 
-use crate::common::{Guest, kill};
-use crate::control::{Controlled, wait_until};
 use crate::memory::machine;
-use crate::run::{User, text};
 
 const FIRST_UID: u32 = 0x7100_0000;
 
@@ -123,7 +124,7 @@ fn either_process_ends_with_the_other() {
     let machine = self::machine(vm.running.child.id());
     vm.running.signal(9);
     let _ = vm.running.wait();
-    wait_until("ended", || !proc(machine, "status").exists());
+    until("ended", || !proc(machine, "status").exists());
 }
 
 #[test]

@@ -7,9 +7,10 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Output;
 
-use rustix::fs::{XattrFlags, getxattr, setxattr};
+use mayfly_testing::user::User;
+use mayfly_testing::{text, until};
 
-use crate::run::{User, eventually, text};
+use rustix::fs::{XattrFlags, getxattr, setxattr};
 
 /// `cap_dac_read_search+ep`, as Linux keeps it.
 const CAPABILITY: [u8; 20] = [1, 0, 0, 2, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
@@ -246,11 +247,11 @@ fn a_system_is_what_programs_expect() {
                   echo alive >/tmp/state) & echo started";
     assert!(within(&user, script).starts_with("started\n"));
     within(&user, "echo >/tmp/go");
-    eventually("the one left behind writes", || {
+    until("the one left behind writes", || {
         within(&user, "cat /tmp/state 2>/dev/null; true") == "alive\n"
     });
 
-    eventually("the command has its trap", || {
+    until("the command has its trap", || {
         user.text(&["logs", "s"]) == "ready\n"
     });
     user.text(&["stop", "s"]);

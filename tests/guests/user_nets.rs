@@ -8,8 +8,11 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use crate::common::{Ended, Guest, Running, kernel, kill, mayfly, tool};
-use crate::nets::Namespace;
+use mayfly_testing::guest::{Ended, Guest, Running};
+use mayfly_testing::net::Namespace;
+use mayfly_testing::processes::kill;
+use mayfly_testing::tools::tool;
+use mayfly_testing::{kernel, mayfly};
 
 /// Addresses on the internet, or of a host, beside loopback's own.
 pub const HOSTS: [&str; 3] = ["198.51.100.1", "198.51.100.2", "198.51.100.3"];

@@ -6,8 +6,9 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown, symlink
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::processes::children;
-use crate::run::{NOBODY, User, eventually, text};
+use mayfly_testing::processes::{self, Process, descendants, kill};
+use mayfly_testing::user::{NOBODY, User};
+use mayfly_testing::{text, until};
 
 /// A folder of the user's with a file in it.
 fn folder(user: &User) -> PathBuf {
@@ -26,18 +27,11 @@ fn volume(source: &Path, rest: &str) -> String {
     format!("{}:{rest}", source.display())
 }
 
-/// The processes below one.
-fn below(pid: u32) -> Vec<u32> {
-    let children = children(pid);
-    let theirs = children.iter().flat_map(|&it| below(it));
-    children.iter().copied().chain(theirs).collect()
-}
-
 /// What works for a VM is bounded with it: also what virtiofsd and passt start themselves.
 fn share_a_group(supervisor: u32) {
     let name = format!("/mayfly-{supervisor}");
     let mut seen = String::new();
-    for pid in below(supervisor) {
+    for pid in descendants(supervisor).into_iter().skip(1) {
         let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
         let (program, groups) = (read("comm"), read("cgroup"));
         let bounded = groups.lines().any(|line| line.ends_with(&name));
@@ -60,7 +54,7 @@ fn shared_by(user: &User) {
     let wish = volume(&folder, "/in/it");
     let rest = ["-v", &wish, "demo", "sh", "-c", script];
     let child = user.mayfly(&[&words[..], &rest].concat()).spawn().unwrap();
-    eventually("the guest writes", || folder.join("ready").exists());
+    until("the guest writes", || folder.join("ready").exists());
     let written = folder.join("more/out");
     assert_eq!(fs::read_to_string(&written).unwrap(), "of the guest\n");
     if !user.plain {
@@ -361,25 +355,16 @@ fn what_cannot_be_shared_is_refused() {
     assert_eq!(user.text(&["ps", "-a", "-q"]), "");
 }
 
-/// The processes with a parent or in a group, without zombies.
-fn processes(is: impl Fn(u32, u32) -> bool) -> Vec<i32> {
-    let mut all = Vec::new();
-    for entry in fs::read_dir("/proc").unwrap().flatten() {
-        let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
-        let Some((name, rest)) = stat.rsplit_once(')') else {
-            continue;
-        };
-        let words: Vec<&str> = rest.split_whitespace().collect();
-        let (parent, group) = (words[1].parse().unwrap(), words[2].parse().unwrap());
-        if words[0] != "Z" && name.contains("virtiofsd") && is(parent, group) {
-            all.push(name.split(' ').next().unwrap().parse().unwrap());
-        }
-    }
-    all
+/// The virtiofsds that run, of those with a parent or in a group.
+fn virtiofsds(is: impl Fn(&Process) -> bool) -> Vec<u32> {
+    let all = processes::all().into_iter();
+    all.filter(|it| !it.zombie && it.name.contains("virtiofsd") && is(it))
+        .map(|it| it.pid)
+        .collect()
 }
 
 /// A machine with a folder whose command answers lines, and its virtiofsd.
-fn answering(user: &User) -> (Child, BufReader<std::process::ChildStdout>, i32) {
+fn answering(user: &User) -> (Child, BufReader<std::process::ChildStdout>, u32) {
     let wish = volume(&folder(user), "/it");
     // Nothing is asked of virtiofsd any more when it has said so.
     let script = "cat /it/in; echo ready; while read line; do echo $line; done";
@@ -394,25 +379,20 @@ fn answering(user: &User) -> (Child, BufReader<std::process::ChildStdout>, i32) 
         assert_eq!(line, said);
     }
     let own = child.id();
-    let all = processes(|parent, _| parent == own);
+    let all = virtiofsds(|it| it.parent == own);
     let [virtiofsd] = all[..] else {
         panic!("{all:?}")
     };
     (child, output, virtiofsd)
 }
 
-fn kill(pid: i32) {
-    // SAFETY: numbers.
-    assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
-}
-
 #[test]
 fn a_machine_goes_on_without_its_virtiofsd() {
     let user = User::root();
     let (mut child, mut output, virtiofsd) = answering(&user);
-    kill(virtiofsd);
-    eventually("all of it ends", || {
-        processes(|_, group| group == virtiofsd.cast_unsigned()).is_empty()
+    kill(virtiofsd, libc::SIGKILL);
+    until("all of it ends", || {
+        virtiofsds(|it| it.group == virtiofsd).is_empty()
     });
     let mut input = child.stdin.take().unwrap();
     writeln!(input, "still here").unwrap();
@@ -438,10 +418,10 @@ fn a_machine_goes_on_without_its_virtiofsd() {
 fn no_virtiofsd_outlives_its_machine() {
     let user = User::root();
     let (mut child, _output, virtiofsd) = answering(&user);
-    assert!(!processes(|_, group| group == virtiofsd.cast_unsigned()).is_empty());
-    kill(child.id().cast_signed());
+    assert!(!virtiofsds(|it| it.group == virtiofsd).is_empty());
+    kill(child.id(), libc::SIGKILL);
     child.wait().unwrap();
-    eventually("virtiofsd ends", || {
-        processes(|_, group| group == virtiofsd.cast_unsigned()).is_empty()
+    until("virtiofsd ends", || {
+        virtiofsds(|it| it.group == virtiofsd).is_empty()
     });
 }

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::thread;
 use std::time::Instant;
 
-use crate::common::{Guest, Running};
+use mayfly_testing::guest::{Guest, Running};
 
 const GIB: u64 = 1 << 30;
 const CHUNK: usize = 1 << 18;

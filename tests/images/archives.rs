@@ -4,7 +4,9 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use crate::common::{Made, User, assert_same, fingerprint, run, shell};
+use mayfly_testing::tools::run;
+
+use crate::common::{Made, User, assert_same, fingerprint, shell};
 
 /// A root file system with everything that is odd.
 const ODD: &str = r#"

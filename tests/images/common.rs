@@ -1,31 +1,14 @@
 //! Stores, registries, and comparing what is in them.
 
 use std::fs;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
 
+use mayfly_testing::tools::{free_port, run};
+use mayfly_testing::user::{NOBODY, as_nobody};
+use mayfly_testing::{mayfly, until};
 use tempfile::TempDir;
-
-/// An ordinary user, who owns nothing.
-pub const NOBODY: &str = "65534";
-
-fn binary() -> PathBuf {
-    let binary = std::env::var_os("MAYFLY_BIN").map(PathBuf::from);
-    binary.unwrap_or_else(|| env!("CARGO_BIN_EXE_mayfly").into())
-}
-
-/// Runs a command that must succeed; tells what it printed.
-pub fn run(command: &mut Command) -> String {
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    assert!(output.status.success(), "{command:?}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
-}
 
 /// Runs a script that must succeed, with `$1`, `$2`, ….
 pub fn shell(script: &str, args: &[&Path]) -> String {
@@ -39,24 +22,23 @@ pub fn shell(script: &str, args: &[&Path]) -> String {
 /// A user with a store.
 pub struct User {
     pub home: TempDir,
-    id: Option<&'static str>,
+    plain: bool,
 }
 
 impl User {
     pub fn root() -> Self {
         let home = tempfile::tempdir().unwrap();
-        User { home, id: None }
+        User { home, plain: false }
     }
 
     pub fn nobody() -> Self {
         let home = tempfile::tempdir().unwrap();
         // Where the binary is may be closed to others.
-        fs::copy(binary(), home.path().join("mayfly")).unwrap();
-        run(Command::new("chown").arg(NOBODY).arg(home.path()));
-        User {
-            home,
-            id: Some(NOBODY),
-        }
+        fs::copy(mayfly(), home.path().join("mayfly")).unwrap();
+        run(Command::new("chown")
+            .arg(NOBODY.to_string())
+            .arg(home.path()));
+        User { home, plain: true }
     }
 
     /// The binary under test, run by this user for images.
@@ -68,15 +50,9 @@ impl User {
 
     /// The same for another verb.
     pub fn verb(&self, verb: &str) -> Command {
-        let mut command = match self.id {
-            None => Command::new(binary()),
-            Some(id) => {
-                let mut command = Command::new("setpriv");
-                let ids = [format!("--reuid={id}"), format!("--regid={id}")];
-                command.args(ids).arg("--clear-groups");
-                command.arg(self.home.path().join("mayfly"));
-                command
-            }
+        let mut command = match self.plain {
+            false => Command::new(mayfly()),
+            true => as_nobody(None, &self.home.path().join("mayfly")),
         };
         command.arg(verb).env("HOME", self.home.path());
         command
@@ -336,7 +312,7 @@ impl Registry {
             port,
             child,
         };
-        wait_for("the registry", || {
+        until("the registry answers", || {
             TcpStream::connect(("127.0.0.1", port)).is_ok()
         });
         registry
@@ -372,21 +348,5 @@ impl Drop for Registry {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-    }
-}
-
-pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port()
-}
-
-pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(20);
-    while !done() {
-        assert!(Instant::now() < end, "waited in vain for {what}");
-        thread::sleep(Duration::from_millis(10));
     }
 }

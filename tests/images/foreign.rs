@@ -4,7 +4,9 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::common::{User, run, shell};
+use mayfly_testing::tools::run;
+
+use crate::common::{User, shell};
 
 /// Makes `saved.tar` as `docker save` does, of a layer with one file.
 const SAVED: &str = r#"

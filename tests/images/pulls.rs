@@ -6,6 +6,9 @@ use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use mayfly_testing::tools::run;
+use mayfly_testing::until;
+
 use crate::common::{Made, Registry, User, assert_same};
 
 #[test]
@@ -79,14 +82,14 @@ fn a_closed_registry_wants_what_docker_knows() {
         format!("#!/bin/sh\nread -r host\n[ \"$1 $host\" = 'get {host}' ] || exit 1\necho '{{\"Username\":\"me\",\"Secret\":\"secret\"}}'\n"),
     )
     .unwrap();
-    crate::common::run(std::process::Command::new("chmod").arg("755").arg(&helper));
+    run(std::process::Command::new("chmod").arg("755").arg(&helper));
     fs::write(&config, r#"{"credsStore":"test"}"#).unwrap();
     let path = format!(
         "{}:{}",
         user.home.path().display(),
         std::env::var("PATH").unwrap()
     );
-    crate::common::run(user.mayfly(&["pull", &name]).env("PATH", path));
+    run(user.mayfly(&["pull", &name]).env("PATH", path));
 }
 
 #[test]
@@ -132,7 +135,7 @@ fn half_a_blob_is_gone_on_with_and_a_broken_half_is_not() {
 }
 
 fn wait_for_log(registry: &Registry, text: &str, count: usize) {
-    crate::common::wait_for(text, || registry.log().matches(text).count() >= count);
+    until(text, || registry.log().matches(text).count() >= count);
 }
 
 #[test]
@@ -254,7 +257,7 @@ fn certificates_are_checked() {
     assert_eq!(code, 3);
     assert!(text.contains("certificate"), "{text}");
     let trusted = registry.folder.path().join("cert.pem");
-    crate::common::run(user.mayfly(&["pull", &name]).env("SSL_CERT_FILE", trusted));
+    run(user.mayfly(&["pull", &name]).env("SSL_CERT_FILE", trusted));
     assert_same(&user.fingerprint(&name), &made.fingerprint());
 }
 
@@ -282,7 +285,7 @@ fn a_pull_onto_a_full_disk_is_gone_on_with() {
         .args(["-m", "bash", "-euc", script, "-"])
         .arg(user.home.path());
     let name = registry.name("a:1");
-    crate::common::run(unshare.arg(command.get_program()).arg(&name));
+    run(unshare.arg(command.get_program()).arg(&name));
     fs::create_dir_all(user.store().parent().unwrap()).unwrap();
     fs::rename(user.home.path().join("copied"), user.store()).unwrap();
     assert_same(&user.fingerprint(&name), &made.fingerprint());

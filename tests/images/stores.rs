@@ -6,7 +6,9 @@ use std::process::Command;
 use mayfly::failure::Failure;
 use mayfly_image::{PullOptions, Quiet, Store};
 
-use crate::common::{Made, User, assert_same, run, shell};
+use mayfly_testing::tools::run;
+
+use crate::common::{Made, User, assert_same, shell};
 
 fn import(user: &User, name: &str, text: &str) -> String {
     let source = tempfile::tempdir().unwrap();

@@ -8,8 +8,9 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use crate::processes::children;
-use crate::tiny::{User, eventually, kill, name, runs};
+use mayfly_testing::processes::{children, kill, name, runs};
+use mayfly_testing::user::User;
+use mayfly_testing::{eventually, text};
 
 /// So often a process is killed.
 const KILLS: u64 = 50;
@@ -82,10 +83,6 @@ impl Drop for Vm {
     }
 }
 
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
 /// A moment of a VM's life, from before it has a folder until after its guest runs.
 fn moment(number: u64) {
     thread::sleep(Duration::from_millis(number * 37 % 150));
@@ -93,7 +90,7 @@ fn moment(number: u64) {
 
 #[test]
 fn disks_are_free_when_their_vm_has_ended() {
-    let user = User::new();
+    let user = User::tiny();
     let disk = user.path("disk");
     File::create(&disk).unwrap().set_len(1 << 20).unwrap();
     let kernel = user.path("turns-off");
@@ -135,7 +132,7 @@ fn disks_are_free_when_their_vm_has_ended() {
 
 #[test]
 fn a_killed_vmm_process_is_told() {
-    let user = User::new();
+    let user = User::tiny();
     user.text(&["volume", "create", "v", "--size", "8M"]);
     let volume = File::open(user.path("share/mayfly/volumes/v.img")).unwrap();
     let mut recorded = 0;
@@ -177,7 +174,7 @@ fn a_killed_vmm_process_is_told() {
 
 #[test]
 fn a_vmm_process_s_end_is_an_event() {
-    let user = User::new();
+    let user = User::tiny();
     let mut vm = Vm::start(&user, "vm", &[]);
     vm.wait_until_up(&user);
     let mut events = user.mayfly(&["ctl", "vm", "events"]).spawn().unwrap();
@@ -205,7 +202,7 @@ fn a_vmm_process_s_end_is_an_event() {
 
 #[test]
 fn a_killed_supervisor_takes_its_vm_along() {
-    let user = User::new();
+    let user = User::tiny();
     user.text(&["volume", "create", "v", "--size", "8M"]);
     for number in 0..KILLS {
         let mut vm = Vm::start(&user, "vm", &["-v", "v:/v"]);
@@ -237,12 +234,16 @@ fn a_killed_supervisor_takes_its_vm_along() {
 
 #[test]
 fn a_killed_passt_is_told() {
-    let user = User::new();
+    let user = User::tiny();
     let reason = "was ended by signal 9";
     let mut told = 0;
     for number in 0..KILLS {
         let mut vm = Vm::with_network(&user, "vm", &["-p", "127.0.0.1::80"]);
-        moment(number);
+        // On a busy host it may start for longer than any moment.
+        match number % 2 {
+            0 => vm.wait_until_up(&user),
+            _ => moment(number),
+        }
         let passt = vm.process("passt");
         let passt = passt.unwrap_or_else(|| panic!("{number}: it has no passt"));
         kill(passt, libc::SIGKILL);
@@ -283,12 +284,12 @@ fn a_killed_passt_is_told() {
         }
         user.text(&["rm", "vm"]);
     }
-    assert!(told > KILLS / 4, "{told}");
+    assert!(told >= KILLS / 2, "{told}");
 }
 
 #[test]
 fn paused_and_stopped_vms_are_told_of_and_end_when_they_are_to() {
-    let user = User::new();
+    let user = User::tiny();
     for stopped in ["guest", "VMM process", "supervisor"] {
         for words in [&["stop", "-t", "1", "vm"][..], &["rm", "-f", "vm"]] {
             let mut vm = Vm::start(&user, "vm", &[]);

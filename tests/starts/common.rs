@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::symlink;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -10,13 +10,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use mayfly_boot::initramfs::Initramfs;
+use mayfly_testing::processes::{kill, kill_if_there, with_variable};
+use mayfly_testing::user::User;
+use mayfly_testing::{TIMEOUT, eventually, mayfly, text};
 use tempfile::TempDir;
 
-use crate::tiny::{Does, kernel, kill};
-
-/// Nothing here takes nearly as long, unless it hangs.
-pub const BOUND: Duration = Duration::from_secs(120);
 /// Marks the processes of a start, to be found when they should be gone.
 const MARK: &str = "MAYFLY_TEST_START";
 
@@ -45,58 +43,22 @@ impl Verb {
     }
 }
 
-/// A user of a host: a store with an image, a cache with a guest.
+/// A user of a host, and what is there before a start.
 pub struct Host {
-    pub folder: TempDir,
-    /// What is there before a start, and so after one that failed.
+    pub user: User,
+    /// And so after one that failed.
     before: BTreeSet<PathBuf>,
-}
-
-fn binary() -> PathBuf {
-    let binary = std::env::var_os("MAYFLY_BIN").map(PathBuf::from);
-    binary.unwrap_or_else(|| env!("CARGO_BIN_EXE_mayfly").into())
 }
 
 impl Host {
     pub fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        // Other users are to find what they may.
-        fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o755)).unwrap();
         let mut host = Host {
-            folder,
+            user: User::tiny(),
             before: BTreeSet::new(),
         };
-        for name in ["share", "cache/default", "tmp", "root/bin"] {
-            fs::create_dir_all(host.path(name)).unwrap();
-        }
-        for (name, does) in [("off", Does::PowerOff), ("idle", Does::Halt)] {
-            fs::write(host.path(name), kernel(does)).unwrap();
-        }
-        // An archive with nothing in it.
-        let archive = Initramfs::new(Vec::new()).unwrap().finish().unwrap();
-        for (name, data) in [
-            ("vmlinux", &kernel(Does::PowerOff)),
-            ("run.cpio", &archive),
-            ("initramfs.cpio", &archive),
-        ] {
-            fs::write(host.path("cache/default").join(name), data).unwrap();
-        }
-        fs::write(host.path("root/bin/sh"), "no shell").unwrap();
-        symlink(binary(), host.path("mayfly")).unwrap();
-        let archive = host.path("root.tar");
-        let mut tar = Command::new("tar");
-        tar.arg("-cf")
-            .arg(&archive)
-            .arg("-C")
-            .arg(host.path("root"));
-        assert!(tar.arg(".").status().unwrap().success());
-        let mut import = host.mayfly();
-        import.args(["image", "import"]).arg(&archive);
-        import.args(["tiny", "--cmd", "[\"/bin/sh\"]"]);
-        import.stdout(Stdio::null()).stderr(Stdio::null());
-        assert!(import.status().unwrap().success());
+        symlink(mayfly(), host.path("mayfly")).unwrap();
         // What one start makes for all.
-        let first = host.command(Verb::Run, "off", &["--rm", "--net", "none"]);
+        let first = host.command(Verb::Run, "turns-off", &["--rm", "--net", "none"]);
         let ended = host.start(first).wait();
         assert!(ended.is_off(Verb::Run), "{ended:?}");
         host.before = host.files();
@@ -104,7 +66,7 @@ impl Host {
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
+        self.user.path(name)
     }
 
     pub fn text(&self, name: &str) -> String {
@@ -114,7 +76,7 @@ impl Host {
     /// All files that a start might leave, but for the lock of the runtime folder itself.
     fn files(&self) -> BTreeSet<PathBuf> {
         let mut all = BTreeSet::new();
-        let mut folders: Vec<_> = ["share", "cache", "tmp", "runtime"]
+        let mut folders: Vec<_> = ["share", "cache", "tmp", "run"]
             .map(|it| self.path(it))
             .into();
         while let Some(folder) = folders.pop() {
@@ -123,7 +85,7 @@ impl Host {
                 if path.is_dir() {
                     folders.push(path.clone());
                 }
-                if !path.ends_with("runtime/.making") {
+                if !path.ends_with("run/.making") {
                     all.insert(path);
                 }
             }
@@ -131,20 +93,16 @@ impl Host {
         all
     }
 
-    fn mayfly(&self) -> Command {
+    /// The user's command, by the name that it has in the user's folder.
+    pub fn mayfly(&self) -> Command {
         let mut command = Command::new(self.path("mayfly"));
         self.surround(&mut command);
         command
     }
 
-    /// The user's variables.
+    /// Gives a command the user's variables.
     pub fn surround(&self, command: &mut Command) {
-        command
-            .env("XDG_DATA_HOME", self.path("share"))
-            .env("MAYFLY_CACHE", self.path("cache"))
-            .env("MAYFLY_RUNTIME_DIR", self.path("runtime"))
-            .env("TMPDIR", self.path("tmp"))
-            .env("HOME", self.path("tmp"));
+        self.user.surround(command);
     }
 
     /// The words of a verb, with a kernel.
@@ -213,17 +171,13 @@ impl Host {
         let said = start.said.path().to_owned();
         let (mut ended, _said) = start.end();
         // Who was killed may end a moment later.
-        let deadline = Instant::now() + BOUND;
-        loop {
-            let left = (self.left(), marked(&ended.mark));
-            if left.0.is_empty() && left.1.is_empty() {
-                // Another process may have passed the last words on.
-                ended.stderr = text(&said.join("stderr"));
-                return ended;
-            }
-            assert!(Instant::now() < deadline, "{ended:?} left {left:?}");
-            thread::sleep(Duration::from_millis(10));
-        }
+        eventually(&format!("nothing is left of {ended:?}"), || {
+            let nothing = self.left().is_empty() && with_variable(&ended.mark).is_empty();
+            nothing.then_some(())
+        });
+        // Another process may have passed the last words on.
+        ended.stderr = words(&said.join("stderr"));
+        ended
     }
 
     /// Files that are left.
@@ -232,26 +186,8 @@ impl Host {
     }
 }
 
-/// The processes with a variable that live.
-pub fn marked(mark: &str) -> Vec<u32> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir("/proc").unwrap().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|it| it.parse().ok()) else {
-            continue;
-        };
-        let variables = fs::read(entry.path().join("environ")).unwrap_or_default();
-        if variables
-            .split(|&byte| byte == 0)
-            .any(|it| it == mark.as_bytes())
-        {
-            found.push(pid);
-        }
-    }
-    found
-}
-
-fn text(path: &Path) -> String {
-    String::from_utf8_lossy(&fs::read(path).unwrap()).into_owned()
+fn words(path: &Path) -> String {
+    text(&fs::read(path).unwrap())
 }
 
 /// A start that is under way.
@@ -280,27 +216,24 @@ impl Start {
     }
 
     fn end(mut self) -> (Ended, TempDir) {
-        let deadline = Instant::now() + BOUND;
+        let deadline = Instant::now() + TIMEOUT;
         let status = loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 break status;
             }
             if Instant::now() > deadline {
-                for pid in marked(&self.mark) {
-                    kill(pid, libc::SIGKILL);
+                for pid in with_variable(&self.mark) {
+                    kill_if_there(pid, libc::SIGKILL);
                 }
                 let _ = self.child.wait();
-                panic!(
-                    "hangs: {:?}",
-                    fs::read_to_string(self.said.path().join("stderr"))
-                );
+                panic!("hangs: {}", words(&self.said.path().join("stderr")));
             }
             thread::sleep(Duration::from_millis(5));
         };
         let ended = Ended {
             status,
-            stdout: text(&self.said.path().join("stdout")),
-            stderr: text(&self.said.path().join("stderr")),
+            stdout: words(&self.said.path().join("stdout")),
+            stderr: words(&self.said.path().join("stderr")),
             mark: self.mark,
         };
         (ended, self.said)
@@ -330,11 +263,4 @@ impl Ended {
             }
         }
     }
-}
-
-/// Writes a program that a shell runs.
-pub fn program(path: &Path, script: &str) {
-    fs::create_dir_all(path.parent().unwrap()).unwrap();
-    fs::write(path, format!("#!/bin/sh\n{script}\n")).unwrap();
-    fs::set_permissions(path, PermissionsExt::from_mode(0o755)).unwrap();
 }

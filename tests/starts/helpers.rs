@@ -1,26 +1,33 @@
 //! Programs beside a VM that hang, die or talk nonsense while it starts; and signals meanwhile.
 
+use std::path::Path;
 use std::process::Command;
 
-use crate::common::{FAILED, HOST, Host, Start, VERBS, Verb, marked, program};
-use crate::tiny::{eventually, kill, name};
+use mayfly_testing::processes::{descendants, kill_if_there, name, with_variable};
+use mayfly_testing::{eventually, tools};
+
+use crate::common::{FAILED, HOST, Host, Start, VERBS, Verb};
 
 /// A start whose passt is this script.
 fn with_passt(host: &Host, verb: Verb, script: &str) -> Command {
-    program(&host.path("bin/passt"), script);
+    shell_script(&host.path("bin/passt"), script);
     let flags: &[&str] = match verb {
         Verb::Boot => &["--net", "user,publish=127.0.0.1:48123:80"],
         _ => &["--rm", "-p", "127.0.0.1:48123:80"],
     };
-    with_programs(host, host.command(verb, "off", flags))
+    with_programs(host, host.command(verb, "turns-off", flags))
 }
 
 /// A start whose virtiofsd is this script.
 fn with_virtiofsd(host: &Host, verb: Verb, script: &str) -> Command {
-    program(&host.path("bin/virtiofsd"), script);
+    shell_script(&host.path("bin/virtiofsd"), script);
     let folder = format!("{}:/x", host.text("root"));
     let flags = ["--rm", "--net", "none", "-v", &folder];
-    with_programs(host, host.command(verb, "off", &flags))
+    with_programs(host, host.command(verb, "turns-off", &flags))
+}
+
+fn shell_script(path: &Path, script: &str) {
+    tools::program(path, &format!("#!/bin/sh\n{script}\n"));
 }
 
 fn with_programs(host: &Host, mut command: Command) -> Command {
@@ -70,19 +77,8 @@ fn one_that_hangs_is_given_up() {
 /// its mark: such programs have nothing of the user's environment.
 fn await_sleep(start: &Start) -> u32 {
     eventually("sleep", || {
-        let mut all = vec![start.child.id()];
-        while let Some(pid) = all.pop() {
-            if name(pid) == "sleep" {
-                return Some(pid);
-            }
-            let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
-            for task in tasks.into_iter().flatten().flatten() {
-                let children = std::fs::read_to_string(task.path().join("children"));
-                let children = children.unwrap_or_default();
-                all.extend(children.split_whitespace().flat_map(str::parse::<u32>));
-            }
-        }
-        None
+        let mut all = descendants(start.child.id()).into_iter();
+        all.find(|&pid| name(pid) == "sleep")
     })
 }
 
@@ -125,13 +121,13 @@ fn a_supervisor_that_is_killed_while_it_starts_is_told_of() {
         let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         words.windows(10).any(|it| it == b"--detached")
     };
-    let supervisors = marked(&start.mark).into_iter().filter(supervisor);
-    supervisors.for_each(|pid| kill(pid, libc::SIGKILL));
+    let supervisors = with_variable(&start.mark).into_iter().filter(supervisor);
+    supervisors.for_each(|pid| kill_if_there(pid, libc::SIGKILL));
     // passt has a socket that nobody else has open, and would end by that.
-    kill(passt, libc::SIGKILL);
-    for pid in marked(&start.mark) {
+    kill_if_there(passt, libc::SIGKILL);
+    for pid in with_variable(&start.mark) {
         if pid != start.child.id() {
-            kill(pid, libc::SIGKILL);
+            kill_if_there(pid, libc::SIGKILL);
         }
     }
     let ended = host.finish(start);

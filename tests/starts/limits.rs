@@ -27,7 +27,7 @@ fn descriptors() {
     for number in 3..=60 {
         for verb in VERBS {
             let limit = format!("ulimit -n {number}");
-            let command = host.after(&limit, verb, "off", net_none(verb));
+            let command = host.after(&limit, verb, "turns-off", net_none(verb));
             assert_ends(&host, &limit, verb, command);
         }
     }
@@ -41,12 +41,12 @@ fn the_size_of_files() {
             let limit = format!("ulimit -f {blocks}");
             // What is said is said, by who has no limit.
             let script = format!("exec 2> >(exec cat >&2); {limit}");
-            let command = host.after(&script, verb, "off", net_none(verb));
+            let command = host.after(&script, verb, "turns-off", net_none(verb));
             assert_ends(&host, &limit, verb, command);
         }
     }
     let disk = [net_none(Verb::Run), &["--disk-size", "64M"]].concat();
-    let ended = host.run(host.after("ulimit -f 1000", Verb::Run, "off", &disk));
+    let ended = host.run(host.after("ulimit -f 1000", Verb::Run, "turns-off", &disk));
     ended.assert_refused(FAILED, "ulimit -f");
 }
 
@@ -63,7 +63,7 @@ fn all_others() {
     ];
     for limit in memory.chain(small.map(str::to_owned)) {
         for verb in VERBS {
-            let command = host.after(&limit, verb, "off", net_none(verb));
+            let command = host.after(&limit, verb, "turns-off", net_none(verb));
             assert_ends(&host, &limit, verb, command);
         }
     }
@@ -82,7 +82,7 @@ fn processes() {
         "chown -R {USER} {own}; mknod -m 666 {kvm} c 10 232; mount --bind {kvm} /dev/kvm; \
          mkdir -p -m 700 {runtime}; chown {USER} {runtime}; cp -L {mayfly} {copy}",
         kvm = host.text("kvm"),
-        runtime = host.text("runtime"),
+        runtime = host.text("run"),
         mayfly = host.text("mayfly"),
         copy = host.text("copy"),
     );
@@ -102,7 +102,7 @@ fn processes() {
                 host.text("copy")
             ));
             command.arg("-");
-            command.args(host.words(verb, "off", net_none(verb)));
+            command.args(host.words(verb, "turns-off", net_none(verb)));
             host.surround(&mut command);
             assert_ends(&host, &limit, verb, command);
         }

@@ -1,11 +1,7 @@
 //! Starts of VMs: those that fail, at every step, and very many at once. Guests are kernels of
 //! a few instructions, so any KVM will do. Needs root, for namespaces and other users.
 
-#![allow(unsafe_code, clippy::unwrap_used, missing_docs)]
-
-#[allow(dead_code, reason = "users and processes are other ones here")]
-#[path = "../tiny/mod.rs"]
-mod tiny;
+#![allow(clippy::unwrap_used, missing_docs)]
 
 mod common;
 mod helpers;

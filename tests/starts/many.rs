@@ -19,7 +19,9 @@ fn two_thousand_starts_end_alike() {
         for _ in 0..AT_ONCE {
             scope.spawn(|| {
                 while next.fetch_add(1, Ordering::Relaxed) < STARTS {
-                    let ended = host.start(host.command(Verb::Run, "off", &flags)).wait();
+                    let ended = host
+                        .start(host.command(Verb::Run, "turns-off", &flags))
+                        .wait();
                     if !ended.is_off(Verb::Run) {
                         let how = (ended.status.code(), ended.stderr);
                         *others.lock().unwrap().entry(how).or_insert(0) += 1;

@@ -2,17 +2,18 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::Command;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crate::common::{FAILED, Host, Start, VERBS, Verb, marked};
+use mayfly_testing::processes::{kill, with_variable};
+use mayfly_testing::{eventually, until};
+
+use crate::common::{FAILED, Host, Start, VERBS, Verb};
 use crate::refusals::net_none;
-use crate::tiny::kill;
 
 /// The VMM process of a start: it is the first in a PID namespace of its own.
 fn vmm(start: &Start) -> Option<u32> {
-    marked(&start.mark).into_iter().find(|pid| {
+    with_variable(&start.mark).into_iter().find(|pid| {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
         let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
         numbers.is_some_and(|it| it.split_whitespace().count() > 1 && it.ends_with("\t1"))
@@ -21,15 +22,14 @@ fn vmm(start: &Start) -> Option<u32> {
 
 /// Waits until it is there, and a while longer.
 fn await_vmm(start: &mut Start, after: Duration) -> Option<u32> {
-    let deadline = Instant::now() + crate::common::BOUND;
-    while start.child.try_wait().unwrap().is_none() {
-        if let Some(pid) = vmm(start) {
-            thread::sleep(after);
-            return Some(pid);
+    let found = eventually("neither a VMM process nor an end", || {
+        let ended = start.child.try_wait().unwrap().is_some();
+        match (ended, vmm(start)) {
+            (true, _) => Some(None),
+            (false, found) => found.map(Some),
         }
-        assert!(Instant::now() < deadline);
-    }
-    None
+    });
+    found.inspect(|_| thread::sleep(after))
 }
 
 const MOMENTS: [u64; 8] = [0, 1, 2, 5, 10, 20, 40, 80];
@@ -40,7 +40,7 @@ fn one_that_is_killed_ends_its_start() {
     for verb in VERBS {
         for moment in MOMENTS {
             let flags = [net_none(verb), &["--memory", "64M"]].concat();
-            let mut start = host.start(host.command(verb, "idle", &flags));
+            let mut start = host.start(host.command(verb, "halts", &flags));
             let vmm = await_vmm(&mut start, Duration::from_millis(moment));
             kill(vmm.unwrap(), libc::SIGKILL);
             let ended = host.finish(start);
@@ -71,11 +71,10 @@ fn groups_of(supervisor: u32) -> Vec<PathBuf> {
 fn a_killed_supervisor_s_groups_go_with_its_record() {
     let host = Host::new();
     let flags = ["--net", "none", "--name", "killed"];
-    let mut start = host.start(host.command(Verb::Run, "idle", &flags));
+    let mut start = host.start(host.command(Verb::Run, "halts", &flags));
     await_vmm(&mut start, Duration::from_millis(100)).unwrap();
     let supervisor = start.child.id();
-    let mut doctor = Command::new(host.path("mayfly"));
-    host.surround(&mut doctor);
+    let mut doctor = host.mayfly();
     let checks = doctor.args(["doctor", "--json"]).output().unwrap().stdout;
     let checks: Vec<serde_json::Value> = serde_json::from_slice(&checks).unwrap();
     let groups = checks.iter().find(|check| check["name"] == "cgroup");
@@ -86,13 +85,8 @@ fn a_killed_supervisor_s_groups_go_with_its_record() {
     }
     kill(supervisor, libc::SIGKILL);
     let mark = start.wait().mark;
-    let deadline = Instant::now() + crate::common::BOUND;
-    while !marked(&mark).is_empty() {
-        assert!(Instant::now() < deadline);
-        thread::sleep(Duration::from_millis(10));
-    }
-    let mut remove = Command::new(host.path("mayfly"));
-    host.surround(&mut remove);
+    until("nothing is left", || with_variable(&mark).is_empty());
+    let mut remove = host.mayfly();
     let ended = host.finish(host.start({
         remove.args(["rm", "killed"]);
         remove
@@ -107,7 +101,7 @@ fn one_that_is_stopped_does_not_keep_signals_from_its_start() {
     for verb in VERBS {
         for signal in [libc::SIGTERM, libc::SIGHUP, libc::SIGINT] {
             let flags = [net_none(verb), &["--memory", "64M"]].concat();
-            let mut start = host.start(host.command(verb, "idle", &flags));
+            let mut start = host.start(host.command(verb, "halts", &flags));
             let vmm = await_vmm(&mut start, Duration::ZERO);
             kill(vmm.unwrap(), libc::SIGSTOP);
             start.signal(signal);

@@ -3,8 +3,9 @@
 use std::fs;
 use std::process::Command;
 
+use mayfly_testing::tiny::{Does, kernel};
+
 use crate::common::{CONFIG, FAILED, HOST, Host, VERBS, Verb};
-use crate::tiny::{Does, kernel};
 
 #[test]
 fn a_kernel_that_is_none_is_told_of() {
@@ -34,9 +35,9 @@ fn a_kernel_that_is_none_is_told_of() {
         (name("none"), &[], CONFIG, "no such file"),
         (name("tmp"), &[], CONFIG, "is a directory"),
         ("/dev/null".into(), &[], CONFIG, "not a regular file"),
-        (name("off"), &["--memory", "64T"], HOST, "--memory"),
-        (name("off"), &["--memory", "1"], CONFIG, "--memory"),
-        (name("off"), &["--cpus", "999"], CONFIG, "--cpus"),
+        (name("turns-off"), &["--memory", "64T"], HOST, "--memory"),
+        (name("turns-off"), &["--memory", "1"], CONFIG, "--memory"),
+        (name("turns-off"), &["--cpus", "999"], CONFIG, "--cpus"),
     ] {
         for verb in VERBS {
             let mut ended = host.run(host.command(verb, &kernel, flags));
@@ -74,7 +75,7 @@ fn what_run_refuses_late_leaves_nothing() {
         for remove in [&["--rm"][..], &[]] {
             let flags = [remove, flags, &["--name", "same"]].concat();
             for verb in [Verb::Run, Verb::Detached] {
-                let ended = host.run(host.command(verb, "off", &flags));
+                let ended = host.run(host.command(verb, "turns-off", &flags));
                 assert_eq!(ended.status.code(), Some(FAILED), "{ended:?}");
                 assert!(ended.stderr.contains(words), "{ended:?}");
             }
@@ -83,7 +84,7 @@ fn what_run_refuses_late_leaves_nothing() {
     // The name is free.
     let ended = host.run(host.command(
         Verb::Run,
-        "off",
+        "turns-off",
         &["--rm", "--net", "none", "--name", "same"],
     ));
     assert!(ended.is_off(Verb::Run), "{ended:?}");
@@ -104,8 +105,8 @@ fn what_the_host_lacks_is_told_of() {
     for (script, words) in scripts {
         for verb in VERBS {
             let script = format!("{script}; true");
-            let inner = host.after(&script, verb, "off", net_none(verb));
-            let mut command = std::process::Command::new("unshare");
+            let inner = host.after(&script, verb, "turns-off", net_none(verb));
+            let mut command = Command::new("unshare");
             command.args(["--mount", "bash"]);
             command.args(inner.get_args());
             host.surround(&mut command);
@@ -130,7 +131,7 @@ fn folders_that_are_none_are_told_of() {
         ("XDG_DATA_HOME", "/dev/null/x"),
     ] {
         for verb in [Verb::Run, Verb::Detached] {
-            let mut command = host.command(verb, "off", net_none(verb));
+            let mut command = host.command(verb, "turns-off", net_none(verb));
             command.env(variable, value);
             let ended = host.run(command);
             assert_eq!(ended.status.code(), Some(FAILED), "{ended:?}");
@@ -144,7 +145,7 @@ fn a_runtime_folder_may_be_deep() {
     let host = Host::new();
     let deep = host.path("tmp").join("d".repeat(150));
     for verb in [Verb::Run, Verb::Detached] {
-        let mut command = host.command(verb, "off", net_none(verb));
+        let mut command = host.command(verb, "turns-off", net_none(verb));
         command.env("MAYFLY_RUNTIME_DIR", deep.join("runtime"));
         fs::create_dir(&deep).unwrap();
         let start = host.start(command);
@@ -158,7 +159,7 @@ fn a_runtime_folder_may_be_deep() {
 #[test]
 fn a_runtime_folder_of_another_s_is_not_followed() {
     let host = Host::new();
-    let runtime = host.path("runtime");
+    let runtime = host.path("run");
     fs::create_dir_all(runtime.join("vm")).unwrap();
     fs::write(runtime.join("vm/vm.json"), "{}").unwrap();
     std::os::unix::fs::chown(&runtime, Some(65534), None).unwrap();
@@ -177,8 +178,7 @@ fn a_runtime_folder_of_another_s_is_not_followed() {
         &["cp", "vm:/x", "."],
         &["ctl", "vm", "info"],
     ] {
-        let mut command = Command::new(host.path("mayfly"));
-        host.surround(&mut command);
+        let mut command = host.mayfly();
         command.args(words);
         let ended = host.start(command).wait();
         assert!(!ended.status.success(), "{words:?}: {ended:?}");

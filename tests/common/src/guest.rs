@@ -1,39 +1,18 @@
 //! Starting mayfly with a guest that runs a script, and watching it.
 
-use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::ffi::OsStr;
+use std::fs;
+use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use mayfly_boot::initramfs::Initramfs;
 
-/// Everything is several times slower in the lab than on a CPU.
-pub const PATIENCE: Duration = Duration::from_secs(600);
-
-fn variable(name: &str) -> PathBuf {
-    std::env::var_os(name)
-        .unwrap_or_else(|| panic!("{name} is not set: run scripts/test, which prepares guests"))
-        .into()
-}
-
-/// The binary under test.
-pub fn mayfly() -> PathBuf {
-    variable("MAYFLY_BIN")
-}
-
-/// A file of a fetched kernel: `vmlinux`, `vmlinuz`, `release`.
-pub fn kernel(name: &str, file: &str) -> PathBuf {
-    variable("MAYFLY_KERNELS").join(name).join(file)
-}
-
-/// A file that scripts/test has made.
-pub fn test_data(name: &str) -> PathBuf {
-    variable("MAYFLY_TEST_DATA").join(name)
-}
+use crate::processes::kill;
+use crate::{eventually, kernel, mayfly, test_data};
 
 /// An initramfs that scripts/test has built.
 pub fn prepared(name: &str) -> Vec<u8> {
@@ -41,19 +20,17 @@ pub fn prepared(name: &str) -> Vec<u8> {
     fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// A file of the Debian that scripts/distro has made.
-pub fn distro(name: &str) -> PathBuf {
-    variable("MAYFLY_DISTRO").join(name)
-}
-
 /// What a guest needs to be started, and where its files are.
 pub struct Guest {
+    /// Where they are, gone with it.
     pub folder: tempfile::TempDir,
+    /// What starts it.
     pub command: Command,
-    output: Output,
+    streams: Streams,
 }
 
-enum Output {
+#[derive(PartialEq, Eq)]
+enum Streams {
     Pipes,
     Own,
 }
@@ -64,6 +41,7 @@ impl Guest {
         Self::with_kernel("cloud-6.12", "vmlinux", script)
     }
 
+    /// A guest of another kernel, `vmlinux` or `vmlinuz`, that runs a shell script.
     pub fn with_kernel(name: &str, file: &str, script: &str) -> Self {
         Self::with_archives(name, file, script, &[])
     }
@@ -111,32 +89,35 @@ impl Guest {
         Guest {
             folder,
             command,
-            output: Output::Pipes,
+            streams: Streams::Pipes,
         }
     }
 
+    /// A file in its folder.
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    pub fn args<S: AsRef<std::ffi::OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
+    /// Adds flags.
+    pub fn args<S: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
         self.command.args(args);
         self
     }
 
     /// The caller sees to standard input and output.
     pub fn own_output(mut self) -> Self {
-        self.output = Output::Own;
+        self.streams = Streams::Own;
         self
     }
 
+    /// Starts it.
     pub fn start(mut self) -> Running {
-        if matches!(self.output, Output::Pipes) {
+        if self.streams == Streams::Pipes {
             self.command.stdout(Stdio::piped()).stderr(Stdio::piped());
         }
         let mut child = self.command.spawn().unwrap();
         let (mut stdout, mut stderr) = (None, None);
-        if matches!(self.output, Output::Pipes) {
+        if self.streams == Streams::Pipes {
             stdout = child.stdout.take().map(collect);
             stderr = child.stderr.take().map(collect);
         }
@@ -178,23 +159,34 @@ fn collect(mut pipe: impl Read + Send + 'static) -> Collected {
 
 /// A VM that runs; it is ended when this is dropped.
 pub struct Running {
+    /// The process that was started.
     pub child: Child,
     stdout: Option<Collected>,
     stderr: Option<Collected>,
+    /// Where its files are.
     pub folder: tempfile::TempDir,
 }
 
 /// A VM that ended.
 #[derive(Debug)]
 pub struct Ended {
+    /// How its process ended.
     pub status: ExitStatus,
+    /// The console.
     pub stdout: String,
+    /// What mayfly said.
     pub stderr: String,
 }
 
 impl Ended {
+    /// Its exit status, if no signal ended it.
     pub fn code(&self) -> Option<i32> {
         self.status.code()
+    }
+
+    /// The signal that ended it.
+    pub fn signal(&self) -> Option<i32> {
+        self.status.signal()
     }
 
     /// The record that `--json` prints last.
@@ -212,6 +204,7 @@ fn text(collected: &Option<Collected>) -> String {
 }
 
 impl Running {
+    /// What it has printed.
     pub fn console(&self) -> String {
         text(&self.stdout)
     }
@@ -223,48 +216,46 @@ impl Running {
 
     /// Waits until the console shows a text.
     pub fn expect(&mut self, what: &str) {
-        let deadline = Instant::now() + PATIENCE;
-        while !self.console().contains(what) {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                let rest = (self.console(), text(&self.stderr));
+        eventually(what, || {
+            // Looked at first: nothing comes after the end.
+            let ended = self.child.try_wait().unwrap();
+            if self.console().contains(what) {
+                return Some(());
+            }
+            if let Some(status) = ended {
+                // Its last words may still be on their way.
+                self.drain();
+                let rest = (self.console(), self.errors());
                 assert!(
                     rest.0.contains(what),
                     "{status}, without {what:?}: {rest:?}"
                 );
             }
-            assert!(
-                Instant::now() < deadline,
-                "no {what:?} in {}",
-                self.console()
-            );
-            std::thread::sleep(Duration::from_millis(20));
-        }
+            None
+        });
     }
 
+    /// Sends a signal to the process that was started.
     pub fn signal(&self, signal: i32) {
         kill(self.child.id(), signal);
     }
 
+    /// Waits for its end.
     pub fn wait(mut self) -> Ended {
-        let deadline = Instant::now() + PATIENCE;
-        let status = loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                break status;
-            }
-            if Instant::now() > deadline {
-                let _ = self.child.kill();
-                panic!("does not end: {}{}", self.console(), text(&self.stderr));
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        };
-        for (_, thread) in [&mut self.stdout, &mut self.stderr].into_iter().flatten() {
-            let empty = std::thread::spawn(|| ());
-            let _ = std::mem::replace(thread, empty).join();
-        }
+        let status = eventually("its end", || self.child.try_wait().unwrap());
+        self.drain();
         Ended {
             status,
             stdout: text(&self.stdout),
             stderr: text(&self.stderr),
+        }
+    }
+
+    /// Waits until all that it printed has been read.
+    fn drain(&mut self) {
+        for (_, thread) in [&mut self.stdout, &mut self.stderr].into_iter().flatten() {
+            let empty = std::thread::spawn(|| ());
+            let _ = std::mem::replace(thread, empty).join();
         }
     }
 }
@@ -276,35 +267,58 @@ impl Drop for Running {
     }
 }
 
-pub fn kill(pid: u32, signal: i32) {
-    let status = Command::new("kill")
-        .args([format!("-{signal}"), pid.to_string()])
-        .status()
-        .unwrap();
-    assert!(status.success());
+/// A VM that is called `vm`, and the folder with its socket.
+pub struct Controlled {
+    /// The VM.
+    pub running: Running,
+    runtime: PathBuf,
 }
 
-/// Runs a tool of the host, which must succeed, and returns what it printed.
-pub fn tool(name: &str, args: &[&str]) -> String {
-    let output = Command::new(name)
-        .args(args)
-        .output()
-        .unwrap_or_else(|error| panic!("{name}: {error}; scripts/test installs it"));
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{name} {args:?}: {text}{errors}");
-    text
-}
+impl Controlled {
+    /// Starts a guest by a function, as `vm`.
+    pub fn start(mut guest: Guest, start: impl FnOnce(Guest) -> Running) -> Self {
+        let runtime = guest.path("runtime");
+        guest.command.env("MAYFLY_RUNTIME_DIR", &runtime);
+        guest.command.args(["--name", "vm"]);
+        Controlled {
+            running: start(guest),
+            runtime,
+        }
+    }
 
-/// A file of pseudo-random bytes.
-pub fn random_file(path: &Path, len: usize) {
-    let mut source = File::open("/dev/urandom").unwrap().take(len as u64);
-    let mut file = File::create(path).unwrap();
-    assert_eq!(std::io::copy(&mut source, &mut file).unwrap(), len as u64);
-    file.flush().unwrap();
-}
+    /// Runs mayfly where the VM is known.
+    pub fn mayfly(&self, args: &[&str]) -> Output {
+        let mut command = Command::new(mayfly());
+        command.env("MAYFLY_RUNTIME_DIR", &self.runtime);
+        command.args(args).output().unwrap()
+    }
 
-/// The signal that ended a process.
-pub fn ended_by(ended: &Ended) -> Option<i32> {
-    ended.status.signal()
+    /// `mayfly ctl vm …`, which must succeed.
+    pub fn ctl(&self, args: &[&str]) -> String {
+        let output = self.mayfly(&[&["ctl", "vm"], args].concat());
+        assert!(output.status.success(), "{args:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// `mayfly ctl vm …`, which must be refused with one line.
+    pub fn refused(&self, args: &[&str]) -> String {
+        let output = self.mayfly(&[&["ctl", "vm"], args].concat());
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    }
+
+    /// What `mayfly ctl vm info` says.
+    pub fn info(&self) -> serde_json::Value {
+        serde_json::from_str(&self.ctl(&["info"])).unwrap()
+    }
+
+    /// The folder with its socket.
+    pub fn runtime(&self) -> &Path {
+        &self.runtime
+    }
+
+    /// Its control socket.
+    pub fn socket(&self) -> PathBuf {
+        self.runtime.join("vm.sock")
+    }
 }
