@@ -352,7 +352,7 @@ mod tests {
         assert!(archive.len() < 1 << 20, "{}", archive.len());
         let mut entries = Entries::new(archive.as_slice());
         let mut found = Vec::new();
-        while let Some(entry) = entries.next().unwrap() {
+        while let Some(entry) = entries.next_entry().unwrap() {
             if entry.path == b"sparse" {
                 let mut start = [0; 8];
                 entries.read_exact(&mut start).unwrap();

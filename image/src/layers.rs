@@ -190,7 +190,7 @@ impl Checked<'_> {
         let mut entries = Entries::new(Hashing::new(source));
         for number in 0..=last {
             let entry = entries
-                .next()
+                .next_entry()
                 .map_err(ArchiveError::plainly)?
                 .ok_or_else(changed)?;
             let Some((path, inode)) = wanted.get(&number) else {

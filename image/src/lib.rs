@@ -9,7 +9,6 @@
         clippy::cast_sign_loss
     )
 )]
-#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
 mod archive;
 mod compression;

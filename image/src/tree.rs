@@ -80,7 +80,7 @@ impl Tree {
         };
         tree.imply(b"", 0);
         let mut index = 0_usize;
-        while let Some(entry) = entries.next()? {
+        while let Some(entry) = entries.next_entry()? {
             if index >= ENTRIES_MAX {
                 return Err(ArchiveError::TooMuch(
                     "more than two million entries".into(),

@@ -123,7 +123,6 @@ pub enum Way {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

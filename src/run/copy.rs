@@ -346,7 +346,7 @@ impl Source for FromTar {
                 sparse: false,
             }));
         }
-        let Some(entry) = self.entries.next().map_err(io::Error::other)? else {
+        let Some(entry) = self.entries.next_entry().map_err(io::Error::other)? else {
             return Ok(None);
         };
         let plain = |path: &[u8]| {

@@ -153,7 +153,7 @@ impl Files {
         let mut entries = Entries::new(archive.reader());
         let mut names = 0_usize;
         let mut holey = 0_u64;
-        while let Some(entry) = entries.next()? {
+        while let Some(entry) = entries.next_entry()? {
             let refuse = |why| ArchiveError::entry(&entry.path, why);
             let path = normalised(&entry.path).map_err(refuse)?;
             let member = match &entry.kind {

@@ -67,7 +67,7 @@ impl<R: Read> Entries<R> {
     }
 
     /// The next entry. What was not read of the one before is skipped.
-    pub fn next(&mut self) -> Result<Option<Entry>, ArchiveError> {
+    pub fn next_entry(&mut self) -> Result<Option<Entry>, ArchiveError> {
         let mut extensions = Extensions::default();
         let mut extended = false;
         let mut left = EXTENSION_MAX;

@@ -21,7 +21,7 @@ fn written(entries: &[Whole]) -> Vec<u8> {
 fn read(archive: &[u8]) -> Result<Vec<Whole>, ArchiveError> {
     let mut entries = Entries::new(archive);
     let mut all = Vec::new();
-    while let Some(entry) = entries.next()? {
+    while let Some(entry) = entries.next_entry()? {
         let mut data = Vec::new();
         entries.read_to_end(&mut data)?;
         assert_eq!(data.len() as u64, entry.size);
@@ -148,7 +148,7 @@ proptest! {
         }
         let mut entries = Entries::new(archive.as_slice());
         for _ in 0..100 {
-            match entries.next() {
+            match entries.next_entry() {
                 Ok(Some(_)) => drop(io::copy(&mut (&mut entries).take(1 << 20), &mut io::sink())),
                 _ => break,
             }

@@ -21,5 +21,4 @@ pub use place::Place;
 pub use walk::Walk;
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests;
