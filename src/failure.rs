@@ -4,9 +4,10 @@ use std::error::Error;
 use std::fmt;
 
 use mayfly_image::ErrorKind;
+use mayfly_text::errors::with_causes;
 use serde::{Deserialize, Serialize};
 
-use mayfly_printable as printable;
+use mayfly_text::printable;
 
 /// Whose fault it is; the value is the exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -123,20 +124,6 @@ pub trait OrFail<T> {
     {
         self.or_fail(Class::Internal, what)
     }
-}
-
-/// A message about an error, with the error's causes behind it.
-fn with_causes(mut message: String, error: &dyn Error) -> String {
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        // Some errors tell their cause themselves.
-        let text = error.to_string();
-        if !message.ends_with(&text) {
-            message.push_str(&format!(": {text}"));
-        }
-        cause = error.source();
-    }
-    message
 }
 
 impl From<mayfly_image::Error> for Failure {

@@ -6,7 +6,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::digest::Digest;
 use super::json;
-use mayfly_printable as printable;
+use mayfly_text::printable;
 
 /// Docker takes no more either.
 pub const LAYERS_MAX: usize = 127;

@@ -10,7 +10,7 @@ use mayfly_devices::rate_limiter::Limits;
 use crate::config::{Keys, parse_size, take_limits};
 use crate::control::{Client, ClientError, Command, Folder};
 use crate::failure::{Class, Failure, OrFail};
-use mayfly_printable as printable;
+use mayfly_text::printable;
 
 const EXAMPLES: &str = "\
 Examples:

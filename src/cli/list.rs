@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::control::{Client, ClientError, Command, Folder};
 use crate::failure::Failure;
-use mayfly_printable as printable;
+use mayfly_text::printable;
 
 const EXAMPLES: &str = "\
 Examples:

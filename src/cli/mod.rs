@@ -30,7 +30,7 @@ use serde::Serialize;
 use tempfile::NamedTempFile;
 
 use crate::failure::{Class, Failure, OrFail};
-use mayfly_printable as printable;
+use mayfly_text::printable;
 
 /// A VM that starts faster than a container.
 #[derive(Parser)]

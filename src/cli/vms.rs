@@ -18,7 +18,7 @@ use crate::machine::Status;
 use crate::run::detach::{self, DetachKeys};
 use crate::run::record::{Place, Record, State, now_ms};
 use crate::run::{self, CopyOptions, ExecOptions, Usage, end, signal};
-use mayfly_printable as printable;
+use mayfly_text::printable;
 
 /// A machine that takes longer to tell of itself is left out.
 const PATIENCE: Duration = Duration::from_secs(2);

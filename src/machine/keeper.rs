@@ -37,7 +37,7 @@ use crate::sandbox::{self, Cgroup, Child, Layer, Mode, Policy, Report, Share, St
 use crate::timing::Timeline;
 use crate::unix_socket::Name;
 use crate::vsock;
-use mayfly_printable as printable;
+use mayfly_text::printable;
 
 /// The VMM process has so long to build a VM, and as long again to let the guest run …
 const START_TIMEOUT: Duration = Duration::from_secs(120);

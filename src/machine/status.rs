@@ -8,7 +8,7 @@ use mayfly_devices::bus::lock;
 use serde::{Deserialize, Serialize};
 
 use crate::control::{Event, Subscriber};
-use mayfly_printable as printable;
+use mayfly_text::printable;
 
 /// More problems than these are only logged.
 const PROBLEMS_MAX: usize = 16;

@@ -21,7 +21,7 @@ use mayfly_protocol::copy::{Source, copy};
 
 use super::detach::DetachKeys;
 use crate::unix_socket;
-use mayfly_printable as printable;
+use mayfly_text::printable;
 
 /// A guest has so long to let a user go.
 const FAREWELL: Duration = Duration::from_secs(2);

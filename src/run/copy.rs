@@ -21,7 +21,7 @@ use crate::arguments::split_at;
 use crate::failure::{Class, Failure, OrFail};
 use mayfly_image::normalised;
 use mayfly_image::tarball::{self, Entries, Meta, Writer};
-use mayfly_printable as printable;
+use mayfly_text::printable;
 
 /// What to copy, in the user's words.
 #[derive(Clone, Debug, Default)]

@@ -63,7 +63,7 @@ use crate::timing::{Timeline, TimingUs};
 use crate::unix_socket;
 use crate::volume::{Journal, make_ext4};
 use mayfly_image::{Image, LAYER_ROOT, Progress, PullOptions, Quiet, Store};
-use mayfly_printable as printable;
+use mayfly_text::printable;
 
 /// mayfly itself failed, or the command could not be started.
 pub const STATUS_FAILED: u8 = 125;

@@ -16,7 +16,7 @@ use crate::section::{Section, SectionReader};
 use crate::store::read_json;
 use crate::tarball::{ArchiveError, Entries, Kind};
 use crate::tree::{normalised, split};
-use mayfly_printable as printable;
+use mayfly_text::printable;
 
 /// No archive of images has so many files.
 const MEMBERS_MAX: usize = 100_000;

@@ -13,7 +13,7 @@ use crate::error::{Context, Error};
 use crate::json;
 use crate::reference::Reference;
 use crate::store::{foreign, read_config};
-use mayfly_printable as printable;
+use mayfly_text::printable;
 
 /// How many indexes lie in one another.
 const INDEXES_MAX: usize = 4;

@@ -29,7 +29,7 @@ use super::progress::Progress;
 use super::reference::Reference;
 use super::section::Section;
 use crate::error::{Context, Error};
-use mayfly_printable as printable;
+use mayfly_text::printable;
 
 pub use folder::Work;
 use folder::{Folder, IMAGES, LAYERS, PARTIAL};

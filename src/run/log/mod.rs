@@ -17,7 +17,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 pub use self::folder::{make_folder, path, remove_folder};
 pub use self::reader::{Item, Reader};
-pub(crate) use self::view::date;
 pub use self::view::{Stamps, Tail};
 use super::record::now_ms;
 

@@ -14,7 +14,7 @@ use super::units::{Scale, digits, duration, printable, shell, times};
 use super::view::{self, fastest, missing, ranked, ratio};
 use super::words::{headline, limits, method, more, subject, warnings};
 use crate::compare::model::{EngineReport, Host, Kind, PageCache, Report};
-use crate::run::log::date;
+use mayfly_text::date::date;
 
 const STYLE: &str = include_str!("../../../../resources/compare/page.css");
 /// Nothing is fetched, and no script runs, whatever the record holds.
