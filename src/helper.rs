@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use mayfly_devices::bus::lock;
 use mayfly_devices::poll::ready;
-use mayfly_process::{end_with_us, inherit, unblock_signals};
+use mayfly_process::programs::{end_with_us, inherit, unblock_signals};
 
 use crate::failure::{Failure, OrFail};
 use crate::machine::StartSignals;

@@ -34,7 +34,7 @@ use crate::machine::StartSignals;
 use crate::sandbox::Door;
 use crate::sandbox::seccomp::Filter;
 use crate::unix_socket;
-use mayfly_process::{find_program, inherit};
+use mayfly_process::programs::{find_program, inherit};
 
 const PROGRAM: &str = "virtiofsd";
 /// Where else it is: Debian's, others', cargo's, and that of Debian 12's QEMU.

@@ -19,7 +19,7 @@ pub use super::records::{Inheritance, Record};
 use super::section::Section;
 use super::tarball::{ArchiveError, Entries, Kind, Meta, Writer};
 use super::tree::{Inode, InodeKind, Tree};
-use mayfly_process as process;
+use mayfly_process::programs;
 
 /// Where a layer's files are in its file system: what is above is the tool's own,
 /// which gives it an owner and a time of its choice.
@@ -289,7 +289,7 @@ impl Tool {
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
         // Ctrl-C is for us, who then end it.
-        process::end_with_us(&mut command);
+        programs::end_with_us(&mut command);
         let mut child = command.spawn().map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => LayerError::NoTool,
             _ => LayerError::Io(error),

@@ -19,11 +19,10 @@ use rustix::process::{
     Pid, Signal, WaitOptions, geteuid, getpid, kill_process, set_child_subreaper, setpgid, waitpid,
 };
 
-use super::processes::{descendants, kill_descendants, kill_marked};
+use super::processes::{descendants, kill_descendants, kill_marked, take_signals};
 use super::removal::{empty, open};
 use super::undo::undo;
 use crate::failure::{Failure, OrFail};
-use crate::machine::Signals;
 
 /// Names what is to be undone.
 const JOURNAL: &str = "undo.json";
@@ -292,7 +291,7 @@ fn follow(child: i32) -> u8 {
     let Some(child) = Pid::from_raw(child) else {
         return 1;
     };
-    let signals = Signals::of_children();
+    let signals = take_signals();
     let mut asked = false;
     loop {
         if let Ok(Some((_, status))) = waitpid(Some(child), WaitOptions::NOHANG) {
@@ -314,7 +313,7 @@ fn follow(child: i32) -> u8 {
             rustix::event::PollFlags::IN,
         )];
         let _ = rustix::event::poll(&mut polls, None);
-        while let Some(signal) = signals.next() {
+        while let Some(signal) = signals.next_signal() {
             if signal != libc::SIGCHLD {
                 // Who asks again does not want to wait; what is left is removed anyway.
                 let how = if asked { Signal::KILL } else { Signal::TERM };

@@ -32,7 +32,6 @@ pub use self::prepare::obtain;
 use self::session::Session;
 use crate::failure::{Failure, OrFail};
 use crate::kvm::accept::AcceptKvm;
-use crate::machine::Signals;
 
 /// What is looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -103,7 +102,7 @@ pub fn compare(options: &Options) -> Result<Outcome, Failure> {
     let begin = |residents| {
         instance::hurry();
         Ok(instance::Ends {
-            signals: Signals::of_children().or_host("signals")?,
+            signals: processes::take_signals().or_host("signals")?,
             other_half,
             residents,
         })

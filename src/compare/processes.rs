@@ -6,6 +6,7 @@ use std::fs;
 use std::io;
 use std::time::Duration;
 
+use mayfly_process::signals::SignalFd;
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitOptions, getpid, kill_process, pidfd_open, pidfd_send_signal, wait,
 };
@@ -15,6 +16,12 @@ use super::model::MemoryPoint;
 /// A killed process may wait for the disk.
 const PAUSE: Duration = Duration::from_millis(5);
 const ATTEMPTS: u32 = 1000;
+
+/// Takes the signals that end a comparison, and the ends of its children.
+pub fn take_signals() -> io::Result<SignalFd> {
+    let signals = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGCHLD];
+    SignalFd::take(&signals, false)
+}
 
 /// The processes below one, without it.
 pub fn descendants(of: Pid) -> Vec<Pid> {

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, memfd_create};
 
-use mayfly_process::unblock_signals;
+use mayfly_process::programs::unblock_signals;
 
 /// Each command takes no longer.
 const LIMIT: Duration = Duration::from_secs(60);

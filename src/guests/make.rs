@@ -18,7 +18,7 @@ use super::{
 use crate::control::valid_name;
 use crate::failure::{Failure, OrFail};
 use crate::run::record::now_ms;
-use mayfly_process::find_program;
+use mayfly_process::programs::find_program;
 
 /// What an image's VM needs beside mayfly's devices.
 const RUN_MODULES: [&str; 2] = ["squashfs", "overlay"];

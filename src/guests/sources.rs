@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use super::FETCHED;
 use crate::failure::{Failure, OrFail};
-use mayfly_process::find_program;
+use mayfly_process::programs::find_program;
 
 /// The packages that depend on Debian's kernel for virtual machines, the newest first:
 /// Debian 12 has 6.12 beside its own 6.1, later ones have it under the plain name.

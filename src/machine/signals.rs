@@ -1,14 +1,13 @@
 //! Signals to a machine, as a descriptor for the event loop.
 
-#![allow(unsafe_code, reason = "masks of signals, and signalfd")]
+#![allow(unsafe_code, reason = "what signals do")]
 
 use std::io;
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use mayfly_devices::poll::{entry, poll};
-use vmm_sys_util::signal::create_sigset;
+use mayfly_process::signals::{SignalFd, mask};
 
 use crate::failure::{Failure, OrFail};
 use crate::kvm::vcpu::kick_signal;
@@ -56,37 +55,24 @@ pub fn survive_file_limit() {
 }
 
 /// Reads the signals that were sent.
-pub struct Signals(OwnedFd);
+pub struct Signals(SignalFd);
 
 impl Signals {
     /// Blocks the signals in this thread, and so in all that it starts. Those
     /// that mayfly was started to ignore (by nohup, say) stay ignored.
     pub fn new() -> io::Result<Self> {
-        Signals::take(&SIGNALS, libc::SFD_NONBLOCK)
+        Signals::take(&SIGNALS, false)
     }
 
     /// The same, for those that are for the guest's command.
     pub fn passed_on() -> io::Result<Self> {
-        Signals::take(&PASSED_ON, 0)
+        Signals::take(&PASSED_ON, true)
     }
 
-    /// The same, for those that end a comparison, and the ends of its children.
-    pub fn of_children() -> io::Result<Self> {
-        let signals = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGCHLD];
-        Signals::take(&signals, libc::SFD_NONBLOCK)
-    }
-
-    fn take(signals: &[libc::c_int], flags: libc::c_int) -> io::Result<Self> {
-        let taken = signals.iter().copied().filter(|&it| !ignored(it));
-        let taken: Vec<_> = taken.collect();
-        let set = mask(libc::SIG_BLOCK, &taken)?;
+    fn take(signals: &[libc::c_int], blocking: bool) -> io::Result<Self> {
+        let taken = SignalFd::take(signals, blocking)?;
         unblock_kick()?;
-        // SAFETY: makes a new descriptor from a live set.
-        match unsafe { libc::signalfd(-1, &set, flags | libc::SFD_CLOEXEC) } {
-            -1 => Err(io::Error::last_os_error()),
-            // SAFETY: it is new, and nothing else owns it.
-            fd => Ok(Signals(unsafe { OwnedFd::from_raw_fd(fd) })),
-        }
+        Ok(Signals(taken))
     }
 
     /// The next signal that is sent, if they were taken to be passed on.
@@ -101,16 +87,7 @@ impl Signals {
 
     /// The next signal that was sent.
     pub fn next(&self) -> Option<i32> {
-        let mut info = MaybeUninit::<libc::signalfd_siginfo>::uninit();
-        let size = size_of::<libc::signalfd_siginfo>();
-        // SAFETY: writes at most `size` bytes to a structure of that size.
-        let read = unsafe { libc::read(self.0.as_raw_fd(), info.as_mut_ptr().cast(), size) };
-        if usize::try_from(read) != Ok(size) {
-            return None;
-        }
-        // SAFETY: all of it was written.
-        let info = unsafe { info.assume_init() };
-        i32::try_from(info.ssi_signo).ok()
+        self.0.next_signal()
     }
 }
 
@@ -122,7 +99,7 @@ impl StartSignals {
     /// Blocks all signals that a VM's supervisor takes, in this thread and all that it starts.
     pub fn take() -> io::Result<Self> {
         leave_to_others()?;
-        Signals::take(&ENDING, libc::SFD_NONBLOCK).map(StartSignals)
+        Signals::take(&ENDING, false).map(StartSignals)
     }
 
     /// Fails if a signal was sent.
@@ -186,23 +163,6 @@ impl StartSignals {
 impl AsFd for StartSignals {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
-    }
-}
-
-fn ignored(signal: libc::c_int) -> bool {
-    let mut action = MaybeUninit::<libc::sigaction>::uninit();
-    // SAFETY: changes nothing; fills in the structure, or fails.
-    let asked = unsafe { libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) };
-    // SAFETY: the call succeeded.
-    asked == 0 && unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
-}
-
-fn mask(how: libc::c_int, signals: &[libc::c_int]) -> io::Result<libc::sigset_t> {
-    let set = create_sigset(signals).map_err(io::Error::from)?;
-    // SAFETY: reads a live set.
-    match unsafe { libc::pthread_sigmask(how, &set, std::ptr::null_mut()) } {
-        0 => Ok(set),
-        error => Err(io::Error::from_raw_os_error(error)),
     }
 }
 

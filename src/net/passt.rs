@@ -22,7 +22,7 @@ use crate::failure::{Failure, OrFail};
 use crate::helper::{self, Chatter, Helper, Ready};
 use crate::machine::StartSignals;
 use crate::sandbox::Door;
-use mayfly_process::find_program;
+use mayfly_process::programs::find_program;
 
 const PROGRAM: &str = "passt";
 /// What a process that waits to become it is called.

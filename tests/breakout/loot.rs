@@ -163,7 +163,7 @@ impl Loot {
         };
         command.env(KVM, kvm.to_string());
         // SAFETY: one system call between fork and exec.
-        unsafe { command.pre_exec(move || mayfly_process::inherit(kvm)) };
+        unsafe { command.pre_exec(move || mayfly_process::programs::inherit(kvm)) };
     }
 }
 

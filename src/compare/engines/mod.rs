@@ -183,7 +183,7 @@ pub fn find(name: &str, place: &Place) -> Result<Box<dyn Engine>, String> {
 
 /// A program of the host.
 fn program(name: &str) -> Result<PathBuf, String> {
-    let found = mayfly_process::find_program(name);
+    let found = mayfly_process::programs::find_program(name);
     found.ok_or_else(|| format!("{name} is not installed"))
 }
 

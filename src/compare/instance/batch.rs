@@ -12,7 +12,7 @@ use super::super::processes::{descendants, kill_descendants};
 use super::super::undo::{run_quietly, undo};
 use super::watch::Watch;
 use super::{Instance, Launch, SIGNALLED, Sign, now};
-use crate::machine::Signals;
+use mayfly_process::signals::SignalFd;
 
 /// One that is told to end has so long.
 const FAREWELL: Duration = Duration::from_secs(10);
@@ -44,7 +44,7 @@ pub struct Batch {
 /// What ends a comparison early.
 pub struct Ends {
     /// SIGINT, SIGTERM, SIGHUP; and SIGCHLD, as launchers end.
-    pub signals: Signals,
+    pub signals: SignalFd,
     /// Is closed when our other half is gone.
     pub other_half: OwnedFd,
     /// Who stays when all instances ended (see `Engine::residents`).
@@ -181,7 +181,7 @@ impl Batch {
             }
         }
         if ready.first() == Some(&true) {
-            while let Some(signal) = ends.signals.next() {
+            while let Some(signal) = ends.signals.next_signal() {
                 if signal != libc::SIGCHLD {
                     return Err(BatchError::Interrupted);
                 }

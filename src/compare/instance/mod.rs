@@ -26,7 +26,7 @@ use self::watch::Watch;
 use super::model::{Mark, Sample};
 use super::overlay::Overlay;
 use super::undo::undo;
-use mayfly_process::{inherit, unblock_signals};
+use mayfly_process::programs::{inherit, unblock_signals};
 
 /// Before each of the probe's records (see `guest/src/probe`).
 const RECORD: u8 = 0x1e;
