@@ -10,6 +10,18 @@ pub trait BusDevice: Send {
     fn read(&mut self, offset: u64, data: &mut [u8]);
     /// Takes what the guest writes.
     fn write(&mut self, offset: u64, data: &[u8]);
+    /// Those of its registers that need not wait for the device.
+    fn shared(&self) -> Option<Arc<dyn SharedRegisters>> {
+        None
+    }
+}
+
+/// Registers that are accessed while their device does something else.
+pub trait SharedRegisters: Send + Sync {
+    /// Fills `data` with what the guest reads; false if that is the device's to do.
+    fn read(&self, offset: u64, data: &mut [u8]) -> bool;
+    /// Takes what the guest writes; false if that is the device's to do.
+    fn write(&self, offset: u64, data: &[u8]) -> bool;
 }
 
 /// A range that is taken.
@@ -23,6 +35,7 @@ pub struct Overlap {
 struct Slot {
     len: u64,
     device: Arc<Mutex<dyn BusDevice>>,
+    shared: Option<Arc<dyn SharedRegisters>>,
 }
 
 /// An address space.
@@ -47,7 +60,13 @@ impl Bus {
         if below.is_some_and(|(&start, slot)| start + slot.len > base) {
             return Err(overlap);
         }
-        self.slots.insert(base, Slot { len, device });
+        let shared = lock(&device).shared();
+        let slot = Slot {
+            len,
+            device,
+            shared,
+        };
+        self.slots.insert(base, slot);
         Ok(())
     }
 
@@ -55,14 +74,20 @@ impl Bus {
     pub fn read(&self, address: u64, data: &mut [u8]) {
         data.fill(0xff);
         if let Some((offset, slot)) = self.find(address, data.len()) {
-            lock(&slot.device).read(offset, data);
+            let shared = slot.shared.as_ref();
+            if !shared.is_some_and(|shared| shared.read(offset, data)) {
+                lock(&slot.device).read(offset, data);
+            }
         }
     }
 
     /// Where nothing answers, a write is lost.
     pub fn write(&self, address: u64, data: &[u8]) {
         if let Some((offset, slot)) = self.find(address, data.len()) {
-            lock(&slot.device).write(offset, data);
+            let shared = slot.shared.as_ref();
+            if !shared.is_some_and(|shared| shared.write(offset, data)) {
+                lock(&slot.device).write(offset, data);
+            }
         }
     }
 

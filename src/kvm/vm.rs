@@ -3,13 +3,16 @@
 #![allow(unsafe_code, reason = "KVM is given guest memory")]
 
 use std::io;
+use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
-    kvm_userspace_memory_region,
+    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY,
+    kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use mayfly_boot::layout;
+use mayfly_devices::bus::lock;
+use mayfly_devices::virtio::registers::RegisterPage;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -79,6 +82,9 @@ pub struct Vm {
     pub(super) fd: VmFd,
     // Behind `fd`, so that it is unmapped only when the machine is gone.
     memory: Option<GuestMemory>,
+    /// Registers that the guest reads by itself, if KVM can let it.
+    shown: Mutex<Vec<Arc<RegisterPage>>>,
+    read_only_memory: bool,
     /// What KVM lets CPUID say.
     pub supported_cpuid: CpuId,
     /// KVM's local APICs have the TSC-deadline mode.
@@ -105,6 +111,8 @@ impl Vm {
         Ok(Vm {
             fd,
             memory: None,
+            shown: Mutex::default(),
+            read_only_memory: kvm.check_extension(Cap::ReadonlyMem),
             supported_cpuid,
             tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
         })
@@ -126,6 +134,37 @@ impl Vm {
                 .map_err(doing("giving the guest memory"))?;
         }
         self.memory = Some(memory.clone());
+        Ok(())
+    }
+
+    /// Lets the guest read a transport's registers by itself, at an address; what it
+    /// writes there is an exit as ever. Does nothing where KVM cannot do it, or the device
+    /// hears of reads.
+    pub fn show_registers(
+        &self,
+        registers: &Arc<RegisterPage>,
+        address: u64,
+    ) -> Result<(), KvmError> {
+        let Some(start) = registers.address().filter(|_| self.read_only_memory) else {
+            return Ok(());
+        };
+        let mut shown = lock(&self.shown);
+        let memory = self
+            .memory
+            .as_ref()
+            .map_or(0, |memory| memory.num_regions());
+        let slot = u32::try_from(memory + shown.len()).unwrap_or(u32::MAX);
+        let description = kvm_userspace_memory_region {
+            slot,
+            guest_phys_addr: address,
+            memory_size: layout::VIRTIO_MMIO_SIZE.into(),
+            userspace_addr: start as u64,
+            flags: KVM_MEM_READONLY,
+        };
+        // SAFETY: a page of that size, kept below, which the guest cannot write to.
+        unsafe { self.fd.set_user_memory_region(description) }
+            .map_err(doing("letting the guest read registers"))?;
+        shown.push(registers.clone());
         Ok(())
     }
 

@@ -11,7 +11,9 @@ use mayfly_devices::virtio::block::{Block, Prepare};
 use mayfly_devices::virtio::console::{Channels, Console};
 use mayfly_devices::virtio::device::{DeviceId, VirtioDevice};
 use mayfly_devices::virtio::fs::Fs;
-use mayfly_devices::virtio::mmio::{NOTIFY_OFFSET, VirtioMmio};
+use mayfly_devices::virtio::mmio::{
+    INTERRUPT_ACK_OFFSET, NOTIFY_OFFSET, QUEUES_ACKNOWLEDGED, VirtioMmio,
+};
 use mayfly_devices::virtio::net::{Backend, Net};
 use mayfly_devices::virtio::rng::Rng;
 use mayfly_devices::virtio::vsock::{Vsock, VsockState};
@@ -249,6 +251,11 @@ fn place(
         vm.connect_notification(kick, addr + NOTIFY_OFFSET, queue)
             .or_host(&flag)?;
     }
+    // KVM keeps the event, which nobody waits for.
+    vm.connect_notification(&event()?, addr + INTERRUPT_ACK_OFFSET, QUEUES_ACKNOWLEDGED)
+        .or_host(&flag)?;
+    vm.show_registers(transport.registers(), addr)
+        .or_host(&flag)?;
     let transport = Arc::new(Mutex::new(transport));
     buses
         .mmio

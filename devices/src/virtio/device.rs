@@ -37,7 +37,12 @@ pub trait VirtioDevice: Send {
     /// What the guest reads of the configuration space.
     fn config(&self) -> &[u8];
 
-    /// The guest has read of the configuration space.
+    /// It wants to hear of reads of the configuration space, which makes them slower.
+    fn hears_config_reads(&self) -> bool {
+        false
+    }
+
+    /// The guest has read of the configuration space. Comes only if the device wants it.
     fn config_read(&mut self) {}
 
     /// The guest writes to the configuration space. The offset is any number.

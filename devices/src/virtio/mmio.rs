@@ -12,11 +12,12 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{DeviceId, NeedsReset, Token, VirtioDevice};
 use super::queues::Queues;
+use super::registers::{CONFIG, RegisterPage};
 use super::state::{
     QueueSetup, RestoreError, SaveError, TransportState, VERSION as STATE_VERSION, VirtioState,
 };
 use super::{GuestMemory, feature};
-use crate::bus::BusDevice;
+use crate::bus::{BusDevice, SharedRegisters};
 use crate::number::halves;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
@@ -24,6 +25,14 @@ const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"MYFL");
 /// The offset of the register that the driver writes a queue's index to.
 pub const NOTIFY_OFFSET: u64 = reg::VIRTIO_MMIO_QUEUE_NOTIFY as u64;
+/// The offset of the register by which the driver acknowledges interrupts.
+pub const INTERRUPT_ACK_OFFSET: u64 = reg::VIRTIO_MMIO_INTERRUPT_ACK as u64;
+/// What the driver acknowledges when queues, and nothing else, interrupted it.
+///
+/// Whether the transport hears of it does not matter: the status then says for good that
+/// queues interrupted, and a driver copes with having nothing to take from them (virtio
+/// 1.2, 2.7.7.3). So KVM may take these writes, which spares the way to this process.
+pub const QUEUES_ACKNOWLEDGED: u32 = Interrupt::QUEUE.bits();
 /// What the transport itself offers.
 pub(super) const FEATURES: u64 = feature(bits::VIRTIO_F_VERSION_1)
     | feature(VIRTIO_RING_F_INDIRECT_DESC)
@@ -94,7 +103,9 @@ pub struct VirtioMmio {
     memory: Arc<GuestMemory>,
     interrupt: EventFd,
     kicks: Vec<EventFd>,
+    /// All but what the driver reads of it is in [`VirtioMmio::page`].
     state: TransportState,
+    page: Arc<RegisterPage>,
     /// There from the activation to the reset, or to the driver's first fault.
     active: Option<Queues>,
     counters: Counters,
@@ -112,7 +123,9 @@ impl VirtioMmio {
             .iter()
             .map(|_| EventFd::new(EFD_NONBLOCK))
             .collect::<Result<_, _>>()?;
+        let page = RegisterPage::new(device.hears_config_reads());
         let mut transport = VirtioMmio {
+            page,
             device,
             memory,
             interrupt,
@@ -138,6 +151,11 @@ impl VirtioMmio {
     /// The device's sources of events.
     pub fn sources(&self) -> Vec<(Token, RawFd)> {
         self.device.sources()
+    }
+
+    /// What the driver reads.
+    pub fn registers(&self) -> &Arc<RegisterPage> {
+        &self.page
     }
 
     /// The kind of device.
@@ -194,6 +212,7 @@ impl VirtioMmio {
         let mut transport = VirtioMmio::new(device, memory, interrupt).map_err(host)?;
         transport.check(&state.transport)?;
         transport.state = state.transport;
+        transport.page.raise(transport.state.interrupts);
         let status = transport.status();
         if status.contains(Status::DRIVER_OK) && !status.contains(Status::NEEDS_RESET) {
             let activated = transport.try_activate();
@@ -204,7 +223,8 @@ impl VirtioMmio {
         if transport.active.is_some() {
             transport.kick_all();
         }
-        if transport.state.interrupts != 0 {
+        transport.publish();
+        if transport.page.interrupt_status() != 0 {
             // Only refuses when it is signalled already.
             let _ = transport.interrupt.write(1);
         }
@@ -233,6 +253,7 @@ impl VirtioMmio {
 
     fn transport_state(&self) -> TransportState {
         let mut state = self.state.clone();
+        state.interrupts = self.page.interrupt_status();
         let live = self.active.iter().flat_map(Queues::states);
         for (setup, live) in state.queues.iter_mut().zip(live) {
             if let Some(live) = live {
@@ -292,6 +313,7 @@ impl VirtioMmio {
         if queues.take_config_changed() {
             self.state.config_generation = self.state.config_generation.wrapping_add(1);
             interrupt |= Interrupt::CONFIG;
+            self.publish();
         }
         interrupt.set(Interrupt::QUEUE, ended == Ok(true));
         if !interrupt.is_empty() {
@@ -304,7 +326,7 @@ impl VirtioMmio {
 
     fn raise(&mut self, interrupt: Interrupt) {
         self.counters.interrupts += 1;
-        self.state.interrupts |= interrupt.bits();
+        self.page.raise(interrupt.bits());
         // Only refuses when it is signalled already.
         let _ = self.interrupt.write(1);
     }
@@ -316,6 +338,7 @@ impl VirtioMmio {
         self.active = None;
         self.device.reset();
         self.state.status |= Status::NEEDS_RESET.bits();
+        self.publish();
         if self.status().contains(Status::DRIVER_OK) {
             self.raise(Interrupt::CONFIG);
         }
@@ -335,6 +358,18 @@ impl VirtioMmio {
                 .collect(),
             ..Default::default()
         };
+        self.page.set(reg::VIRTIO_MMIO_INTERRUPT_STATUS, 0);
+        self.publish();
+    }
+
+    /// Lets the driver read what is so now. The interrupt status is always so.
+    fn publish(&self) {
+        for offset in (0..reg::VIRTIO_MMIO_CONFIG).step_by(size_of::<u32>()) {
+            if offset != reg::VIRTIO_MMIO_INTERRUPT_STATUS {
+                self.page.set(offset, self.read_register(offset));
+            }
+        }
+        self.page.set_config(self.device.config());
     }
 
     fn status(&self) -> Status {
@@ -426,7 +461,6 @@ impl VirtioMmio {
             }
             reg::VIRTIO_MMIO_QUEUE_NUM_MAX => self.queue().map_or(0, |queue| queue.max_size.into()),
             reg::VIRTIO_MMIO_QUEUE_READY => self.queue().map_or(0, |queue| queue.ready.into()),
-            reg::VIRTIO_MMIO_INTERRUPT_STATUS => self.state.interrupts,
             reg::VIRTIO_MMIO_STATUS => self.state.status,
             // No shared memory: a length of all ones says so.
             reg::VIRTIO_MMIO_SHM_LEN_LOW..=reg::VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
@@ -458,7 +492,6 @@ impl VirtioMmio {
                     let _ = kick.write(1);
                 }
             }
-            reg::VIRTIO_MMIO_INTERRUPT_ACK => self.state.interrupts &= !value,
             reg::VIRTIO_MMIO_STATUS => self.set_status(value),
             _ => {
                 let Some(queue) = self.queue_mut() else {
@@ -490,28 +523,26 @@ impl VirtioMmio {
 
 impl BusDevice for VirtioMmio {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        if let Some(start) = offset.checked_sub(reg::VIRTIO_MMIO_CONFIG.into()) {
-            let config = self.device.config();
-            let rest = usize::try_from(start)
-                .ok()
-                .and_then(|start| config.get(start..));
-            for (target, source) in data.iter_mut().zip(rest.unwrap_or_default()) {
-                *target = *source;
-            }
+        if !self.page.read(offset, data) {
+            self.page.copy(offset, data);
             self.device.config_read();
-        } else if let (Ok(offset @ 0..0x100), 4) = (u32::try_from(offset), data.len()) {
-            data.copy_from_slice(&self.read_register(offset).to_le_bytes());
         }
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        if let Some(start) = offset.checked_sub(reg::VIRTIO_MMIO_CONFIG.into()) {
-            return self.device.write_config(start, data);
+        if self.page.write(offset, data) {
+            return;
         }
-        if let (Ok(offset @ 0..0x100), Ok(value)) = (u32::try_from(offset), data.try_into()) {
+        if let Some(start) = offset.checked_sub(CONFIG) {
+            self.device.write_config(start, data);
+        } else if let (Ok(offset), Ok(value)) = (u32::try_from(offset), data.try_into()) {
             self.write_register(offset, u32::from_le_bytes(value));
         }
+        self.publish();
+    }
+
+    fn shared(&self) -> Option<Arc<dyn SharedRegisters>> {
+        Some(self.page.clone())
     }
 }
 

@@ -1,5 +1,9 @@
+use std::sync::Mutex;
+
 use super::*;
+use crate::bus::{Bus, lock};
 use crate::virtio::balloon::Balloon;
+use crate::virtio::console::Console;
 use crate::virtio::rng::Rng;
 use crate::virtio::state::DeviceState;
 use crate::virtio::testing::{Descriptor, Driver, MEMORY, SIZE};
@@ -231,6 +235,65 @@ fn indirect_chains_work() {
     driver.offer(0, 0);
     driver.kick(0);
     assert_eq!(driver.used(0), [(0, 4)]);
+}
+
+#[test]
+fn registers_are_read_while_the_device_works() {
+    let mut driver = driver();
+    driver.start(0);
+    driver.add(0, &[Descriptor::writable(0x8000, 4)]);
+    driver.kick(0);
+    let transport = Arc::new(Mutex::new(driver.transport));
+    let mut bus = Bus::default();
+    bus.insert(0, 0x1000, transport.clone()).unwrap();
+    let read = |offset: u32| {
+        let mut data = [0; 4];
+        bus.read(offset.into(), &mut data);
+        u32::from_le_bytes(data)
+    };
+    // A thread that waited for the device would wait for ever.
+    let _working = lock(&transport);
+    assert_eq!(read(reg::VIRTIO_MMIO_MAGIC_VALUE), MAGIC);
+    assert_eq!(read(reg::VIRTIO_MMIO_INTERRUPT_STATUS), QUEUES_ACKNOWLEDGED);
+    bus.write(INTERRUPT_ACK_OFFSET, &QUEUES_ACKNOWLEDGED.to_le_bytes());
+    assert_eq!(read(reg::VIRTIO_MMIO_INTERRUPT_STATUS), 0);
+}
+
+#[test]
+fn the_page_of_registers_says_what_reads_say() {
+    let mut driver = Driver::new(Box::new(Console::new(event()).unwrap()));
+    // This one hears of reads, so the guest must not do them by itself.
+    assert!(driver.transport.registers().address().is_none());
+    assert!(!driver.transport.registers().read(CONFIG, &mut [0]));
+
+    let nothing = crate::virtio::balloon::tests::Host::default();
+    driver = Driver::new(Box::new(
+        Balloon::new(nothing, Default::default(), 7 * 4096).unwrap(),
+    ));
+    driver.start(0);
+    driver.write_register(reg::VIRTIO_MMIO_CONFIG + 4, 3); // actual
+    let page = driver.transport.registers().clone();
+    assert_eq!(page.address().unwrap() as usize % 4096, 0);
+    for offset in (0..reg::VIRTIO_MMIO_CONFIG + 8).step_by(4) {
+        let mut data = [0xee; 4];
+        assert!(page.read(offset.into(), &mut data));
+        assert_eq!(u32::from_le_bytes(data), driver.read_register(offset));
+    }
+    assert_eq!(driver.read_register(reg::VIRTIO_MMIO_CONFIG), 7);
+    assert_eq!(driver.read_register(reg::VIRTIO_MMIO_CONFIG + 4), 3);
+    let status = driver.read_register(reg::VIRTIO_MMIO_STATUS);
+    driver.reset();
+    assert_ne!(status, driver.read_register(reg::VIRTIO_MMIO_STATUS));
+    // Whatever the driver reads, and however much.
+    for (offset, len) in [(0xffe, 8), (0x1000, 4), (u64::MAX, 16), (0x71, 3)] {
+        let mut data = vec![0xee; len];
+        driver.transport.read(offset, &mut data);
+        assert!(!data.contains(&0xee));
+    }
+}
+
+fn event() -> EventFd {
+    EventFd::new(EFD_NONBLOCK).unwrap()
 }
 
 fn fresh() -> Box<Rng<std::io::Repeat>> {

@@ -10,6 +10,7 @@ pub mod fs;
 pub mod mmio;
 pub mod net;
 pub mod queues;
+pub mod registers;
 pub mod rng;
 mod round_robin;
 pub mod state;

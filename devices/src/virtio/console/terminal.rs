@@ -91,6 +91,10 @@ impl VirtioDevice for Console {
         &self.config
     }
 
+    fn hears_config_reads(&self) -> bool {
+        true
+    }
+
     fn config_read(&mut self) {
         if self.told {
             self.port.set_open(true);
