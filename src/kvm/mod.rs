@@ -1,6 +1,7 @@
 //! The only users of KVM's ioctls.
 
 pub mod accept;
+pub mod base;
 pub mod cpuid;
 pub mod gate;
 pub mod memory;
