@@ -33,6 +33,7 @@ pub mod net;
 pub mod progress_bars;
 pub mod run;
 pub mod sandbox;
+pub mod snapshot;
 pub mod timing;
 pub mod unix_socket;
 pub mod virtiofsd;

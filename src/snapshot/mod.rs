@@ -1,0 +1,3 @@
+//! What is kept of a VM that does not run.
+
+pub mod memory;
