@@ -220,7 +220,7 @@ const TOOLS: &str = "
 /// A guest with them.
 fn guest(script: &str) -> Guest {
     let script = format!("{TOOLS}\n{script}");
-    Guest::with_archives("cloud-6.12", "vmlinux", &script, &["udp-echo.cpio"])
+    Guest::with_archives("cloud-6.12", "vmlinux", &script, &["datagrams.cpio"])
 }
 
 /// Starts a guest whose network has these keys.
@@ -511,6 +511,32 @@ impl Reach {
         );
     }
 
+    /// Answers datagrams, each from the address that it was for.
+    fn serve(internet: &Internet) {
+        let answer = |namespace: &Namespace, addresses: &[&str]| {
+            for address in addresses {
+                let socket = within(namespace, || UdpSocket::bind((*address, NOTE)).unwrap());
+                std::thread::spawn(move || {
+                    let mut data = [0; 100];
+                    while let Ok((len, from)) = socket.recv_from(&mut data) {
+                        let _ = socket.send_to(&data[..len], from);
+                    }
+                });
+            }
+        };
+        let Reach {
+            public,
+            private,
+            special,
+            own,
+        } = REACH;
+        let world = [public, private, special].map(str::split_whitespace);
+        let world: Vec<&str> = world.into_iter().flatten().collect();
+        answer(&internet.world, &world);
+        let own = own.split_whitespace().chain(["127.0.0.1", "::1"]);
+        answer(&internet.host, &own.collect::<Vec<_>>());
+    }
+
     /// From the host, all of them answer.
     fn check(internet: &Internet) {
         within(internet, || {
@@ -522,10 +548,31 @@ impl Reach {
                         .unwrap_or_else(|error| panic!("{address}: {error}"));
                     client.read_exact(&mut line).unwrap();
                     assert_eq!(&line, b"note of ", "{address}");
+                    let any = if to.is_ipv4() { "0.0.0.0" } else { "::" };
+                    let client = UdpSocket::bind((any, 0)).unwrap();
+                    client
+                        .set_read_timeout(Some(Duration::from_secs(20)))
+                        .unwrap();
+                    client.connect((to, NOTE)).unwrap();
+                    client.send(b"question").unwrap();
+                    let answer = client.recv(&mut line);
+                    answer.unwrap_or_else(|error| panic!("UDP to {address}: {error}"));
                 }
             }
         });
     }
+}
+
+/// What `reach` says of an address: it answers, or is refused at once, which is
+/// "administratively prohibited" (RFC 1812, RFC 4443).
+fn is_answered(told: &str, address: &str) -> bool {
+    let error = match address.contains(':') {
+        true => "Permission denied",
+        false => "No route to host",
+    };
+    let answers = told == "answered";
+    assert!(answers || told.starts_with(error), "{address}: {told}");
+    answers
 }
 
 /// The table of what a guest reaches, tried from inside, with listeners everywhere.
@@ -534,6 +581,7 @@ fn what_a_guest_reaches_without_being_allowed() {
     let internet = internet("table").with_ipv6();
     let _servers = Servers::start(&internet);
     Reach::give(&internet);
+    Reach::serve(&internet);
     Reach::check(&internet);
     let Reach {
         public,
@@ -541,14 +589,18 @@ fn what_a_guest_reaches_without_being_allowed() {
         special,
         own,
     } = REACH;
+    let inside = format!("{LINK}%eth0 10.0.2.2 fd6d:6179:666c::2");
     let script = format!(
-        "try() {{ for address in $*; do echo $address: $(note $address); done; }}
+        "try() {{
+             for address in $*; do echo $address: $(note $address); done
+             reach udp $*
+             reach ping $*
+         }}
+         echo 0 2147483647 >/proc/sys/net/ipv4/ping_group_range
          echo name: $(ask lan.example)
          sleep 1
          await_ipv6
-         try {public}; try {private}; try {special}; try {own}
-         try {LINK}%eth0 10.0.2.2 fd6d:6179:666c::2
-         echo ping: $(ping -c 1 -W 1 169.254.169.254 >/dev/null 2>&1 && echo reached)
+         try {public}; try {private}; try {special}; try {own}; try {inside}
          echo tried: all"
     );
     let open = |told: &str, address: &str, keys: &str| {
@@ -557,7 +609,6 @@ fn what_a_guest_reaches_without_being_allowed() {
         assert!(refused != reached, "{keys}: {address}: {told}");
         reached
     };
-    let inside = format!("{LINK}%eth0 10.0.2.2 fd6d:6179:666c::2");
     let try_all = |keys: &str, expected: [bool; 5], named: &str| {
         let guest = start(&internet, keys, &script);
         let ended = guest.wait();
@@ -565,13 +616,19 @@ fn what_a_guest_reaches_without_being_allowed() {
         let all = [public, private, special, own, &inside];
         for (addresses, expected) in all.into_iter().zip(expected) {
             for address in addresses.split_whitespace() {
-                let told = told(&ended.stdout, &format!("{address}:"));
                 let named = named.split_whitespace().any(|it| it == address);
-                let reached = open(told, address, keys);
+                let tcp = told(&ended.stdout, &format!("{address}:"));
+                let reached = open(tcp, address, keys);
                 assert_eq!(reached, expected || named, "{keys}: {address}: {ended:?}");
+                for protocol in ["udp", "ping"] {
+                    let got = told(&ended.stdout, &format!("{protocol} {address}:"));
+                    let reached = is_answered(got, address);
+                    // Rules with a port are for it alone.
+                    let expected = expected || named && protocol == "udp";
+                    assert_eq!(reached, expected, "{keys}: {protocol} {address}: {ended:?}");
+                }
             }
         }
-        assert_eq!(told(&ended.stdout, "ping:"), "", "{ended:?}");
         ended
     };
     let ended = try_all(",isolated", [true, false, false, false, false], "");
@@ -598,6 +655,7 @@ fn the_host_s_new_address_is_closed() {
     let internet = internet("new").with_ipv6();
     let _servers = Servers::start(&internet);
     Reach::give(&internet);
+    Reach::serve(&internet);
     Reach::check(&internet);
     let Reach {
         public,
@@ -606,7 +664,12 @@ fn the_host_s_new_address_is_closed() {
         own,
     } = REACH;
     let script = format!(
-        "try() {{ for address in $*; do echo $address: $(note $address); done; }}
+        "try() {{
+             for address in $*; do echo $address: $(note $address); done
+             reach udp $*
+             reach ping $*
+         }}
+         echo 0 2147483647 >/proc/sys/net/ipv4/ping_group_range
          await_ipv6
          try {public}; try {private}; try {special}; try {own}
          echo waits: now
@@ -623,8 +686,13 @@ fn the_host_s_new_address_is_closed() {
         (own, "Connection refused"),
     ] {
         for address in addresses.split_whitespace() {
-            let told = told(&console, &format!("{address}:"));
-            assert!(told.contains(words), "{address}: {told}: {console}");
+            let tcp = told(&console, &format!("{address}:"));
+            assert!(tcp.contains(words), "{address}: {tcp}: {console}");
+            for protocol in ["udp", "ping"] {
+                let got = told(&console, &format!("{protocol} {address}:"));
+                let expected = words == "note of";
+                assert_eq!(is_answered(got, address), expected, "{protocol} {address}");
+            }
         }
     }
     ip(&internet.host, "addr add 198.51.100.2/32 dev lo");
