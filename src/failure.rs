@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use mayfly_text::printable;
 
+use crate::compare;
+
 /// Whose fault it is; the value is the exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[repr(u8)]
@@ -134,6 +136,17 @@ impl From<mayfly_image::Error> for Failure {
             ErrorKind::Internal => Class::Internal,
         };
         Failure::new(class, with_causes(error.to_string(), &error))
+    }
+}
+
+impl From<compare::Error> for Failure {
+    fn from(error: compare::Error) -> Self {
+        let class = match error.kind() {
+            compare::ErrorKind::Invalid => Class::Config,
+            compare::ErrorKind::Host => Class::Host,
+            compare::ErrorKind::Internal => Class::Internal,
+        };
+        Failure::new(class, error.text())
     }
 }
 

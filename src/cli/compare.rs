@@ -9,10 +9,18 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::ValueEnum;
 
-use crate::compare::{self, ENGINES, INTERRUPTED, Measure, Options, Outcome, report};
-use crate::config::parse_size;
+use mayfly_image::{PullOptions, Store};
+
+use crate::compare::{self, ENGINES, INTERRUPTED, Options, Outcome, report};
+use crate::config::{CMDLINE_QUICK, parse_size};
+use crate::data_folder::data_folder;
 use crate::failure::{Failure, OrFail};
+use crate::guests;
 use crate::kvm::accept::AcceptKvm;
+use crate::machine;
+use crate::net::passt;
+use crate::progress_bars::Bars;
+use crate::sandbox;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -28,6 +36,33 @@ measured, and how to read it.";
 const MIB: u32 = 20;
 const WIDTH: usize = 80;
 const WIDTH_MAX: usize = 120;
+
+/// What is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Measure {
+    /// Starts, in phases.
+    Start,
+    /// What instances that idle have in memory.
+    Memory,
+    /// Many at once.
+    Load,
+    /// What usual work costs.
+    Steady,
+    /// What can be seen from inside.
+    Isolation,
+}
+
+impl From<Measure> for compare::Measure {
+    fn from(measure: Measure) -> Self {
+        match measure {
+            Measure::Start => compare::Measure::Start,
+            Measure::Memory => compare::Measure::Memory,
+            Measure::Load => compare::Measure::Load,
+            Measure::Steady => compare::Measure::Steady,
+            Measure::Isolation => compare::Measure::Isolation,
+        }
+    }
+}
 
 /// Flags.
 #[derive(clap::Args)]
@@ -96,7 +131,9 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         return Err(Failure::config("--drop-caches: only root may"));
     }
     if args.only_obtain {
-        return compare::obtain(&args.image).map(|_| ExitCode::SUCCESS);
+        let store = Store::open(&data_folder()?)?;
+        store.obtain(&args.image, &PullOptions::default(), &Bars::new())?;
+        return Ok(ExitCode::SUCCESS);
     }
     // What cannot be written is told before, not after minutes.
     for path in [&args.json, &args.html, &args.csv].into_iter().flatten() {
@@ -112,18 +149,21 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         warmup: args.warmup,
         engines: args.engines,
         measures: match args.measure.is_empty() {
-            true => Measure::value_variants().to_vec(),
-            false => args.measure,
-        },
+            true => Measure::value_variants(),
+            false => &args.measure,
+        }
+        .iter()
+        .map(|&it| it.into())
+        .collect(),
         parallel: args.parallel,
         cpus: args.cpus,
         memory_mib: memory >> MIB,
         seed: args.seed.unwrap_or(u64::from(time.subsec_nanos())),
         drop_caches: args.drop_caches,
         patience: Duration::from_secs(args.patience),
-        accept_kvm: args.accept_kvm,
+        mayfly: mayfly(args.accept_kvm)?,
     };
-    let (report, failure) = match compare::compare(&options)? {
+    let (report, failure) = match compare::compare(&options, &Bars::new())? {
         Outcome::Status(status) => return Ok(ExitCode::from(status)),
         Outcome::Report(report, failure) => (report, failure),
     };
@@ -148,6 +188,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         shown.push(text.and_then(|text| write(path, &text)));
     }
     let failures = failure
+        .map(Failure::from)
         .into_iter()
         .chain(shown.into_iter().filter_map(Result::err));
     let failures: Vec<Failure> = failures.collect();
@@ -159,6 +200,33 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         None if report.interrupted => Ok(ExitCode::from(INTERRUPTED)),
         None => Ok(ExitCode::SUCCESS),
     }
+}
+
+/// What mayfly tells of itself as one engine of several.
+fn mayfly(accept_kvm: AcceptKvm) -> Result<compare::Mayfly, Failure> {
+    let guest = guests::ensure_default()?;
+    Ok(compare::Mayfly {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        store: data_folder()?,
+        guest: compare::Guest {
+            name: guest.name(),
+            kernel: guest.kernel(),
+            initrd: guest.compare_initrd(),
+            run_initrd: guest.run_initrd(),
+            probe: guest.probe(),
+        },
+        cmdline: CMDLINE_QUICK.to_owned(),
+        check_kvm: Box::new(move || {
+            let opened = machine::open_kvm(accept_kvm);
+            opened.map(drop).map_err(|failure| failure.to_string())
+        }),
+        flags: match accept_kvm.accept_kvm {
+            true => vec!["--accept-kvm".to_owned()],
+            false => Vec::new(),
+        },
+        passt: passt::program(),
+        system_calls: sandbox::calls_max(),
+    })
 }
 
 fn engine(text: &str) -> Result<String, String> {

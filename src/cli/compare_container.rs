@@ -28,5 +28,5 @@ pub fn run(args: &Args, launched: u64) -> ExitCode {
 fn status(args: &Args, launched: u64) -> Result<u8, Failure> {
     let text = fs::read(&args.spec).or_config(args.spec.display())?;
     let spec: Spec = serde_json::from_slice(&text).or_config(args.spec.display())?;
-    container::run(&spec, launched)
+    Ok(container::run(&spec, launched)?)
 }

@@ -6,7 +6,12 @@ use super::capabilities;
 use super::model::{EngineReport, Isolation};
 
 /// Puts what is seen inside beside what is seen outside.
-pub fn isolation(report: &EngineReport, facts: &Facts, host: &Facts) -> Isolation {
+pub fn isolation(
+    report: &EngineReport,
+    facts: &Facts,
+    host: &Facts,
+    mayflys_calls: Option<u32>,
+) -> Isolation {
     let shared = same_kernel(facts, host);
     // Another kernel has the same numbers for namespaces that are not the host's, and may
     // have as many CPUs.
@@ -37,7 +42,7 @@ pub fn isolation(report: &EngineReport, facts: &Facts, host: &Facts) -> Isolatio
             false => Some(0),
         },
         monitor_syscalls: match report.name.as_str() {
-            "mayfly" => crate::sandbox::calls_max(),
+            "mayfly" => mayflys_calls,
             _ => None,
         },
         devices: facts.devices.clone(),
@@ -105,7 +110,7 @@ mod tests {
         ] {
             for kind in [Kind::Process, Kind::Container, Kind::Vm, Kind::Own] {
                 let report = EngineReport::new("it", kind);
-                let found = isolation(&report, &seen, &host);
+                let found = isolation(&report, &seen, &host, None);
                 assert_eq!(found.host_kernel, shared, "{seen:?}");
                 assert_eq!(found.host_syscalls, Some(if shared { 300 } else { 0 }));
                 assert_eq!(found.host_namespaces.len(), if shared { 2 } else { 0 });

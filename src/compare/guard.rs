@@ -22,7 +22,7 @@ use rustix::process::{
 use super::processes::{descendants, kill_descendants, kill_marked, take_signals};
 use super::removal::{empty, open};
 use super::undo::undo;
-use crate::failure::{Failure, OrFail};
+use crate::compare::error::{Context, Error};
 
 /// Names what is to be undone.
 const JOURNAL: &str = "undo.json";
@@ -55,13 +55,13 @@ pub type Undo = Vec<Vec<OsString>>;
 
 impl Scene {
     /// Makes one, and removes those of comparisons that were killed.
-    pub fn create() -> Result<Self, Failure> {
+    pub fn create() -> Result<Self, Error> {
         let mut places = places();
         places.iter().for_each(|place| sweep(place));
         sweep(Path::new(DISK));
         places.retain(|place| may_execute(place));
         let above = places.first().ok_or_else(|| {
-            Failure::host("there is no folder for temporary files whose programs may run")
+            Error::host("there is no folder for temporary files whose programs may run")
         })?;
         let what = || above.display().to_string();
         let folder = tempfile::Builder::new()
@@ -81,10 +81,10 @@ impl Scene {
     }
 
     /// A folder on a disk that is removed with this, and has room for so many bytes.
-    pub fn disk_for(&self, bytes: u64) -> Result<PathBuf, Failure> {
+    pub fn disk_for(&self, bytes: u64) -> Result<PathBuf, Error> {
         let spare = room(Path::new(DISK));
         if bytes > spare {
-            return Err(Failure::host(format!(
+            return Err(Error::host(format!(
                 "the image may need {} MiB, and {DISK} has {} to spare",
                 bytes >> MIB,
                 spare >> MIB
@@ -95,18 +95,18 @@ impl Scene {
 
     /// A folder that is removed with this, and has room for so many bytes: in memory or, so
     /// that they do not fill it, on a disk.
-    pub fn folder_for(&self, bytes: u64) -> Result<PathBuf, Failure> {
+    pub fn folder_for(&self, bytes: u64) -> Result<PathBuf, Error> {
         if bytes <= room(&self.folder) {
             return Ok(self.folder.clone());
         }
         self.disk_for(bytes)
     }
 
-    fn on_disk(&self) -> Result<PathBuf, Failure> {
+    fn on_disk(&self) -> Result<PathBuf, Error> {
         let folder = on_disk(&self.folder);
         let what = || folder.display().to_string();
         if !may_execute(Path::new(DISK)) {
-            return Err(Failure::host(format!("{DISK}: its programs may not run")));
+            return Err(Error::host(format!("{DISK}: its programs may not run")));
         }
         let mut builder = DirBuilder::new();
         builder.mode(0o700).create(&folder).or_host(what())?;
@@ -121,7 +121,7 @@ impl Scene {
     }
 
     /// Notes what removes the instances that are about to be launched.
-    pub fn note(&self, commands: &Undo) -> Result<(), Failure> {
+    pub fn note(&self, commands: &Undo) -> Result<(), Error> {
         let words: Vec<Vec<String>> = commands
             .iter()
             .map(|command| {
@@ -261,7 +261,7 @@ pub fn await_children() {
 
 /// Divides the process, while it has one thread. The second gets a descriptor that is closed
 /// when the first is gone, and goes on; the first returns the second's status.
-pub fn divide(scene: &Scene) -> Result<Result<OwnedFd, u8>, Failure> {
+pub fn divide(scene: &Scene) -> Result<Result<OwnedFd, u8>, Error> {
     let what = "starting the comparison";
     let (theirs, ours) = io::pipe().or_host(what)?;
     set_child_subreaper(Some(getpid())).or_host(what)?;

@@ -6,14 +6,11 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
-use super::Options;
 use super::engines::{PROBE, Place};
 use super::guard::Scene;
-use crate::data_folder::data_folder;
-use crate::failure::{Failure, OrFail};
-use crate::guests;
-use crate::progress_bars::Bars;
-use mayfly_image::{Digest, Image, PullOptions, RunConfig, Store};
+use super::options::Options;
+use crate::compare::error::{Context, Error};
+use mayfly_image::{Digest, Image, Progress, PullOptions, RunConfig, Store};
 
 /// The image's files are there themselves and, at times, as an archive, as mayfly's layer
 /// and as a disk.
@@ -24,15 +21,15 @@ const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin
 /// Folders that engines mount something at.
 const MOUNT_POINTS: [&str; 7] = ["proc", "sys", "dev", "run", "tmp", "etc", ".mayfly-volume"];
 
-/// Gets the image, from wherever it is.
-pub fn obtain(name: &str) -> Result<Image, Failure> {
-    let store = Store::open(&data_folder()?)?;
-    Ok(store.obtain(name, &PullOptions::default(), &Bars::new())?)
-}
-
 /// Gets the image, unpacks it, and puts it where each engine wants it.
-pub fn prepare(options: &Options, scene: &Scene) -> Result<(Place, Image), Failure> {
-    let image = obtain(&options.image)?;
+pub fn prepare<'a>(
+    options: &'a Options,
+    progress: &dyn Progress,
+    scene: &Scene,
+) -> Result<(Place<'a>, Image), Error> {
+    let mayfly = &options.mayfly;
+    let store = Store::open(&mayfly.store)?;
+    let image = store.obtain(&options.image, &PullOptions::default(), progress)?;
     let size = image.size.saturating_mul(COPIES);
     // The host can only forget what is on a disk.
     let files = match options.drop_caches {
@@ -48,11 +45,11 @@ pub fn prepare(options: &Options, scene: &Scene) -> Result<(Place, Image), Failu
             fs::create_dir(&path).or_host(path.display())?;
         }
     }
-    let guest = guests::ensure_default()?;
-    let probe = guest.probe().ok_or_else(|| {
-        Failure::config(format!(
+    let guest = &mayfly.guest;
+    let probe = guest.probe.clone().ok_or_else(|| {
+        Error::invalid(format!(
             "the guest {} has no program to compare with; make it anew with mayfly guest make",
-            guest.name()
+            guest.name
         ))
     })?;
     let inside = root.join(PROBE.trim_start_matches('/'));
@@ -75,7 +72,7 @@ pub fn prepare(options: &Options, scene: &Scene) -> Result<(Place, Image), Failu
     let data = files.join("data");
     let store = Store::open(&data.join("mayfly"))?;
     let name = NAME.parse().or_internal(NAME)?;
-    store.import(&root, Some(&name), config.clone(), &Bars::new())?;
+    store.import(&root, Some(&name), config.clone(), progress)?;
     let place = Place {
         folder: scene.folder.clone(),
         program,
@@ -86,11 +83,7 @@ pub fn prepare(options: &Options, scene: &Scene) -> Result<(Place, Image), Failu
         env: config.env,
         cpus: options.cpus,
         memory_mib: options.memory_mib,
-        guest: guest
-            .compare_initrd()
-            .map(|initrd| (guest.kernel(), initrd)),
-        own_initrd: guest.run_initrd(),
-        accept_kvm: options.accept_kvm,
+        mayfly,
     };
     Ok((place, image))
 }
@@ -113,11 +106,12 @@ fn environment(image: &[String]) -> Vec<String> {
 }
 
 /// The digests of what VMs boot: by them, two comparisons can be told to be of one kernel.
-pub fn guest_files(place: &Place) -> Result<BTreeMap<String, String>, Failure> {
-    let Some((kernel, initrd)) = &place.guest else {
+pub fn guest_files(place: &Place) -> Result<BTreeMap<String, String>, Error> {
+    let guest = &place.mayfly.guest;
+    let Some(initrd) = &guest.initrd else {
         return Ok(BTreeMap::new());
     };
-    let files = [kernel, initrd].into_iter().chain(&place.own_initrd);
+    let files = [&guest.kernel, initrd].into_iter().chain(&guest.run_initrd);
     let digest = |path: &PathBuf| {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let data = fs::read(path).or_host(path.display())?;

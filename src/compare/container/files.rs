@@ -24,11 +24,11 @@ use rustix::mount::{
 };
 use rustix::process::pivot_root;
 
-use super::Spec;
 use super::ids::Mapping;
 use super::process::check;
+use super::spec::Spec;
+use crate::compare::error::{Context, Error};
 use crate::compare::overlay;
-use crate::failure::{Failure, OrFail};
 
 /// What Docker makes invisible.
 const MASKED: [&str; 12] = [
@@ -69,13 +69,13 @@ const NOSUID: MountFlags = MountFlags::NOSUID;
 const DATA: MountFlags = NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
 
 /// Mounts of this namespace are no other's.
-pub fn make_private() -> Result<(), Failure> {
+pub fn make_private() -> Result<(), Error> {
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     mount_change("/", private).or_host("private mounts")
 }
 
 /// Replaces this mount namespace's files by the container's. `note` gets what is missing.
-pub fn build(spec: &Spec, mapping: Mapping, note: &mut dyn FnMut(&str)) -> Result<(), Failure> {
+pub fn build(spec: &Spec, mapping: Mapping, note: &mut dyn FnMut(&str)) -> Result<(), Error> {
     let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
         | MountAttrFlags::MOUNT_ATTR_NODEV
         | MountAttrFlags::MOUNT_ATTR_NOEXEC;
@@ -91,7 +91,7 @@ pub fn build(spec: &Spec, mapping: Mapping, note: &mut dyn FnMut(&str)) -> Resul
     let devices = DEVICES.map(|name| (name, copy(&Path::new("/dev").join(name), false)));
     let mut volumes = Vec::new();
     for (host, inside, read_only) in &spec.volumes {
-        let is_folder = fs::metadata(host).or_config(host.display())?.is_dir();
+        let is_folder = fs::metadata(host).or_invalid(host.display())?.is_dir();
         let copied = copy(host, *read_only).or_host(host.display())?;
         volumes.push((inside, is_folder, copied));
     }
@@ -100,8 +100,8 @@ pub fn build(spec: &Spec, mapping: Mapping, note: &mut dyn FnMut(&str)) -> Resul
     root(spec, note)?;
     enter(&spec.root).or_host("the root")?;
 
-    attach(&proc, Path::new("/proc"), true).or_config("/proc")?;
-    attach(&sys, Path::new("/sys"), true).or_config("/sys")?;
+    attach(&proc, Path::new("/proc"), true).or_invalid("/proc")?;
+    attach(&sys, Path::new("/sys"), true).or_invalid("/sys")?;
     drop((proc, sys));
     if unified {
         let flags = DATA | MountFlags::RDONLY;
@@ -135,7 +135,7 @@ pub fn build(spec: &Spec, mapping: Mapping, note: &mut dyn FnMut(&str)) -> Resul
     }
     names(&spec.hostname);
     for (inside, is_folder, copied) in &volumes {
-        attach(copied, inside, *is_folder).or_config(inside.display())?;
+        attach(copied, inside, *is_folder).or_invalid(inside.display())?;
     }
     drop(volumes);
     guard().or_host("masking /proc and /sys")?;
@@ -147,13 +147,13 @@ pub fn build(spec: &Spec, mapping: Mapping, note: &mut dyn FnMut(&str)) -> Resul
             }
             entered => entered,
         };
-        entered.or_config(cwd.display())?;
+        entered.or_invalid(cwd.display())?;
     }
     Ok(())
 }
 
 /// Mounts the image's files over themselves: with a layer for changes, or read-only.
-fn root(spec: &Spec, note: &mut dyn FnMut(&str)) -> Result<(), Failure> {
+fn root(spec: &Spec, note: &mut dyn FnMut(&str)) -> Result<(), Error> {
     let stacked = is_of(&spec.writable, libc::OVERLAYFS_SUPER_MAGIC);
     let mut refused = match stacked {
         // That would be refused, after some work.

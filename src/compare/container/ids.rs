@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::process::{Command, Stdio};
 
-use crate::failure::{Failure, OrFail};
+use crate::compare::error::{Context, Error};
 use crate::sandbox::credentials::Ids;
 
 /// Which users there are inside.
@@ -36,7 +36,7 @@ pub fn map(
     pid: libc::pid_t,
     caller: Ids,
     (uid, gid): (u32, u32),
-) -> Result<(Mapping, Option<String>), Failure> {
+) -> Result<(Mapping, Option<String>), Error> {
     if caller.uid == 0 {
         for file in ["gid_map", "uid_map"] {
             let own = fs::read_to_string(format!("/proc/self/{file}")).or_host(file)?;

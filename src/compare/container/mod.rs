@@ -31,22 +31,23 @@
 mod files;
 mod ids;
 mod process;
+mod spec;
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use rustix::fs::Mode;
 use rustix::process::umask;
-use serde::{Deserialize, Serialize};
 
 use self::ids::Mapping;
+pub use self::spec::{Spec, Volume};
 pub use super::instance::now;
-use crate::failure::{Class, Failure, OrFail};
+use crate::compare::error::{Context, Error};
 use crate::sandbox::credentials::{self, Ids};
 use crate::sandbox::{self, Bounds, Cgroup, Status};
 
@@ -74,75 +75,6 @@ const FORWARDED: [libc::c_int; 7] = [
 
 /// So long is waited for the kernel to let go of a group whose processes have ended.
 const GROUP_EMPTIES: Duration = Duration::from_millis(200);
-
-/// A container, as JSON.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Spec {
-    /// The image's files. They are not written to.
-    pub root: PathBuf,
-    /// A folder that is there; in it are made, and removed, `upper` and `work`: what the
-    /// container writes. Each container needs one of its own.
-    pub writable: PathBuf,
-    /// The command. A name without `/` is looked for in the environment's `PATH`.
-    pub args: Vec<String>,
-    /// `NAME=VALUE`; all that the command gets.
-    #[serde(default)]
-    pub env: Vec<String>,
-    /// Where the command starts, inside; `/` by default.
-    #[serde(default)]
-    pub cwd: Option<PathBuf>,
-    /// The name of the machine, inside.
-    pub hostname: String,
-    /// The command's user, inside.
-    #[serde(default)]
-    pub uid: u32,
-    /// The command's group, inside.
-    #[serde(default)]
-    pub gid: u32,
-    /// So many CPUs.
-    #[serde(default)]
-    pub cpus: Option<f64>,
-    /// So many bytes of memory.
-    #[serde(default)]
-    pub memory: Option<u64>,
-    /// So many processes and threads.
-    #[serde(default)]
-    pub pids: Option<u64>,
-    /// The name of a control group that is made for it, below the caller's or below the
-    /// nearest one above that may have groups.
-    #[serde(default)]
-    pub cgroup: Option<String>,
-    /// Folders and files of the host: where they are, where they are inside, and whether
-    /// they are only read.
-    #[serde(default)]
-    pub volumes: Vec<Volume>,
-    /// The number of an inherited descriptor, past 2.
-    #[serde(default)]
-    pub marks: Option<i32>,
-}
-
-/// A folder or file of the host's, where it is inside, and whether it is read-only.
-pub type Volume = (PathBuf, PathBuf, bool);
-
-impl Spec {
-    fn check(&self) -> Result<(), Failure> {
-        let name = self.args.first().is_some_and(|name| !name.is_empty());
-        let cgroup = self.cgroup.as_deref().unwrap_or("x");
-        let inside = self.volumes.iter().map(|(_, inside, _)| inside.as_path());
-        let mut inside = inside.chain(self.cwd.as_deref());
-        let cpus = self.cpus.unwrap_or(1.0);
-        let wrong = match () {
-            () if !name => "args: no command",
-            () if ["", ".", ".."].contains(&cgroup) || cgroup.contains('/') => "cgroup: no name",
-            () if !inside.all(Path::is_absolute) => "paths inside are absolute",
-            () if !(cpus > 0.0 && cpus < 1e6) => "cpus: not so many",
-            () if self.marks.is_some_and(|fd| fd <= libc::STDERR_FILENO) => "marks: it is past 2",
-            () => return Ok(()),
-        };
-        Err(Failure::config(wrong))
-    }
-}
 
 /// Where marks are written to.
 struct Marks(Option<File>);
@@ -187,9 +119,9 @@ impl Marks {
 
 /// Runs a container from its start to its end, and returns its status. It is for a process
 /// that does nothing else. `launched` is when that started.
-pub fn run(spec: &Spec, launched: u64) -> Result<u8, Failure> {
+pub fn run(spec: &Spec, launched: u64) -> Result<u8, Error> {
     spec.check()?;
-    let marks = Marks::take(spec.marks).or_config("marks")?;
+    let marks = Marks::take(spec.marks).or_invalid("marks")?;
     marks.say(&format!("launched {launched}"));
     let mut words = process::Words::of(spec)?;
     take_signals().or_internal("blocking signals")?;
@@ -217,7 +149,11 @@ pub fn run(spec: &Spec, launched: u64) -> Result<u8, Failure> {
         match become_command(spec, &mut words, &mut told, &marks) {
             Ok(never) => match never {},
             Err(Ended(status, failure)) => {
-                let _ = writeln!(io::stderr(), "mayfly: compare-container: {failure}");
+                let _ = writeln!(
+                    io::stderr(),
+                    "mayfly: compare-container: {}",
+                    failure.text()
+                );
                 status
             }
         }
@@ -252,10 +188,10 @@ pub fn run(spec: &Spec, launched: u64) -> Result<u8, Failure> {
 }
 
 /// Why the second process ends without having become the command.
-struct Ended(u8, Failure);
+struct Ended(u8, Error);
 
-impl From<Failure> for Ended {
-    fn from(failure: Failure) -> Self {
+impl From<Error> for Ended {
+    fn from(failure: Error) -> Self {
         Ended(NO_CONTAINER, failure)
     }
 }
@@ -283,7 +219,7 @@ fn become_command(
     marks.say(&format!("built {}", now()));
     let (status, error) = words.execute();
     let what = format!("{}: {error}", spec.args.first().map_or("", |it| it));
-    Err(Ended(status, Failure::new(Class::Config, what)))
+    Err(Ended(status, Error::invalid(what)))
 }
 
 /// Has signals wait until they are taken.
@@ -362,12 +298,12 @@ struct Writable {
 }
 
 impl Writable {
-    fn make(spec: &Spec) -> Result<Self, Failure> {
-        let about = fs::metadata(&spec.root).or_config(spec.root.display())?;
+    fn make(spec: &Spec) -> Result<Self, Error> {
+        let about = fs::metadata(&spec.root).or_invalid(spec.root.display())?;
         let make = |name| {
             let folder = spec.writable.join(name);
-            fs::create_dir(&folder).or_config(folder.display())?;
-            Ok::<_, Failure>(folder)
+            fs::create_dir(&folder).or_invalid(folder.display())?;
+            Ok::<_, Error>(folder)
         };
         let upper = make("upper")?;
         let made = Writable {

@@ -13,9 +13,9 @@ use std::path::PathBuf;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::setsid;
 
-use super::Spec;
+use super::spec::Spec;
 use crate::compare::capabilities;
-use crate::failure::{Failure, OrFail};
+use crate::compare::error::{Context, Error};
 use crate::sandbox::credentials::{self, Ids};
 use crate::sandbox::seccomp;
 
@@ -78,11 +78,11 @@ pub fn enter_user_namespace(namespace: BorrowedFd) -> io::Result<()> {
 }
 
 /// What needs no user yet: a session, a name and a network of its own.
-pub fn isolate(spec: &Spec) -> Result<(), Failure> {
+pub fn isolate(spec: &Spec) -> Result<(), Error> {
     setsid().or_internal("a session")?;
     let (name, len) = (spec.hostname.as_ptr(), spec.hostname.len());
     // SAFETY: so many bytes.
-    check(unsafe { libc::sethostname(name.cast(), len) }.into()).or_config("hostname")?;
+    check(unsafe { libc::sethostname(name.cast(), len) }.into()).or_invalid("hostname")?;
     loopback().or_host("the loopback device")
 }
 
@@ -107,7 +107,7 @@ fn loopback() -> io::Result<()> {
 /// Takes from this process what Docker's default does. It gets what is left of root's
 /// capabilities, if any, by executing a program. It may gain privileges by programs that
 /// give some, as with Docker.
-pub fn confine(spec: &Spec, launcher: &impl AsFd) -> Result<(), Failure> {
+pub fn confine(spec: &Spec, launcher: &impl AsFd) -> Result<(), Error> {
     credentials::bound_capabilities(capabilities::set(&CAPABILITIES))
         .or_internal("capabilities")?;
     // These want a capability that goes with the user.
@@ -194,7 +194,7 @@ pub struct Words {
 }
 
 impl Words {
-    pub fn of(spec: &Spec) -> Result<Self, Failure> {
+    pub fn of(spec: &Spec) -> Result<Self, Error> {
         let all = |words: &[String]| {
             let words = words.iter().map(|word| CString::new(word.as_str()));
             words.collect::<Result<Vec<_>, _>>()
@@ -209,9 +209,9 @@ impl Words {
             name => Vec::from_iter(name.cloned()),
         };
         Ok(Words {
-            programs: all(&programs).or_config("args")?,
-            args: all(&spec.args).or_config("args")?,
-            env: all(&spec.env).or_config("env")?,
+            programs: all(&programs).or_invalid("args")?,
+            args: all(&spec.args).or_invalid("args")?,
+            env: all(&spec.env).or_invalid("env")?,
         })
     }
 

@@ -4,23 +4,27 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use super::{About, Engine, Job, Place, VOLUME, remove_groups, words};
+use super::commands::{remove_groups, words};
+use super::engine::{About, Engine, Job, Place, VOLUME};
 use crate::compare::container::Spec;
+use crate::compare::error::{Context, Error};
 use crate::compare::instance::{Launch, Sign};
-use crate::failure::{Failure, OrFail};
 
-pub struct Container;
+pub struct Container {
+    /// mayfly's.
+    pub version: String,
+}
 
 impl Engine for Container {
     fn about(&self) -> About {
         About {
-            version: Some(env!("CARGO_PKG_VERSION").into()),
+            version: Some(self.version.clone()),
             network: "loopback".into(),
             notes: Vec::new(),
         }
     }
 
-    fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Failure> {
+    fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Error> {
         let what = "a container";
         let (read, write) = io::pipe().or_host(what)?;
         let write = OwnedFd::from(write);

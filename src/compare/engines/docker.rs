@@ -4,12 +4,13 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use super::{About, Engine, Job, Place, VOLUME, program, words};
+use super::commands::{program, words};
+use super::engine::{About, Engine, Job, Place, VOLUME};
+use crate::compare::error::Error;
 use crate::compare::instance::{Launch, Sign};
 use crate::compare::model::Mark;
 use crate::compare::peer::Origin;
 use crate::compare::undo::ask;
-use crate::failure::Failure;
 
 pub struct Docker {
     program: PathBuf,
@@ -73,7 +74,7 @@ impl Engine for Docker {
         }
     }
 
-    fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Failure> {
+    fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Error> {
         let mut command = vec![self.program.clone().into_os_string()];
         let id = job.folder.join("id");
         command.extend(words(["run", "--rm", "--name", &job.id]));

@@ -10,11 +10,11 @@ use std::process::{Command, Stdio};
 use rustix::fs::{Mode, OFlags};
 use serde_json::json;
 
-use super::{About, Engine, Job, PROBE, Place, first_line, program, words};
+use super::commands::{first_line, program, words};
+use super::engine::{About, Engine, Job, PROBE, Place};
+use crate::compare::error::{Context, Error};
 use crate::compare::instance::{Launch, Sign};
 use crate::compare::model::Mark;
-use crate::config::CMDLINE_QUICK;
-use crate::failure::{Failure, OrFail};
 
 /// Where the image's files are.
 const ROOT: &str = "root=/dev/vda rootfstype=squashfs ro";
@@ -67,8 +67,10 @@ impl Machine {
             "firecracker" => (Monitor::Firecracker, program("firecracker")?),
             _ => (Monitor::CloudHypervisor, program("cloud-hypervisor")?),
         };
-        crate::machine::open_kvm(place.accept_kvm).map_err(|failure| failure.to_string())?;
-        let (kernel, initrd) = place.guest.clone().ok_or("there is no kernel for it")?;
+        (place.mayfly.check_kvm)()?;
+        let guest = &place.mayfly.guest;
+        let initrd = guest.initrd.clone().ok_or("there is no kernel for it")?;
+        let kernel = guest.kernel.clone();
         Ok(Machine {
             kind,
             version: first_line(&program, &["--version"]),
@@ -139,10 +141,11 @@ impl Engine for Machine {
         false
     }
 
-    fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Failure> {
+    fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Error> {
         // All kernels are told the same, mayfly's as well, but for what each monitor has.
         let mut cmdline = format!(
-            "{CMDLINE_QUICK} {} {ROOT} init={PROBE}",
+            "{} {} {ROOT} init={PROBE}",
+            place.mayfly.cmdline,
             self.kind.devices()
         );
         if self.network {
@@ -267,10 +270,10 @@ impl Engine for Machine {
 }
 
 /// A word as a kernel's command line has it.
-fn quoted(word: &str) -> Result<String, Failure> {
+fn quoted(word: &str) -> Result<String, Error> {
     // The kernel takes quotes as a shell does, but none within.
     match word {
-        _ if word.contains('"') => Err(Failure::config(format!(
+        _ if word.contains('"') => Err(Error::invalid(format!(
             "{word}: a kernel's command line cannot have quotes"
         ))),
         _ if word.contains(char::is_whitespace) => Ok(format!("\"{word}\"")),
@@ -279,7 +282,7 @@ fn quoted(word: &str) -> Result<String, Failure> {
 }
 
 /// Makes a pipe with a name, and opens its end for reading: who writes need not wait.
-fn fifo(path: &PathBuf) -> Result<OwnedFd, Failure> {
+fn fifo(path: &PathBuf) -> Result<OwnedFd, Error> {
     let what = path.display();
     rustix::fs::mknodat(
         rustix::fs::CWD,

@@ -2,12 +2,14 @@
 
 use mayfly_protocol::peer::Meeting;
 
-use super::{About, Engine, Job, Place, VOLUME, first_line, words};
+use super::commands::{first_line, words};
+use super::engine::{About, Engine, Job, Place, VOLUME};
+use crate::compare::error::Error;
 use crate::compare::instance::{Launch, Sign};
-use crate::failure::Failure;
-use crate::net::passt;
 
 pub struct Mayfly {
+    version: String,
+    flags: Vec<String>,
     network: &'static str,
     /// passt, as it calls itself.
     passt: Option<String>,
@@ -15,15 +17,18 @@ pub struct Mayfly {
 
 impl Mayfly {
     pub fn find(place: &Place) -> Result<Self, String> {
-        crate::machine::open_kvm(place.accept_kvm).map_err(|failure| failure.to_string())?;
+        let mayfly = place.mayfly;
+        (mayfly.check_kvm)()?;
         Ok(Mayfly {
-            network: match passt::program() {
+            version: mayfly.version.clone(),
+            flags: mayfly.flags.clone(),
+            network: match mayfly.passt {
                 Some(_) => "user",
                 None => "none",
             },
             // Debian 12's does not know its own version.
-            passt: passt::program()
-                .and_then(|passt| first_line(&passt, &["--version"]))
+            passt: (mayfly.passt.as_ref())
+                .and_then(|passt| first_line(passt, &["--version"]))
                 .filter(|said| !said.contains("unknown")),
         })
     }
@@ -32,7 +37,7 @@ impl Mayfly {
 impl Engine for Mayfly {
     fn about(&self) -> About {
         About {
-            version: Some(env!("CARGO_PKG_VERSION").into()),
+            version: Some(self.version.clone()),
             network: match self.network {
                 "user" => {
                     let passt = self.passt.as_deref().unwrap_or("passt");
@@ -47,7 +52,7 @@ impl Engine for Mayfly {
         }
     }
 
-    fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Failure> {
+    fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Error> {
         let mut command = vec![place.program.clone().into_os_string()];
         let (cpus, memory) = (place.cpus.to_string(), format!("{}M", place.memory_mib));
         command.extend(words(["run", "--rm", "--json", "--name", &job.id]));
@@ -59,9 +64,7 @@ impl Engine for Mayfly {
             "--net",
             self.network,
         ]));
-        if place.accept_kvm.accept_kvm {
-            command.push("--accept-kvm".into());
-        }
+        command.extend(self.flags.iter().map(Into::into));
         // The peer is the host, which a guest does not reach by itself.
         let meetings = job.words.iter().filter_map(|word| word.parse().ok());
         for Meeting {

@@ -7,12 +7,13 @@ use std::process::Command;
 use rustix::process::geteuid;
 use serde_json::{Value, json};
 
-use super::{About, Engine, Job, Place, VOLUME, program, remove_groups, words};
+use super::commands::{program, remove_groups, words};
+use super::engine::{About, Engine, Job, Place, VOLUME};
+use crate::compare::error::{Context, Error};
 use crate::compare::instance::{Launch, Sign};
 use crate::compare::model::Mark;
 use crate::compare::overlay::Overlay;
 use crate::compare::undo::ask;
-use crate::failure::{Failure, OrFail};
 use crate::sandbox::may_divide;
 
 pub struct Oci {
@@ -76,7 +77,7 @@ impl Engine for Oci {
         }
     }
 
-    fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Failure> {
+    fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Error> {
         const PERIOD_US: u64 = 100_000;
         let mut config = self.proposed.clone();
         config["process"]["terminal"] = json!(false);

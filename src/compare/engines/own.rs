@@ -9,10 +9,10 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 
-use super::{About, Engine, Job, Place};
+use super::engine::{About, Engine, Job, Place};
+use crate::compare::error::{Context, Error};
 use crate::compare::instance::{Launch, Sign};
 use crate::compare::peer::Origin;
-use crate::failure::{Failure, OrFail};
 
 pub struct Own {
     pub program: PathBuf,
@@ -27,7 +27,7 @@ impl Engine for Own {
         }
     }
 
-    fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Failure> {
+    fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Error> {
         let (read, write) = io::pipe().or_host("a pipe")?;
         let write = OwnedFd::from(write);
         let root = place.root.clone().into_os_string();

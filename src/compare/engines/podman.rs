@@ -13,12 +13,13 @@ use std::process::Command;
 use rustix::process::{Pid, geteuid};
 use serde_json::Value;
 
-use super::{About, Engine, Job, Place, VOLUME, program, words};
+use super::commands::{program, words};
+use super::engine::{About, Engine, Job, Place, VOLUME};
+use crate::compare::error::Error;
 use crate::compare::instance::{Launch, Sign};
 use crate::compare::model::Mark;
 use crate::compare::peer::Origin;
 use crate::compare::undo::ask;
-use crate::failure::Failure;
 
 /// What it leaves on the host, and takes again if it is there; inner folders come first.
 const SHARED: [&str; 9] = [
@@ -261,7 +262,7 @@ impl Engine for Podman {
         Ok(())
     }
 
-    fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Failure> {
+    fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Error> {
         let mut command = self.begin();
         let pidfile = job.folder.join("pid");
         command.extend(words(["run", "--rm", "--name", &job.id]));

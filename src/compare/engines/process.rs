@@ -1,8 +1,8 @@
 //! Nothing at all: a process of the host, as the floor.
 
-use super::{About, Engine, Job, Place, VOLUME};
+use super::engine::{About, Engine, Job, Place, VOLUME};
+use crate::compare::error::Error;
 use crate::compare::instance::Launch;
-use crate::failure::Failure;
 
 pub struct Process;
 
@@ -15,7 +15,7 @@ impl Engine for Process {
         }
     }
 
-    fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Failure> {
+    fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Error> {
         let mut command = job.command();
         if job.words.first().is_some_and(|verb| verb == "steady") {
             // Not the image's own folder: what it has there may lead anywhere.

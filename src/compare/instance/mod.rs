@@ -5,7 +5,7 @@
     reason = "what runs between fork and exec, and the scheduler"
 )]
 
-mod batch;
+pub mod batch;
 mod watch;
 
 use std::collections::BTreeMap;
@@ -21,7 +21,6 @@ use rustix::io::ioctl_fionread;
 use rustix::process::{Pid, Signal, getpid, getppid};
 use rustix::time::{ClockId, clock_gettime};
 
-pub use self::batch::{Batch, BatchError, Ends};
 use self::watch::Watch;
 use super::model::{Mark, Sample};
 use super::overlay::Overlay;

@@ -1,6 +1,6 @@
 //! Every sample as a line, for spreadsheets and programs.
 
-use super::Error;
+use super::error::Error;
 use super::units::printable;
 use crate::compare::model::{Figure, Mark, Report, Sample};
 

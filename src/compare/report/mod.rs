@@ -1,6 +1,7 @@
 //! A comparison's record, as people and programs read it.
 
 mod csv;
+mod error;
 mod html;
 mod layout;
 mod table;
@@ -11,21 +12,11 @@ mod view;
 mod words;
 
 pub use csv::csv;
+pub use error::Error;
 pub use html::html;
 pub use table::table;
 
 use super::model::Report;
-
-/// Why a report cannot be written down.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// As JSON.
-    #[error("writing the record as JSON: {0}")]
-    Json(#[from] serde_json::Error),
-    /// As CSV.
-    #[error("writing the samples as CSV: {0}")]
-    Csv(#[from] ::csv::Error),
-}
 
 /// The whole record.
 pub fn json(report: &Report) -> Result<String, Error> {

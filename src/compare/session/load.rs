@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use super::{Session, Stop};
-use crate::compare::instance::{Batch, BatchError, Instance};
+use crate::compare::instance::Instance;
+use crate::compare::instance::batch::{Batch, BatchError};
 use crate::compare::model::{Load, Mark};
 use crate::compare::statistics::Summary;
 

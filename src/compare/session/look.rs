@@ -4,17 +4,18 @@ use mayfly_protocol::facts::Facts;
 
 use super::{Part, Session, Stop};
 use crate::compare::engines;
+use crate::compare::error::Error;
 use crate::compare::facts::isolation;
 use crate::compare::model::{EngineReport, Kind};
-use crate::failure::Failure;
 
 impl Session<'_> {
     /// Looks from inside of each.
     pub(super) fn look_around(&mut self) -> Result<(), Stop> {
+        let calls = self.options.mayfly.system_calls;
         let words = vec!["facts".to_owned()];
         let host = Part {
             report: EngineReport::new("process", Kind::Process),
-            engine: engines::find("process", &self.place).map_err(Failure::host)?,
+            engine: engines::find("process", &self.place).map_err(Error::host)?,
         };
         self.parts.push(host);
         let instance = self.one(self.parts.len() - 1, &words, None);
@@ -24,7 +25,7 @@ impl Session<'_> {
                 (None, Some(data)) => Ok(data),
                 (error, _) => Err(error.unwrap_or_else(|| "nothing was said".into())),
             },
-            Err(Stop::Failed(failure)) => Err(failure.to_string()),
+            Err(Stop::Failed(failure)) => Err(failure.text()),
             Err(stop) => return Err(stop),
         };
         match facts {
@@ -47,7 +48,7 @@ impl Session<'_> {
             let part = &mut self.parts[index].report;
             match (facts, &self.host) {
                 (Some(facts), Some(host)) if instance.error().is_none() => {
-                    part.isolation = Some(isolation(part, &facts, host))
+                    part.isolation = Some(isolation(part, &facts, host, calls))
                 }
                 _ => part.notes.push(match instance.error() {
                     Some(error) => format!("what it shows of the host could not be seen: {error}"),

@@ -19,12 +19,15 @@ use serde_json::Value;
 
 use super::engines::{self, Engine, Job, Place};
 use super::guard::{self, Scene};
-use super::instance::{Batch, BatchError, Ends, Instance, Launch};
+use super::instance::batch::{Batch, BatchError, Ends};
+use super::instance::{Instance, Launch};
 use super::model::{EngineReport, FORMAT, PageCache, Report, Workload};
+use super::options::{Measure, Options};
 use super::removal::remove_folder;
 use super::statistics::noise;
-use super::{Measure, Options, host, order, prepare};
-use crate::failure::{Failure, OrFail};
+use super::{host, order, prepare};
+use crate::compare::error::{Context, Error};
+use mayfly_image::Progress;
 
 /// What the command is told it is, in a record.
 const ID: &str = "{id}";
@@ -40,7 +43,7 @@ pub struct Session<'a> {
     options: &'a Options,
     scene: &'a Scene,
     ends: Ends,
-    place: Place,
+    place: Place<'a>,
     parts: Vec<Part>,
     missing: Vec<EngineReport>,
     /// The engines in which the command failed when they were tried, and its exit status.
@@ -66,11 +69,11 @@ struct Refusal {
 enum Stop {
     /// Somebody wants an end: what there is counts.
     Interrupted,
-    Failed(Failure),
+    Failed(Error),
 }
 
-impl From<Failure> for Stop {
-    fn from(failure: Failure) -> Self {
+impl From<Error> for Stop {
+    fn from(failure: Error) -> Self {
         Stop::Failed(failure)
     }
 }
@@ -79,10 +82,11 @@ impl<'a> Session<'a> {
     /// Prepares the image, and finds the engines; then begins.
     pub fn new(
         options: &'a Options,
+        progress: &dyn Progress,
         scene: &'a Scene,
-        begin: impl FnOnce(Vec<Pid>) -> Result<Ends, Failure>,
-    ) -> Result<Self, Failure> {
-        let (place, image) = prepare::prepare(options, scene)?;
+        begin: impl FnOnce(Vec<Pid>) -> Result<Ends, Error>,
+    ) -> Result<Self, Error> {
+        let (place, image) = prepare::prepare(options, progress, scene)?;
         let (parts, missing) = find(options, scene, &place)?;
         let residents = parts.iter().flat_map(|part| part.engine.residents());
         let ends = begin(residents.collect())?;
@@ -91,7 +95,7 @@ impl<'a> Session<'a> {
             .unwrap_or_default();
         let mut report = Report {
             format: FORMAT,
-            mayfly: env!("CARGO_PKG_VERSION").into(),
+            mayfly: options.mayfly.version.clone(),
             started_ms: u64::try_from(started.as_millis()).unwrap_or(0),
             seed: options.seed,
             runs: options.runs,
@@ -136,7 +140,7 @@ impl<'a> Session<'a> {
     }
 
     /// Runs it all, and returns what it found, also if a failure ended it early.
-    pub fn run(&mut self) -> Result<(Report, Option<Failure>), Failure> {
+    pub fn run(&mut self) -> Result<(Report, Option<Error>), Error> {
         let watch = host::Watch::start();
         let stop = self.take_all().err();
         watch.end(&mut self.report.host);
@@ -147,7 +151,7 @@ impl<'a> Session<'a> {
         match stop {
             None => {
                 failed = self.verdict();
-                let told = failed.as_ref().map(Failure::to_string);
+                let told = failed.as_ref().map(Error::text);
                 self.report.warnings.extend(told);
             }
             Some(Stop::Interrupted) => self.report.interrupted = true,
@@ -157,7 +161,7 @@ impl<'a> Session<'a> {
                 }
                 // What was measured is worth more than the rest.
                 self.report.interrupted = true;
-                self.report.warnings.push(failure.to_string());
+                self.report.warnings.push(failure.text());
                 failed = Some(failure);
             }
         }
@@ -272,7 +276,7 @@ impl<'a> Session<'a> {
                 Ok(instance.error().map(|why| Refusal { why, late, command }))
             }
             Err(Stop::Failed(failure)) => Ok(Some(Refusal {
-                why: failure.to_string(),
+                why: failure.text(),
                 late: false,
                 command: None,
             })),
@@ -340,7 +344,7 @@ impl<'a> Session<'a> {
         };
         self.clean_up(&instances)?;
         let instance = instances.into_iter().next();
-        instance.ok_or(Stop::Failed(Failure::host("nothing was launched")))
+        instance.ok_or(Stop::Failed(Error::host("nothing was launched")))
     }
 
     fn launch(
@@ -374,7 +378,7 @@ impl<'a> Session<'a> {
         index: usize,
         words: &[String],
         volume: Option<PathBuf>,
-    ) -> Result<Launch, Failure> {
+    ) -> Result<Launch, Error> {
         let number = self.launched;
         self.launched += 1;
         let id = format!("mayfly-compare-{}-{number}", std::process::id());
@@ -407,14 +411,14 @@ impl<'a> Session<'a> {
     }
 
     /// Removes what instances left that did not end as they should, and forgets them.
-    fn clean_up(&self, instances: &[Instance]) -> Result<(), Failure> {
+    fn clean_up(&self, instances: &[Instance]) -> Result<(), Error> {
         let failed = instances.iter().filter(|it| it.error().is_some());
         failed.for_each(Instance::undo);
         self.forget()
     }
 
     /// Nothing of instances is left: neither in the journal nor on disk.
-    fn forget(&self) -> Result<(), Failure> {
+    fn forget(&self) -> Result<(), Error> {
         self.scene.note(&self.undo_of(&Batch::default(), []))?;
         for entry in fs::read_dir(&self.scene.folder)
             .into_iter()
@@ -461,7 +465,7 @@ fn find(
     options: &Options,
     scene: &Scene,
     place: &Place,
-) -> Result<(Vec<Part>, Vec<EngineReport>), Failure> {
+) -> Result<(Vec<Part>, Vec<EngineReport>), Error> {
     let wanted: Vec<&str> = match options.engines.is_empty() {
         true => engines::NAMES.to_vec(),
         false => options.engines.iter().map(String::as_str).collect(),

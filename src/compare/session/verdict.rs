@@ -1,9 +1,9 @@
 //! What of a comparison is a failure, though it came to its end.
 
 use super::Session;
-use crate::compare::Measure;
+use crate::compare::error::Error;
 use crate::compare::model::EngineReport;
-use crate::failure::Failure;
+use crate::compare::options::Measure;
 
 /// What is said of the command, wherever it failed.
 const REMEDY: &str = "a command that fails is not timed; if its status is as it should be, have \
@@ -12,7 +12,7 @@ const REMEDY: &str = "a command that fails is not timed; if its status is as it 
 impl Session<'_> {
     /// Why the comparison is a failure: its command failed somewhere, or nothing of what was
     /// asked for was found.
-    pub(super) fn verdict(&self) -> Option<Failure> {
+    pub(super) fn verdict(&self) -> Option<Error> {
         // An engine whose command failed when it was tried has no samples.
         let ends = |name: &str| {
             let tried = self.refused.iter().filter(|(engine, _)| engine == name);
@@ -34,14 +34,14 @@ impl Session<'_> {
             .flat_map(|(_, statuses)| statuses)
             .any(|&it| it != 0)
         {
-            return Some(Failure::config(told(&seen)));
+            return Some(Error::invalid(told(&seen)));
         }
         let starts = self.options.measures.contains(&Measure::Start);
         let found = self.parts.iter().any(|part| match starts {
             true => part.report.samples.iter().any(|it| it.total().is_some()),
             false => has_anything(&part.report),
         });
-        let nothing = || Failure::host("nothing could be compared: no run of any engine counts");
+        let nothing = || Error::host("nothing could be compared: no run of any engine counts");
         (!found).then(nothing)
     }
 }

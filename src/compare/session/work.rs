@@ -7,8 +7,8 @@ use mayfly_protocol::steady::Steady;
 
 use super::{Session, Stop};
 use crate::compare::engines::VOLUME;
+use crate::compare::error::Context;
 use crate::compare::peer::Peer;
-use crate::failure::OrFail;
 
 impl Session<'_> {
     /// Lets each do usual work.

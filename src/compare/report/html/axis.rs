@@ -2,8 +2,6 @@
 
 use maud::{Markup, html};
 
-use super::charts::percent;
-
 /// A line from one number to a greater one.
 pub struct Axis {
     from: f64,
@@ -102,6 +100,11 @@ pub fn difference(part: f64) -> String {
         percent if percent > 0.0 => format!("+{percent} %"),
         percent => format!("−{} %", -percent),
     }
+}
+
+/// A part of a whole, from 0 to 1, as CSS takes it.
+pub fn percent(part: f64) -> String {
+    format!("{:.3}%", 100.0 * part.clamp(0.0, 1.0))
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 
 use maud::{Markup, html};
 
-use super::axis::{self, Axis};
+use super::axis::{self, Axis, percent};
 use crate::compare::model::{EngineReport, Kind, Mark, Sample};
 use crate::compare::report::units::{Scale, duration, printable, times};
 use crate::compare::report::view::{Part, bar, kind, marks, ratio};
@@ -58,10 +58,6 @@ fn until(mark: Mark) -> &'static str {
         Mark::Exit => "until the command's end",
         Mark::Gone => "until nothing is left",
     }
-}
-
-pub fn percent(part: f64) -> String {
-    format!("{:.3}%", 100.0 * part.clamp(0.0, 1.0))
 }
 
 /// What an engine is.

@@ -2,8 +2,8 @@
 
 use maud::{Markup, html};
 
-use super::axis::Axis;
-use super::charts::{kind_class, percent};
+use super::axis::{Axis, percent};
+use super::charts::kind_class;
 use crate::compare::model::{EngineReport, MemoryPoint};
 use crate::compare::report::units::{mib, printable, shorten};
 use crate::compare::report::view::memory as points;

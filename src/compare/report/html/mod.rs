@@ -9,7 +9,7 @@ mod tables;
 
 use maud::{DOCTYPE, Markup, PreEscaped, html as markup};
 
-use super::Error;
+use super::error::Error;
 use super::units::{Scale, digits, duration, printable, shell, times};
 use super::view::{self, fastest, missing, ranked, ratio};
 use super::words::{headline, limits, method, more, subject, warnings};
