@@ -13,6 +13,7 @@ pub mod egress;
 pub mod folders;
 pub mod guest;
 pub mod image;
+pub mod snapshot;
 pub mod tarball;
 
 use std::fs::File;

@@ -1,3 +1,5 @@
-//! What is kept of a VM that does not run.
+//! What is kept of a VM that does not run: the state file, and the memory file.
 
+pub mod format;
+pub mod kvm;
 pub mod memory;

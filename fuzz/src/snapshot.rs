@@ -1,0 +1,71 @@
+//! State files.
+
+use mayfly::snapshot::format::{FormatError, Reader, Section, Writer};
+use mayfly::snapshot::kvm::KvmState;
+use ring::digest::{SHA256, digest};
+
+// The layout, from the module's table.
+const HEADER: usize = 16;
+const ENTRY: usize = 64;
+const ENTRY_LEN: usize = 28;
+const ENTRY_SUM: usize = 32;
+const SUM: usize = 32;
+
+/// A file as it is, and with the digests that it should have.
+pub fn state_file(bytes: &[u8]) {
+    // By chance none has the digests of anything.
+    let _ = read(bytes);
+    let mut repaired = bytes.to_vec();
+    repair(&mut repaired);
+    if let Ok(state) = read(&repaired) {
+        let mut writer = Writer::new();
+        writer.add(&state).unwrap();
+        let again = read(&writer.finish()).unwrap();
+        assert_eq!(
+            again, state,
+            "it is another when it was written and read again"
+        );
+    }
+    let mut writer = Writer::new();
+    if writer
+        .add_content(KvmState::NAME, KvmState::VERSION, bytes)
+        .is_ok()
+    {
+        let _ = read(&writer.finish());
+    }
+}
+
+fn read(bytes: &[u8]) -> Result<KvmState, FormatError> {
+    let mut reader = Reader::parse(bytes)?;
+    let state = reader.take()?;
+    reader.finish()?;
+    Ok(state)
+}
+
+/// Puts the right digests into what may be a state file.
+fn repair(bytes: &mut [u8]) {
+    let Some(count) = bytes.get(10..12) else {
+        return;
+    };
+    let count = usize::from(u16::from_le_bytes([count[0], count[1]]));
+    let table = HEADER + count * ENTRY;
+    let mut content = table + SUM;
+    for entry in (0..count).map(|entry| HEADER + entry * ENTRY) {
+        let Some(len) = bytes.get(entry + ENTRY_LEN..entry + ENTRY_SUM) else {
+            return;
+        };
+        let end = content + u32::from_le_bytes(len.try_into().unwrap()) as usize;
+        put_digest(bytes, content..end, entry + ENTRY_SUM);
+        content = end;
+    }
+    put_digest(bytes, 0..table, table);
+}
+
+fn put_digest(bytes: &mut [u8], of: std::ops::Range<usize>, at: usize) {
+    let Some(sum) = bytes.get(of).map(|content| digest(&SHA256, content)) else {
+        return;
+    };
+    if let Some(place) = bytes.get_mut(at..at + SUM) {
+        place.copy_from_slice(sum.as_ref());
+    }
+}
