@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::fmt;
+use std::io;
 
 use mayfly_image::ErrorKind;
 use mayfly_text::errors::with_causes;
@@ -159,10 +160,30 @@ impl<T, E: Error> OrFail<T> for Result<T, E> {
     }
 }
 
+/// An error and its causes, each of them told once.
+pub fn chain(error: &dyn Error) -> String {
+    with_causes(error.to_string(), error)
+}
+
+/// Why a file of the host cannot be had: a missing one is the user's fault, a forbidden one
+/// the host's refusal.
+pub fn file_refusal(error: &io::Error, flag: &str) -> Failure {
+    let (class, message) = match error.kind() {
+        io::ErrorKind::NotFound => (Class::Config, "no such file".to_owned()),
+        io::ErrorKind::IsADirectory => (Class::Config, "is a directory, not a file".to_owned()),
+        io::ErrorKind::NotADirectory => (Class::Config, "a part of the path is no folder".into()),
+        io::ErrorKind::PermissionDenied => (
+            Class::Host,
+            "no permission; see its owner and mode with ls -l".to_owned(),
+        ),
+        _ => (Class::Host, error.to_string()),
+    };
+    Failure::new(class, format!("{flag}: {message}"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io;
 
     #[test]
     fn what_others_say_is_harmless_and_told_once() {

@@ -19,8 +19,8 @@ use mayfly_devices::poll::ready;
 use mayfly_process::programs::{end_with_us, inherit, unblock_signals};
 
 use crate::failure::{Failure, OrFail};
-use crate::machine::StartSignals;
 use crate::sandbox;
+use crate::signals::StartSignals;
 
 /// When it is told to end, this is plenty.
 const FAREWELL: Duration = Duration::from_secs(2);

@@ -10,8 +10,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
+use serde::{Deserialize, Serialize};
 
-use crate::config::Keys;
+use crate::config::{FromKeys, Keys};
 use crate::failure::{Failure, OrFail};
 
 const SYNTAX: &str = "error|warn|info|debug|trace[,file=F][,json]";
@@ -46,13 +47,21 @@ impl FromStr for LogConfig {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let mut keys = Keys::parse(text, SYNTAX);
+        Self::from_text(text.as_ref())
+    }
+}
+
+impl FromKeys for LogConfig {
+    const SYNTAX: &'static str = SYNTAX;
+    const WORD: Option<&'static str> = Some("level");
+
+    fn from_keys(mut keys: Keys) -> Result<Self, String> {
         let level = keys.word().unwrap_or_default();
         let config = LogConfig {
             level: level
                 .parse()
                 .map_err(|_| format!("{level:?} is no level; write {SYNTAX}"))?,
-            file: keys.value("file")?.map(PathBuf::from),
+            file: keys.path("file")?,
             json: keys.flag("json")?,
         };
         keys.finish()?;
@@ -60,7 +69,31 @@ impl FromStr for LogConfig {
     }
 }
 
+/// What is logged, and how a line looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogStyle {
+    /// Less important messages are left out.
+    level: LevelFilter,
+    /// One JSON object a line.
+    json: bool,
+}
+
 impl LogConfig {
+    /// What is logged, and how, wherever that goes.
+    pub fn style(&self) -> LogStyle {
+        LogStyle {
+            level: self.level,
+            json: self.json,
+        }
+    }
+
+    /// Starts to log, to standard error until there is a file.
+    pub fn start(&self) -> Started {
+        self.style().start()
+    }
+}
+
+impl LogStyle {
     /// Starts to log, to standard error until there is a file.
     pub fn start(&self) -> Started {
         let state = Arc::new(Mutex::new(State {

@@ -16,6 +16,15 @@ fn number(parts: u128) -> u64 {
     u64::try_from(parts).unwrap_or(u64::MAX)
 }
 
+/// `CLOCK_MONOTONIC` now.
+fn monotonic() -> Duration {
+    let now = clock_gettime(ClockId::Monotonic);
+    Duration::new(
+        u64::try_from(now.tv_sec).unwrap_or(0),
+        u32::try_from(now.tv_nsec).unwrap_or(0),
+    )
+}
+
 /// When each phase ended, counted from the process's start.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Timeline {
@@ -49,6 +58,16 @@ impl Timeline {
         }
     }
 
+    /// The same from a start that another process knows, in microseconds of `CLOCK_MONOTONIC`.
+    pub fn since(started_us: u64) -> Self {
+        let ago = monotonic().saturating_sub(Duration::from_micros(started_us));
+        let now = Instant::now();
+        Timeline {
+            start: now.checked_sub(ago).unwrap_or(now),
+            ..Timeline::start()
+        }
+    }
+
     /// The time since the start.
     pub fn now(&self) -> Option<Duration> {
         Some(self.start.elapsed())
@@ -61,12 +80,7 @@ impl Timeline {
 
     /// The start, in microseconds of `CLOCK_MONOTONIC`.
     pub fn started_us(&self) -> u64 {
-        let now = clock_gettime(ClockId::Monotonic);
-        let now = Duration::new(
-            u64::try_from(now.tv_sec).unwrap_or(0),
-            u32::try_from(now.tv_nsec).unwrap_or(0),
-        );
-        let started = now.saturating_sub(self.start.elapsed());
+        let started = monotonic().saturating_sub(self.start.elapsed());
         u64::try_from(started.as_micros()).unwrap_or(u64::MAX)
     }
 
@@ -128,7 +142,7 @@ impl fmt::Display for Timeline {
 /// process's start.
 #[derive(Debug, Serialize)]
 pub struct Record<'a> {
-    /// How the VM ended: [`Outcome::name`](crate::machine::Outcome::name).
+    /// How the VM ended: [`Outcome::name`](crate::link::Outcome::name).
     pub outcome: &'a str,
     /// More about it, where there is more to say.
     pub detail: Option<&'a str>,

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 
+use crate::failure::file_refusal;
 use crate::failure::{Failure, OrFail};
-use crate::machine::refusal;
 
 /// How many clients may wait; Linux takes fewer if it likes.
 const BACKLOG: i32 = 1024;
@@ -103,7 +103,7 @@ pub const OWN_NAME_MAX: usize = 108 - 1 - "/proc/self/fd/2147483647/".len();
 pub fn check_free(path: &Path, flag: &str) -> Result<bool, Failure> {
     match path.symlink_metadata() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-        Err(error) => return Err(refusal(&error, flag)),
+        Err(error) => return Err(file_refusal(&error, flag)),
         Ok(metadata) if metadata.file_type().is_socket() => {}
         Ok(_) => {
             return Err(Failure::config(format!(
@@ -114,7 +114,9 @@ pub fn check_free(path: &Path, flag: &str) -> Result<bool, Failure> {
     match connect(path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(refusal(&error, flag)),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            Err(file_refusal(&error, flag))
+        }
         _ => Err(Failure::config(format!(
             "{flag}: a process that runs listens there; choose another name"
         ))),

@@ -30,9 +30,9 @@ use mayfly_devices::virtio::fs::{BackendError, Frontend};
 use crate::config::FolderConfig;
 use crate::failure::{Failure, OrFail};
 use crate::helper::{self, Chatter, Helper, Ready};
-use crate::machine::StartSignals;
 use crate::sandbox::Door;
 use crate::sandbox::seccomp::Filter;
+use crate::signals::StartSignals;
 use crate::unix_socket;
 use mayfly_process::programs::{find_program, inherit};
 
@@ -69,19 +69,8 @@ const GROUPS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/virtiofsd-groups
 /// A virtiofsd that starts.
 pub struct Starting {
     flag: String,
-    tag: String,
     socket: UnixStream,
     helper: Helper,
-}
-
-/// A folder that is served.
-pub struct Served {
-    /// What asked for it.
-    pub flag: String,
-    /// What the guest knows it by.
-    pub tag: String,
-    /// The device's way to who serves it.
-    pub frontend: Frontend,
 }
 
 /// Its makes.
@@ -141,7 +130,6 @@ pub fn start(
     })?;
     Ok(Starting {
         flag,
-        tag: config.tag.clone(),
         socket,
         helper,
     })
@@ -149,7 +137,7 @@ pub fn start(
 
 impl Starting {
     /// Waits until it answers.
-    pub fn ready(mut self, signals: &StartSignals) -> Result<(Served, Ready), Failure> {
+    pub fn ready(mut self, signals: &StartSignals) -> Result<(Frontend, Ready), Failure> {
         let what = format!("{}: {PROGRAM}", self.flag);
         let own = self.socket.try_clone().or_host(&what)?;
         let interrupt = Some(signals.as_fd());
@@ -168,12 +156,7 @@ impl Starting {
             Err(error) => return Err(error).or_host(&what),
         };
         let needed_by = self.flag.clone();
-        let served = Served {
-            flag: self.flag,
-            tag: self.tag,
-            frontend,
-        };
-        Ok((served, Ready::new(self.helper, own, needed_by)))
+        Ok((frontend, Ready::new(self.helper, own, needed_by)))
     }
 }
 

@@ -7,10 +7,9 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use arbitrary::Arbitrary;
-use mayfly::config::UserConfig;
-use mayfly::net::egress::Egress;
+use mayfly::net::egress::{Egress, EgressPolicy};
 use mayfly::net::host::{HostNetworks, KnownHost};
-use mayfly::net::user::{UserNet, UserNet6};
+use mayfly::net::user::{HostNetwork, UserConfig, UserNet, UserNet6};
 use mayfly_devices::virtio::net::{FrameFilter, Verdict};
 
 /// The host's own, for a start.
@@ -103,7 +102,7 @@ fn net() -> &'static (UserNet, UserConfig) {
             dns: vec![RESOLVER.into()],
             ..UserConfig::default()
         };
-        let mut net = UserNet::of(&config);
+        let mut net = UserNet::new(&config, &HostNetwork::default());
         // Whatever this host has.
         net.ip6 = Some(UserNet6::new("eth0".into()));
         (net, config)
@@ -406,7 +405,7 @@ pub fn run(steps: Vec<Step>) {
             .into(),
         near: Vec::new(),
     };
-    let mut filter = Egress::new(net.clone(), config, KnownHost::new(&host));
+    let mut filter = Egress::new(EgressPolicy::new(net, config), KnownHost::new(&host));
     let mut known = Known::default();
     let mut now = Instant::now();
     for step in steps.into_iter().take(STEPS_MAX) {

@@ -5,9 +5,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use crate::config::{NetConfig, RawConfig};
+use crate::config::{GuestFiles, HostFacts, NetConfig, RawConfig};
 use crate::failure::{Class, Failure};
-use crate::machine::{self, Ending, Outcome};
+use crate::link::{Ending, Outcome};
+use crate::supervisor;
 use crate::timing::{Record, Timeline};
 
 const EXAMPLES: &str = "\
@@ -61,7 +62,13 @@ pub fn run(args: Args, timeline: Timeline) -> Result<ExitCode, Failure> {
         Some(path) => RawConfig::from_file(path)?,
         None => RawConfig::default(),
     };
-    let mut config = args.machine.or(file).validate()?;
+    let raw = args.machine.or(file);
+    let (kernel, initrd) = (raw.kernel.clone(), raw.initrd.clone());
+    let mut options = raw.parse()?;
+    let ports = options.nets.iter_mut().map(NetConfig::choose_ports);
+    let ports = ports.collect::<Result<_, _>>()?;
+    let guest = GuestFiles::choose(kernel.as_deref(), initrd.as_deref())?;
+    let config = options.validate(guest, &HostFacts::look_up())?;
     if args.list_written {
         let mut list = Vec::new();
         for path in config.written() {
@@ -71,9 +78,7 @@ pub fn run(args: Args, timeline: Timeline) -> Result<ExitCode, Failure> {
         super::print_bytes(&list)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let ports = config.nets.iter_mut().map(NetConfig::choose_ports);
-    let ports = ports.collect::<Result<_, _>>()?;
-    let ending = machine::run(&config, ports, timeline)?;
+    let ending = supervisor::run(&config, ports, timeline)?;
     if args.timing {
         let _ = write!(std::io::stderr(), "{}", ending.timeline);
     }

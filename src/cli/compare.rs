@@ -16,8 +16,8 @@ use crate::config::{CMDLINE_QUICK, parse_size};
 use crate::data_folder::data_folder;
 use crate::failure::{Failure, OrFail};
 use crate::guests;
+use crate::kvm;
 use crate::kvm::accept::AcceptKvm;
-use crate::machine;
 use crate::net::passt;
 use crate::progress_bars::Bars;
 use crate::sandbox;
@@ -217,7 +217,7 @@ fn mayfly(accept_kvm: AcceptKvm) -> Result<compare::Mayfly, Failure> {
         },
         cmdline: CMDLINE_QUICK.to_owned(),
         check_kvm: Box::new(move || {
-            let opened = machine::open_kvm(accept_kvm);
+            let opened = kvm::open(accept_kvm);
             opened.map(drop).map_err(|failure| failure.to_string())
         }),
         flags: match accept_kvm.accept_kvm {

@@ -5,7 +5,6 @@ use std::process::ExitCode;
 use crate::doctor::{self, Verdict};
 use crate::failure::{Class, Failure};
 use crate::kvm::accept::AcceptKvm;
-use crate::machine;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -29,7 +28,7 @@ pub struct Args {
 /// Examines the host. The exit code is 0 if VMs can run, else 3.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
     if args.can_boot {
-        return machine::open_kvm(args.accept_kvm).map(|_| ExitCode::SUCCESS);
+        return crate::kvm::open(args.accept_kvm).map(|_| ExitCode::SUCCESS);
     }
     let checks = doctor::examine(args.accept_kvm);
     if args.json {

@@ -14,10 +14,10 @@ use serde_json::{Value, json};
 use super::logs;
 use crate::control::{Client, Command, Folder};
 use crate::failure::Failure;
-use crate::machine::Status;
 use crate::run::detach::{self, DetachKeys};
 use crate::run::record::{Place, Record, State, now_ms};
 use crate::run::{self, CopyOptions, ExecOptions, Usage, end, signal};
+use crate::supervisor::Status;
 use mayfly_text::printable;
 
 /// A machine that takes longer to tell of itself is left out.

@@ -4,14 +4,14 @@ use std::str::FromStr;
 
 use mayfly_devices::virtio::balloon::Abilities;
 
-use super::keys::Keys;
-use super::memory::{HugePages, MemoryConfig};
+use super::keys::{FromKeys, Keys};
 use super::size::parse_size;
+use crate::spec::{HugePages, MemorySpec, check_balloon_size};
 
 const SYNTAX: &str = "SIZE[,deflate-on-oom][,reporting], such as 0,reporting";
 
 /// A memory balloon.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BalloonConfig {
     /// The size that it is to have at the start, in bytes.
     pub size: u64,
@@ -23,7 +23,15 @@ impl FromStr for BalloonConfig {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let mut keys = Keys::parse(text, SYNTAX);
+        Self::from_text(text.as_ref())
+    }
+}
+
+impl FromKeys for BalloonConfig {
+    const SYNTAX: &'static str = SYNTAX;
+    const WORD: Option<&'static str> = Some("size");
+
+    fn from_keys(mut keys: Keys) -> Result<Self, String> {
         let size = keys
             .word()
             .ok_or_else(|| format!("has no size; write {SYNTAX}"))?;
@@ -41,8 +49,8 @@ impl FromStr for BalloonConfig {
 
 impl BalloonConfig {
     /// Whether it can work with that memory.
-    pub fn check(&self, memory: &MemoryConfig) -> Result<(), String> {
-        check_size(self.size, memory.size)?;
+    pub fn check(&self, memory: &MemorySpec) -> Result<(), String> {
+        check_balloon_size(self.size, memory.size)?;
         match memory.hugepages {
             Some(HugePages::Gib1) => {
                 Err("the guest gives nothing as large as a huge page of 1G back".into())
@@ -52,17 +60,6 @@ impl BalloonConfig {
             }
             _ => Ok(()),
         }
-    }
-}
-
-/// Whether a balloon may have a size.
-pub fn check_size(size: u64, memory: u64) -> Result<(), String> {
-    match size < memory {
-        true => Ok(()),
-        false => Err(format!(
-            "not smaller than the guest's memory of {}M",
-            memory >> 20
-        )),
     }
 }
 
@@ -78,7 +75,7 @@ mod tests {
         for bad in ["", "on", "reporting", "0,report", "0,reporting=1", "size=1"] {
             assert!(bad.parse::<BalloonConfig>().is_err(), "{bad}");
         }
-        let memory = |size, hugepages| MemoryConfig {
+        let memory = |size, hugepages| MemorySpec {
             size,
             hugepages,
             ..Default::default()

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use super::keys::Keys;
+use super::keys::{FromKeys, Keys};
 use crate::control::{NAME_MAX, valid_name};
 
 const CONSOLE_SYNTAX: &str = "stdio, file=F, pty, unix=S or none, and ,virtio for a fast one";
@@ -52,9 +52,9 @@ impl HostEnd {
     fn take(keys: &mut Keys, syntax: &str) -> Result<Option<Self>, String> {
         let ends = [
             keys.flag("stdio")?.then_some(HostEnd::Stdio),
-            keys.value("file")?.map(|path| HostEnd::File(path.into())),
+            keys.path("file")?.map(HostEnd::File),
             keys.flag("pty")?.then_some(HostEnd::Pty),
-            keys.value("unix")?.map(|path| HostEnd::Unix(path.into())),
+            keys.path("unix")?.map(HostEnd::Unix),
             keys.flag("none")?.then_some(HostEnd::None),
         ];
         let mut ends = ends.into_iter().flatten();
@@ -78,7 +78,14 @@ impl FromStr for ConsoleConfig {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let mut keys = Keys::parse(text, CONSOLE_SYNTAX);
+        Self::from_text(text.as_ref())
+    }
+}
+
+impl FromKeys for ConsoleConfig {
+    const SYNTAX: &'static str = CONSOLE_SYNTAX;
+
+    fn from_keys(mut keys: Keys) -> Result<Self, String> {
         let virtio = keys.flag("virtio")?;
         let end = HostEnd::take(&mut keys, CONSOLE_SYNTAX)?;
         keys.finish()?;
@@ -113,7 +120,14 @@ impl FromStr for ChannelConfig {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let mut keys = Keys::parse(text, CHANNEL_SYNTAX);
+        Self::from_text(text.as_ref())
+    }
+}
+
+impl FromKeys for ChannelConfig {
+    const SYNTAX: &'static str = CHANNEL_SYNTAX;
+
+    fn from_keys(mut keys: Keys) -> Result<Self, String> {
         let name = keys.required("name")?;
         let end = HostEnd::take(&mut keys, CHANNEL_SYNTAX)?;
         keys.finish()?;

@@ -1,15 +1,14 @@
 //! `--disk`
 
-use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use mayfly_devices::rate_limiter::Limits;
 
-use super::keys::Keys;
+use super::keys::{FromKeys, Keys};
 use super::limits::take_limits;
 use super::queues::Queues;
+use crate::spec::BlockSpec;
 
 /// A disk's id is at most this long (virtio 1.2, 5.2.6, `VIRTIO_BLK_ID_BYTES`).
 const DISK_ID_MAX: usize = 20;
@@ -67,11 +66,13 @@ pub struct DiskConfig {
     pub queues: Queues,
     /// What asked for it, if that was not `--disk`.
     pub origin: Option<String>,
+    /// What the device is called, if not by its number.
+    pub name: Option<String>,
 }
 
 impl DiskConfig {
-    /// The disk of a volume of `mayfly run`, which a flag asked for.
-    pub fn of_volume(path: PathBuf, read_only: bool, flag: String) -> Self {
+    /// The disk of a volume of `mayfly run`, which a flag asked for, and its device's name.
+    pub fn of_volume(path: PathBuf, read_only: bool, flag: String, name: &str) -> Self {
         DiskConfig {
             path,
             format: Format::Raw,
@@ -81,6 +82,17 @@ impl DiskConfig {
             limits: Limits::default(),
             queues: Queues::Number(1),
             origin: Some(flag),
+            name: Some(name.to_owned()),
+        }
+    }
+
+    /// What the guest of a VM with so many vCPUs sees of it.
+    pub(super) fn spec(&self, cpus: u8) -> BlockSpec {
+        BlockSpec {
+            read_only: self.read_only,
+            id: self.id.clone().unwrap_or_default(),
+            queues: self.queues.number(cpus),
+            limits: self.limits,
         }
     }
 
@@ -89,13 +101,14 @@ impl DiskConfig {
         let own = || format!("--disk path={}", self.path.display());
         self.origin.clone().unwrap_or_else(own)
     }
+}
 
-    /// Reads a value of `--disk`, whose paths may be of any bytes.
-    pub fn parse(text: &OsStr) -> Result<Self, String> {
-        let mut keys = Keys::parse_bytes(text.as_bytes(), SYNTAX);
-        let path = keys.path("path")?;
+impl FromKeys for DiskConfig {
+    const SYNTAX: &'static str = SYNTAX;
+
+    fn from_keys(mut keys: Keys) -> Result<Self, String> {
         let disk = DiskConfig {
-            path: path.ok_or_else(|| format!("has no path=; write {SYNTAX}"))?,
+            path: keys.required_path("path")?,
             format: take_format(&mut keys, "format")?.unwrap_or_default(),
             backing: take_backing(&mut keys)?,
             read_only: keys.flag("ro")?,
@@ -103,6 +116,7 @@ impl DiskConfig {
             limits: take_limits(&mut keys, "iops")?,
             queues: Queues::take(&mut keys)?,
             origin: None,
+            name: None,
         };
         keys.finish()?;
         if disk.backing.is_some() && disk.format != Format::Qcow2 {
@@ -121,7 +135,7 @@ impl FromStr for DiskConfig {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        DiskConfig::parse(text.as_ref())
+        Self::from_text(text.as_ref())
     }
 }
 
@@ -145,6 +159,9 @@ fn take_backing(keys: &mut Keys) -> Result<Option<BackingConfig>, String> {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+
     use super::*;
 
     #[test]
@@ -166,11 +183,11 @@ mod tests {
         assert_eq!((disk.format, disk.backing), (Format::Qcow2, Some(backing)));
         assert_eq!(disk.queues.number(3), 3);
         let bytes = b"path=gr\xfcn,,b=c.img,ro,format=qcow2,backing=\xfc";
-        let disk = DiskConfig::parse(OsStr::from_bytes(bytes)).unwrap();
+        let disk = DiskConfig::from_text(OsStr::from_bytes(bytes)).unwrap();
         assert_eq!(disk.path.as_os_str().as_bytes(), b"gr\xfcn,b=c.img");
         let backing = disk.backing.unwrap();
         assert_eq!(backing.path.as_os_str().as_bytes(), b"\xfc");
-        let refused = DiskConfig::parse(OsStr::from_bytes(b"path=a,id=\xfc"));
+        let refused = DiskConfig::from_text(OsStr::from_bytes(b"path=a,id=\xfc"));
         assert_eq!(refused.unwrap_err(), "id= is not UTF-8");
         for bad in [
             "",

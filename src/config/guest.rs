@@ -7,24 +7,23 @@ use crate::failure::Failure;
 use crate::guests;
 
 /// Which kernel and initial RAM disk to boot.
-pub(super) struct GuestFiles {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestFiles {
+    /// The kernel's file.
     pub kernel: PathBuf,
+    /// The flag that named it, or what stands for it, for messages.
     pub kernel_flag: String,
+    /// The initial RAM disk's file.
     pub initrd: Option<PathBuf>,
     /// Its init is mayfly's, for certain.
     pub own_init: bool,
 }
 
 impl GuestFiles {
-    pub fn choose(kernel: Option<PathBuf>, initrd: Option<PathBuf>) -> Result<Self, Failure> {
+    /// The kernel that is named, or the default guest's, which is made if there is none.
+    pub fn choose(kernel: Option<&Path>, initrd: Option<&Path>) -> Result<Self, Failure> {
         if let Some(kernel) = kernel {
-            let kernel_flag = format!("--kernel {}", kernel.display());
-            return Ok(GuestFiles {
-                kernel,
-                kernel_flag,
-                initrd,
-                own_init: false,
-            });
+            return Ok(GuestFiles::named(kernel, initrd));
         }
         let (kernel, default_initrd, own_init) = match guests::ensure_default() {
             Ok(guest) => (guest.kernel(), guest.boot_initrd(), true),
@@ -37,8 +36,18 @@ impl GuestFiles {
             own_init: own_init && initrd.is_none(),
             kernel_flag: format!("default kernel {}", kernel.display()),
             kernel,
-            initrd: initrd.or(default_initrd),
+            initrd: initrd.map(Path::to_owned).or(default_initrd),
         })
+    }
+
+    /// A kernel that the user named.
+    pub fn named(kernel: &Path, initrd: Option<&Path>) -> Self {
+        GuestFiles {
+            kernel: kernel.to_owned(),
+            kernel_flag: format!("--kernel {}", kernel.display()),
+            initrd: initrd.map(Path::to_owned),
+            own_init: false,
+        }
     }
 }
 

@@ -1,8 +1,38 @@
-//! Values of the form `key=value,flag,…`.
+//! Values of the form `key=value,flag,…`, as flags have them, or as tables of TOML.
 
-use std::ffi::OsString;
-use std::os::unix::ffi::OsStringExt;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
+
+/// What is made of an option's keys.
+pub trait FromKeys: Sized {
+    /// How the value of its flag is written, for messages.
+    const SYNTAX: &'static str;
+    /// The key in a table of what stands alone in its flag: `size` in
+    /// `memory = { size = "2G" }`.
+    const WORD: Option<&'static str> = None;
+
+    /// Takes the keys that it knows, and refuses others.
+    fn from_keys(keys: Keys) -> Result<Self, String>;
+
+    /// Reads the value of its flag.
+    fn from_text(text: &OsStr) -> Result<Self, String> {
+        Self::from_keys(Keys::parse_bytes(text.as_bytes(), Self::SYNTAX))
+    }
+}
+
+/// The value of a key in a table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Value {
+    /// The key alone, or its absence.
+    Flag(bool),
+    /// A number.
+    Number(i64),
+    /// A text.
+    Text(String),
+    /// The key several times.
+    List(Vec<String>),
+}
 
 /// The keys of an option's value, taken out one by one; what is left at the
 /// end is not understood.
@@ -37,6 +67,28 @@ impl Keys {
                 None => (key(&part), None),
             })
             .collect();
+        Keys { entries, syntax }
+    }
+
+    /// The keys of a table, where the value of one stands alone in a flag.
+    pub fn of_table(table: &[(String, Value)], word: Option<&str>, syntax: &'static str) -> Self {
+        let mut entries = Vec::new();
+        for (key, value) in table {
+            let mut add = |text: &str| entries.push((key.clone(), Some(text.as_bytes().to_vec())));
+            match value {
+                Value::Text(text) if Some(key.as_str()) == word => {
+                    entries.insert(0, (text.clone(), None))
+                }
+                Value::Text(text) => add(text),
+                Value::Number(number) if Some(key.as_str()) == word => {
+                    entries.insert(0, (number.to_string(), None));
+                }
+                Value::Number(number) => add(&number.to_string()),
+                Value::List(list) => list.iter().for_each(|text| add(text)),
+                Value::Flag(true) => entries.push((key.clone(), None)),
+                Value::Flag(false) => {}
+            }
+        }
         Keys { entries, syntax }
     }
 
@@ -81,6 +133,12 @@ impl Keys {
             .ok_or_else(|| format!("has no {key}=; write {}", self.syntax))
     }
 
+    /// Takes `key=value` where the value is a path, which must be there.
+    pub fn required_path(&mut self, key: &str) -> Result<PathBuf, String> {
+        self.path(key)?
+            .ok_or_else(|| format!("has no {key}=; write {}", self.syntax))
+    }
+
     /// Takes `key` alone.
     pub fn flag(&mut self, key: &str) -> Result<bool, String> {
         match self.take(key)? {
@@ -122,9 +180,4 @@ impl Keys {
 
 fn text(key: &str, value: Vec<u8>) -> Result<String, String> {
     String::from_utf8(value).map_err(|_| format!("{key}= is not UTF-8"))
-}
-
-/// Writes a value as [`Keys::parse`] reads it.
-pub fn escape(value: &str) -> String {
-    value.replace(',', ",,")
 }

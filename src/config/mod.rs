@@ -1,11 +1,18 @@
-//! From raw flags to a machine that makes sense: the only place that validates
+//! From what a user asks for to a machine that makes sense: the only place that validates
 //! and has defaults. Messages name the flag and the remedy.
+//!
+//! Flags and TOML become [`MachineOptions`] (`raw.rs`); `mayfly run` fills them in itself.
+//! [`MachineOptions::validate`] makes a [`MachineConfig`] of them: the specification of the
+//! machine, and what of the host its devices have, by their names. It opens nothing and looks
+//! at nothing: what it has to know of the host it is given.
 
 mod balloon;
+mod cmdline;
 mod console;
 mod disk;
 mod folder;
 mod guest;
+mod host;
 mod keys;
 mod limits;
 mod memory;
@@ -16,74 +23,69 @@ mod size;
 mod vsock;
 mod watchdog;
 
-use std::ffi::OsStr;
+use std::collections::BTreeMap;
 use std::iter;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
-use mayfly_boot::{Protocol, cmdline, layout};
+use mayfly_boot::layout;
 use mayfly_devices::virtio::console::CHANNELS_MAX;
-use mayfly_protocol::init_words;
 
-pub use self::balloon::{BalloonConfig, check_size as check_balloon_size};
+pub use self::balloon::BalloonConfig;
+pub use self::cmdline::CMDLINE_QUICK;
 pub use self::console::{ChannelConfig, ConsoleConfig, HostEnd};
 pub use self::disk::{BackingConfig, DiskConfig, Format};
 pub use self::folder::FolderConfig;
-pub use self::keys::{Keys, escape};
+pub use self::guest::GuestFiles;
+pub use self::host::HostFacts;
+pub use self::keys::{FromKeys, Keys, Value};
 pub use self::limits::take_limits;
-pub use self::memory::{HugePages, MEMORY_MIN, MemoryConfig};
-pub use self::net::{NetConfig, Network, UserConfig, parse_ports};
+pub use self::memory::MEMORY_MIN;
+pub use self::net::{NetConfig, Network, parse_ports};
 pub use self::queues::Queues;
-pub use self::raw::{BootProtocol, RawConfig};
+pub use self::raw::{RawConfig, Setting, parse_cpus};
 pub use self::size::parse_size;
 pub use self::vsock::VsockConfig;
-pub use self::watchdog::WatchdogAction;
 
-use self::guest::GuestFiles;
 use crate::control::{NAME_MAX, valid_name};
-use crate::failure::{Failure, OrFail};
+use crate::failure::Failure;
 use crate::kvm::accept::AcceptKvm;
 use crate::logging::LogConfig;
 use crate::net::user::UserNet;
 use crate::sandbox::Mode;
+use crate::spec::{
+    BlockSpec, BootProtocol, DeviceKind, DeviceSpec, MachineSpec, MemorySpec, NetSpec, VERSION,
+    WatchdogAction,
+};
 
+/// The vCPUs of a VM where the user does not say.
+pub const CPUS_DEFAULT: u8 = 1;
 /// The most vCPUs of a VM.
 pub const CPUS_MAX: u8 = 32;
+/// The name of the disk with an image's layers, and its serial number in the guest.
+pub const LAYERS: &str = "layers";
 
-/// For a quick and quiet boot of any VM: the clock is known and steady, a panic ends it.
-pub const CMDLINE_QUICK: &str = "quiet loglevel=3 panic=-1 tsc=reliable no_timer_check cryptomgr.notests \
-                                 rcupdate.rcu_expedited=1";
-/// What we have: one serial port and no PCI; a restart is ACPI's.
-const CMDLINE_DEVICES: &str = "reboot=acpi pci=off 8250.nr_uarts=1";
-const CMDLINE_SERIAL: &str = "console=ttyS0";
-/// The driver of the virtio console comes late, by module: until then messages
-/// go to the serial port, whose output goes the same way.
-const CMDLINE_VIRTIO: &str = "console=hvc0 earlyprintk=ttyS0";
-
-/// A machine, valid as far as can be told without opening anything.
+/// What a user asks for, each option by itself as it should be.
 #[derive(Clone, Debug)]
-pub struct MachineConfig {
-    /// What the VM is called.
-    pub name: String,
-    /// The kernel's file.
-    pub kernel: PathBuf,
-    /// The flag that named it, or what stands for it, for messages.
-    pub kernel_flag: String,
-    /// The initial RAM disk's file.
-    pub initrd: Option<PathBuf>,
-    /// The whole command line.
-    pub cmdline: String,
-    /// How to enter the kernel, if not as suits it best.
-    pub protocol: Option<Protocol>,
+pub struct MachineOptions {
+    /// What the VM is called; without it `vm-` and the process's id.
+    pub name: Option<String>,
+    /// Appended to the default command line.
+    pub cmdline: Option<String>,
+    /// The command line is that alone.
+    pub no_default_cmdline: bool,
+    /// How to enter the kernel.
+    pub boot_protocol: BootProtocol,
     /// vCPUs.
     pub cpus: u8,
     /// RAM.
-    pub memory: MemoryConfig,
+    pub memory: MemorySpec,
+    /// The file systems of an image's layers, lowest first: one disk, before the others.
+    pub layers: Vec<PathBuf>,
     /// Disks, in the order of their names in the guest.
     pub disks: Vec<DiskConfig>,
     /// Network devices, in the order of their names in the guest.
     pub nets: Vec<NetConfig>,
-    /// Folders of the host's; they need memory that is shared.
+    /// Directories of the host's; they make memory shared.
     pub folders: Vec<FolderConfig>,
     /// Sockets between guest and host.
     pub vsock: Option<VsockConfig>,
@@ -97,19 +99,97 @@ pub struct MachineConfig {
     pub watchdog: Option<WatchdogAction>,
     /// What is logged, and where to.
     pub log: LogConfig,
-    /// Where to write the process's id.
+    /// Where to write the supervisor's process id.
     pub pidfile: Option<PathBuf>,
-    /// The file systems of an image's layers, lowest first: one disk, before the
-    /// others.
-    pub layers: Vec<PathBuf>,
-    /// Signals do not end it.
-    pub ignores_signals: bool,
-    /// How its process is surrounded.
+    /// How the VMM process is surrounded.
     pub sandbox: Mode,
     /// The guest is offered the CPU's means to run VMs.
     pub nested: bool,
     /// Whether a KVM that seems to emulate is used.
     pub accept_kvm: AcceptKvm,
+    /// Signals do not end it: whoever runs it takes them.
+    pub ignores_signals: bool,
+}
+
+impl Default for MachineOptions {
+    fn default() -> Self {
+        MachineOptions {
+            name: None,
+            cmdline: None,
+            no_default_cmdline: false,
+            boot_protocol: BootProtocol::default(),
+            cpus: CPUS_DEFAULT,
+            memory: MemorySpec::default(),
+            layers: Vec::new(),
+            disks: Vec::new(),
+            nets: Vec::new(),
+            folders: Vec::new(),
+            vsock: None,
+            balloon: None,
+            console: ConsoleConfig::default(),
+            channels: Vec::new(),
+            watchdog: None,
+            log: LogConfig::default(),
+            pidfile: None,
+            sandbox: Mode::default(),
+            nested: false,
+            accept_kvm: AcceptKvm::default(),
+            ignores_signals: false,
+        }
+    }
+}
+
+/// What of the host a device has.
+#[derive(Clone, Debug)]
+pub struct Host<T> {
+    /// The device's name in the specification.
+    pub device: String,
+    /// What it has.
+    pub config: T,
+}
+
+/// A network device's side of the host.
+#[derive(Clone, Debug)]
+pub struct HostNet {
+    /// What it leads to.
+    pub config: NetConfig,
+    /// The network of sockets, if it leads to one.
+    pub user: Option<UserNet>,
+}
+
+/// A machine, valid as far as can be told without opening anything.
+#[derive(Clone, Debug)]
+pub struct MachineConfig {
+    /// What the VM is called.
+    pub name: String,
+    /// All that its guest can see.
+    pub spec: MachineSpec,
+    /// The kernel and the initial RAM disk.
+    pub guest: GuestFiles,
+    /// The files of the disk [`LAYERS`].
+    pub layers: Vec<PathBuf>,
+    /// Disks.
+    pub disks: Vec<Host<DiskConfig>>,
+    /// Network devices.
+    pub nets: Vec<Host<HostNet>>,
+    /// Directories.
+    pub folders: Vec<Host<FolderConfig>>,
+    /// Sockets between guest and host.
+    pub vsock: Option<VsockConfig>,
+    /// The console.
+    pub console: ConsoleConfig,
+    /// Named lines beside it.
+    pub channels: Vec<ChannelConfig>,
+    /// What is logged, and where to.
+    pub log: LogConfig,
+    /// Where to write the supervisor's process id.
+    pub pidfile: Option<PathBuf>,
+    /// How the VMM process is surrounded.
+    pub sandbox: Mode,
+    /// Whether a KVM that seems to emulate is used.
+    pub accept_kvm: AcceptKvm,
+    /// Signals do not end it.
+    pub ignores_signals: bool,
 }
 
 impl MachineConfig {
@@ -127,10 +207,10 @@ impl MachineConfig {
 
     /// The files and sockets that the VM writes to or makes.
     pub fn written(&self) -> impl Iterator<Item = &Path> {
-        let writable = |disk: &&DiskConfig| !disk.read_only;
-        let disks = self.disks.iter().filter(writable);
+        let disks = self.disks.iter().map(|disk| &disk.config);
+        let writable = disks.filter(|disk| !disk.read_only);
         let channels = self.channels.iter();
-        disks
+        writable
             .map(|disk| disk.path.as_path())
             .chain(self.console.end.path())
             .chain(channels.filter_map(|channel| channel.end.path()))
@@ -138,13 +218,41 @@ impl MachineConfig {
             .chain(self.log.file.as_deref())
             .chain(self.pidfile.as_deref())
     }
+
+    /// What asked for each device, by its name, for messages.
+    pub fn flags(&self) -> BTreeMap<String, String> {
+        let mut flags = BTreeMap::new();
+        for device in &self.spec.devices {
+            let flag = match &device.kind {
+                DeviceKind::Rng => "the entropy device".to_owned(),
+                DeviceKind::Balloon { .. } => "--balloon".to_owned(),
+                DeviceKind::Console => format!("--console {}", self.console.end),
+                DeviceKind::Block(_) => "the image's layers".to_owned(),
+                DeviceKind::Channels { .. } => match self.channels.first() {
+                    Some(first) => first.flag(),
+                    None => "--channel".to_owned(),
+                },
+                DeviceKind::Net(_) | DeviceKind::Fs { .. } | DeviceKind::Vsock { .. } => continue,
+            };
+            flags.insert(device.name.clone(), flag);
+        }
+        let disks = self.disks.iter();
+        flags.extend(disks.map(|disk| (disk.device.clone(), disk.config.flag())));
+        let nets = self.nets.iter();
+        flags.extend(nets.map(|net| (net.device.clone(), net.config.config.flag())));
+        let folders = self.folders.iter();
+        flags.extend(folders.map(|folder| (folder.device.clone(), folder.config.flag.clone())));
+        flags.extend(self.vsock.iter().map(|it| ("vsock".to_owned(), it.flag())));
+        flags
+    }
 }
 
-impl RawConfig {
-    /// Validates everything, and fills in the defaults.
-    pub fn validate(self) -> Result<MachineConfig, Failure> {
-        let name = match self.name {
-            Some(name) if valid_name(&name) => name,
+impl MachineOptions {
+    /// Checks everything that spans several options, or the host, and makes the
+    /// specification.
+    pub fn validate(self, guest: GuestFiles, host: &HostFacts) -> Result<MachineConfig, Failure> {
+        let name = match &self.name {
+            Some(name) if valid_name(name) => name.clone(),
             Some(name) => {
                 return Err(Failure::config(format!(
                     "--name {name}: write 1 to {NAME_MAX} letters, digits, and . _ -"
@@ -152,43 +260,78 @@ impl RawConfig {
             }
             None => format!("vm-{}", std::process::id()),
         };
-        let cpus = self.cpus.as_deref().map_or(Ok(1), parse_cpus)?;
-        let memory: MemoryConfig =
-            parse_one(self.memory.as_deref(), "--memory")?.unwrap_or_default();
-        let balloon: Option<BalloonConfig> = parse_one(self.balloon.as_deref(), "--balloon")?;
-        if let (Some(balloon), Some(text)) = (&balloon, &self.balloon) {
-            let fits = balloon.check(&memory);
-            fits.map_err(|reason| Failure::config(format!("--balloon {text}: {reason}")))?;
+        let memory = MemorySpec {
+            // Another process is to see what the guest asks it for.
+            shared: self.memory.shared || !self.folders.is_empty(),
+            ..self.memory
+        };
+        self.check_memory(&memory, host)?;
+        self.check_queues()?;
+        self.check_doubles()?;
+        let nets = name_devices("net", &self.nets, |net| HostNet {
+            config: net.clone(),
+            user: net.user().map(|user| UserNet::new(user, &host.network)),
+        });
+        let mut disks = name_devices("disk", &self.disks, DiskConfig::clone);
+        for disk in &mut disks {
+            if let Some(name) = &disk.config.name {
+                disk.device = name.clone();
+            }
         }
-        let mut disks = self.disk.iter().map(|text| disk(text));
-        let mut disks: Vec<DiskConfig> = disks.by_ref().collect::<Result<_, _>>()?;
-        let nets: Vec<NetConfig> = parse_all(&self.net, "--net")?;
-        for (text, disk) in self.disk.iter().zip(&disks) {
-            check_queues(disk.queues, cpus, "--disk", &text.to_string_lossy())?;
+        let folders = name_devices("fs", &self.folders, FolderConfig::clone);
+        let devices = self.devices(&disks, &nets, &folders, host);
+        check_number(&devices)?;
+        let spec = MachineSpec {
+            version: VERSION,
+            cpus: self.cpus,
+            memory,
+            cmdline: self.cmdline(&nets, guest.own_init)?,
+            boot_protocol: self.boot_protocol,
+            nested: self.nested,
+            watchdog: self.watchdog,
+            devices,
+        };
+        Ok(MachineConfig {
+            name,
+            spec,
+            guest,
+            layers: self.layers,
+            disks,
+            nets,
+            folders,
+            vsock: self.vsock,
+            console: self.console,
+            channels: self.channels,
+            log: self.log,
+            pidfile: self.pidfile,
+            sandbox: self.sandbox,
+            accept_kvm: self.accept_kvm,
+            ignores_signals: self.ignores_signals,
+        })
+    }
+
+    fn check_memory(&self, memory: &MemorySpec, host: &HostFacts) -> Result<(), Failure> {
+        let size = memory.size >> 20;
+        let fits = memory::check(memory, host);
+        fits.map_err(|reason| Failure::config(format!("--memory {size}M: {reason}")))?;
+        let fits = self.balloon.map_or(Ok(()), |balloon| balloon.check(memory));
+        fits.map_err(|reason| Failure::config(format!("--balloon: {reason}")))
+    }
+
+    fn check_queues(&self) -> Result<(), Failure> {
+        let disks = self.disks.iter().map(|disk| (disk.queues, disk.flag()));
+        let nets = self.nets.iter().map(|net| (net.queues(), net.flag()));
+        for (queues, flag) in disks.chain(nets) {
+            let checked = queues.check(self.cpus);
+            checked.map_err(|error| Failure::config(format!("{flag}: {error}")))?;
         }
-        disks.extend(self.volumes);
-        for (text, net) in self.net.iter().zip(&nets) {
-            check_queues(net.queues(), cpus, "--net", text)?;
-        }
-        let vsock: Option<VsockConfig> = parse_one(self.vsock.as_deref(), "--vsock")?;
-        let console: ConsoleConfig =
-            parse_one(self.console.as_deref(), "--console")?.unwrap_or_default();
-        let channels = channels(&self.channel)?;
-        // The entropy device is always there, and channels share one.
-        let others = 1
-            + usize::from(vsock.is_some())
-            + usize::from(balloon.is_some())
-            + usize::from(console.virtio)
-            + usize::from(!channels.is_empty());
-        let devices = disks.len() + nets.len();
-        if devices + others > layout::VIRTIO_MAX {
-            return Err(Failure::config(format!(
-                "{devices} disks and network devices are too many; at most {} fit",
-                layout::VIRTIO_MAX - others
-            )));
-        }
-        for (index, net) in nets.iter().enumerate() {
-            if nets[..index].iter().any(|other| other.flag() == net.flag()) {
+        Ok(())
+    }
+
+    /// Refuses what can be had only once, and is asked for twice.
+    fn check_doubles(&self) -> Result<(), Failure> {
+        for (index, net) in self.nets.iter().enumerate() {
+            if self.nets[..index].iter().any(|it| it.flag() == net.flag()) {
                 let reason = match net.user() {
                     None => "a TAP device serves one guest device",
                     Some(_) => "both would have the same addresses",
@@ -197,9 +340,9 @@ impl RawConfig {
                 return Err(Failure::config(format!("{flag}: given twice; {reason}")));
             }
         }
-        for (index, disk) in disks.iter().enumerate() {
+        for (index, disk) in self.disks.iter().enumerate() {
             let same = |other: &&DiskConfig| other.path == disk.path;
-            let other = disks[..index].iter().find(same);
+            let other = self.disks[..index].iter().find(same);
             if other.is_some_and(|other| !(other.read_only && disk.read_only)) {
                 return Err(Failure::config(format!(
                     "{}: given twice; only a disk with ,ro can be",
@@ -207,252 +350,246 @@ impl RawConfig {
                 )));
             }
         }
-        let mut parts: Vec<&str> = Vec::new();
-        if !self.no_default_cmdline {
-            parts.extend([CMDLINE_QUICK, CMDLINE_DEVICES]);
-            // Where nobody sees it, too: what a kernel that panics says last is kept.
-            parts.push(match console.virtio && console.end != HostEnd::None {
-                true => CMDLINE_VIRTIO,
-                false => CMDLINE_SERIAL,
-            });
-        }
-        let own = self.cmdline.as_deref().unwrap_or_default();
-        let addresses = match self.no_default_cmdline {
-            true => None,
-            false => addresses(&nets, own),
-        };
-        parts.extend(addresses.as_deref());
-        parts.extend(self.cmdline.as_deref());
-        let cmdline = parts.join(" ");
-        let guest = GuestFiles::choose(self.kernel, self.initrd)?;
-        let cmdline = for_init(cmdline, guest.own_init)?;
-        cmdline::validate(&cmdline).or_config("--cmdline")?;
-        Ok(MachineConfig {
-            name,
-            kernel: guest.kernel,
-            kernel_flag: guest.kernel_flag,
-            initrd: guest.initrd,
-            cmdline,
-            protocol: self.boot_protocol.and_then(BootProtocol::forced),
-            cpus,
-            memory,
-            disks,
-            nets,
-            folders: Vec::new(),
-            vsock,
-            balloon,
-            console,
-            channels,
-            watchdog: parse_one(self.watchdog.as_deref(), "--watchdog")?,
-            sandbox: self.sandbox.unwrap_or_default(),
-            log: parse_one(self.log.as_deref(), "--log")?.unwrap_or_default(),
-            pidfile: self.pidfile,
-            layers: self.layers,
-            ignores_signals: self.ignores_signals,
-            nested: self.nested,
-            accept_kvm: self.accept_kvm,
-        })
-    }
-}
-
-fn disk(text: &OsStr) -> Result<DiskConfig, Failure> {
-    DiskConfig::parse(text)
-        .map_err(|error| Failure::config(format!("--disk {}: {error}", text.display())))
-}
-
-fn parse_all<T: FromStr<Err = String>>(texts: &[String], flag: &str) -> Result<Vec<T>, Failure> {
-    texts
-        .iter()
-        .filter_map(|text| parse_one(Some(text), flag).transpose())
-        .collect()
-}
-
-fn parse_one<T: FromStr<Err = String>>(
-    text: Option<&str>,
-    flag: &str,
-) -> Result<Option<T>, Failure> {
-    let parse = |text: &str| {
-        text.parse()
-            .map_err(|error| Failure::config(format!("{flag} {text}: {error}")))
-    };
-    text.map(parse).transpose()
-}
-
-fn channels(texts: &[String]) -> Result<Vec<ChannelConfig>, Failure> {
-    let channels: Vec<ChannelConfig> = parse_all(texts, "--channel")?;
-    if channels.len() > CHANNELS_MAX {
-        return Err(Failure::config(format!(
-            "--channel: {} are too many; at most {CHANNELS_MAX} fit",
-            channels.len()
-        )));
-    }
-    for (index, channel) in channels.iter().enumerate() {
-        if channels[..index]
-            .iter()
-            .any(|other| other.name == channel.name)
-        {
+        if self.channels.len() > CHANNELS_MAX {
             return Err(Failure::config(format!(
-                "--channel name={}: given twice; choose another name",
-                channel.name
+                "--channel: {} are too many; at most {CHANNELS_MAX} fit",
+                self.channels.len()
             )));
         }
+        for (index, channel) in self.channels.iter().enumerate() {
+            let name = &channel.name;
+            if self.channels[..index].iter().any(|it| it.name == *name) {
+                return Err(Failure::config(format!(
+                    "--channel name={name}: given twice; choose another name"
+                )));
+            }
+        }
+        Ok(())
     }
-    Ok(channels)
-}
 
-/// Sees to it that Linux takes a command line with all its words for init.
-fn for_init(cmdline: String, own_init: bool) -> Result<String, Failure> {
-    match init_words::count(cmdline.as_bytes()) {
-        ..=init_words::WORDS_MAX => Ok(cmdline),
-        _ if own_init => Ok(init_words::hidden(&cmdline)),
-        number => Err(Failure::config(format!(
-            "--cmdline: {number} words behind -- are too many: Linux gives init at most {}; \
-             mayfly's own init reads all that stand behind -- --",
-            init_words::WORDS_MAX
-        ))),
+    /// The virtio devices, in the order of their addresses.
+    fn devices(
+        &self,
+        disks: &[Host<DiskConfig>],
+        nets: &[Host<HostNet>],
+        folders: &[Host<FolderConfig>],
+        host: &HostFacts,
+    ) -> Vec<DeviceSpec> {
+        let device = |name: &str, kind| DeviceSpec {
+            name: name.to_owned(),
+            kind,
+        };
+        let layers = (!self.layers.is_empty()).then(|| {
+            let block = BlockSpec {
+                read_only: true,
+                id: LAYERS.to_owned(),
+                queues: 1,
+                ..BlockSpec::default()
+            };
+            device(LAYERS, DeviceKind::Block(block))
+        });
+        let disks = disks.iter().map(|disk| {
+            let block = DeviceKind::Block(disk.config.spec(self.cpus));
+            device(&disk.device, block)
+        });
+        let nets = nets.iter().map(|net| {
+            let config = &net.config.config;
+            let spec = NetSpec {
+                mac: config
+                    .mac
+                    .unwrap_or_else(|| host.mac_address(config.seed())),
+                queues: config.queues().number(self.cpus),
+                limits: config.limits,
+            };
+            device(&net.device, DeviceKind::Net(spec))
+        });
+        let folders = folders.iter().map(|folder| {
+            let tag = folder.config.tag.clone();
+            device(&folder.device, DeviceKind::Fs { tag })
+        });
+        let vsock = self.vsock.as_ref();
+        let vsock = vsock.map(|vsock| device("vsock", DeviceKind::Vsock { cid: vsock.cid }));
+        let balloon = self.balloon.map(|balloon| {
+            let (size, abilities) = (balloon.size, balloon.abilities);
+            device("balloon", DeviceKind::Balloon { size, abilities })
+        });
+        let console = self.console.virtio;
+        let console = console.then(|| device("console", DeviceKind::Console));
+        let channels = (!self.channels.is_empty()).then(|| {
+            let names = self.channels.iter().map(|it| it.name.clone()).collect();
+            device("channels", DeviceKind::Channels { names })
+        });
+        let others = [vsock, Some(device("rng", DeviceKind::Rng)), balloon];
+        let lines = [console, channels];
+        layers
+            .into_iter()
+            .chain(disks)
+            .chain(nets)
+            .chain(folders)
+            .chain(others.into_iter().flatten())
+            .chain(lines.into_iter().flatten())
+            .collect()
     }
 }
 
-/// What the guest's network of sockets needs of the kernel's command line, if
-/// that says nothing of addresses.
-fn addresses(nets: &[NetConfig], cmdline: &str) -> Option<String> {
-    let mut words = cmdline.split_whitespace().take_while(|&word| word != "--");
-    if words.any(|word| word.starts_with("ip=")) {
-        return None;
+/// Names each `KIND0`, `KIND1` and so on.
+fn name_devices<T, U>(kind: &str, all: &[T], of: impl Fn(&T) -> U) -> Vec<Host<U>> {
+    let named = all.iter().enumerate().map(|(index, config)| Host {
+        device: format!("{kind}{index}"),
+        config: of(config),
+    });
+    named.collect()
+}
+
+fn check_number(devices: &[DeviceSpec]) -> Result<(), Failure> {
+    let is_users = |device: &&DeviceSpec| {
+        matches!(
+            device.kind,
+            DeviceKind::Block(_) | DeviceKind::Net(_) | DeviceKind::Fs { .. }
+        )
+    };
+    let users = devices.iter().filter(is_users).count();
+    let others = devices.len() - users;
+    if devices.len() > layout::VIRTIO_MAX {
+        return Err(Failure::config(format!(
+            "{users} disks, directories and network devices are too many; at most {} fit",
+            layout::VIRTIO_MAX - others
+        )));
     }
-    let (index, user) = nets
-        .iter()
-        .enumerate()
-        .find_map(|(index, net)| Some((index, net.user()?)))?;
-    Some(UserNet::of(user).cmdline(&format!("eth{index}")))
+    Ok(())
 }
 
-fn check_queues(queues: Queues, cpus: u8, flag: &str, text: &str) -> Result<(), Failure> {
-    let checked = queues.check(cpus);
-    checked.map_err(|error| Failure::config(format!("{flag} {text}: {error}")))
-}
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
 
-fn parse_cpus(text: &str) -> Result<u8, Failure> {
-    match text.parse() {
-        Ok(cpus @ 1..=CPUS_MAX) => Ok(cpus),
-        _ => Err(Failure::config(format!(
-            "--cpus {text}: not a number from 1 to {CPUS_MAX}"
-        ))),
+    /// Validates options on a host that has all that they need.
+    pub fn validate(options: MachineOptions) -> Result<MachineConfig, Failure> {
+        let host = HostFacts {
+            memory: u64::MAX,
+            ..HostFacts::default()
+        };
+        options.validate(GuestFiles::named("k".as_ref(), None), &host)
+    }
+
+    pub fn refusal<T: std::fmt::Debug>(result: Result<T, Failure>) -> String {
+        result.unwrap_err().to_string()
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::testing::{refusal, validate};
     use super::*;
 
-    pub(super) fn refusal<T: std::fmt::Debug>(result: Result<T, Failure>) -> String {
-        result.unwrap_err().to_string()
-    }
-
-    #[test]
-    fn cpus_have_bounds() {
-        assert_eq!(parse_cpus("32").unwrap(), 32);
-        for text in ["0", "33", "-1", "two", "", "1.0", "256"] {
-            assert!(refusal(parse_cpus(text)).contains("1 to 32"));
-        }
-    }
-
-    #[test]
-    fn the_command_line_is_appended_or_replaced() {
-        let config = |cmdline: &str, no_default_cmdline, console: &str| {
-            RawConfig {
-                kernel: Some("k".into()),
-                cmdline: Some(cmdline.into()),
-                no_default_cmdline,
-                console: Some(console.into()),
-                ..Default::default()
-            }
-            .validate()
-            .map(|config| config.cmdline)
-        };
-        let line = config("debug", false, "stdio").unwrap();
-        assert!(line.starts_with("quiet ") && line.ends_with(" console=ttyS0 debug"));
-        let none = config("", false, "none").unwrap();
-        assert!(none.contains("console=ttyS0"), "{none}");
-        let line = config("", false, "virtio").unwrap();
-        assert!(line.contains("console=hvc0") && !line.contains("console=ttyS0"));
-        assert_eq!(config("debug", true, "stdio").unwrap(), "debug");
-        assert!(refusal(config(&"x".repeat(2048), true, "none")).starts_with("--cmdline"));
-    }
-
-    #[test]
-    fn linux_is_given_no_more_words_than_it_takes() {
-        let words = |number: usize| format!("quiet -- run{}", " x".repeat(number - 1));
-        for own_init in [false, true] {
-            assert_eq!(for_init(words(32), own_init).unwrap(), words(32));
-        }
-        assert!(refusal(for_init(words(33), false)).contains("33 words behind -- are too many"));
-        let hidden = for_init(words(33), true).unwrap();
-        assert!(hidden.starts_with("quiet -- -- run x "), "{hidden}");
-        let hidden = words(33).replacen("--", "-- --", 1);
-        assert_eq!(for_init(hidden.clone(), false).unwrap(), hidden);
+    fn of<T: FromKeys>(texts: &[&str]) -> Vec<T> {
+        let all = texts.iter().map(|text| T::from_text(text.as_ref()));
+        all.collect::<Result<_, _>>().unwrap()
     }
 
     #[test]
     fn queues_need_cpus() {
-        let config = |queues: &str| RawConfig {
-            kernel: Some("k".into()),
-            cpus: Some("2".into()),
-            disk: vec![format!("path=a,queues={queues}").into()],
-            net: vec![format!("tap=a,queues={queues}")],
-            ..Default::default()
+        let options = |queues: &str| MachineOptions {
+            cpus: 2,
+            disks: of(&[&format!("path=a,queues={queues}")]),
+            nets: of(&[&format!("tap=a,queues={queues}")]),
+            ..MachineOptions::default()
         };
-        assert!(refusal(config("3").validate()).contains("queues=3 are more than"));
+        assert!(refusal(validate(options("3"))).contains("queues=3 are more than"));
         for queues in ["2", "cpus"] {
-            let config = config(queues).validate().unwrap();
-            assert_eq!(config.nets[0].queues().number(config.cpus), 2);
+            let config = validate(options(queues)).unwrap();
+            let all = config.spec.devices.iter().filter_map(|it| match &it.kind {
+                DeviceKind::Block(disk) => Some(disk.queues),
+                DeviceKind::Net(net) => Some(net.queues),
+                _ => None,
+            });
+            assert_eq!(all.collect::<Vec<_>>(), [2, 2]);
         }
     }
 
     #[test]
-    fn a_tap_serves_one_device() {
-        let config = RawConfig {
-            kernel: Some("k".into()),
-            net: vec!["tap=a".into(), "tap=a".into()],
-            ..Default::default()
+    fn devices_have_names_and_an_order() {
+        let options = MachineOptions {
+            layers: vec!["l".into()],
+            disks: of(&["path=a", "path=b,ro,id=x"]),
+            nets: of(&["tap=a", "user"]),
+            folders: vec![FolderConfig {
+                path: "/f".into(),
+                tag: "v0".into(),
+                read_only: false,
+                flag: "-v /f:/f".into(),
+            }],
+            vsock: of(&["cid=3,unix=s"]).pop(),
+            balloon: of(&["0"]).pop(),
+            console: of(&["pty,virtio"]).remove(0),
+            channels: of(&["name=a,pty"]),
+            ..MachineOptions::default()
         };
-        assert!(refusal(config.validate()).contains("twice"));
+        let config = validate(options).unwrap();
+        let names: Vec<_> = config.spec.devices.iter().map(|it| &it.name[..]).collect();
+        let expected = [
+            "layers", "disk0", "disk1", "net0", "net1", "fs0", "vsock", "rng", "balloon",
+            "console", "channels",
+        ];
+        assert_eq!(names, expected);
+        assert!(config.spec.memory.shared);
+        let flags = config.flags();
+        assert!(
+            names.iter().all(|name| flags.contains_key(*name)),
+            "{flags:?}"
+        );
+        assert_eq!(flags["disk1"], "--disk path=b");
+        assert_eq!(flags["net1"], "--net user");
+        assert_eq!(flags["fs0"], "-v /f:/f");
+        assert_eq!(flags["channels"], "--channel name=a,pty");
+        assert_eq!(config.spec.disk_path("disk1").as_deref(), Some("/dev/vdc"));
     }
 
     #[test]
-    fn a_network_of_sockets_gives_its_addresses() {
-        let config = |nets: &[&str], cmdline: &str, no_default_cmdline| {
-            let config = RawConfig {
-                kernel: Some("k".into()),
-                net: nets.iter().map(|&net| net.to_owned()).collect(),
-                cmdline: Some(cmdline.into()),
-                no_default_cmdline,
-                ..Default::default()
-            };
-            config.validate().map(|config| config.cmdline)
+    fn more_devices_than_fit_are_refused() {
+        let paths: Vec<_> = (0..layout::VIRTIO_MAX)
+            .map(|it| format!("path={it}"))
+            .collect();
+        let paths: Vec<_> = paths.iter().map(String::as_str).collect();
+        let options = |number| MachineOptions {
+            disks: of(&paths[..number]),
+            ..MachineOptions::default()
         };
-        let own = "ip=10.0.2.15::10.0.2.2:255.255.255.0::eth1:off:9.9.9.9";
-        let nets = ["tap=a", "user,dns=9.9.9.9"];
-        let given = config(&nets, "-- ip=x", false).unwrap();
-        assert!(given.ends_with(&format!("{own} -- ip=x")), "{given}");
-        assert!(!config(&nets, "ip=off", false).unwrap().contains(own));
-        assert_eq!(config(&nets, "quiet", true).unwrap(), "quiet");
-        assert!(!config(&nets[..1], "", false).unwrap().contains("ip="));
-        assert!(refusal(config(&["user", "user"], "", false)).contains("same addresses"));
+        assert!(validate(options(layout::VIRTIO_MAX - 1)).is_ok());
+        let refused = refusal(validate(options(layout::VIRTIO_MAX)));
+        let expected = format!("at most {} fit", layout::VIRTIO_MAX - 1);
+        assert!(refused.contains(&expected), "{refused}");
+    }
+
+    #[test]
+    fn what_there_is_once_is_not_had_twice() {
+        let nets = |texts: &[&str]| MachineOptions {
+            nets: of(texts),
+            ..MachineOptions::default()
+        };
+        assert!(refusal(validate(nets(&["tap=a", "tap=a"]))).contains("twice"));
+        let refused = refusal(validate(nets(&["user", "user"])));
+        assert!(refused.contains("same addresses"), "{refused}");
+        let disks = |texts: &[&str]| MachineOptions {
+            disks: of(texts),
+            ..MachineOptions::default()
+        };
+        assert!(validate(disks(&["path=a,ro", "path=a,ro"])).is_ok());
+        assert!(refusal(validate(disks(&["path=a,ro", "path=a"]))).contains("twice"));
     }
 
     #[test]
     fn channels_are_few_and_have_names_of_their_own() {
         let config = |names: &[String]| {
-            RawConfig {
-                kernel: Some("k".into()),
-                channel: names
-                    .iter()
-                    .map(|name| format!("name={name},pty"))
-                    .collect(),
-                ..Default::default()
-            }
-            .validate()
+            let texts: Vec<_> = names
+                .iter()
+                .map(|name| format!("name={name},pty"))
+                .collect();
+            let texts: Vec<_> = texts.iter().map(String::as_str).collect();
+            validate(MachineOptions {
+                channels: of(&texts),
+                ..MachineOptions::default()
+            })
         };
         let names: Vec<_> = (0..=CHANNELS_MAX).map(|index| index.to_string()).collect();
         assert!(config(&names[1..]).is_ok());

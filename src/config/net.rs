@@ -1,17 +1,16 @@
 //! `--net`
 
 use std::fmt;
-use std::net::IpAddr;
 use std::str::FromStr;
 
 use mayfly_devices::rate_limiter::Limits;
 
-use super::keys::Keys;
+use super::keys::{FromKeys, Keys};
 use super::limits::take_limits;
 use super::queues::Queues;
 use crate::failure::Failure;
-use crate::net::egress::rule::Rule;
 use crate::net::publish::{PORTS_MAX, Publish, Reserved};
+use crate::net::user::UserConfig;
 
 /// A network device's name is shorter than this (Linux' `IFNAMSIZ`).
 const TAP_NAME_MAX: usize = 16;
@@ -44,21 +43,6 @@ pub enum Network {
     User(UserConfig),
 }
 
-/// A network of sockets.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct UserConfig {
-    /// The guest's ports that the host has.
-    pub publish: Vec<Publish>,
-    /// What alone the guest may reach, if there is any.
-    pub allow: Vec<Rule>,
-    /// The guest's resolvers; else the host's.
-    pub dns: Vec<IpAddr>,
-    /// The guest reaches no private networks, unless it is allowed to.
-    pub isolated: bool,
-    /// The gateway's address is the host's loopback.
-    pub host_loopback: bool,
-}
-
 impl From<UserConfig> for NetConfig {
     fn from(user: UserConfig) -> Self {
         NetConfig {
@@ -70,6 +54,17 @@ impl From<UserConfig> for NetConfig {
 }
 
 impl NetConfig {
+    /// A device on a TAP of a name.
+    pub fn on_tap(name: String) -> Result<Self, String> {
+        check_tap_name(&name)?;
+        let queues = Queues::default();
+        Ok(NetConfig {
+            network: Network::Tap { name, queues },
+            mac: None,
+            limits: Limits::default(),
+        })
+    }
+
     /// How many pairs of queues the guest has.
     pub fn queues(&self) -> Queues {
         match &self.network {
@@ -91,6 +86,15 @@ impl NetConfig {
         match &mut self.network {
             Network::Tap { .. } => Ok(Reserved::default()),
             Network::User(user) => Reserved::choose(&mut user.publish),
+        }
+    }
+
+    /// What its MAC address is derived from. Networks of sockets are apart from each other, so
+    /// there it may be the same for all guests.
+    pub(super) fn seed(&self) -> &str {
+        match &self.network {
+            Network::Tap { name, .. } => name,
+            Network::User(_) => "user",
         }
     }
 
@@ -118,7 +122,14 @@ impl FromStr for NetConfig {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let mut keys = Keys::parse(text, SYNTAX);
+        Self::from_text(text.as_ref())
+    }
+}
+
+impl FromKeys for NetConfig {
+    const SYNTAX: &'static str = SYNTAX;
+
+    fn from_keys(mut keys: Keys) -> Result<Self, String> {
         let network = match keys.flag("user")? {
             true => Network::User(take_user(&mut keys)?),
             false => take_tap(&mut keys)?,
@@ -135,11 +146,16 @@ impl FromStr for NetConfig {
 
 fn take_tap(keys: &mut Keys) -> Result<Network, String> {
     let name = keys.required("tap")?;
-    if name.len() >= TAP_NAME_MAX || name.contains(['/', '%', ' ', '\0']) {
-        return Err("tap must be a device's name, of 1 to 15 characters".into());
-    }
+    check_tap_name(&name)?;
     let queues = Queues::take(keys)?;
     Ok(Network::Tap { name, queues })
+}
+
+fn check_tap_name(name: &str) -> Result<(), String> {
+    match name.len() >= TAP_NAME_MAX || name.contains(['/', '%', ' ', '\0']) {
+        true => Err("tap must be a device's name, of 1 to 15 characters".into()),
+        false => Ok(()),
+    }
 }
 
 fn take_user(keys: &mut Keys) -> Result<UserConfig, String> {

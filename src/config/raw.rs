@@ -4,16 +4,15 @@ use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use clap::ValueEnum;
-use mayfly_boot::Protocol;
-use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
+use serde::de::{self, Deserializer, MapAccess, Visitor};
 
-use super::disk::DiskConfig;
-use super::keys::escape;
+use super::keys::{FromKeys, Keys, Value};
+use super::{CPUS_MAX, MachineOptions};
 use crate::failure::{Failure, OrFail};
 use crate::kvm::accept::AcceptKvm;
 use crate::sandbox::Mode;
+use crate::spec::BootProtocol;
 
 /// The raw flags. A file of `--config` has the same names: `cpus = 2`,
 /// `disk = ["path=a.img,ro"]` or `[[disk]]` tables with the same keys.
@@ -40,23 +39,20 @@ pub struct RawConfig {
     pub boot_protocol: Option<BootProtocol>,
     /// vCPUs, 1 to 32 [default: 1]
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
-    #[serde(deserialize_with = "word")]
-    pub cpus: Option<String>,
+    pub cpus: Option<Setting>,
     /// Memory: 512M, 2G; a plain number is MiB [default: 512M]
     #[arg(
         long,
         value_name = "SIZE[,hugepages=2M|1G][,prefault][,shared]",
         allow_hyphen_values = true
     )]
-    #[serde(deserialize_with = "word")]
-    pub memory: Option<String>,
+    pub memory: Option<Setting>,
     /// A disk image or block device (repeatable); limits are a second's
     #[arg(
         long,
         value_name = "path=F[,ro][,id=S][,format=raw|qcow2][,backing=F][,bw=10M][,iops=500][,queues=N]"
     )]
-    #[serde(deserialize_with = "os_words")]
-    pub disk: Vec<OsString>,
+    pub disk: Vec<Setting>,
     /// A network device on a TAP device, or on sockets by passt (repeatable); limits
     /// are a second's, each way. A user's network may have publish=[[IP:]HOST:]GUEST[/udp],
     /// allow=CIDR|DOMAIN[:PORT], dns=IP (each repeatable), isolated, host-loopback
@@ -64,25 +60,20 @@ pub struct RawConfig {
         long,
         value_name = "tap=NAME[,queues=N]|user[,KEY=…]…[,mac=…][,bw=10M][,pps=5000]"
     )]
-    #[serde(deserialize_with = "words")]
-    pub net: Vec<String>,
+    pub net: Vec<Setting>,
     /// Sockets between guest and host (vsock), as Unix sockets of the host
     #[arg(long, value_name = "cid=N,unix=S")]
-    #[serde(deserialize_with = "word")]
-    pub vsock: Option<String>,
+    pub vsock: Option<Setting>,
     /// A memory balloon of a size; mayfly ctl changes it
     #[arg(long, value_name = "SIZE[,deflate-on-oom][,reporting]")]
-    #[serde(deserialize_with = "word")]
-    pub balloon: Option<String>,
+    pub balloon: Option<Setting>,
     /// Console: stdio, file=F, pty, unix=S, none; virtio makes it fast, and know
     /// the terminal's size [default: stdio]
     #[arg(long, value_name = "WHERE[,virtio]")]
-    #[serde(deserialize_with = "word")]
-    pub console: Option<String>,
+    pub console: Option<Setting>,
     /// A channel, /dev/virtio-ports/NAME in the guest (repeatable)
     #[arg(long, value_name = "name=NAME,unix=S|pty|file=F")]
-    #[serde(deserialize_with = "words")]
-    pub channel: Vec<String>,
+    pub channel: Vec<Setting>,
     /// A watchdog, and what happens if the guest that starts it hangs [default action: crash]
     #[arg(
         long,
@@ -90,16 +81,14 @@ pub struct RawConfig {
         num_args = 0..=1,
         default_missing_value = "action=crash"
     )]
-    #[serde(deserialize_with = "word")]
-    pub watchdog: Option<String>,
+    pub watchdog: Option<Setting>,
     /// Log messages of a level and above, to standard error or a file [default: warn]
     #[arg(long, value_name = "error|warn|info|debug|trace[,file=F][,json]")]
-    #[serde(deserialize_with = "word")]
-    pub log: Option<String>,
+    pub log: Option<Setting>,
     /// Write mayfly's process id to a file, removed at the end
     #[arg(long, value_name = "F")]
     pub pidfile: Option<PathBuf>,
-    /// What surrounds the machine's process: all that the host has (on), all there is, or
+    /// What surrounds the VMM process: all that the host has (on), all there is, or
     /// no VM (require), or nothing (off) [default: on]
     #[arg(long, value_name = "on|require|off")]
     pub sandbox: Option<Mode>,
@@ -110,42 +99,6 @@ pub struct RawConfig {
     #[command(flatten)]
     #[serde(skip)]
     pub accept_kvm: AcceptKvm,
-    /// The file systems of an image's layers, on one disk before the others
-    #[arg(skip)]
-    #[serde(skip)]
-    pub layers: Vec<PathBuf>,
-    /// The disks of an image's volumes, behind those of `--disk`
-    #[arg(skip)]
-    #[serde(skip)]
-    pub volumes: Vec<DiskConfig>,
-    /// Signals do not end the machine: whoever runs it takes them
-    #[arg(skip)]
-    #[serde(skip)]
-    pub ignores_signals: bool,
-}
-
-/// How to enter the kernel.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum BootProtocol {
-    /// Linux' 64-bit entry, or PVH if there is no other
-    #[default]
-    Auto,
-    /// The Linux 64-bit boot protocol
-    Linux,
-    /// Xen's PVH
-    Pvh,
-}
-
-impl BootProtocol {
-    /// The protocol, if it is not to be chosen.
-    pub fn forced(self) -> Option<Protocol> {
-        match self {
-            BootProtocol::Auto => None,
-            BootProtocol::Linux => Some(Protocol::Linux64),
-            BootProtocol::Pvh => Some(Protocol::Pvh),
-        }
-    }
 }
 
 impl RawConfig {
@@ -196,131 +149,225 @@ impl RawConfig {
             pidfile: self.pidfile.or(file.pidfile),
             nested: self.nested || file.nested,
             accept_kvm: self.accept_kvm,
-            layers: self.layers,
-            volumes: self.volumes,
-            ignores_signals: self.ignores_signals,
         }
+    }
+
+    /// Reads each option by itself; what is not given has its default. Kernel and initial RAM
+    /// disk are for [`GuestFiles::choose`](super::GuestFiles::choose).
+    pub fn parse(self) -> Result<MachineOptions, Failure> {
+        let default = MachineOptions::default();
+        Ok(MachineOptions {
+            name: self.name,
+            cmdline: self.cmdline,
+            no_default_cmdline: self.no_default_cmdline,
+            boot_protocol: self.boot_protocol.unwrap_or_default(),
+            cpus: match &self.cpus {
+                Some(cpus) => parse_cpus(&cpus.to_string())?,
+                None => default.cpus,
+            },
+            memory: parse_one(&self.memory, "--memory")?.unwrap_or_default(),
+            disks: parse_all(&self.disk, "--disk")?,
+            nets: parse_all(&self.net, "--net")?,
+            vsock: parse_one(&self.vsock, "--vsock")?,
+            balloon: parse_one(&self.balloon, "--balloon")?,
+            console: parse_one(&self.console, "--console")?.unwrap_or_default(),
+            channels: parse_all(&self.channel, "--channel")?,
+            watchdog: parse_one(&self.watchdog, "--watchdog")?,
+            log: parse_one(&self.log, "--log")?.unwrap_or_default(),
+            pidfile: self.pidfile,
+            sandbox: self.sandbox.unwrap_or_default(),
+            nested: self.nested,
+            accept_kvm: self.accept_kvm,
+            ..default
+        })
     }
 }
 
-/// One value: a string, or what can be written as one.
-struct Word(String);
+fn parse_one<T: FromKeys>(setting: &Option<Setting>, flag: &str) -> Result<Option<T>, Failure> {
+    let setting = setting.as_ref();
+    setting.map(|setting| setting.parse(flag)).transpose()
+}
 
-impl<'de> Deserialize<'de> for Word {
+fn parse_all<T: FromKeys>(settings: &[Setting], flag: &str) -> Result<Vec<T>, Failure> {
+    let all = settings.iter().map(|setting| setting.parse(flag));
+    all.collect()
+}
+
+/// Reads a number of vCPUs.
+pub fn parse_cpus(text: &str) -> Result<u8, Failure> {
+    match text.parse() {
+        Ok(cpus @ 1..=CPUS_MAX) => Ok(cpus),
+        _ => Err(Failure::config(format!(
+            "--cpus {text}: not a number from 1 to {CPUS_MAX}"
+        ))),
+    }
+}
+
+/// The value of one option, as it was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Setting {
+    /// As in a flag; in TOML a string or a number.
+    Text(OsString),
+    /// A table of TOML.
+    Table(Vec<(String, Value)>),
+}
+
+impl From<OsString> for Setting {
+    fn from(text: OsString) -> Self {
+        Setting::Text(text)
+    }
+}
+
+impl From<&str> for Setting {
+    fn from(text: &str) -> Self {
+        Setting::Text(text.into())
+    }
+}
+
+impl fmt::Display for Setting {
+    /// As it would stand in a flag, for messages.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let entries = match self {
+            Setting::Text(text) => return text.display().fmt(f),
+            Setting::Table(entries) => entries,
+        };
+        let mut separator = "";
+        for (key, value) in entries {
+            match value {
+                Value::Flag(true) => write!(f, "{separator}{key}")?,
+                Value::Flag(false) => continue,
+                Value::Number(number) => write!(f, "{separator}{key}={number}")?,
+                Value::Text(text) => write!(f, "{separator}{key}={text}")?,
+                Value::List(list) => {
+                    let each = list.iter().map(|text| format!("{key}={text}"));
+                    write!(f, "{separator}{}", each.collect::<Vec<_>>().join(","))?;
+                }
+            }
+            separator = ",";
+        }
+        Ok(())
+    }
+}
+
+impl Setting {
+    fn parse<T: FromKeys>(&self, flag: &str) -> Result<T, Failure> {
+        let parsed = match self {
+            Setting::Text(text) => T::from_text(text),
+            Setting::Table(table) => T::from_keys(Keys::of_table(table, T::WORD, T::SYNTAX)),
+        };
+        parsed.map_err(|error| Failure::config(format!("{flag} {self}: {error}")))
+    }
+}
+
+impl clap::builder::ValueParserFactory for Setting {
+    type Parser =
+        clap::builder::MapValueParser<clap::builder::OsStringValueParser, fn(OsString) -> Setting>;
+
+    fn value_parser() -> Self::Parser {
+        use clap::builder::{OsStringValueParser, TypedValueParser};
+        OsStringValueParser::new().map(Setting::Text)
+    }
+}
+
+impl<'de> Deserialize<'de> for Setting {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Words;
-        impl<'de> Visitor<'de> for Words {
-            type Value = Word;
+        struct Settings;
+        impl<'de> Visitor<'de> for Settings {
+            type Value = Setting;
 
             fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
                 f.write_str("a string, a number, or a table of the option's keys")
             }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Word, E> {
-                Ok(Word(text.to_owned()))
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Setting, E> {
+                Ok(text.into())
             }
 
-            fn visit_i64<E: de::Error>(self, number: i64) -> Result<Word, E> {
-                Ok(Word(number.to_string()))
+            fn visit_i64<E: de::Error>(self, number: i64) -> Result<Setting, E> {
+                Ok(number.to_string().as_str().into())
             }
 
-            /// `{ path = "a", ro = true }` is `path=a,ro`.
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Word, A::Error> {
-                let mut parts = Vec::new();
-                while let Some((key, value)) = map.next_entry::<String, Value>()? {
-                    match value {
-                        // What may be given several times.
-                        Value::List(list) => {
-                            let each = list.iter().map(|text| format!("{key}={}", escape(text)));
-                            parts.extend(each);
-                        }
-                        // The word that stands alone: `memory = { size = "2G" }`.
-                        Value::Text(text) if key == "size" || key == "level" => {
-                            parts.insert(0, escape(&text))
-                        }
-                        Value::Text(text) => parts.push(format!("{key}={}", escape(&text))),
-                        Value::Number(number) => parts.push(format!("{key}={number}")),
-                        Value::Flag(true) => parts.push(key),
-                        Value::Flag(false) => {}
-                    }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Setting, A::Error> {
+                let mut table = Vec::new();
+                while let Some((key, value)) = map.next_entry::<String, TomlValue>()? {
+                    table.push((key, value.into()));
                 }
-                Ok(Word(parts.join(",")))
+                Ok(Setting::Table(table))
             }
         }
-        deserializer.deserialize_any(Words)
+        deserializer.deserialize_any(Settings)
     }
 }
 
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum Value {
+enum TomlValue {
     Flag(bool),
     Number(i64),
     Text(String),
     List(Vec<String>),
 }
 
-fn word<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
-    Word::deserialize(deserializer).map(|word| Some(word.0))
-}
-
-fn words<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
-    struct List;
-    impl<'de> Visitor<'de> for List {
-        type Value = Vec<String>;
-
-        fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-            f.write_str("a list of strings or tables")
-        }
-
-        fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
-            let mut words = Vec::new();
-            while let Some(Word(text)) = list.next_element()? {
-                words.push(text);
-            }
-            Ok(words)
+impl From<TomlValue> for Value {
+    fn from(value: TomlValue) -> Self {
+        match value {
+            TomlValue::Flag(flag) => Value::Flag(flag),
+            TomlValue::Number(number) => Value::Number(number),
+            TomlValue::Text(text) => Value::Text(text),
+            TomlValue::List(list) => Value::List(list),
         }
     }
-    deserializer.deserialize_seq(List)
-}
-
-fn os_words<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<OsString>, D::Error> {
-    words(deserializer).map(|words| words.into_iter().map(OsString::from).collect())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::ffi::OsStringExt;
+
     use super::*;
-    use crate::config::NetConfig;
+    use crate::config::testing::refusal;
+    use crate::config::{Format, HostEnd};
+
+    fn toml(text: &str) -> RawConfig {
+        RawConfig::from_toml(text).unwrap()
+    }
 
     #[test]
     fn toml_says_what_flags_say() {
-        let file = RawConfig::from_toml(
+        let file = toml(
             r#"
             kernel = "/k"
             cpus = 2
             memory = { size = "2G", shared = true, prefault = false }
             boot-protocol = "pvh"
             console = "none"
+            log = { level = "debug", file = "l,og" }
             net = ["tap=t0", { user = true, allow = ["10.0.0.0/8:443", "a.example"] }]
             [[disk]]
             path = "a,b.img"
             ro = true
             id = "root"
+            iops = 100
             "#,
-        )
-        .unwrap();
-        assert_eq!(file.cpus.as_deref(), Some("2"));
-        assert_eq!(file.memory.as_deref(), Some("2G,shared"));
-        assert_eq!(file.boot_protocol, Some(BootProtocol::Pvh));
-        let disk = DiskConfig::parse(&file.disk[0]).unwrap();
-        assert!(file.net[1].parse::<NetConfig>().is_ok());
-        assert_eq!(disk.path, Path::new("a,b.img"));
-        assert!(disk.read_only && disk.id.as_deref() == Some("root"));
-        assert_eq!(
-            file.net,
-            ["tap=t0", "allow=10.0.0.0/8:443,allow=a.example,user"]
         );
+        let flags = RawConfig {
+            kernel: Some("/k".into()),
+            cpus: Some("2".into()),
+            memory: Some("2G,shared".into()),
+            boot_protocol: Some(BootProtocol::Pvh),
+            console: Some("none".into()),
+            log: Some("debug,file=l,,og".into()),
+            net: vec![
+                "tap=t0".into(),
+                "user,allow=10.0.0.0/8:443,allow=a.example".into(),
+            ],
+            disk: vec!["path=a,,b.img,ro,id=root,iops=100".into()],
+            ..RawConfig::default()
+        };
+        let parse = |raw: &RawConfig| format!("{:?}", raw.clone().parse().unwrap());
+        assert_eq!(parse(&file), parse(&flags));
+        let disk = &file.clone().parse().unwrap().disks[0];
+        assert_eq!(disk.path, Path::new("a,b.img"));
+        assert!(disk.read_only && disk.format == Format::Raw);
 
         let flags = RawConfig {
             cpus: Some("4".into()),
@@ -328,9 +375,50 @@ mod tests {
             ..Default::default()
         };
         let both = flags.or(file);
-        assert_eq!(both.cpus.as_deref(), Some("4"));
-        assert_eq!(both.disk, ["path=c"]);
+        assert_eq!(both.cpus, Some("4".into()));
+        assert_eq!(both.disk, ["path=c".into()]);
         assert_eq!(both.kernel, Some("/k".into()));
+    }
+
+    #[test]
+    fn paths_keep_their_bytes() {
+        let setting = |before: &str| {
+            let bytes = [before.as_bytes(), b"\xff\xfe,,x"].concat();
+            Setting::Text(OsString::from_vec(bytes))
+        };
+        let path = PathBuf::from(OsString::from_vec(b"\xff\xfe,x".to_vec()));
+        let raw = RawConfig {
+            disk: vec![setting("format=qcow2,path=a,backing=")],
+            vsock: Some(setting("cid=3,unix=")),
+            console: Some(setting("file=")),
+            channel: vec![setting("name=a,unix=")],
+            log: Some(setting("warn,file=")),
+            ..RawConfig::default()
+        };
+        let options = raw.parse().unwrap();
+        assert_eq!(options.disks[0].backing.as_ref().unwrap().path, path);
+        assert_eq!(options.vsock.unwrap().path, path);
+        assert_eq!(options.console.end, HostEnd::File(path.clone()));
+        assert_eq!(options.channels[0].end, HostEnd::Unix(path.clone()));
+        assert_eq!(options.log.file, Some(path));
+    }
+
+    #[test]
+    fn cpus_have_bounds() {
+        assert_eq!(parse_cpus("32").unwrap(), 32);
+        for text in ["0", "33", "-1", "two", "", "1.0", "256"] {
+            assert!(refusal(parse_cpus(text)).contains("1 to 32"));
+        }
+    }
+
+    #[test]
+    fn a_refused_table_is_shown() {
+        let raw = toml("disk = [{ path = \"a\", ro = true, size = 5 }]");
+        let refused = refusal(raw.parse());
+        assert!(
+            refused.starts_with("--disk path=a,ro,size=5: \"size\" is not"),
+            "{refused}"
+        );
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use mayfly_devices::virtio::vsock::CIDS;
 
-use super::keys::Keys;
+use super::keys::{FromKeys, Keys};
 use crate::unix_socket::OWN_NAME_MAX;
 
 const SYNTAX: &str = "cid=N,unix=S";
@@ -34,8 +34,15 @@ impl FromStr for VsockConfig {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let mut keys = Keys::parse(text, SYNTAX);
-        let (cid, path) = (keys.required("cid")?, keys.required("unix")?);
+        Self::from_text(text.as_ref())
+    }
+}
+
+impl FromKeys for VsockConfig {
+    const SYNTAX: &'static str = SYNTAX;
+
+    fn from_keys(mut keys: Keys) -> Result<Self, String> {
+        let (cid, path) = (keys.required("cid")?, keys.required_path("unix")?);
         keys.finish()?;
         let plain = cid.bytes().all(|byte| byte.is_ascii_digit());
         let number = cid.parse().ok().filter(|number| CIDS.contains(number));
@@ -46,7 +53,6 @@ impl FromStr for VsockConfig {
                 CIDS.end - 1
             ));
         };
-        let path = PathBuf::from(path);
         const MAX: usize = OWN_NAME_MAX - PORT_LEN;
         let name = path.file_name().unwrap_or_default();
         if name.as_bytes().len() > MAX {

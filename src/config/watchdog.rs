@@ -1,28 +1,14 @@
 //! `--watchdog`
 
-use std::str::FromStr;
-
-use super::keys::Keys;
+use super::keys::{FromKeys, Keys};
+use crate::spec::WatchdogAction;
 
 const SYNTAX: &str = "action=crash, action=reset or action=nmi";
 
-/// What happens when the guest does not feed its watchdog in time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WatchdogAction {
-    /// The VM ends as one that hung.
-    Crash,
-    /// The VM ends as one that restarted.
-    Reset,
-    /// The guest gets a non-maskable interrupt, to show where it is; if it is
-    /// late once more, the VM ends as one that hung.
-    Nmi,
-}
+impl FromKeys for WatchdogAction {
+    const SYNTAX: &'static str = SYNTAX;
 
-impl FromStr for WatchdogAction {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let mut keys = Keys::parse(text, SYNTAX);
+    fn from_keys(mut keys: Keys) -> Result<Self, String> {
         let action = match keys.required("action")?.as_str() {
             "crash" => WatchdogAction::Crash,
             "reset" => WatchdogAction::Reset,
@@ -40,9 +26,10 @@ mod tests {
 
     #[test]
     fn actions() {
-        assert_eq!("action=crash".parse(), Ok(WatchdogAction::Crash));
-        assert_eq!("action=reset".parse(), Ok(WatchdogAction::Reset));
-        assert_eq!("action=nmi".parse(), Ok(WatchdogAction::Nmi));
+        let parse = |text: &str| WatchdogAction::from_text(text.as_ref());
+        assert_eq!(parse("action=crash"), Ok(WatchdogAction::Crash));
+        assert_eq!(parse("action=reset"), Ok(WatchdogAction::Reset));
+        assert_eq!(parse("action=nmi"), Ok(WatchdogAction::Nmi));
         for wrong in [
             "",
             "crash",
@@ -51,7 +38,7 @@ mod tests {
             "action=nmi,action=nmi",
             "action=nmi,x",
         ] {
-            assert!(wrong.parse::<WatchdogAction>().is_err(), "{wrong}");
+            assert!(parse(wrong).is_err(), "{wrong}");
         }
     }
 }

@@ -1,5 +1,5 @@
-//! What a console or a channel has of the host: opened by the keeper, moved by the
-//! machine's process.
+//! What a console or a channel has of the host: opened by the supervisor, moved by the
+//! VMM process.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal};
@@ -20,7 +20,7 @@ use crate::unix_socket::{self, Name};
 
 /// Where output goes, where input comes from.
 #[derive(Default)]
-pub struct Ends {
+pub struct ConsoleFds {
     /// From the host.
     pub input: Option<File>,
     /// To the host.
@@ -31,65 +31,70 @@ pub struct Ends {
     pub lossy: bool,
     /// The input is a user's keys, some of which are for the monitor.
     pub keys: bool,
+    /// The last lines of the output are kept.
+    pub tail: bool,
 }
 
-/// What [`Ends`] are without their files.
+/// What [`ConsoleFds`] are without their files.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub struct Nature {
+pub struct ConsoleFlags {
     input: bool,
     output: bool,
     listener: bool,
     lossy: bool,
     keys: bool,
+    tail: bool,
 }
 
-impl Ends {
+impl ConsoleFds {
     /// What these are, and their files.
-    pub fn into_parts(self) -> (Nature, Vec<OwnedFd>) {
-        let nature = Nature {
+    pub fn into_parts(self) -> (ConsoleFlags, Vec<OwnedFd>) {
+        let flags = ConsoleFlags {
             input: self.input.is_some(),
             output: self.output.is_some(),
             listener: self.listener.is_some(),
             lossy: self.lossy,
             keys: self.keys,
+            tail: self.tail,
         };
         let files = [self.input, self.output].into_iter().flatten();
         let files = files.map(OwnedFd::from);
         let all = files.chain(self.listener.map(OwnedFd::from)).collect();
-        (nature, all)
+        (flags, all)
     }
 
     /// Puts them together again, taking as many files as they have.
-    pub fn from_parts(nature: Nature, files: &mut impl Iterator<Item = OwnedFd>) -> Self {
+    pub fn from_parts(flags: ConsoleFlags, files: &mut impl Iterator<Item = OwnedFd>) -> Self {
         let mut next = |there: bool| there.then(|| files.next()).flatten();
-        Ends {
-            input: next(nature.input).map(File::from),
-            output: next(nature.output).map(File::from),
-            listener: next(nature.listener).map(UnixListener::from),
-            lossy: nature.lossy,
-            keys: nature.keys,
+        ConsoleFds {
+            input: next(flags.input).map(File::from),
+            output: next(flags.output).map(File::from),
+            listener: next(flags.listener).map(UnixListener::from),
+            lossy: flags.lossy,
+            keys: flags.keys,
+            tail: flags.tail,
         }
     }
 }
 
 /// The ends, and what lasts as long as they do.
 #[derive(Default)]
-pub struct Opened {
+pub struct HostConsole {
     /// For who moves the bytes.
-    pub ends: Option<Ends>,
+    pub fds: Option<ConsoleFds>,
     _name: Option<Name>,
     _terminal: Option<RawTerminal>,
     /// Keeps a pseudo-terminal from hanging up while nobody has it open.
     _slave: Option<File>,
 }
 
-impl Opened {
+impl HostConsole {
     /// Opens what the user chose. Called last of all that can fail: it creates
     /// files, and changes the terminal.
     pub fn open(end: &HostEnd, what: &str, flag: &str) -> Result<Self, Failure> {
         match end {
-            HostEnd::None => Ok(Opened::of(Ends::default())),
-            HostEnd::Stdio => Opened::stdio().or_host(flag),
+            HostEnd::None => Ok(HostConsole::of(ConsoleFds::default())),
+            HostEnd::Stdio => HostConsole::stdio().or_host(flag),
             HostEnd::File(path) => {
                 let file = OpenOptions::new()
                     .write(true)
@@ -98,20 +103,20 @@ impl Opened {
                     .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
                     .open(path)
                     .or_host(flag)?;
-                Ok(Opened::of(Ends {
+                Ok(HostConsole::of(ConsoleFds {
                     output: Some(file),
-                    ..Ends::default()
+                    ..ConsoleFds::default()
                 }))
             }
-            HostEnd::Pty => Opened::pty(what).or_host(flag),
-            HostEnd::Unix(path) => Opened::unix(path, flag),
+            HostEnd::Pty => HostConsole::pty(what).or_host(flag),
+            HostEnd::Unix(path) => HostConsole::unix(path, flag),
         }
     }
 
-    fn of(ends: Ends) -> Self {
-        Opened {
-            ends: Some(ends),
-            ..Opened::default()
+    fn of(ends: ConsoleFds) -> Self {
+        HostConsole {
+            fds: Some(ends),
+            ..HostConsole::default()
         }
     }
 
@@ -122,15 +127,15 @@ impl Opened {
             Some(input) => RawTerminal::new(input)?,
             None => None,
         };
-        let ends = Ends {
+        let ends = ConsoleFds {
             keys: terminal.is_some(),
             input,
             output,
-            ..Ends::default()
+            ..ConsoleFds::default()
         };
-        Ok(Opened {
+        Ok(HostConsole {
             _terminal: terminal,
-            ..Opened::of(ends)
+            ..HostConsole::of(ends)
         })
     }
 
@@ -146,24 +151,24 @@ impl Opened {
         // The guest's own terminal echoes and edits.
         make_raw(&slave)?;
         eprintln!("mayfly: {what} is {}", name.display());
-        Ok(Opened {
+        Ok(HostConsole {
             _slave: Some(slave),
-            ..Opened::of(Ends {
+            ..HostConsole::of(ConsoleFds {
                 output: Some(input.try_clone()?),
                 input: Some(input),
                 lossy: true,
-                ..Ends::default()
+                ..ConsoleFds::default()
             })
         })
     }
 
     fn unix(path: &Path, flag: &str) -> Result<Self, Failure> {
         let (listener, name) = unix_socket::listen(path, flag)?;
-        Ok(Opened {
+        Ok(HostConsole {
             _name: Some(name),
-            ..Opened::of(Ends {
+            ..HostConsole::of(ConsoleFds {
                 listener: Some(listener),
-                ..Ends::default()
+                ..ConsoleFds::default()
             })
         })
     }

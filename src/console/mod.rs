@@ -22,7 +22,7 @@ use vmm_sys_util::eventfd::EventFd;
 use escape::{Escape, HELP, Request};
 use tail::Tail;
 
-pub use self::ends::{Ends, Nature, Opened};
+pub use self::ends::{ConsoleFds, ConsoleFlags, HostConsole};
 
 /// A pipe that polls as writable takes this much without blocking.
 const CHUNK: usize = libc::PIPE_BUF;
@@ -60,15 +60,13 @@ pub enum Pumped {
 
 /// The guest's side of a console or a channel.
 pub struct Connection {
-    /// What asked for it, for messages.
-    pub flag: String,
+    /// What it is, for messages.
+    pub name: String,
     /// The guest's ends. In this order they give output; the last takes
     /// the input.
     pub lines: Vec<Arc<Mutex<dyn Line>>>,
     /// They have output, or room for input.
     pub attention: EventFd,
-    /// The last lines are kept.
-    pub tail: bool,
 }
 
 /// The host's side: where output goes, where input comes from.
@@ -82,8 +80,8 @@ pub struct Console {
     left: Vec<File>,
     input: Option<File>,
     output: Option<File>,
-    /// What asked for it, for messages.
-    flag: String,
+    /// What it is, for messages.
+    name: String,
     /// The user knows that output is lost.
     warned: bool,
     /// Output that its reader leaves lying may be lost.
@@ -99,11 +97,11 @@ pub struct Console {
 
 impl Console {
     /// A console on what is the host's of it.
-    pub fn new(connection: &Connection, ends: Ends) -> Self {
+    pub fn new(connection: &Connection, ends: ConsoleFds) -> Self {
         Console {
             lines: connection.lines.clone(),
-            flag: connection.flag.clone(),
-            tail: connection.tail.then(Tail::default),
+            name: connection.name.clone(),
+            tail: ends.tail.then(Tail::default),
             escape: ends.keys.then(Escape::default),
             lossy: ends.lossy,
             input: ends.input,
@@ -223,7 +221,7 @@ impl Console {
         if self.listener.is_some() || error.kind() == io::ErrorKind::BrokenPipe {
             self.left.extend(self.output.take());
         } else if !std::mem::replace(&mut self.warned, true) {
-            log::warn!("{}: {error}; output is lost", self.flag);
+            log::warn!("{}: {error}; output is lost", self.name);
         }
     }
 
@@ -576,14 +574,13 @@ mod tests {
 
     #[test]
     fn a_terminal_that_nobody_reads_blocks_nobody() {
-        let opened = Opened::open(&HostEnd::Pty, "console", "--console").unwrap();
+        let opened = HostConsole::open(&HostEnd::Pty, "console", "--console").unwrap();
         let connection = Connection {
-            flag: "--console".into(),
+            name: "console".into(),
             lines: Vec::new(),
             attention: EventFd::new(0).unwrap(),
-            tail: false,
         };
-        let mut console = endless(Console::new(&connection, opened.ends.unwrap()));
+        let mut console = endless(Console::new(&connection, opened.fds.unwrap()));
         for _ in 0..10 {
             assert_eq!(console.pump(), Pumped::More); // it loses output
         }

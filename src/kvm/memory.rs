@@ -15,7 +15,7 @@ use vm_memory::{
     GuestRegionCollectionError, GuestRegionMmap, MmapRegion,
 };
 
-use crate::config::{HugePages, MemoryConfig};
+use crate::spec::{HugePages, MemorySpec};
 
 /// The guest's memory, everywhere in mayfly.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
@@ -66,7 +66,7 @@ const ALIGNMENT: usize = 2 << 20;
 
 /// Reserves memory, laid out around the hole for devices, until the process ends. A page
 /// costs host memory only once the guest touches it.
-pub fn guest_memory(config: &MemoryConfig) -> Result<GuestMemory, MemoryError> {
+pub fn guest_memory(config: &MemorySpec) -> Result<GuestMemory, MemoryError> {
     let file = match config.hugepages.is_some() || config.shared {
         true => Some(memory_file(config).map_err(MemoryError::File)?),
         false => None,
@@ -281,7 +281,7 @@ fn map_aligned(
 
 /// A file in memory of the guest's size, for whoever shares it: nobody can take it from
 /// under us.
-fn memory_file(config: &MemoryConfig) -> io::Result<File> {
+fn memory_file(config: &MemorySpec) -> io::Result<File> {
     let huge = match config.hugepages {
         None => 0,
         Some(HugePages::Mib2) => libc::MFD_HUGETLB | libc::MFD_HUGE_2MB,
@@ -380,8 +380,8 @@ mod tests {
     use super::*;
     use vm_memory::Bytes;
 
-    fn config(shared: bool) -> MemoryConfig {
-        MemoryConfig {
+    fn config(shared: bool) -> MemorySpec {
+        MemorySpec {
             size: 1 << 20,
             shared,
             ..Default::default()
@@ -391,7 +391,7 @@ mod tests {
     #[test]
     fn huge_pages_of_the_guest_are_huge_pages_here() {
         for shared in [false, true] {
-            let memory = guest_memory(&MemoryConfig {
+            let memory = guest_memory(&MemorySpec {
                 size: layout::MMIO_HOLE_START + (6 << 20),
                 ..config(shared)
             })

@@ -6,11 +6,14 @@ pub mod cpuid;
 pub mod gate;
 pub mod memory;
 pub mod msr;
+mod open;
 pub mod probe;
 pub mod reclaim;
 pub mod state;
 pub mod vcpu;
 pub mod vm;
+
+pub use self::open::open;
 
 /// An ioctl that failed.
 #[derive(Debug, thiserror::Error)]

@@ -9,7 +9,7 @@ use kvm_bindings::kvm_regs;
 use kvm_ioctls::{Kvm, VcpuExit};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::config::MemoryConfig;
+use crate::spec::MemorySpec;
 
 use super::memory::guest_memory;
 use super::vm::Vm;
@@ -56,7 +56,7 @@ pub fn measure(kvm: &Kvm) -> Backend {
 }
 
 fn run_loop(kvm: &Kvm) -> Option<Duration> {
-    let memory = guest_memory(&MemoryConfig {
+    let memory = guest_memory(&MemorySpec {
         size: 0x2000,
         ..Default::default()
     })

@@ -14,7 +14,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::base::Base;
 use super::memory::GuestMemory;
-use crate::config::MemoryConfig;
+use crate::spec::MemorySpec;
 
 /// Takes guest memory for the host.
 pub struct Reclaimer {
@@ -28,7 +28,7 @@ pub type BaseSlot = Arc<Mutex<Option<Base>>>;
 
 impl Reclaimer {
     /// For memory that was made so.
-    pub fn new(memory: &GuestMemory, config: &MemoryConfig) -> Self {
+    pub fn new(memory: &GuestMemory, config: &MemorySpec) -> Self {
         Reclaimer {
             memory: memory.clone(),
             page: config.hugepages.map_or(PAGE_SIZE, |pages| pages.bytes()),
@@ -97,7 +97,7 @@ mod tests {
     const SIZE: u64 = 4 << 20;
 
     fn made(shared: bool) -> (GuestMemory, Reclaimer) {
-        let config = MemoryConfig {
+        let config = MemorySpec {
             size: SIZE,
             shared,
             ..Default::default()
@@ -113,7 +113,7 @@ mod tests {
         file.write_all_at(&vec![7; SIZE as usize], 0).unwrap();
         let memory = memory_over(&file, SIZE).unwrap();
         let base = Base::new(file, &memory);
-        let config = MemoryConfig {
+        let config = MemorySpec {
             size: SIZE,
             ..Default::default()
         };

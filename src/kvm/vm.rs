@@ -1,8 +1,12 @@
 //! The virtual machine: memory slots, interrupt controllers, notifications.
 
-#![allow(unsafe_code, reason = "KVM is given guest memory")]
+#![allow(
+    unsafe_code,
+    reason = "KVM is given guest memory, and comes as a descriptor"
+)]
 
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{
@@ -58,6 +62,18 @@ pub enum OpenError {
     /// It is too old.
     #[error("{DEVICE} lacks {0}; use a newer kernel")]
     Lacks(&'static str),
+}
+
+/// KVM as another process opened it.
+pub fn inherited(kvm: OwnedFd) -> Kvm {
+    // SAFETY: it is an open descriptor that nothing else owns.
+    unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) }
+}
+
+/// Another descriptor of KVM, for another process.
+pub fn duplicate(kvm: &Kvm) -> io::Result<OwnedFd> {
+    // SAFETY: it is open as long as `kvm` lives.
+    unsafe { BorrowedFd::borrow_raw(kvm.as_raw_fd()) }.try_clone_to_owned()
 }
 
 /// Opens KVM and checks that it can do what is needed.

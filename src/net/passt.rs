@@ -13,15 +13,13 @@ use std::time::{Duration, Instant};
 
 use etherparse::{ArpHardwareId, ArpOperation, ArpPacket, EtherType, PacketBuilder};
 
-use super::egress::Egress;
-use super::host::{HostNetworks, KnownHost};
+use super::egress::EgressPolicy;
 use super::publish::Protocol;
-use super::user::UserNet;
-use crate::config::UserConfig;
+use super::user::{UserConfig, UserNet};
 use crate::failure::{Failure, OrFail};
 use crate::helper::{self, Chatter, Helper, Ready};
-use crate::machine::StartSignals;
 use crate::sandbox::Door;
+use crate::signals::StartSignals;
 use mayfly_process::programs::find_program;
 
 const PROGRAM: &str = "passt";
@@ -49,7 +47,7 @@ pub fn program() -> Option<PathBuf> {
 /// A passt that starts.
 pub struct Starting {
     flag: String,
-    filter: Egress,
+    policy: EgressPolicy,
     socket: UnixStream,
     helper: Helper,
     guest_mac: [u8; 6],
@@ -59,7 +57,12 @@ pub struct Starting {
 
 /// Starts it; [`Starting::ready`] waits for it. Many a guest uses no network: unless
 /// there are ports to be opened, a process waits in its stead for the first frame.
-pub fn start(config: &UserConfig, guest_mac: [u8; 6], door: &Door) -> Result<Starting, Failure> {
+pub fn start(
+    config: &UserConfig,
+    net: &UserNet,
+    guest_mac: [u8; 6],
+    door: &Door,
+) -> Result<Starting, Failure> {
     let flag = "--net user".to_owned();
     let missing = || {
         Failure::host(format!(
@@ -67,12 +70,10 @@ pub fn start(config: &UserConfig, guest_mac: [u8; 6], door: &Door) -> Result<Sta
         ))
     };
     let program = program().ok_or_else(missing)?;
-    let net = UserNet::of(config);
-    let host = HostNetworks::list().or_host(format!("{flag}: listing the host's addresses"))?;
     let (socket, theirs) = UnixStream::pair().or_host(&flag)?;
     let fd = theirs.as_raw_fd();
     let mut command = helper::command(&program).or_host(&flag)?;
-    command.args(arguments(&net, config, fd));
+    command.args(arguments(net, config, fd));
     let later = config.publish.is_empty();
     door.lead(&mut command).or_host(&flag)?;
     helper::give(&mut command, fd, later.then_some(NAME));
@@ -80,7 +81,7 @@ pub fn start(config: &UserConfig, guest_mac: [u8; 6], door: &Door) -> Result<Sta
         .map_err(|error| Failure::host(format!("{flag}: starting {PROGRAM}: {error}")))?;
     Ok(Starting {
         flag,
-        filter: Egress::new(net, config, KnownHost::new(&host)),
+        policy: EgressPolicy::new(net, config),
         socket,
         helper,
         guest_mac,
@@ -143,8 +144,11 @@ fn arguments(net: &UserNet, config: &UserConfig, fd: RawFd) -> Vec<String> {
 
 impl Starting {
     /// Waits until it answers, if it starts now. Returns the socket for the guest's frames, and
-    /// what these are to pass, too.
-    pub fn ready(mut self, signals: &StartSignals) -> Result<(UnixStream, Egress, Ready), Failure> {
+    /// what these may reach, too.
+    pub fn ready(
+        mut self,
+        signals: &StartSignals,
+    ) -> Result<(UnixStream, EgressPolicy, Ready), Failure> {
         let what = format!("{}: {PROGRAM}", self.flag);
         let greeted = match self.later {
             true => Ok(()),
@@ -165,7 +169,7 @@ impl Starting {
         let socket = self.socket.try_clone().or_host(&what)?;
         Ok((
             socket,
-            self.filter,
+            self.policy,
             Ready::new(self.helper, self.socket, "network"),
         ))
     }
@@ -258,8 +262,7 @@ mod tests {
                 publish: publish.iter().map(|text| text.parse().unwrap()).collect(),
                 ..Default::default()
             };
-            let mut net = UserNet::of(&config);
-            net.ip6 = None;
+            let net = UserNet::new(&config, &Default::default());
             arguments(&net, &config, 7).join(" ")
         };
         assert_eq!(

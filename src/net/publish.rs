@@ -10,6 +10,7 @@ use std::str::FromStr;
 use rustix::io::Errno;
 use rustix::net::sockopt::{set_ipv6_v6only, set_socket_reuseaddr};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, getsockname, socket_with};
+use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
 
@@ -18,7 +19,7 @@ const SYNTAX: &str = "write [[IP:]HOST-PORT:]GUEST-PORT[/udp], or ranges of port
 pub const PORTS_MAX: usize = 1024;
 
 /// What a port is a port of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Protocol {
     /// TCP.
     Tcp,

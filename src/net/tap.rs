@@ -11,8 +11,8 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use mayfly_devices::virtio::net::HEADER;
 
+use crate::failure::file_refusal;
 use crate::failure::{Failure, OrFail};
-use crate::machine::refusal;
 
 const DEVICE: &str = "/dev/net/tun";
 // Linux' `if_tun.h`.
@@ -49,7 +49,7 @@ fn attach(name: &str, several: bool, flag: &str) -> Result<File, Failure> {
         .write(true)
         .custom_flags(libc::O_NONBLOCK)
         .open(DEVICE)
-        .map_err(|error| refusal(&error, &format!("{flag}: {DEVICE}")))?;
+        .map_err(|error| file_refusal(&error, &format!("{flag}: {DEVICE}")))?;
     let mut request = request(name);
     let flags = match several {
         true => FLAGS | libc::IFF_MULTI_QUEUE,

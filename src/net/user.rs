@@ -3,8 +3,11 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use serde::{Deserialize, Serialize};
+
 use super::cidr::Cidr;
-use crate::config::UserConfig;
+use super::egress::rule::Rule;
+use super::publish::Publish;
 
 /// The guest's address …
 pub const GUEST_IP: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
@@ -23,7 +26,7 @@ const ROUTES6: &str = "/proc/net/ipv6_route";
 const ADDRESSES6: &str = "/proc/net/if_inet6";
 
 /// What a guest is to be configured with.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UserNet {
     /// Its address.
     pub guest_ip: Ipv4Addr,
@@ -35,12 +38,14 @@ pub struct UserNet {
     pub ip6: Option<UserNet6>,
     /// Its resolvers.
     pub dns: Vec<IpAddr>,
-    /// The host's resolvers, in the same order, loopback ones first.
+    /// The host's resolvers, in the same order, loopback ones first. They are for passt, and
+    /// not sent to the VMM process.
+    #[serde(skip)]
     pub(super) resolvers: Vec<IpAddr>,
 }
 
 /// A guest's IPv6.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UserNet6 {
     /// Its address.
     pub guest_ip: Ipv6Addr,
@@ -48,7 +53,8 @@ pub struct UserNet6 {
     pub prefix: u8,
     /// Its default route.
     pub gateway: Ipv6Addr,
-    /// The host's device with its default route.
+    /// The host's device with its default route, which is for passt alone, too.
+    #[serde(skip)]
     pub(super) device: String,
 }
 
@@ -64,19 +70,52 @@ impl UserNet6 {
     }
 }
 
-impl UserNet {
-    /// What a guest gets on this host, as it is now.
-    pub fn of(config: &UserConfig) -> Self {
+/// A network of sockets.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct UserConfig {
+    /// The guest's ports that the host has.
+    pub publish: Vec<Publish>,
+    /// What alone the guest may reach, if there is any.
+    pub allow: Vec<Rule>,
+    /// The guest's resolvers; else the host's.
+    pub dns: Vec<IpAddr>,
+    /// The guest reaches no private networks, unless it is allowed to.
+    pub isolated: bool,
+    /// The gateway's address is the host's loopback.
+    pub host_loopback: bool,
+}
+
+/// What of the host's network a user network is made of.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HostNetwork {
+    /// The host's resolvers.
+    pub resolvers: Vec<IpAddr>,
+    /// The device of its IPv6 default route, if it has one that can be used.
+    pub ipv6_device: Option<String>,
+}
+
+impl HostNetwork {
+    /// Looks it up.
+    pub fn look_up() -> Self {
         let read = |path| std::fs::read_to_string(path).unwrap_or_default();
-        let device = device6(&read(ROUTES6), &read(ADDRESSES6));
+        HostNetwork {
+            resolvers: nameservers(&read(RESOLV_CONF)),
+            ipv6_device: device6(&read(ROUTES6), &read(ADDRESSES6)),
+        }
+    }
+}
+
+impl UserNet {
+    /// What a guest gets on a host.
+    pub fn new(config: &UserConfig, host: &HostNetwork) -> Self {
         let resolvers = match config.dns.is_empty() {
-            true => nameservers(&read(RESOLV_CONF)),
+            true => host.resolvers.clone(),
             false => config.dns.clone(),
         };
-        UserNet::new(resolvers, device)
+        UserNet::with(resolvers, host.ipv6_device.clone())
     }
 
-    fn new(mut resolvers: Vec<IpAddr>, device: Option<String>) -> Self {
+    fn with(mut resolvers: Vec<IpAddr>, device: Option<String>) -> Self {
         let ip6 = device.map(UserNet6::new);
         resolvers.retain(|resolver| resolver.is_ipv4() || ip6.is_some());
         resolvers.sort_by_key(|resolver| !resolver.is_loopback());
@@ -207,17 +246,17 @@ mod tests {
         let addresses = |text: &str| -> Vec<IpAddr> {
             text.split(' ').map(|word| word.parse().unwrap()).collect()
         };
-        let net = UserNet::new(resolvers.clone(), None);
+        let net = UserNet::with(resolvers.clone(), None);
         assert_eq!(net.dns, addresses("10.0.2.2 1.1.1.1"));
         assert_eq!(net.resolvers, addresses("127.0.0.53 1.1.1.1"));
         assert_eq!(
             net.cmdline("eth0"),
             "ip=10.0.2.15::10.0.2.2:255.255.255.0::eth0:off:10.0.2.2:1.1.1.1"
         );
-        let net = UserNet::new(resolvers, Some("eth0".into()));
+        let net = UserNet::with(resolvers, Some("eth0".into()));
         assert_eq!(net.dns, addresses("10.0.2.2 fd6d:6179:666c::2 1.1.1.1"));
         assert_eq!(
-            UserNet::new(Vec::new(), None)
+            UserNet::with(Vec::new(), None)
                 .cmdline("eth1")
                 .matches(':')
                 .count(),
@@ -227,7 +266,7 @@ mod tests {
 
     #[test]
     fn the_guest_may_choose_the_end_of_its_address() {
-        let net = UserNet::new(Vec::new(), Some("eth0".into()));
+        let net = UserNet::with(Vec::new(), Some("eth0".into()));
         for (address, own) in [
             ("10.0.2.15", true),
             ("10.0.2.16", false),

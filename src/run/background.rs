@@ -18,7 +18,7 @@ use super::{STATUS_FAILED, signalled};
 use crate::arguments;
 use crate::failure::{Failure, OrFail};
 use crate::helper;
-use crate::machine::StartSignals;
+use crate::signals::StartSignals;
 
 const WHAT: &str = "starting in the background";
 /// What the process in the background says before its VM's name when the command runs.
@@ -113,7 +113,7 @@ impl<W: Write + AsFd> Write for Heedful<'_, W> {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 result => return result,
             }
-            let room = self.signals.wait_for_room(self.to.as_fd());
+            let room = self.signals.wait_for_room(self.to.as_fd(), Duration::MAX);
             if let Err(failure) = room {
                 self.failure = Some(failure);
                 return Err(io::ErrorKind::Other.into());
@@ -215,8 +215,8 @@ mod tests {
     use clap::Parser;
 
     use super::*;
-    use crate::machine::raise;
     use crate::run::Options;
+    use crate::signals::raise;
 
     #[derive(Parser)]
     #[command(args_override_self = true)]

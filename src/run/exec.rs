@@ -17,7 +17,7 @@ use super::session::{Insistence, send_apart};
 use super::{SIGNALLED, standard};
 use crate::console::terminal::{self, RawTerminal};
 use crate::failure::{Failure, OrFail};
-use crate::machine::Signals;
+use crate::signals::Signals;
 
 /// What to run in a VM, in the user's words.
 #[derive(Clone, Debug, Default)]

@@ -52,13 +52,19 @@ use self::session::{Session, SessionEnd};
 use self::text::Text;
 use self::volumes::Volumes;
 use crate::arguments;
-use crate::config::{DiskConfig, FolderConfig, NetConfig, RawConfig, escape};
+use crate::config::{
+    CPUS_DEFAULT, ConsoleConfig, DiskConfig, FromKeys, GuestFiles, HostEnd, HostFacts,
+    MachineConfig, MachineOptions, NetConfig, VsockConfig, parse_cpus,
+};
 use crate::data_folder::data_folder;
 use crate::failure::{Failure, OrFail};
 use crate::guests;
-use crate::machine::{Ending, Keeper, Outcome, StartSignals};
+use crate::link::{Ending, Outcome};
 use crate::net::publish::{Reserved, summary};
 use crate::progress_bars::Bars;
+use crate::signals::StartSignals;
+use crate::spec::MemorySpec;
+use crate::supervisor::Supervisor;
 use crate::timing::{Timeline, TimingUs};
 use crate::unix_socket;
 use crate::volume::{Journal, make_ext4};
@@ -79,8 +85,8 @@ fn signalled(signal: i32) -> u8 {
 const INIT_SAYS: &str = "mayfly-init: ";
 /// Every guest is the only one on its device.
 const CID: u32 = 3;
-/// Where the guest finds the disk for what it writes: behind the layers.
-const SCRATCH_DISK: &str = "/dev/vdb";
+/// The name of the disk for what a guest writes.
+const SCRATCH: &str = "scratch";
 
 /// Runs an image's command in a VM, and returns the status to exit with. `words` are
 /// those of the command line behind the verb.
@@ -91,7 +97,8 @@ pub fn run(options: Options, words: &[OsString], timeline: Timeline) -> Result<u
     let mode = options.mode();
     options.docker.check()?;
     exec::check_terminal(options.interactive && options.terminal && mode == Mode::Foreground)?;
-    let mut network = network::network(options)?;
+    let host = HostFacts::look_up();
+    let mut network = network::network(options, &host)?;
     if let Some((_, guest)) = &mut network {
         resolver::complete(guest, options)?;
     }
@@ -100,7 +107,7 @@ pub fn run(options: Options, words: &[OsString], timeline: Timeline) -> Result<u
     }
     let image = obtain(options)?;
     if mode == Mode::Obtain {
-        for folder in Volumes::find(&options.volumes, &options.mounts, &options.tmpfs, 1)?.written {
+        for folder in Volumes::find(&options.volumes, &options.mounts, &options.tmpfs)?.written {
             let name = [folder.as_os_str().as_bytes(), b"\0"].concat();
             io::stdout().write_all(&name).or_host("standard output")?;
         }
@@ -110,7 +117,7 @@ pub fn run(options: Options, words: &[OsString], timeline: Timeline) -> Result<u
     if mode == Mode::Detach {
         return background::detach(&plan.name, &options.from_environment_files, words);
     }
-    run_here(options, plan, &image, network, timeline)
+    run_here(options, plan, &image, (network, &host), timeline)
 }
 
 /// The image, from where `--pull` lets it come from.
@@ -168,14 +175,13 @@ fn run_here(
     options: &Options,
     mut plan: Plan,
     image: &Image,
-    network: Option<(NetConfig, Net)>,
+    (network, host): (Option<(NetConfig, Net)>, &HostFacts),
     timeline: Timeline,
 ) -> Result<u8, Failure> {
     let guest = guest_files(options)?;
-    // Behind the layers, and the disk for what is written.
-    let disks_before = 1 + usize::from(plan.disk_size.is_some());
+    let mut machine = machine_options(options)?;
     let (texts, mounts, tmpfs) = (&options.volumes, &options.mounts, &options.tmpfs);
-    let volumes = Volumes::find(texts, mounts, tmpfs, disks_before)?;
+    let volumes = Volumes::find(texts, mounts, tmpfs)?;
     let others = plan.setup.mounts.iter().chain(&volumes.mounts);
     let of_image = volumes::of_image(&image.config.config.volumes, others)?;
     // Open until the machine has it open.
@@ -203,39 +209,31 @@ fn run_here(
     let depth = |mount: &Mount| mount.target.iter().filter(|&&byte| byte == b'/').count();
     plan.setup.mounts.sort_by_key(depth);
     let cidfile = CidFile::write(options.cidfile.as_deref(), &plan.name)?;
-    let mut raw = RawConfig {
-        name: Some(plan.name.clone()),
-        cpus: options.cpus.clone(),
-        memory: options.memory.clone(),
-        console: Some("none".into()),
-        cmdline: Some("-- agent".into()),
-        vsock: Some(format!(
-            "cid={CID},unix={}",
-            escape(&owned.place.vsock().to_string_lossy())
-        )),
-        layers: image.layers.clone(),
-        ignores_signals: true,
-        sandbox: options.sandbox,
-        nested: options.nested,
-        accept_kvm: options.accept_kvm,
-        ..RawConfig::default()
-    };
-    (raw.kernel, raw.initrd) = guest;
+    machine.name = Some(plan.name.clone());
+    machine.vsock = Some(VsockConfig {
+        cid: CID,
+        path: owned.place.vsock(),
+    });
+    machine.layers = image.layers.clone();
     if let Some(file) = &scratch {
         let path = format!("/proc/self/fd/{}", file.as_raw_fd()).into();
-        let flag = scratch_flag(options);
-        raw.volumes.push(DiskConfig::of_volume(path, false, flag));
-        plan.setup.scratch = Some(SCRATCH_DISK.to_owned());
+        let disk = DiskConfig::of_volume(path, false, scratch_flag(options), SCRATCH);
+        machine.disks.push(disk);
     }
-    raw.volumes.extend(volumes.disks);
-    let nets = network.map(|(device, reserved, guest)| {
+    machine.disks.extend(volumes.disks);
+    machine.folders = volumes.folders;
+    let reserved = network.map(|(device, reserved, guest)| {
         plan.setup.net = Some(guest);
-        (device, reserved)
+        machine.nets.push(device);
+        reserved
     });
+    let config = machine.validate(guest, host)?;
+    plan.setup.scratch = config.spec.disk_path(SCRATCH);
+    Volumes::locate(&mut plan.setup.mounts, &config.spec);
     let result = run_machine(
         options,
         plan,
-        (raw, nets, volumes.folders),
+        (&config, reserved),
         &owned,
         (timeline, &signals),
     );
@@ -277,21 +275,14 @@ impl End {
 fn run_machine(
     options: &Options,
     plan: Plan,
-    (raw, net, folders): (RawConfig, Option<(NetConfig, Reserved)>, Vec<FolderConfig>),
+    (config, reserved): (&MachineConfig, Option<Reserved>),
     owned: &Owned,
     (timeline, signals): (Timeline, &StartSignals),
 ) -> Result<End, Failure> {
     let started_us = timeline.started_us();
     let place = &owned.place;
     let name = plan.name.clone();
-    let memory = options.memory.clone();
-    let mut config = raw.validate()?;
-    let (net, reserved) = net.unzip();
-    config.nets.extend(net);
-    // Another process is to see what the guest asks it for.
-    config.memory.shared |= !folders.is_empty();
-    config.folders = folders;
-    let memory = memory.unwrap_or_else(|| format!("{}M", config.memory.size >> 20));
+    let memory = memory_text(options);
     let mut agent_socket = place.vsock().into_os_string();
     agent_socket.push(format!("_{PORT}"));
     let (listener, socket) =
@@ -299,9 +290,9 @@ fn run_machine(
     let (log, _written) = place.make_log()?;
     let log = Log::create(&log, plan.log_size).or_host("the log")?;
     // Before there are other threads.
-    let keeper = Keeper::start(&config, timeline, signals)?;
+    let supervisor = Supervisor::start(config, timeline, signals)?;
     drop(reserved);
-    let (board, place) = (keeper.board(), place.clone());
+    let (board, place) = (supervisor.board(), place.clone());
     board.observe(move |status| {
         if let Err(error) = place.set_status(status) {
             ::log::warn!("writing down how the VM does: {error}");
@@ -309,8 +300,14 @@ fn run_machine(
     });
     let problems = board.clone();
     log.on_failure(move |problem| problems.add_problem(problem));
-    let session = Session::start(options, plan, (listener, socket), log, keeper.stop_handle())?;
-    let ending = keeper.run();
+    let session = Session::start(
+        options,
+        plan,
+        (listener, socket),
+        log,
+        supervisor.stop_handle(),
+    )?;
+    let ending = supervisor.run();
     let end = session.end();
     let ending = ending.map_err(|failure| match end {
         // It was ended before the guest ran, or did not heed it.
@@ -434,8 +431,11 @@ fn record(options: &Options, plan: &Plan, image: &Image, ports: &[String]) -> Re
         terminal: options.terminal,
         volumes: volumes.map(Text::from).collect(),
         ports: ports.to_vec(),
-        cpus: options.cpus.clone().unwrap_or_else(|| "1".into()),
-        memory: options.memory.clone().unwrap_or_else(|| "512M".into()),
+        cpus: options
+            .cpus
+            .clone()
+            .unwrap_or_else(|| CPUS_DEFAULT.to_string()),
+        memory: memory_text(options),
         stop_signal: plan.stop_signal,
         stop_timeout: options.stop_timeout,
         limits: plan.process.limits.clone(),
@@ -464,7 +464,7 @@ fn labels(options: &Options, image: &Image) -> BTreeMap<String, Text> {
 }
 
 /// The kernel, and the initramfs with our init and its modules.
-fn guest_files(options: &Options) -> Result<(Option<PathBuf>, Option<PathBuf>), Failure> {
+fn guest_files(options: &Options) -> Result<GuestFiles, Failure> {
     let guest = guests::ensure_default()?;
     let initrd = guest.run_initrd().ok_or_else(|| {
         Failure::config(format!(
@@ -473,7 +473,36 @@ fn guest_files(options: &Options) -> Result<(Option<PathBuf>, Option<PathBuf>), 
         ))
     })?;
     let kernel = options.kernel.clone().unwrap_or_else(|| guest.kernel());
-    Ok((Some(kernel), Some(initrd)))
+    Ok(GuestFiles::named(&kernel, Some(&initrd)))
+}
+
+/// What the user's flags say of the machine itself.
+fn machine_options(options: &Options) -> Result<MachineOptions, Failure> {
+    let cpus = options.cpus.as_deref().map(parse_cpus).transpose()?;
+    let memory = options.memory.as_deref().map(|text| {
+        let memory = MemorySpec::from_text(text.as_ref());
+        memory.map_err(|why| Failure::config(format!("--memory {text}: {why}")))
+    });
+    Ok(MachineOptions {
+        cpus: cpus.unwrap_or(CPUS_DEFAULT),
+        memory: memory.transpose()?.unwrap_or_default(),
+        console: ConsoleConfig {
+            end: HostEnd::None,
+            virtio: false,
+        },
+        cmdline: Some("-- agent".to_owned()),
+        ignores_signals: true,
+        sandbox: options.sandbox.unwrap_or_default(),
+        nested: options.nested,
+        accept_kvm: options.accept_kvm,
+        ..MachineOptions::default()
+    })
+}
+
+/// A VM's memory as the user wrote it, or the default.
+fn memory_text(options: &Options) -> String {
+    let default = || format!("{}M", MemorySpec::default().size >> 20);
+    options.memory.clone().unwrap_or_else(default)
 }
 
 fn scratch_flag(options: &Options) -> String {

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use mayfly_protocol::agent::Net;
 
 use super::options::{Mode, Options};
-use crate::config::{Keys, NetConfig, Network, parse_ports};
+use crate::config::{HostFacts, Keys, NetConfig, Network, parse_ports};
 use crate::failure::Failure;
 use crate::net::egress::rule::Rule;
 use crate::net::passt;
@@ -17,7 +17,7 @@ const SYNTAX: &str = "user[,isolated], none, or tap=NAME,ip=ADDRESS/PREFIX[,gate
 
 /// What the user asks for: a device, and the guest's side of it; neither, if there
 /// is to be no network.
-pub fn network(options: &Options) -> Result<Option<(NetConfig, Net)>, Failure> {
+pub fn network(options: &Options, host: &HostFacts) -> Result<Option<(NetConfig, Net)>, Failure> {
     let wishes = !options.publish.is_empty() || !options.allow.is_empty();
     if options.net.is_none() && !wishes && passt::program().is_none() {
         // Told once: not by those that another process follows, which runs the VM.
@@ -35,7 +35,7 @@ pub fn network(options: &Options) -> Result<Option<(NetConfig, Net)>, Failure> {
         Some(text) => text,
     };
     if text.split(',').next() == Some("user") {
-        return user(text, options).map(Some);
+        return user(text, options, host).map(Some);
     }
     // These are carried out by what lies behind `user`.
     for (flag, given) in [
@@ -60,7 +60,7 @@ pub fn network(options: &Options) -> Result<Option<(NetConfig, Net)>, Failure> {
     }
 }
 
-fn user(text: &str, options: &Options) -> Result<(NetConfig, Net), Failure> {
+fn user(text: &str, options: &Options, host: &HostFacts) -> Result<(NetConfig, Net), Failure> {
     let wrong = |why| Failure::config(format!("--net {text}: {why}"));
     let mut device = NetConfig::from_str(text).map_err(wrong)?;
     let Network::User(config) = &mut device.network else {
@@ -73,7 +73,7 @@ fn user(text: &str, options: &Options) -> Result<(NetConfig, Net), Failure> {
         .allow
         .extend(parse::<Rule>("--allow", &options.allow)?);
     config.dns.extend(&options.dns);
-    let net = UserNet::of(config);
+    let net = UserNet::new(config, &host.network);
     let ip6 = net.ip6.as_ref();
     let mut addresses = vec![(IpAddr::V4(net.guest_ip), net.prefix)];
     addresses.extend(ip6.map(|ip6| (IpAddr::V6(ip6.guest_ip), ip6.prefix)));
@@ -103,7 +103,7 @@ fn tap(text: &str, options: &Options) -> Result<(NetConfig, Net), String> {
     let gateway = gateway
         .map(|text| text.parse().map_err(|_| wrong(&text)))
         .transpose()?;
-    let config = NetConfig::from_str(&format!("tap={name}"))?;
+    let config = NetConfig::on_tap(name)?;
     let guest = Net {
         addresses: vec![(ip, prefix)],
         gateways: gateway.into_iter().collect(),
@@ -134,26 +134,37 @@ mod tests {
 
     #[test]
     fn networks_are_few() {
-        assert!(network(&options("none")).unwrap().is_none());
+        assert!(
+            network(&options("none"), &HostFacts::default())
+                .unwrap()
+                .is_none()
+        );
         for text in ["user", "bridge", "default"] {
-            let (device, _) = network(&options(text)).unwrap().unwrap();
+            let (device, _) = network(&options(text), &HostFacts::default())
+                .unwrap()
+                .unwrap();
             assert!(device.user().is_some(), "{text}");
         }
-        let (device, guest) = network(&options("user")).unwrap().unwrap();
+        let (device, guest) = network(&options("user"), &HostFacts::default())
+            .unwrap()
+            .unwrap();
         assert!(device.user().is_some());
         assert_eq!(guest.addresses[0].1, 24);
         let closed = Options {
             allow: vec!["10.0.0.1".into()],
             ..options("user,isolated,allow=a.example,dns=9.9.9.9")
         };
-        let (device, guest) = network(&closed).unwrap().unwrap();
+        let (device, guest) = network(&closed, &HostFacts::default()).unwrap().unwrap();
         let user = device.user().unwrap();
         assert!(user.isolated);
         assert_eq!(user.allow.len(), 2);
         assert_eq!(guest.dns, ["9.9.9.9".parse::<IpAddr>().unwrap()]);
-        let (device, guest) = network(&options("tap=t0,ip=10.0.0.2/24,gateway=10.0.0.1"))
-            .unwrap()
-            .unwrap();
+        let (device, guest) = network(
+            &options("tap=t0,ip=10.0.0.2/24,gateway=10.0.0.1"),
+            &HostFacts::default(),
+        )
+        .unwrap()
+        .unwrap();
         assert_eq!(device.flag(), "--net tap=t0");
         assert_eq!(guest.gateways, ["10.0.0.1".parse::<IpAddr>().unwrap()]);
         for wrong in [
@@ -169,14 +180,17 @@ mod tests {
             "user,x",
             "user,tap=t0",
         ] {
-            assert!(network(&options(wrong)).is_err(), "{wrong}");
+            assert!(
+                network(&options(wrong), &HostFacts::default()).is_err(),
+                "{wrong}"
+            );
         }
         let published = Options {
             publish: vec!["80:80".into()],
             ..options("none")
         };
         assert!(
-            network(&published)
+            network(&published, &HostFacts::default())
                 .unwrap_err()
                 .to_string()
                 .contains("--net user")
@@ -186,7 +200,7 @@ mod tests {
             ..Options::default()
         };
         assert!(
-            network(&nonsense)
+            network(&nonsense, &HostFacts::default())
                 .unwrap_err()
                 .to_string()
                 .starts_with("--allow a b")

@@ -18,9 +18,9 @@ use super::log;
 use super::text::Text;
 use crate::control::Folder;
 use crate::failure::{Failure, OrFail};
-use crate::machine::StartSignals;
-use crate::machine::Status;
 use crate::sandbox::Cgroup;
+use crate::signals::StartSignals;
+use crate::supervisor::Status;
 use crate::timing::milliseconds;
 use crate::unix_socket;
 

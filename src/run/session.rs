@@ -21,7 +21,8 @@ use super::plan::Plan;
 use super::{STATUS_FAILED, standard};
 use crate::console::terminal::RawTerminal;
 use crate::failure::{Failure, OrFail};
-use crate::machine::{Signals, StopHandle};
+use crate::signals::Signals;
+use crate::supervisor::StopHandle;
 use crate::unix_socket::Name;
 
 /// The guest has so long to turn off when all was said.

@@ -18,7 +18,7 @@ pub struct Usage {
 }
 
 impl Usage {
-    /// What a VM has used so far, whose keeper has a process id: that process, the
+    /// What a VM has used so far, whose supervisor has a process id: that process, the
     /// machine's, and those beside it.
     pub fn of(pid: u32) -> Option<Self> {
         let mut all = Usage::of_process(pid)?;

@@ -10,8 +10,9 @@ use mayfly_protocol::agent::{Mount, Source};
 
 use super::{mount, plan};
 use crate::config::{DiskConfig, FolderConfig};
+use crate::failure::file_refusal;
 use crate::failure::{Failure, OrFail};
-use crate::machine::refusal;
+use crate::spec::MachineSpec;
 use crate::volume::{Volumes as Named, is_ext4};
 
 const SYNTAX: &str = "write FOLDER:DIR[:ro], with the name of a volume or the path of a disk in \
@@ -82,13 +83,12 @@ enum Found {
 }
 
 impl Volumes {
-    /// Finds what the user wants, whose disks come behind so many others. Named ones
-    /// are made if they are missing, once all the rest is found.
+    /// Finds what the user wants. Named volumes are made if they are missing, once all the rest
+    /// is found. The sources of mounts are the names of disks, until [`Volumes::locate`].
     pub fn find(
         texts: &[OsString],
         mounts: &[OsString],
         tmpfs: &[OsString],
-        disks_before: usize,
     ) -> Result<Self, Failure> {
         let mut volumes = Volumes::default();
         let mut wishes = Vec::new();
@@ -135,10 +135,10 @@ impl Volumes {
         for (flag, wish, found) in all {
             let source = match found {
                 Found::Folder(path) => volumes.add_folder(path, wish.read_only, flag),
-                Found::Disk(path) => volumes.add_disk(path, wish.read_only, disks_before, flag)?,
+                Found::Disk(path) => volumes.add_disk(path, wish.read_only, flag)?,
                 Found::Named(name) => {
                     let path = Named::open_default()?.take(&name)?;
-                    let disk = volumes.add_disk(path, wish.read_only, disks_before, flag)?;
+                    let disk = volumes.add_disk(path, wish.read_only, flag)?;
                     match disk {
                         Source::Disk(disk) if !wish.read_only && !wish.no_copy => {
                             Source::Volume(disk)
@@ -175,13 +175,9 @@ impl Volumes {
         &mut self,
         path: PathBuf,
         read_only: bool,
-        before: usize,
         flag: String,
     ) -> Result<Source, Failure> {
-        let letter = u8::try_from(before + self.disks.len()).ok();
-        let letter = letter.and_then(|index| b'a'.checked_add(index));
-        let letter = letter.filter(u8::is_ascii_lowercase);
-        let letter = letter.ok_or_else(|| Failure::config(format!("{flag}: too many disks")))?;
+        let name = format!("volume{}", self.disks.len());
         let same = |other: &&DiskConfig| other.path == path;
         if let Some(other) = self.disks.iter().find(same)
             && !(other.read_only && read_only)
@@ -195,8 +191,20 @@ impl Volumes {
             self.written.push(folder.to_owned());
         }
         self.disks
-            .push(DiskConfig::of_volume(path, read_only, flag));
-        Ok(Source::Disk(format!("/dev/vd{}", char::from(letter))))
+            .push(DiskConfig::of_volume(path, read_only, flag, &name));
+        Ok(Source::Disk(name))
+    }
+
+    /// Has mounts of disks, which are known by their devices' names, by the paths that the
+    /// guest gives these.
+    pub fn locate(mounts: &mut [Mount], spec: &MachineSpec) {
+        for mount in mounts {
+            if let Source::Disk(disk) | Source::Volume(disk) = &mut mount.source
+                && let Some(path) = spec.disk_path(disk)
+            {
+                *disk = path;
+            }
+        }
     }
 }
 
@@ -324,9 +332,11 @@ fn look(path: &Path, flag: &str) -> Result<Found, Failure> {
             "{flag}: there is no {0}; make the folder first: mkdir -p {0}",
             path.display()
         )),
-        _ => refusal(&error, flag),
+        _ => file_refusal(&error, flag),
     })?;
-    let path = path.canonicalize().map_err(|error| refusal(&error, flag))?;
+    let path = path
+        .canonicalize()
+        .map_err(|error| file_refusal(&error, flag))?;
     if metadata.is_dir() {
         return Ok(Found::Folder(path));
     }
@@ -434,9 +444,9 @@ mod tests {
         ]
         .map(OsString::from);
         let memory = ["type=tmpfs,dst=/m".into()];
-        let volumes = Volumes::find(&texts, &memory, &[], 2).unwrap();
+        let volumes = Volumes::find(&texts, &memory, &[]).unwrap();
         assert_eq!(volumes.mounts[0].target, b"/m");
-        let volumes = Volumes::find(&texts, &[], &[], 2).unwrap();
+        let volumes = Volumes::find(&texts, &[], &[]).unwrap();
         assert_eq!(volumes.folders.len(), 2);
         assert!(volumes.folders[0].read_only && !volumes.folders[1].read_only);
         assert_eq!(volumes.folders[0].path, volumes.folders[1].path);
@@ -445,7 +455,7 @@ mod tests {
         let sources: Vec<_> = volumes.mounts.iter().map(|it| it.source.clone()).collect();
         let expected = [
             Source::Folder("v0".into()),
-            Source::Disk("/dev/vdc".into()),
+            Source::Disk("volume0".into()),
             Source::Folder("v1".into()),
         ];
         assert_eq!(sources, expected);
@@ -460,31 +470,30 @@ mod tests {
             ("a/b:/x".into(), "begins with / or ./"),
             ("-a:/x".into(), "begins with / or ./"),
         ] {
-            let refused = Volumes::find(&[text.into()], &[], &[], 1)
+            let refused = Volumes::find(&[text.into()], &[], &[])
                 .unwrap_err()
                 .to_string();
             assert!(refused.contains(reason), "{refused}");
         }
         let twice = [format!("{path}:/x"), format!("{path}:/x/")].map(OsString::from);
-        let refused = Volumes::find(&twice, &[], &[], 1).unwrap_err().to_string();
+        let refused = Volumes::find(&twice, &[], &[]).unwrap_err().to_string();
         assert!(refused.contains("another volume"), "{refused}");
         let memory = ["type=tmpfs,dst=/x".into()];
-        assert!(Volumes::find(&twice[..1], &memory, &[], 1).is_err());
+        assert!(Volumes::find(&twice[..1], &memory, &[]).is_err());
         let tmpfs = ["//x/:size=1m".into()];
-        assert!(Volumes::find(&twice[..1], &[], &tmpfs, 1).is_err());
-        assert!(Volumes::find(&[], &memory, &tmpfs, 1).is_err());
+        assert!(Volumes::find(&twice[..1], &[], &tmpfs).is_err());
+        assert!(Volumes::find(&[], &memory, &tmpfs).is_err());
         let twice = [memory.clone(), memory].concat();
-        assert!(Volumes::find(&[], &twice, &[], 1).is_err());
+        assert!(Volumes::find(&[], &twice, &[]).is_err());
         let twice = [tmpfs.clone(), tmpfs].concat();
-        assert!(Volumes::find(&[], &[], &twice, 1).is_ok());
-        assert!(Volumes::find(&texts, &[], &[], 26).is_err());
+        assert!(Volumes::find(&[], &[], &twice).is_ok());
         let disk = |to: &str| format!("{path}/a,disk:/{to}").into();
-        let refused = Volumes::find(&[disk("x"), disk("y")], &[], &[], 1).unwrap_err();
+        let refused = Volumes::find(&[disk("x"), disk("y")], &[], &[]).unwrap_err();
         assert!(refused.to_string().starts_with("-v "), "{refused}");
         assert!(
             refused.to_string().contains("has that disk, too"),
             "{refused}"
         );
-        assert!(Volumes::find(&[disk("x:ro"), disk("y:ro")], &[], &[], 1).is_ok());
+        assert!(Volumes::find(&[disk("x:ro"), disk("y:ro")], &[], &[]).is_ok());
     }
 }

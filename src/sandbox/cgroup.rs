@@ -18,7 +18,7 @@ use rustix::fs::Access;
 
 use super::Status;
 
-/// What a VM's groups are called, before its keeper's process id.
+/// What a VM's groups are called, before its supervisor's process id.
 const PREFIX: &str = "mayfly-";
 /// The time that a quota is of, in microseconds.
 const PERIOD_US: u64 = 100_000;
@@ -415,15 +415,15 @@ pub struct GroupUsage {
 }
 
 impl GroupUsage {
-    /// What the groups of a machine's process use, which its keeper made; nothing is
+    /// What the groups of a machine's process use, which its supervisor made; nothing is
     /// known if there are none.
-    pub fn of_process(pid: u32, keeper: u32) -> Self {
+    pub fn of_process(pid: u32, supervisor: u32) -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let groups = read(&format!("/proc/{pid}/cgroup"));
         let found = Hierarchies::parse(&read("/proc/self/mountinfo"), &groups);
         let all = found.unified.into_iter().map(|(_, folder)| folder);
         let all = all.chain(found.legacy.into_iter().map(|(_, folder)| folder));
-        let name = format!("{PREFIX}{keeper}");
+        let name = format!("{PREFIX}{supervisor}");
         let its: Vec<_> = all.filter(|folder| folder.ends_with(&name)).collect();
         GroupUsage::of(&its)
     }
@@ -549,7 +549,7 @@ fn place((top, own): &(PathBuf, PathBuf)) -> Result<PathBuf, String> {
     Err(why.unwrap_or_else(|| format!("{}: no group for it", own.display())))
 }
 
-/// Makes a group's folder, and removes those of keepers that were killed.
+/// Makes a group's folder, and removes those of supervisors that were killed.
 fn make_folder(parent: &Path, name: &str) -> Result<PathBuf, String> {
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
         let left = entry.file_name();

@@ -50,7 +50,7 @@ pub enum Keep<'a> {
 }
 
 impl Inside {
-    /// Closes all descriptors but some: what the keeper had open, and whoever started it.
+    /// Closes all descriptors but some: what the supervisor had open, and whoever started it.
     /// To be called before anything is made that owns one.
     pub fn close_strays(&self, keep: &[RawFd]) -> io::Result<()> {
         let own = self.lifeline.as_raw_fd();
@@ -97,7 +97,7 @@ impl Inside {
         self.note(Layer::Capabilities, credentials::drop_capabilities())?;
         self.note(Layer::NoNewPrivileges, credentials::no_new_privileges())?;
         self.note(Layer::NotDumpable, credentials::not_dumpable())?;
-        self.outlive_nobody().or_host("the keeper has ended")?;
+        self.outlive_nobody().or_host("the supervisor has ended")?;
         match landlock() {
             Ok(status) => self.report.set(Layer::Landlock, status),
             Err(error) => self.note(Layer::Landlock, Err(io::Error::other(error)))?,
@@ -128,7 +128,7 @@ impl Inside {
         Ok(())
     }
 
-    /// Dies with the keeper, also now that credentials have changed.
+    /// Dies with the supervisor, also now that credentials have changed.
     fn outlive_nobody(&self) -> io::Result<()> {
         credentials::die_with_parent()?;
         let mut entry = libc::pollfd {

@@ -5,6 +5,8 @@
 
 use std::io;
 
+use serde::{Deserialize, Serialize};
+
 /// `_LINUX_CAPABILITY_VERSION_3`.
 const CAPABILITY_VERSION: u32 = 0x2008_0522;
 /// So many fit in the two words of that version.
@@ -18,7 +20,7 @@ const KEEP_CAPS_LOCKED: libc::c_int = 0b1 << 5;
 const NO_CAP_AMBIENT_RAISE: libc::c_int = 0b11 << 6;
 
 /// A user and a group.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ids {
     /// The user.
     pub uid: u32,
@@ -95,12 +97,43 @@ pub fn bound_capabilities(kept: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// A program that the thread becomes keeps all capabilities that the thread has, whoever it
+/// is (capabilities(7), "ambient").
+pub fn keep_capabilities() -> io::Result<()> {
+    let header = [CAPABILITY_VERSION, 0];
+    // Effective, permitted and inheritable ones: the lower word of each, then the upper.
+    let mut sets = [0u32; 6];
+    // SAFETY: the header, and the two sets of three words that its version has, to be filled.
+    check(unsafe { libc::syscall(libc::SYS_capget, header.as_ptr(), sets.as_mut_ptr()) })?;
+    let [effective, permitted, _, effective_2, permitted_2, _] = sets;
+    let sets = [
+        effective,
+        permitted,
+        permitted,
+        effective_2,
+        permitted_2,
+        permitted_2,
+    ];
+    // SAFETY: the same, to be read.
+    check(unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) })?;
+    let all = u64::from(permitted) | u64::from(permitted_2) << 32;
+    for capability in (0..u64::BITS).filter(|number| all >> number & 1 == 1) {
+        let raise = libc::PR_CAP_AMBIENT_RAISE;
+        // SAFETY: numbers.
+        check(unsafe { libc::prctl(libc::PR_CAP_AMBIENT, raise, capability, 0, 0) }.into())?;
+    }
+    Ok(())
+}
+
 /// Gives up all capabilities and the ways to more; fails if any is left.
 pub fn drop_capabilities() -> io::Result<()> {
     // What a thread without privileges is refused here, it does not have.
     let _ = prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL);
     for capability in 0..CAPABILITIES {
-        let _ = prctl(libc::PR_CAPBSET_DROP, capability);
+        // The kernel has no more of them, or this thread may drop none.
+        if prctl(libc::PR_CAPBSET_DROP, capability).is_err() {
+            break;
+        }
     }
     let bits =
         NOROOT | NO_SETUID_FIXUP | NO_SETUID_FIXUP_LOCKED | KEEP_CAPS_LOCKED | NO_CAP_AMBIENT_RAISE;

@@ -93,7 +93,7 @@ impl Jail {
         drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// How the layers fare. The cgroup is the keeper's to tell.
+    /// How the layers fare. The cgroup is the supervisor's to tell.
     pub fn report(&self) -> Report {
         self.0.report.clone()
     }

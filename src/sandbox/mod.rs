@@ -1,6 +1,6 @@
 //! The second wall: what a guest that took over the VMM still cannot do.
 //!
-//! The keeper, which stays outside, opens what the VM needs and [`spawn`]s the VMM into
+//! The supervisor, which stays outside, opens what the VM needs and [`spawn`]s the VMM into
 //! namespaces of its own. The VMM builds its machine, [`Inside::close`]s the sandbox, and
 //! each of its threads [`Jail::confine`]s itself before the guest's first instruction.
 
@@ -23,7 +23,9 @@ pub use self::close::{Keep, Limits, descriptors};
 pub use self::jail::{Gate, Jail, Pending, Role};
 pub use self::layers::{Layer, Report, Status};
 pub use self::seccomp::{VIOLATION, calls_max};
-pub use self::spawn::{Child, Inside, PANIC, probe, spawn};
+pub use self::spawn::{
+    Child, Inside, PANIC, PreparedSandbox, Program, exit, probe, spawn, spawn_program,
+};
 pub(crate) use self::spawn::{divide, wait};
 
 /// What `--sandbox` says.
@@ -67,6 +69,6 @@ impl fmt::Display for Mode {
 pub struct Policy {
     /// What the user wants.
     pub mode: Mode,
-    /// It needs nothing of the host's network but what the keeper gives it.
+    /// It needs nothing of the host's network but what the supervisor gives it.
     pub new_net: bool,
 }

@@ -1,16 +1,18 @@
-//! The keeper's half: the VMM's process, in namespaces of its own.
+//! The supervisor's half: the VMM process, in namespaces of its own.
 
-#![allow(unsafe_code, reason = "fork")]
+#![allow(unsafe_code, reason = "processes are divided, and become programs")]
 
+use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use mayfly_devices::poll::{entry, poll};
+use serde::{Deserialize, Serialize};
 
 use super::close::{Keep, Limits};
 use super::credentials::{self, Ids};
@@ -41,7 +43,7 @@ const NAMESPACES: [(libc::c_int, Layer); 7] = [
     (libc::CLONE_NEWNET, Layer::Network),
 ];
 
-/// The VMM's process. It ends with this, and with the keeper.
+/// The VMM process. It ends with this, and with the supervisor.
 #[derive(Debug)]
 pub struct Child {
     pid: libc::pid_t,
@@ -51,29 +53,47 @@ pub struct Child {
     status: Option<ExitStatus>,
 }
 
-/// The VMM's process, as it sees itself before the sandbox closes.
+/// What a VMM process has to know of the sandbox that it was started in, to close it. It says
+/// nothing of the host but user and group numbers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PreparedSandbox {
+    mode: Mode,
+    /// Who the process is to become.
+    ids: Option<Ids>,
+    report: Report,
+    namespaces: libc::c_int,
+}
+
+/// The VMM process, as it sees itself before the sandbox closes.
 #[derive(Debug)]
 pub struct Inside {
     pub(super) mode: Mode,
     /// Who it is to become.
     pub(super) ids: Option<Ids>,
     pub(super) report: Report,
-    /// Hung up when the keeper has ended.
+    /// Hung up when the supervisor has ended.
     pub(super) lifeline: File,
     pub(super) namespaces: libc::c_int,
     pub(super) gate: Gate,
 }
 
-/// Who the VMM is to become; the keeper tells when it has seen to it.
+/// Who the VMM is to become; the supervisor tells when it has seen to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 enum Mapped {
     /// A user of its own is root inside.
     Vm = b'v',
-    /// The keeper's user is.
+    /// The supervisor's user is.
     Own = b'o',
     /// Nobody is.
     Nobody = b'n',
+}
+
+/// Ends the process at once: what a language does at an end needs system calls that the
+/// sandbox forbids.
+pub fn exit(status: u8) -> ! {
+    // SAFETY: ends the process; nothing runs after.
+    unsafe { libc::_exit(status.into()) }
 }
 
 /// Ends the process rather than let it return, or unwind, into its caller's frames.
@@ -81,9 +101,19 @@ struct NoReturn;
 
 impl Drop for NoReturn {
     fn drop(&mut self) {
-        // SAFETY: ends the process; nothing runs after.
-        unsafe { libc::_exit(PANIC.into()) };
+        exit(PANIC)
     }
+}
+
+/// A program that runs in a sandbox, with no environment.
+pub struct Program<'a> {
+    /// Its file.
+    pub executable: BorrowedFd<'a>,
+    /// Its name, the only argument.
+    pub name: &'a CStr,
+    /// Its descriptors, from 0 on. Behind them comes its lifeline, for
+    /// [`Inside::resume`]; it inherits no other.
+    pub descriptors: &'a [BorrowedFd<'a>],
 }
 
 /// Starts the VMM. It runs `child` and ends with the status that this returns.
@@ -91,14 +121,81 @@ impl Drop for NoReturn {
 /// The caller has one thread: of all others the VMM would have the locks, but not the
 /// threads that open them.
 pub fn spawn(policy: &Policy, child: impl FnOnce(Inside) -> u8) -> io::Result<Child> {
+    let child = |start: &Start, lifeline: File, mapped| {
+        let inside = Inside::resume(start.prepared(mapped), lifeline.into());
+        inside.map_or(PANIC, child)
+    };
+    start(policy, child).map(|(child, _)| child)
+}
+
+/// Starts a program as the VMM, anew: it has nothing of this process's memory, environment
+/// and descriptors. It is to [resume](Inside::resume) what is returned.
+///
+/// The caller has one thread, as with [`spawn`].
+pub fn spawn_program(policy: &Policy, program: &Program) -> io::Result<(Child, PreparedSandbox)> {
+    start(policy, |_, lifeline, _| {
+        // It ends here only if it fails.
+        let _ = execute(program, lifeline);
+        PANIC
+    })
+}
+
+/// How a VMM process starts.
+struct Start {
+    mode: Mode,
+    namespaces: libc::c_int,
+    report: Report,
+    supervisor: Ids,
+    wanted: Ids,
+}
+
+/// What the supervisor did to map users, and the error if it did less than it wanted.
+type Mapping = (Mapped, i32);
+
+impl Start {
+    /// Who the VMM is to become, and how the layers fare, once users are mapped.
+    fn prepared(&self, (mapped, error): Mapping) -> PreparedSandbox {
+        let why = io::Error::from_raw_os_error(error).to_string();
+        let root = self.supervisor.uid == 0;
+        let alone = self.namespaces & libc::CLONE_NEWUSER == 0;
+        let ids = match mapped {
+            _ if self.mode == Mode::Off => None,
+            // Without a user namespace, root can become anybody, and others nobody.
+            _ if alone => root.then_some(self.wanted),
+            Mapped::Nobody => None,
+            _ => Some(Ids { uid: 0, gid: 0 }),
+        };
+        let mut report = self.report.clone();
+        if self.mode != Mode::Off {
+            let good = !root || alone || mapped == Mapped::Vm;
+            let status = match good {
+                true => Status::Active,
+                false => Status::Absent(format!("mapping one: {why}")),
+            };
+            report.set(Layer::Uid, status);
+        }
+        PreparedSandbox {
+            mode: self.mode,
+            ids,
+            report,
+            namespaces: self.namespaces,
+        }
+    }
+}
+
+/// Starts the VMM, which runs `child` when its users are mapped.
+fn start(
+    policy: &Policy,
+    child: impl FnOnce(&Start, File, Mapping) -> u8,
+) -> io::Result<(Child, PreparedSandbox)> {
     alone()?;
     let wanted = namespaces(policy);
-    let (theirs, mut ours) = pipe()?;
-    let keeper = Ids::current();
-    let ids = match keeper.uid {
+    let (mut theirs, mut ours) = pipe()?;
+    let supervisor = Ids::current();
+    let ids = match supervisor.uid {
         // SAFETY: touches no memory.
         0 => Ids::of(VM_UIDS.wrapping_add(unsafe { libc::getpid() }.cast_unsigned())),
-        _ => keeper,
+        _ => supervisor,
     };
     // Nearly always all namespaces are granted, and are asked for once.
     let mut granted = wanted.iter().fold(0, |all, (flag, _)| all | flag);
@@ -110,21 +207,26 @@ pub fn spawn(policy: &Policy, child: impl FnOnce(Inside) -> u8) -> io::Result<Ch
         }
         cloned => cloned?,
     };
+    let start = Start {
+        mode: policy.mode,
+        namespaces: granted,
+        report: report(policy.mode, &wanted, refusals),
+        supervisor,
+        wanted: ids,
+    };
     let Some((pid, pidfd)) = cloned else {
         let _guard = NoReturn;
         drop(ours);
-        let report = report(policy.mode, &wanted, refusals);
-        let status = match begin(policy.mode, theirs, (granted, report), (keeper, ids)) {
-            Ok(inside) => child(inside),
+        let status = match begin(&mut theirs) {
+            Ok(mapped) => child(&start, theirs, mapped),
             Err(_) => PANIC,
         };
-        // SAFETY: ends the process; nothing runs after.
-        unsafe { libc::_exit(status.into()) };
+        exit(status)
     };
     drop(theirs);
     let mapped = match granted & libc::CLONE_NEWUSER {
         0 => (Mapped::Nobody, 0),
-        _ => map(pid, keeper, ids),
+        _ => map(pid, supervisor, ids),
     };
     let child = Child {
         pid,
@@ -135,7 +237,68 @@ pub fn spawn(policy: &Policy, child: impl FnOnce(Inside) -> u8) -> io::Result<Ch
     let [a, b, c, d] = mapped.1.to_le_bytes();
     // One that was killed already does not read it; who waits for its end tells why.
     let _ = ours.write_all(&[mapped.0 as u8, a, b, c, d]);
-    Ok(child)
+    Ok((child, start.prepared(mapped)))
+}
+
+/// Becomes a program. Capabilities that this process has in its namespaces stay.
+fn execute(program: &Program, lifeline: File) -> io::Result<()> {
+    credentials::keep_capabilities()?;
+    let mut descriptors: Vec<BorrowedFd> = program.descriptors.to_vec();
+    descriptors.push(lifeline.as_fd());
+    // Where none is overwritten before it is duplicated itself.
+    let above = 1 + libc::c_int::try_from(descriptors.len()).map_err(io::Error::other)?;
+    let high = |fd: BorrowedFd| -> io::Result<OwnedFd> {
+        // SAFETY: numbers.
+        match unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, above) } {
+            -1 => Err(io::Error::last_os_error()),
+            // SAFETY: it is new, and nothing else owns it.
+            fd => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        }
+    };
+    let executable = high(program.executable)?;
+    let all = descriptors.into_iter().map(high);
+    let all: Vec<OwnedFd> = all.collect::<io::Result<_>>()?;
+    let mut next = 0;
+    for fd in &all {
+        // SAFETY: numbers; what owns the second is not used by this process any more.
+        if unsafe { libc::dup2(fd.as_raw_fd(), next) } == -1 {
+            return Err(io::Error::last_os_error());
+        }
+        next += 1;
+    }
+    close_on_exec_from(next)?;
+    let arguments = [program.name.as_ptr(), std::ptr::null()];
+    let environment = [std::ptr::null::<libc::c_char>()];
+    // SAFETY: strings that end in zero, and lists of them that end in null.
+    unsafe {
+        libc::syscall(
+            libc::SYS_execveat,
+            executable.as_raw_fd(),
+            c"".as_ptr(),
+            arguments.as_ptr(),
+            environment.as_ptr(),
+            libc::AT_EMPTY_PATH,
+        )
+    };
+    Err(io::Error::last_os_error())
+}
+
+/// All descriptors from one on are closed when a program is executed.
+fn close_on_exec_from(first: RawFd) -> io::Result<()> {
+    let (first_number, last) = (first.cast_unsigned(), libc::c_uint::MAX);
+    let flags = libc::CLOSE_RANGE_CLOEXEC;
+    // SAFETY: numbers.
+    if unsafe { libc::syscall(libc::SYS_close_range, first_number, last, flags) } == 0 {
+        return Ok(());
+    }
+    // Before Linux 5.11.
+    for fd in super::descriptors()?.into_iter().filter(|fd| *fd >= first) {
+        // SAFETY: numbers.
+        if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } == -1 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
 }
 
 /// Divides this process, which has one thread, as [`spawn`] does: the second is in new
@@ -156,8 +319,7 @@ pub(crate) fn divide(
     let Some((pid, _pidfd)) = cloned else {
         let _guard = NoReturn;
         let status = child();
-        // SAFETY: ends the process; nothing runs after.
-        unsafe { libc::_exit(status.into()) };
+        exit(status)
     };
     Ok((pid, grouped))
 }
@@ -336,7 +498,7 @@ fn cloned(pid: libc::c_long, pidfd: libc::c_int) -> io::Result<Option<(libc::pid
 }
 
 /// Says who is root inside, and why it is not a user of the VM's own, if so.
-fn map(pid: libc::pid_t, keeper: Ids, wanted: Ids) -> (Mapped, i32) {
+fn map(pid: libc::pid_t, supervisor: Ids, wanted: Ids) -> Mapping {
     let folder = format!("/proc/{pid}");
     let write = |name: &str, text: &str| fs::write(format!("{folder}/{name}"), text);
     let put = |ids: Ids| {
@@ -344,7 +506,7 @@ fn map(pid: libc::pid_t, keeper: Ids, wanted: Ids) -> (Mapped, i32) {
         write("uid_map", &format!("0 {} 1\n", ids.uid))
     };
     let mut code = 0;
-    if keeper.uid == 0 {
+    if supervisor.uid == 0 {
         match put(wanted) {
             Ok(()) => return (Mapped::Vm, 0),
             Err(error) => code = error.raw_os_error().unwrap_or(libc::EIO),
@@ -352,52 +514,22 @@ fn map(pid: libc::pid_t, keeper: Ids, wanted: Ids) -> (Mapped, i32) {
     }
     // Without privileges, groups must stay as they are (user_namespaces(7)).
     let _ = write("setgroups", "deny");
-    match put(keeper) {
+    match put(supervisor) {
         Ok(()) => (Mapped::Own, code),
         Err(error) => (Mapped::Nobody, error.raw_os_error().unwrap_or(libc::EIO)),
     }
 }
 
-/// What the VMM does first: it binds its life to the keeper's, and waits until it is mapped.
-fn begin(
-    mode: Mode,
-    mut lifeline: File,
-    (namespaces, mut report): (libc::c_int, Report),
-    (keeper, wanted): (Ids, Ids),
-) -> io::Result<Inside> {
-    // Other heaps than the process's own reserve 64 MiB for each thread, and grow by
-    // `mprotect`, which is forbidden later.
-    // SAFETY: this process has one thread, and no heap but that.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+/// What the VMM does first: it binds its life to the supervisor's, and waits until it is mapped.
+fn begin(lifeline: &mut File) -> io::Result<Mapping> {
     credentials::die_with_parent()?;
-    let told = hear_parent(&mut lifeline)?;
-    let [mapped, error @ ..] = told;
-    let why = io::Error::from_raw_os_error(i32::from_le_bytes(error)).to_string();
-    let root = keeper.uid == 0;
-    let alone = namespaces & libc::CLONE_NEWUSER == 0;
-    let ids = match mapped {
-        _ if mode == Mode::Off => None,
-        // Without a user namespace, root can become anybody, and others nobody.
-        _ if alone => root.then_some(wanted),
-        _ if mapped == Mapped::Nobody as u8 => None,
-        _ => Some(Ids { uid: 0, gid: 0 }),
+    let [mapped, error @ ..] = hear_parent(lifeline)?;
+    let mapped = match mapped {
+        mapped if mapped == Mapped::Vm as u8 => Mapped::Vm,
+        mapped if mapped == Mapped::Own as u8 => Mapped::Own,
+        _ => Mapped::Nobody,
     };
-    if mode != Mode::Off {
-        let good = !root || alone || mapped == Mapped::Vm as u8;
-        let status = match good {
-            true => Status::Active,
-            false => Status::Absent(format!("mapping one: {why}")),
-        };
-        report.set(Layer::Uid, status);
-    }
-    Ok(Inside {
-        mode,
-        ids,
-        report,
-        lifeline,
-        namespaces,
-        gate: Gate::default(),
-    })
+    Ok((mapped, i32::from_le_bytes(error)))
 }
 
 /// What the supervisor says first. One that has ended before this process was bound to its
@@ -405,15 +537,46 @@ fn begin(
 fn hear_parent(lifeline: &mut File) -> io::Result<[u8; 5]> {
     let mut told = [0; 5];
     lifeline.read_exact(&mut told)?;
+    check_parent(lifeline)?;
+    Ok(told)
+}
+
+/// Fails if the supervisor has ended.
+fn check_parent(lifeline: &impl AsRawFd) -> io::Result<()> {
     let mut closed = [entry(lifeline.as_raw_fd(), 0)];
     poll(&mut closed, 0)?;
     match closed.iter().any(|it| it.revents & libc::POLLHUP != 0) {
         true => Err(io::ErrorKind::BrokenPipe.into()),
-        false => Ok(told),
+        false => Ok(()),
     }
 }
 
 impl Inside {
+    /// Goes on in a sandbox that was prepared, in a process with one thread, whose lifeline
+    /// hangs up when the supervisor has ended.
+    pub fn resume(prepared: PreparedSandbox, lifeline: OwnedFd) -> io::Result<Self> {
+        // Other heaps than the process's own reserve 64 MiB for each thread, and grow by
+        // `mprotect`, which is forbidden later.
+        // SAFETY: this process has one thread, and no heap but that.
+        unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+        credentials::die_with_parent()?;
+        check_parent(&lifeline)?;
+        let PreparedSandbox {
+            mode,
+            ids,
+            report,
+            namespaces,
+        } = prepared;
+        Ok(Inside {
+            mode,
+            ids,
+            report,
+            lifeline: lifeline.into(),
+            namespaces,
+            gate: Gate::default(),
+        })
+    }
+
     /// For threads that start before the sandbox closes.
     pub fn gate(&self) -> Gate {
         self.gate.clone()
@@ -431,7 +594,7 @@ impl Child {
         self.pidfd.as_fd()
     }
 
-    /// Its number, as the keeper sees it.
+    /// Its number, as the supervisor sees it.
     pub fn id(&self) -> u32 {
         self.pid.cast_unsigned()
     }

@@ -410,8 +410,8 @@ fn seek(file: &File, at: u64, whence: libc::c_int) -> io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::MemoryConfig;
     use crate::kvm::memory::{forkable_memory, guest_memory, memory_over, prefetch};
+    use crate::spec::MemorySpec;
     use mayfly_boot::layout;
     use std::fs::Permissions;
     use std::os::unix::fs::PermissionsExt;
@@ -431,7 +431,7 @@ mod tests {
     ];
 
     fn private(size: u64) -> GuestMemory {
-        let config = MemoryConfig {
+        let config = MemorySpec {
             size,
             ..Default::default()
         };

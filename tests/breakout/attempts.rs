@@ -369,39 +369,39 @@ attempts! {
         call!(SYS_setns, fd, libc::CLONE_NEWNET)
     };
     "setns to a process", Untried, WALLED, ["pidfd_open"], |held| {
-        let fd = call!(SYS_pidfd_open, held.keeper, 0)?;
+        let fd = call!(SYS_pidfd_open, held.supervisor, 0)?;
         call!(SYS_setns, fd, libc::CLONE_NEWNET)
     };
-    "signal the keeper", Everyone, WALLED, ["kill"], |held| call!(SYS_kill, held.keeper, 0);
-    "signal the keeper by its thread", Everyone, WALLED, ["tgkill"],
-        |held| call!(SYS_tgkill, held.keeper, held.keeper, 0);
+    "signal the supervisor", Everyone, WALLED, ["kill"], |held| call!(SYS_kill, held.supervisor, 0);
+    "signal the supervisor by its thread", Everyone, WALLED, ["tgkill"],
+        |held| call!(SYS_tgkill, held.supervisor, held.supervisor, 0);
     "signal everybody", Everyone, WALLED, ["kill"], |_| call!(SYS_kill, -1, 0);
-    "trace the keeper", Untried, WALLED, ["ptrace"],
-        |held| call!(SYS_ptrace, libc::PTRACE_SEIZE, held.keeper, 0, 0);
-    "let the keeper be traced by this", Everyone, FILTERED, ["ptrace"],
+    "trace the supervisor", Untried, WALLED, ["ptrace"],
+        |held| call!(SYS_ptrace, libc::PTRACE_SEIZE, held.supervisor, 0, 0);
+    "let the supervisor be traced by this", Everyone, FILTERED, ["ptrace"],
         |_| call!(SYS_ptrace, libc::PTRACE_TRACEME, 0, 0, 0);
-    "read the keeper's memory", Root, WALLED, ["process_vm_readv"], |held| {
+    "read the supervisor's memory", Root, WALLED, ["process_vm_readv"], |held| {
         let mut bytes = [0u8; 8];
         let local = [bytes.as_mut_ptr() as usize, 8];
-        // The keeper is this process's twin: what is here is there, too.
+        // The supervisor is this process's twin: what is here is there, too.
         let remote = [PLACE.as_ptr() as usize, 8];
-        call!(SYS_process_vm_readv, held.keeper, local.as_ptr(), 1, remote.as_ptr(), 1, 0)
+        call!(SYS_process_vm_readv, held.supervisor, local.as_ptr(), 1, remote.as_ptr(), 1, 0)
     };
-    "take the keeper's descriptors", Root, WALLED, ["pidfd_open"], |held| {
-        let fd = call!(SYS_pidfd_open, held.keeper, 0)?;
+    "take the supervisor's descriptors", Root, WALLED, ["pidfd_open"], |held| {
+        let fd = call!(SYS_pidfd_open, held.supervisor, 0)?;
         call!(SYS_pidfd_getfd, fd, 0, 0)
     };
-    "look for the keeper", Everyone, WALLED, ["getpgid"], |held| call!(SYS_getpgid, held.keeper);
-    "choose the keeper's CPUs", Everyone, WALLED, ["sched_setaffinity"], |held| {
+    "look for the supervisor", Everyone, WALLED, ["getpgid"], |held| call!(SYS_getpgid, held.supervisor);
+    "choose the supervisor's CPUs", Everyone, WALLED, ["sched_setaffinity"], |held| {
         let all = [u64::MAX; 16];
-        call!(SYS_sched_setaffinity, held.keeper, 128, all.as_ptr())
+        call!(SYS_sched_setaffinity, held.supervisor, 128, all.as_ptr())
     };
     "become a real-time process", Root, WALLED, ["sched_setscheduler"],
         |_| call!(SYS_sched_setscheduler, 0, libc::SCHED_FIFO, &raw const ONE);
     "raise its own priority", Root, WALLED, ["setpriority"],
         |_| call!(SYS_setpriority, libc::PRIO_PROCESS, 0, -10);
-    "compare with the keeper", Untried, WALLED, ["kcmp"],
-        |held| call!(SYS_kcmp, held.keeper, 1, 0, 0, 0);
+    "compare with the supervisor", Untried, WALLED, ["kcmp"],
+        |held| call!(SYS_kcmp, held.supervisor, 1, 0, 0, 0);
 
     // Memory.
     "map executable memory", Everyone, FILTERED, ["mmap"],
@@ -560,7 +560,7 @@ attempts! {
         call!(SYS_capset, header.as_ptr(), sets.as_ptr())
     };
     "be dumped", Everyone, FILTERED, ["prctl"], |_| call!(SYS_prctl, libc::PR_SET_DUMPABLE, 1);
-    "outlive the keeper", Everyone, FILTERED, ["prctl"],
+    "outlive the supervisor", Everyone, FILTERED, ["prctl"],
         |_| call!(SYS_prctl, libc::PR_SET_PDEATHSIG, 0, 0, 0, 0);
     "allow new privileges", Untried, WALLED, ["prctl"],
         |_| call!(SYS_prctl, libc::PR_SET_NO_NEW_PRIVS, 0, 0, 0, 0);
@@ -584,13 +584,13 @@ attempts! {
         let all = [libc::RLIM_INFINITY; 2];
         call!(SYS_prlimit64, 0, libc::RLIMIT_FSIZE, all.as_ptr(), 0usize)
     };
-    "look at the keeper's limits", Everyone, WALLED, ["prlimit64"], |held| {
+    "look at the supervisor's limits", Everyone, WALLED, ["prlimit64"], |held| {
         let mut limit = [0u64; 2];
-        let keeper = held.keeper;
-        call!(SYS_prlimit64, keeper, libc::RLIMIT_NOFILE, 0usize, limit.as_mut_ptr())
+        let supervisor = held.supervisor;
+        call!(SYS_prlimit64, supervisor, libc::RLIMIT_NOFILE, 0usize, limit.as_mut_ptr())
     };
-    "read the keeper's memory by /proc", Everyone, WALLED, ["openat"], |held| {
-        let path = format!("/proc/{}/maps\0", held.keeper);
+    "read the supervisor's memory by /proc", Everyone, WALLED, ["openat"], |held| {
+        let path = format!("/proc/{}/maps\0", held.supervisor);
         let path = CStr::from_bytes_with_nul(path.as_bytes()).map_err(io::Error::other)?;
         open(path, libc::O_RDONLY)
     };
@@ -615,7 +615,7 @@ fn allocate_by_ring(held: &Held, mode: libc::c_int) -> io::Result<()> {
     ring(held, &allocate.mode(mode).build())
 }
 
-/// Something that the keeper has at the same place.
+/// Something that the supervisor has at the same place.
 static PLACE: [u8; 8] = [1; 8];
 /// A priority.
 static ONE: i32 = 1;

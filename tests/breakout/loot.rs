@@ -22,11 +22,11 @@ pub const DISK_MAX: u64 = 1 << 20;
 pub const MEMORY_MAX: u64 = 64 << 20;
 const KVM: &str = "MAYFLY_TEST_KVM";
 
-/// All of it, as the keeper has it.
+/// All of it, as the supervisor has it.
 pub struct Loot {
     /// What lies here is another VM's.
     pub folder: TempDir,
-    pub keeper: libc::pid_t,
+    pub supervisor: libc::pid_t,
     /// Somebody listens here …
     pub port: u16,
     /// … and here, for streams and for datagrams.
@@ -81,8 +81,8 @@ impl Loot {
         fs::write(path("secret"), "of another VM")?;
         fs::write(path("spare"), "of another VM")?;
         std::os::unix::fs::symlink("/etc/passwd", path("link"))?;
-        let keeper = std::process::id().cast_signed();
-        let abstract_names = ["stream", "datagram"].map(|it| format!("mayfly-{it}-{keeper}"));
+        let supervisor = std::process::id().cast_signed();
+        let abstract_names = ["stream", "datagram"].map(|it| format!("mayfly-{it}-{supervisor}"));
         let address = |index: usize| SocketAddr::from_abstract_name(&abstract_names[index]);
         let tcp = TcpListener::bind(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0))?;
         let port = tcp.local_addr()?.port();
@@ -100,7 +100,7 @@ impl Loot {
             _ => options.open("/dev/kvm").ok().map(OwnedFd::from),
         };
         Ok(Loot {
-            keeper,
+            supervisor,
             port,
             _listeners: listeners,
             disk: options.clone().create(true).open(path("disk"))?,

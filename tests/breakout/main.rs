@@ -81,7 +81,7 @@ fn main() -> ExitCode {
             whole::every_thread_is_confined(root),
         ),
         (
-            "a killed keeper takes it along",
+            "a killed supervisor takes it along",
             whole::a_killed_keeper_takes_it_along(),
         ),
         (

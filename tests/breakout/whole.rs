@@ -86,13 +86,13 @@ pub fn every_thread_is_confined(root: bool) -> Result<(), String> {
     }
 }
 
-/// A keeper that is killed leaves no VMM behind.
+/// A supervisor that is killed leaves no VMM behind.
 pub fn a_killed_keeper_takes_it_along() -> Result<(), String> {
     let (mut told, _tell) = io::pipe().map_err(text)?;
     let (mut said, mut say) = io::pipe().map_err(text)?;
     // SAFETY: this process has one thread.
-    let keeper = unsafe { libc::fork() };
-    if keeper == 0 {
+    let supervisor = unsafe { libc::fork() };
+    if supervisor == 0 {
         let child = sandbox::spawn(&ON, |inside| {
             u8::from(vmm(inside, &mut told, &mut say).is_err())
         });
@@ -107,8 +107,8 @@ pub fn a_killed_keeper_takes_it_along() -> Result<(), String> {
     let begun = said.read_exact(&mut [0]);
     // SAFETY: numbers; nobody else waits for it.
     unsafe {
-        libc::kill(keeper, libc::SIGKILL);
-        libc::waitpid(keeper, std::ptr::null_mut(), 0);
+        libc::kill(supervisor, libc::SIGKILL);
+        libc::waitpid(supervisor, std::ptr::null_mut(), 0);
     }
     begun.map_err(text)?;
     // Its end closes the last writer.

@@ -141,9 +141,9 @@ impl Drop for Talk {
     }
 }
 
-/// The process of a machine: the descendant of its keeper that runs vCPUs.
-fn machine_process(keeper: u32) -> Option<u32> {
-    children(keeper).into_iter().find_map(|child: u32| {
+/// The process of a machine: the descendant of its supervisor that runs vCPUs.
+fn machine_process(supervisor: u32) -> Option<u32> {
+    children(supervisor).into_iter().find_map(|child: u32| {
         let tasks = fs::read_dir(format!("/proc/{child}/task")).ok()?;
         let mut names =
             tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("comm")).ok());
@@ -400,7 +400,7 @@ fn a_flood_costs_the_guest_and_not_the_host() {
 /// How long two VMs are beside each other, on one CPU.
 const BESIDE: Duration = Duration::from_secs(20);
 /// What the one that only computes has, at least, of the CPU time that both have: half of
-/// it, but for the other's keeper and helpers, which are not in its control group. Without
+/// it, but for the other's supervisor and helpers, which are not in its control group. Without
 /// groups, its threads were seen to leave a quarter.
 const SHARE: f64 = 0.4;
 

@@ -11,21 +11,21 @@ fn number(path: &str) -> u64 {
     text.trim().parse().unwrap()
 }
 
-/// A field of the status of a machine's process, whose keeper has a number; in KiB.
-pub fn status(keeper: u32, field: &str) -> u64 {
-    let machine = machine(keeper);
+/// A field of the status of a machine's process, whose supervisor has a number; in KiB.
+pub fn status(supervisor: u32, field: &str) -> u64 {
+    let machine = machine(supervisor);
     let text = std::fs::read_to_string(format!("/proc/{machine}/status")).unwrap();
     let line = text.lines().find(|line| line.starts_with(field)).unwrap();
     let digits = line.chars().filter(char::is_ascii_digit);
     digits.collect::<String>().parse().unwrap()
 }
 
-/// The machine's process, whose keeper has a number.
-pub fn machine(keeper: u32) -> u32 {
+/// The machine's process, whose supervisor has a number.
+pub fn machine(supervisor: u32) -> u32 {
     let is_mayfly = |pid: &u32| {
         std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|it| it == "mayfly\n")
     };
-    children(keeper).into_iter().find(is_mayfly).unwrap()
+    children(supervisor).into_iter().find(is_mayfly).unwrap()
 }
 
 #[test]

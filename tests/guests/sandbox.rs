@@ -50,8 +50,8 @@ fn every_layer_surrounds_a_vm_that_requires_it() {
         assert_eq!(status, "\"active\"", "{layer}");
     }
 
-    let keeper = vm.running.child.id();
-    let machine = machine(keeper);
+    let supervisor = vm.running.child.id();
+    let machine = machine(supervisor);
     let status = read(&proc(machine, "status"));
     let uid = field(&status, "Uid");
     for id in uid.split_whitespace() {
@@ -78,7 +78,7 @@ fn every_layer_surrounds_a_vm_that_requires_it() {
         "net",
     ] {
         let link = |pid| fs::read_link(proc(pid, &format!("ns/{space}"))).unwrap();
-        assert_ne!(link(machine), link(keeper), "{space}");
+        assert_ne!(link(machine), link(supervisor), "{space}");
     }
     let root = fs::read_dir(proc(machine, "root")).unwrap();
     assert_eq!(root.count(), 0);
@@ -90,7 +90,7 @@ fn every_layer_surrounds_a_vm_that_requires_it() {
     // The group goes with the VM.
     let group = read(&proc(machine, "cgroup"));
     let group = group.trim().strip_prefix("0::/").unwrap();
-    assert!(group.ends_with(&format!("mayfly-{keeper}")), "{group}");
+    assert!(group.ends_with(&format!("mayfly-{supervisor}")), "{group}");
     let group = Path::new("/sys/fs/cgroup").join(group);
     assert_eq!(read(&group.join("cpu.max")), "100000 100000\n");
     let memory: u64 = read(&group.join("memory.max")).trim().parse().unwrap();
@@ -162,8 +162,8 @@ fn an_ordinary_user_is_told_what_is_missing() {
         user.text(&["exec", "v", "sh", "-c", "echo $KEY"]),
         "hunter2\n"
     );
-    let keeper = u32::try_from(inspect[0]["pid"].as_u64().unwrap()).unwrap();
-    for pid in [keeper, machine(keeper)] {
+    let supervisor = u32::try_from(inspect[0]["pid"].as_u64().unwrap()).unwrap();
+    for pid in [supervisor, machine(supervisor)] {
         let words = fs::read(proc(pid, "cmdline")).unwrap();
         let words = String::from_utf8(words).unwrap();
         assert!(words.contains("KEY=*******"), "{words}");

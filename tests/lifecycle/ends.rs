@@ -38,7 +38,7 @@ impl Vm {
 
     /// Its VMM process, as soon as there is one; none if there will be none.
     fn vmm(&mut self) -> Option<u32> {
-        self.process("mayfly")
+        self.process("mayfly-vmm")
     }
 
     /// Its process of a program, whose name may have an end such as `.avx2`, as soon as there is one; none if there will be none.

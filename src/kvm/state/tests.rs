@@ -8,10 +8,10 @@ use kvm_ioctls::{Kvm, VcpuExit};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::config::MemoryConfig;
 use crate::kvm::memory::{GuestMemory, guest_memory};
 use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::{self, Vm};
+use crate::spec::MemorySpec;
 
 const SIZE: u64 = 1 << 20;
 const CODE: u64 = 0x1000;
@@ -53,7 +53,7 @@ fn kvm() -> Option<(Kvm, StateScope)> {
 
 impl Machine {
     fn new(kvm: &Kvm, cpus: u8) -> Self {
-        let memory = guest_memory(&MemoryConfig {
+        let memory = guest_memory(&MemorySpec {
             size: SIZE,
             ..Default::default()
         })

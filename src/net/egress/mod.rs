@@ -40,6 +40,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
 use mayfly_devices::virtio::net::{FrameFilter, Verdict};
+use serde::{Deserialize, Serialize};
 
 use self::dns::Question;
 use self::frame::{Frame, Packet, Segment, Upper, icmp};
@@ -49,8 +50,7 @@ use self::rule::Rule;
 use self::table::Table;
 use super::host::KnownHost;
 use super::publish::Protocol;
-use super::user::UserNet;
-use crate::config::UserConfig;
+use super::user::{UserConfig, UserNet};
 
 const DNS: u16 = 53;
 const DHCP: (u16, u16) = (68, 67);
@@ -111,17 +111,38 @@ struct Counters {
     malformed: u64,
 }
 
-/// The filter of one guest.
-pub struct Egress {
+/// What a guest may reach.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EgressPolicy {
     net: UserNet,
     /// With any, what they name and nothing else is open.
     rules: Vec<Rule>,
     /// Private networks are closed, too.
     isolated: bool,
-    host: KnownHost,
     published: Vec<(Protocol, u16)>,
     /// The gateway's address is the host's loopback.
     host_loopback: bool,
+}
+
+impl EgressPolicy {
+    /// What a user says of a guest's network.
+    pub fn new(net: &UserNet, config: &UserConfig) -> Self {
+        let published = config.publish.iter();
+        let published = published.map(|publish| (publish.protocol, publish.guest));
+        EgressPolicy {
+            net: net.clone(),
+            rules: config.allow.clone(),
+            isolated: config.isolated,
+            published: published.collect(),
+            host_loopback: config.host_loopback,
+        }
+    }
+}
+
+/// The filter of one guest.
+pub struct Egress {
+    policy: EgressPolicy,
+    host: KnownHost,
     flows: Table<Flow>,
     /// Addresses of names, with the port that their rule has.
     opened: Table<(IpAddr, Option<u16>)>,
@@ -135,17 +156,11 @@ pub struct Egress {
 }
 
 impl Egress {
-    /// A filter for a guest of a network, on a host whose own networks are known.
-    pub fn new(net: UserNet, config: &UserConfig, host: KnownHost) -> Self {
-        let published = config.publish.iter();
-        let published = published.map(|publish| (publish.protocol, publish.guest));
+    /// A filter for a guest, on a host whose own networks are known.
+    pub fn new(policy: EgressPolicy, host: KnownHost) -> Self {
         Egress {
-            net,
-            rules: config.allow.clone(),
-            isolated: config.isolated,
+            policy,
             host,
-            published: published.collect(),
-            host_loopback: config.host_loopback,
             flows: Table::new(FLOWS_MAX),
             opened: Table::new(OPENED_MAX),
             asked: VecDeque::new(),
@@ -156,15 +171,10 @@ impl Egress {
         }
     }
 
-    /// What it knows of the host's networks, which may change.
-    pub fn host(&self) -> KnownHost {
-        self.host.clone()
-    }
-
     fn kind(&self, address: IpAddr) -> Kind {
         // Behind it is the host's loopback.
-        match self.net.is_gateway(address) {
-            true if self.host_loopback => Kind::Public,
+        match self.policy.net.is_gateway(address) {
+            true if self.policy.host_loopback => Kind::Public,
             true => Kind::Loopback,
             false => Kind::of(address, &self.host),
         }
@@ -174,7 +184,7 @@ impl Egress {
     fn is_closed(&self, kind: Kind) -> bool {
         match kind {
             Kind::Public => false,
-            Kind::Near | Kind::Private => self.isolated,
+            Kind::Near | Kind::Private => self.policy.isolated,
             Kind::Special | Kind::Metadata | Kind::Host | Kind::Loopback => true,
         }
     }
@@ -186,7 +196,7 @@ impl Egress {
     }
 
     fn judge(&mut self, packet: &Packet, now: Instant) -> Result<(), Denied> {
-        if is_configuration(packet) || self.rules.is_empty() && is_dhcp_6(packet) {
+        if is_configuration(packet) || self.policy.rules.is_empty() && is_dhcp_6(packet) {
             return Ok(());
         }
         let to = packet.destination;
@@ -194,18 +204,18 @@ impl Egress {
             return Err(Denied::Silently);
         }
         let kind = self.kind(to);
-        let loopback = self.net.is_gateway(to) && !self.host_loopback;
+        let loopback = self.policy.net.is_gateway(to) && !self.policy.host_loopback;
         if kind == Kind::Loopback && !loopback {
             return Err(Denied::Refused(kind));
         }
-        if !self.rules.is_empty() && !self.net.is_guest(packet.source) {
+        if !self.policy.rules.is_empty() && !self.policy.net.is_guest(packet.source) {
             return Err(match packet.source {
                 // What it uses to talk to who is on its link.
                 IpAddr::V6(own) if own.is_unicast_link_local() => Denied::Refused(kind),
                 _ => Denied::Silently,
             });
         }
-        if self.rules.is_empty() && !self.is_closed(kind) {
+        if self.policy.rules.is_empty() && !self.is_closed(kind) {
             return Ok(());
         }
         let port = match &packet.upper {
@@ -214,7 +224,7 @@ impl Egress {
             Upper::Icmp(icmp::ECHO_REQUEST | icmp::ECHO_REQUEST_6) => None,
             Upper::Icmp(_) => return Err(Denied::Silently),
         };
-        if port == Some(DNS) && self.net.dns.contains(&to) {
+        if port == Some(DNS) && self.policy.net.dns.contains(&to) {
             return self.judge_query(packet, loopback, now);
         }
         if loopback {
@@ -253,7 +263,7 @@ impl Egress {
             true => rule.permits_explicitly(peer, port),
             false => rule.permits(peer, port),
         };
-        if self.rules.iter().any(permits) {
+        if self.policy.rules.iter().any(permits) {
             return Ok(());
         }
         // It may have become the host's own meanwhile.
@@ -275,19 +285,23 @@ impl Egress {
     fn judge_query(&mut self, packet: &Packet, loopback: bool, now: Instant) -> Result<(), Denied> {
         let resolver = packet.destination;
         let explicit = |rule: &Rule| rule.port == Some(DNS) && rule.permits(resolver, Some(DNS));
-        let explicit = self.rules.iter().any(explicit);
+        let explicit = self.policy.rules.iter().any(explicit);
         let Upper::Udp { source, data, .. } = packet.upper else {
-            let passes = (explicit || self.rules.is_empty()) && !loopback;
+            let passes = (explicit || self.policy.rules.is_empty()) && !loopback;
             let refused = || Denied::Refused(self.kind(resolver));
             return passes.then_some(()).ok_or_else(refused);
         };
-        if self.rules.is_empty() {
+        if self.policy.rules.is_empty() {
             return Ok(());
         }
         let Some((question, end)) = dns::query(data) else {
             return explicit.then_some(()).ok_or(Denied::Silently);
         };
-        let named = self.rules.iter().any(|rule| rule.names(&question.name));
+        let named = self
+            .policy
+            .rules
+            .iter()
+            .any(|rule| rule.names(&question.name));
         if !named && !explicit {
             let refusal = dns::refuse(data, end).ok_or(Denied::Silently)?;
             return Err(Denied::Name(question.name, refusal));
@@ -331,7 +345,7 @@ impl Egress {
             }
             let time = Duration::from_secs(ttl.clamp(*TTL.start(), *TTL.end()).into());
             let naming = |rule: &&Rule| rule.names(&asked.question.name);
-            for rule in self.rules.iter().filter(naming) {
+            for rule in self.policy.rules.iter().filter(naming) {
                 self.opened.keep((address, rule.port), now, time);
             }
         }
@@ -357,8 +371,8 @@ impl FrameFilter for Egress {
     fn outgoing(&mut self, frame: &[u8], now: Instant) -> Verdict {
         let packet = match Frame::parse(frame) {
             Some(Frame::Arp(sender)) => {
-                let own = sender.is_unspecified() || self.net.is_guest(sender.into());
-                return match own || self.rules.is_empty() {
+                let own = sender.is_unspecified() || self.policy.net.is_guest(sender.into());
+                return match own || self.policy.rules.is_empty() {
                     true => Verdict::Pass,
                     false => Verdict::Drop,
                 };
@@ -398,7 +412,7 @@ impl FrameFilter for Egress {
     }
 
     fn incoming(&mut self, frame: &[u8], now: Instant) -> bool {
-        if self.rules.is_empty() && self.published.is_empty() {
+        if self.policy.rules.is_empty() && self.policy.published.is_empty() {
             return true;
         }
         let Some(Frame::Ip(packet)) = Frame::parse(frame) else {
@@ -409,13 +423,13 @@ impl FrameFilter for Egress {
             destination,
             data,
         } = packet.upper
-            && !self.rules.is_empty()
-            && self.net.dns.contains(&packet.source)
+            && !self.policy.rules.is_empty()
+            && self.policy.net.dns.contains(&packet.source)
         {
             // What a resolver that is allowed by itself says opens nothing.
             let explicit = |rule: &Rule| rule.permits(packet.source, Some(DNS));
             return self.learn(packet.source, destination, data, now)
-                || self.rules.iter().any(explicit);
+                || self.policy.rules.iter().any(explicit);
         }
         let begins = match &packet.upper {
             Upper::Tcp(segment) => segment.opens(),
@@ -424,7 +438,10 @@ impl FrameFilter for Egress {
         };
         if let Some(flow) = incoming_flow(&packet)
             && begins
-            && self.published.contains(&(flow.protocol, flow.guest_port))
+            && self
+                .policy
+                .published
+                .contains(&(flow.protocol, flow.guest_port))
         {
             self.flows.keep(flow, now, flow.protocol.idle());
             if flow.protocol == Protocol::Tcp {

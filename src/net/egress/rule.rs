@@ -3,13 +3,15 @@
 use std::net::IpAddr;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 use crate::net::cidr::Cidr;
 
 const NAME_MAX: usize = 253;
 const LABEL_MAX: usize = 63;
 
 /// A permission.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rule {
     /// Whom it may reach.
     pub target: Target,
@@ -18,7 +20,7 @@ pub struct Rule {
 }
 
 /// Whom a guest may reach.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Target {
     /// Addresses.
     Network(Cidr),

@@ -5,10 +5,9 @@ use proptest::prelude::*;
 
 use super::frame::Segment;
 use super::*;
-use crate::config::UserConfig;
 use crate::net::cidr::Cidr;
 use crate::net::host::HostNetworks;
-use crate::net::user::{GATEWAY, GUEST_IP, UserNet6};
+use crate::net::user::{GATEWAY, GUEST_IP, UserNet, UserNet6};
 
 const GUEST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const HOST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
@@ -24,6 +23,10 @@ fn host() -> KnownHost {
     })
 }
 
+fn policy(config: &UserConfig) -> EgressPolicy {
+    EgressPolicy::new(&UserNet::new(config, &Default::default()), config)
+}
+
 /// A filter with rules and published ports.
 fn filter(rules: &[&str]) -> Egress {
     filter_of(rules, UserConfig::default())
@@ -37,7 +40,7 @@ fn filter_of(rules: &[&str], mut config: UserConfig) -> Egress {
         .map(|text| text.parse().unwrap())
         .into();
     config.allow = rules.iter().map(|rule| rule.parse().unwrap()).collect();
-    Egress::new(UserNet::of(&config), &config, host())
+    Egress::new(policy(&config), host())
 }
 
 fn guest() -> [u8; 4] {
@@ -269,9 +272,9 @@ fn filter_with_ipv6(allow: &[&str], isolated: bool) -> Egress {
         isolated,
         ..Default::default()
     };
-    let mut net = UserNet::of(&config);
+    let mut net = UserNet::new(&config, &Default::default());
     net.ip6 = Some(UserNet6::new("eth0".into()));
-    Egress::new(net, &config, host())
+    Egress::new(EgressPolicy::new(&net, &config), host())
 }
 
 /// The table of the documentation: of all spellings of addresses.
@@ -361,9 +364,9 @@ fn a_new_address_of_the_hosts_is_closed() {
         },
     ] {
         assert!(is_open(&mut egress, web));
-        egress.host().set(&known(&[web]));
+        egress.host.set(&known(&[web]));
         assert!(!is_open(&mut egress, web));
-        egress.host().set(&known(&[]));
+        egress.host.set(&known(&[]));
         assert!(is_open(&mut egress, web));
     }
 }
@@ -378,9 +381,9 @@ fn a_resolver_may_be_anywhere() {
             isolated: true,
             ..Default::default()
         };
-        let mut open = Egress::new(UserNet::of(&config), &config, host());
+        let mut open = Egress::new(policy(&config), host());
         config.allow = vec!["example.com".parse().unwrap()];
-        let mut strict = Egress::new(UserNet::of(&config), &config, host());
+        let mut strict = Egress::new(policy(&config), host());
         let asked = udp(Way::Out, 1, (address, 53), &query(1, "example.com"));
         assert!(open.passes(&asked, now) && strict.passes(&asked, now));
         assert!(open.passes(&tcp(Way::Out, 1, (address, 53), "S"), now));
@@ -894,7 +897,7 @@ fn ipv6_has_the_same_rules() {
         dns: vec!["2001:db8::53".parse().unwrap()],
         ..Default::default()
     };
-    let mut net = UserNet::of(&config);
+    let mut net = UserNet::new(&config, &Default::default());
     net.ip6 = Some(UserNet6::new("eth0".into()));
     net.dns = config.dns.clone();
     let own: Ipv6Addr = "fd6d:6179:666c::15".parse().unwrap();
@@ -921,9 +924,9 @@ fn ipv6_has_the_same_rules() {
             frame
         }
     };
-    let mut open = Egress::new(net.clone(), &config, host());
+    let mut open = Egress::new(EgressPolicy::new(&net, &config), host());
     config.allow = vec!["[2001:db8::/64]:9".parse().unwrap()];
-    let mut strict = Egress::new(net, &config, host());
+    let mut strict = Egress::new(EgressPolicy::new(&net, &config), host());
     let link: Ipv6Addr = "fe80::1".parse().unwrap();
     for (frame, by_strict, by_open) in [
         (frame(own, "2001:db8::1", &udp((1, 9))), true, true),

@@ -104,7 +104,8 @@ impl User {
         user
     }
 
-    fn set(&mut self, name: &'static str, value: impl Into<OsString>) {
+    /// Sets an environment variable of all that the user starts.
+    pub fn set(&mut self, name: &'static str, value: impl Into<OsString>) {
         self.variables.push((name, value.into()));
     }
 

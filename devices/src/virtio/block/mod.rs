@@ -24,7 +24,9 @@ use super::state::{BlockState, DeviceState, RestoreError, SaveError};
 use super::{GuestMemory, feature};
 use crate::rate_limiter::{LimitHandle, Limits as RateLimits, RateLimiter};
 
-pub use self::engine::{Concat, Image, ImageError, Prepare, Qcow2, restricted_ring, try_ring};
+pub use self::engine::{
+    Concat, Image, ImageError, Prepare, Qcow2, qcow2_size, restricted_ring, try_ring,
+};
 pub use self::request::SECTOR;
 
 const QUEUE_SIZE: u16 = DEPTH;

@@ -132,6 +132,23 @@ impl Frontend {
         Ok(frontend)
     }
 
+    /// Goes on with a backend that another process greeted, which offered these features.
+    pub fn resume(socket: UnixStream, features: u64) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        Ok(Frontend {
+            answers: OwnedFd::from(socket.try_clone()?).into(),
+            socket,
+            features,
+            deadline: Instant::now(),
+            interrupt: None,
+        })
+    }
+
+    /// Gives the connection to another process, with the features that the backend offers.
+    pub fn into_parts(self) -> (UnixStream, u64) {
+        (self.socket, self.features)
+    }
+
     /// The features that it offers.
     pub fn features(&self) -> u64 {
         self.features

@@ -15,7 +15,7 @@ use self::threads::Threads;
 use self::uring::Uring;
 
 pub use self::concat::Concat;
-pub use self::qcow2::{ImageError, Qcow2};
+pub use self::qcow2::{ImageError, Qcow2, qcow2_size};
 #[cfg(test)]
 pub use self::threads::Worker;
 pub use self::threads::{Prepare, unprepared};

@@ -199,6 +199,15 @@ pub struct Qcow2 {
     size: u64,
 }
 
+/// The size of an image's disk in bytes, as its header says, which must be one of an image
+/// that can be used so.
+pub fn qcow2_size(mut file: &File, writable: bool) -> Result<u64, ImageError> {
+    let mut bytes = [0; HEADER];
+    read_at(file, 0, &mut bytes)?;
+    let len = file.seek(SeekFrom::End(0))?;
+    Ok(Header::parse(&bytes, len, writable)?.size)
+}
+
 impl Qcow2 {
     /// Checks and takes over an image, open as `writable` says, and its backing
     /// file, if it has one. The files are not changed by this.

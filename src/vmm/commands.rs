@@ -11,44 +11,41 @@ use mayfly_devices::virtio::balloon::BalloonHandle;
 use serde_json::json;
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::attach::Slot;
-use super::link::{Link, Word};
+use super::devices::AttachedDevice;
 use super::platform::PlatformHandle;
-use super::run::{Outcome, VcpuControl};
-use crate::config::{MachineConfig, WatchdogAction, check_balloon_size};
+use super::vcpus::VcpuControl;
 use crate::control::{Command, Event, Reply};
+use crate::link::{FromVmm, Link, Outcome};
 use crate::metrics::Exposition;
-use crate::net::publish::summary;
+use crate::spec::{MachineSpec, WatchdogAction, check_balloon_size};
 use crate::timing::{Timeline, milliseconds};
 
-/// What a running machine is called by commands.
-pub struct Commander {
-    about: About,
-    vcpus: Arc<VcpuControl>,
-    slots: Arc<[Slot]>,
-    balloon: Option<BalloonHandle>,
-    platform: PlatformHandle,
+/// The parts of a running machine that commands change.
+pub struct Handles {
+    /// The vCPUs.
+    pub vcpus: Arc<VcpuControl>,
+    /// The virtio devices.
+    pub devices: Arc<[AttachedDevice]>,
+    /// The balloon, if there is one.
+    pub balloon: Option<BalloonHandle>,
+    /// Power button, watchdog.
+    pub platform: PlatformHandle,
+    /// To the supervisor, for events.
+    pub link: Arc<Link>,
+}
+
+/// Carries out commands to a running machine.
+pub struct CommandHandler {
+    handles: Handles,
     watchdog: WatchdogAction,
+    /// The guest's memory in bytes.
+    memory: u64,
     state: State,
-    link: Arc<Link>,
     /// Goes off while a guest that was asked to turn off has not …
-    insistence: TimerFd,
+    shutdown_timer: TimerFd,
     /// … and this is when its time is over.
     deadline: Option<Instant>,
     started: Instant,
-}
-
-/// What does not change.
-struct About {
-    name: String,
-    kernel: String,
-    cmdline: String,
-    cpus: u8,
-    memory: u64,
-    /// The ports that are published.
-    ports: Vec<String>,
-    /// The process that the user knows.
-    keeper: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,61 +54,38 @@ enum State {
     Paused,
 }
 
-impl Commander {
-    /// Commands a machine whose vCPUs are about to run.
-    pub fn new(
-        config: &MachineConfig,
-        keeper: u32,
-        vcpus: Arc<VcpuControl>,
-        slots: Arc<[Slot]>,
-        balloon: Option<BalloonHandle>,
-        platform: PlatformHandle,
-        link: Arc<Link>,
-    ) -> std::io::Result<Self> {
-        Ok(Commander {
-            about: About {
-                name: config.name.clone(),
-                kernel: config.kernel.display().to_string(),
-                cmdline: config.cmdline.clone(),
-                cpus: config.cpus,
-                memory: config.memory.size,
-                ports: config
-                    .nets
-                    .iter()
-                    .flat_map(|net| summary(net.ports()))
-                    .collect(),
-                keeper,
-            },
-            vcpus,
-            slots,
-            balloon,
-            platform,
-            watchdog: config.watchdog.unwrap_or(WatchdogAction::Crash),
+impl CommandHandler {
+    /// For a machine whose vCPUs are about to run.
+    pub fn new(spec: &MachineSpec, handles: Handles) -> std::io::Result<Self> {
+        Ok(CommandHandler {
+            handles,
+            watchdog: spec.watchdog.unwrap_or(WatchdogAction::Crash),
+            memory: spec.memory.size,
             state: State::Running,
-            link,
-            insistence: TimerFd::new().map_err(std::io::Error::from)?,
+            shutdown_timer: TimerFd::new().map_err(std::io::Error::from)?,
             deadline: None,
             started: Instant::now(),
         })
     }
 
-    /// Readable when [`Commander::insist`] is to be called.
-    pub fn insistence(&self) -> RawFd {
-        self.insistence.as_raw_fd()
+    /// Readable when [`CommandHandler::shutdown_timer_expired`] is to be
+    /// called.
+    pub fn shutdown_timer(&self) -> RawFd {
+        self.shutdown_timer.as_raw_fd()
     }
 
     /// Readable when the watchdog was not fed in time.
     pub fn watchdog_timer(&self) -> Option<RawFd> {
-        Some(lock(self.platform.watchdog()?).timer())
+        Some(lock(self.handles.platform.watchdog()?).timer())
     }
 
     /// Does what the watchdog is for; returns how the machine ends, if it does.
     pub fn watchdog_expired(&mut self) -> Option<Outcome> {
-        let (misses, late) = lock(self.platform.watchdog()?).expired()?;
+        let (misses, late) = lock(self.handles.platform.watchdog()?).expired()?;
         match self.watchdog {
             WatchdogAction::Reset => Some(Outcome::Reset),
             WatchdogAction::Nmi if misses == 1 => {
-                self.vcpus.interrupt();
+                self.handles.vcpus.interrupt();
                 self.tell("watchdog", Some("nmi".to_owned()));
                 None
             }
@@ -120,12 +94,12 @@ impl Commander {
     }
 
     /// Carries out a command and answers it.
-    pub fn serve(&mut self, command: Command, timeline: &Timeline) -> Reply {
+    pub fn handle(&mut self, command: Command, timeline: &Timeline) -> Reply {
         let done = match command {
             Command::Pause {} => self.pause(),
             Command::Resume {} => self.resume(),
             Command::Info {} => Ok(self.info()),
-            // The keeper tells them.
+            // The supervisor tells them.
             Command::Events {} => Ok(serde_json::Value::Null),
             Command::Metrics {} => Ok(self.metrics(timeline).into()),
             Command::Shutdown { deadline } => self.shutdown(Duration::from_secs(deadline)),
@@ -136,21 +110,21 @@ impl Commander {
         done.map_or_else(Reply::Error, Reply::Ok)
     }
 
-    /// Tells all who listen. What the keeper has no time for is lost.
+    /// Tells the supervisor of an event. What it has no time for is lost.
     pub fn tell(&mut self, event: &str, detail: Option<String>) {
         let event = Event::now(event, detail);
-        let _ = self.link.try_send(&Word::Event(event));
+        let _ = self.handles.link.try_send(&FromVmm::Event(event));
     }
 
     fn pause(&mut self) -> Result<serde_json::Value, String> {
         if self.state == State::Paused {
             return Ok(serde_json::Value::Null);
         }
-        if !self.vcpus.pause() {
-            self.vcpus.resume();
+        if !self.handles.vcpus.pause() {
+            self.handles.vcpus.resume();
             return Err("a vCPU does not leave the guest; it runs on".into());
         }
-        self.platform.pause();
+        self.handles.platform.pause();
         self.state = State::Paused;
         self.tell("paused", None);
         Ok(serde_json::Value::Null)
@@ -158,8 +132,8 @@ impl Commander {
 
     fn resume(&mut self) -> Result<serde_json::Value, String> {
         if self.state == State::Paused {
-            self.platform.resume();
-            self.vcpus.resume();
+            self.handles.platform.resume();
+            self.handles.vcpus.resume();
             self.state = State::Running;
             self.tell("resumed", None);
         }
@@ -167,25 +141,25 @@ impl Commander {
     }
 
     fn interrupt(&self) -> Result<serde_json::Value, String> {
-        self.vcpus.interrupt();
+        self.handles.vcpus.interrupt();
         Ok(serde_json::Value::Null)
     }
 
     fn inflate(&mut self, size: u64) -> Result<serde_json::Value, String> {
-        let Some(balloon) = &self.balloon else {
+        let Some(balloon) = &self.handles.balloon else {
             return Err("it has no balloon; start it with --balloon 0".into());
         };
-        check_balloon_size(size, self.about.memory)?;
+        check_balloon_size(size, self.memory)?;
         balloon.set_target(size);
         self.tell("balloon", Some(size.to_string()));
         Ok(serde_json::Value::Null)
     }
 
     fn limit(&mut self, device: &str, limits: Limits) -> Result<serde_json::Value, String> {
-        let slot = self.slots.iter().find(|slot| slot.name == device);
-        let slot =
-            slot.ok_or_else(|| format!("{device}: no such device; see mayfly ctl … info"))?;
-        let Some(handle) = &slot.limits else {
+        let found = self.handles.devices.iter().find(|it| it.name == device);
+        let found =
+            found.ok_or_else(|| format!("{device}: no such device; see mayfly ctl … info"))?;
+        let Some(handle) = &found.limits else {
             return Err(format!("{device}: has no limits; disks and networks have"));
         };
         handle.set(limits);
@@ -193,7 +167,7 @@ impl Commander {
         Ok(serde_json::Value::Null)
     }
 
-    /// Presses the power button, and insists. A paused guest cannot turn off:
+    /// Presses the power button, again and again. A paused guest cannot turn off:
     /// it runs again.
     fn shutdown(&mut self, deadline: Duration) -> Result<serde_json::Value, String> {
         let end = Instant::now().checked_add(deadline);
@@ -208,7 +182,7 @@ impl Commander {
 
     /// Presses the power button once more: a guest that was still booting did
     /// not notice. When its time is over, returns how the machine ends.
-    pub fn insist(&mut self) -> Option<Outcome> {
+    pub fn shutdown_timer_expired(&mut self) -> Option<Outcome> {
         let left = self.deadline?.saturating_duration_since(Instant::now());
         let over = left.is_zero() || self.press(left).is_err();
         over.then_some(Outcome::Forced)
@@ -218,38 +192,32 @@ impl Commander {
         const AGAIN: Duration = Duration::from_secs(2);
         // A timer of zero would never fire.
         const SOON: Duration = Duration::from_millis(1);
-        self.platform.press_power_button();
-        self.insistence.reset(left.clamp(SOON, AGAIN), None)
+        self.handles.platform.press_power_button();
+        self.shutdown_timer.reset(left.clamp(SOON, AGAIN), None)
     }
 
+    /// What only this process knows; the supervisor adds the rest.
     fn info(&self) -> serde_json::Value {
         let devices: Vec<_> = self
-            .slots
+            .handles
+            .devices
             .iter()
-            .map(|slot| {
+            .map(|device| {
                 json!({
-                    "name": slot.name,
-                    "kind": format!("{:?}", slot.kind).to_lowercase(),
-                    "flag": slot.flag,
-                    "limits": slot.limits.as_ref().map(LimitHandle::get),
+                    "name": device.name,
+                    "kind": format!("{:?}", device.kind).to_lowercase(),
+                    "limits": device.limits.as_ref().map(LimitHandle::get),
                 })
             })
             .collect();
         json!({
-            "name": self.about.name,
-            "pid": self.about.keeper,
             "state": match self.state {
                 State::Running => "running",
                 State::Paused => "paused",
             },
             "uptime_ms": milliseconds(self.started.elapsed()),
-            "cpus": self.about.cpus,
-            "memory": self.about.memory,
-            "kernel": self.about.kernel,
-            "cmdline": self.about.cmdline,
-            "ports": self.about.ports,
             "devices": devices,
-            "balloon": self.balloon.as_ref().map(balloon_info),
+            "balloon": self.handles.balloon.as_ref().map(balloon_info),
         })
     }
 
@@ -259,7 +227,7 @@ impl Commander {
             .sample(&[], self.started.elapsed().as_secs_f64());
         text.gauge("mayfly_paused", "1 while the vCPUs are paused")
             .sample(&[], f64::from(u8::from(self.state == State::Paused)));
-        if let Some(balloon) = &self.balloon {
+        if let Some(balloon) = &self.handles.balloon {
             text.gauge(
                 "mayfly_balloon_target_bytes",
                 "The balloon's size as asked for",
@@ -284,7 +252,7 @@ impl Commander {
             "mayfly_vcpu_exits_total",
             "How often a vCPU left the guest for the monitor",
         );
-        for (index, counters) in self.vcpus.exits().iter().enumerate() {
+        for (index, counters) in self.handles.vcpus.exits().iter().enumerate() {
             for (reason, count) in counters.all() {
                 let labels = [("vcpu", index.to_string()), ("reason", reason.to_owned())];
                 let labels = labels
@@ -294,11 +262,11 @@ impl Commander {
             }
         }
         let mut all: Vec<(&str, Vec<(&str, u64)>)> = Vec::new();
-        for slot in self.slots.iter() {
-            for (name, count) in lock(&slot.transport).counters() {
+        for device in self.handles.devices.iter() {
+            for (name, count) in lock(&device.transport).counters() {
                 match all.iter_mut().find(|(known, _)| *known == name) {
-                    Some((_, samples)) => samples.push((&slot.name, count)),
-                    None => all.push((name, vec![(&slot.name, count)])),
+                    Some((_, samples)) => samples.push((&device.name, count)),
+                    None => all.push((name, vec![(&device.name, count)])),
                 }
             }
         }
@@ -341,48 +309,42 @@ mod tests {
     use crate::kvm::vcpu::Buses;
 
     /// Of a machine without vCPUs.
-    fn commander() -> Commander {
+    fn handler() -> CommandHandler {
         let gate = Arc::new(Gate::new(0));
         let vcpus = VcpuControl::start(Vec::new(), Buses::default(), gate, || (), |_| ()).unwrap();
-        Commander {
-            about: About {
-                name: "vm".into(),
-                kernel: String::new(),
-                cmdline: String::new(),
-                cpus: 0,
-                memory: 0,
-                ports: Vec::new(),
-                keeper: 1,
+        CommandHandler {
+            handles: Handles {
+                vcpus: Arc::new(vcpus),
+                devices: Arc::new([]),
+                balloon: None,
+                platform: PlatformHandle::alone(),
+                link: Arc::new(Link::pair().unwrap().0),
             },
-            vcpus: Arc::new(vcpus),
-            slots: Arc::new([]),
-            balloon: None,
-            platform: PlatformHandle::alone(),
             watchdog: WatchdogAction::Crash,
+            memory: 0,
             state: State::Running,
-            link: Arc::new(Link::pair().unwrap().0),
-            insistence: TimerFd::new().unwrap(),
+            shutdown_timer: TimerFd::new().unwrap(),
             deadline: None,
             started: Instant::now(),
         }
     }
 
-    fn ask(commander: &mut Commander, command: Command) -> Reply {
-        commander.serve(command, &Timeline::start())
+    fn ask(handler: &mut CommandHandler, command: Command) -> Reply {
+        handler.handle(command, &Timeline::start())
     }
 
     #[test]
     fn what_is_refused_changes_nothing() {
-        let mut commander = commander();
-        assert_eq!(ask(&mut commander, Command::Pause {}), Reply::done());
+        let mut handler = handler();
+        assert_eq!(ask(&mut handler, Command::Pause {}), Reply::done());
         let deadline = u64::MAX;
-        let reply = ask(&mut commander, Command::Shutdown { deadline });
+        let reply = ask(&mut handler, Command::Shutdown { deadline });
         assert!(matches!(reply, Reply::Error(_)), "{reply:?}");
-        assert_eq!(commander.state, State::Paused);
-        assert_eq!(commander.deadline, None);
+        assert_eq!(handler.state, State::Paused);
+        assert_eq!(handler.deadline, None);
         let deadline = 1;
-        let reply = ask(&mut commander, Command::Shutdown { deadline });
+        let reply = ask(&mut handler, Command::Shutdown { deadline });
         assert_eq!(reply, Reply::done());
-        assert_eq!(commander.state, State::Running);
+        assert_eq!(handler.state, State::Running);
     }
 }

@@ -1,4 +1,4 @@
-//! Signals to a machine, as a descriptor for the event loop.
+//! Signals, as descriptors.
 
 #![allow(unsafe_code, reason = "what signals do")]
 
@@ -36,7 +36,7 @@ const PASSED_ON: [libc::c_int; 7] = [
     libc::SIGWINCH,
 ];
 
-/// Blocks all signals that the keeper takes: a terminal sends them to both.
+/// Blocks all signals that the supervisor takes: a terminal sends them to both.
 pub fn leave_to_others() -> io::Result<()> {
     mask(libc::SIG_BLOCK, &[&SIGNALS[..], &PASSED_ON[..]].concat())?;
     unblock_kick()
@@ -116,10 +116,10 @@ impl StartSignals {
         self.wait_for((fd.as_raw_fd(), libc::POLLIN), timeout)
     }
 
-    /// Waits until a descriptor takes more, or is broken. Fails if a signal is sent.
-    pub fn wait_for_room(&self, fd: BorrowedFd) -> Result<(), Failure> {
-        let fd = (fd.as_raw_fd(), libc::POLLOUT);
-        self.wait_for(fd, Duration::MAX).map(drop)
+    /// Waits until a descriptor takes more or is broken, but not longer than a time: false
+    /// then. Fails if a signal is sent.
+    pub fn wait_for_room(&self, fd: BorrowedFd, timeout: Duration) -> Result<bool, Failure> {
+        self.wait_for((fd.as_raw_fd(), libc::POLLOUT), timeout)
     }
 
     /// Waits. Fails if a signal is sent.

@@ -1,10 +1,12 @@
 //! The boot recipe, from top to bottom.
 
+use std::fs::File;
+use std::mem;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use kvm_ioctls::Kvm;
-use mayfly_boot::{Boot, KernelError, MmioDevice, initrd, kernel, layout};
+use mayfly_boot::{Boot, KernelError, MmioDevice, Protocol, initrd, kernel, layout};
 use mayfly_devices::mailbox::Mailbox;
 use mayfly_devices::platform::PlatformEvent;
 use mayfly_devices::pvpanic::GuestPanic;
@@ -13,20 +15,18 @@ use mayfly_devices::virtio::balloon::BalloonHandle;
 use mayfly_devices::virtio::block::Prepare;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::attach::{self, Attached, Slot};
-use super::link::Errands;
+use super::devices::{self, AttachedDevice, AttachedDevices, DeviceEnds, Surroundings};
 use super::platform::{self, PlatformHandle};
-use super::resources::Resources;
-use crate::config::MachineConfig;
 use crate::console::Connection;
 use crate::failure::{Failure, OrFail};
-use crate::kvm::accept::AcceptKvm;
 use crate::kvm::cpuid;
 use crate::kvm::gate::Gate;
 use crate::kvm::memory::{GuestMemory, exclude_from_dumps, guest_memory, prefault};
-use crate::kvm::probe::{self, Backend};
 use crate::kvm::vcpu::{Buses, Vcpu, VcpuEnd};
-use crate::kvm::vm::{self, Vm};
+use crate::kvm::vm::Vm;
+use crate::link::{BlamePart, Broker, Part, VmmFailure};
+use crate::net::host::KnownHost;
+use crate::spec::{BootProtocol, MachineSpec};
 use crate::timing::Timeline;
 
 /// What the vCPUs' threads tell the event loop.
@@ -62,6 +62,24 @@ impl Notifier {
     }
 }
 
+/// What a machine is built from, beside its specification.
+pub struct Parts {
+    /// KVM, which can run Linux.
+    pub kvm: Kvm,
+    /// The kernel.
+    pub kernel: File,
+    /// The initial RAM disk.
+    pub initrd: Option<File>,
+    /// The host's ends of devices.
+    pub ends: DeviceEnds,
+    /// What is done outside for devices.
+    pub broker: Arc<Broker>,
+    /// Prepares the threads of disks.
+    pub prepare: Arc<dyn Prepare>,
+    /// What networks' filters know of the host.
+    pub host: KnownHost,
+}
+
 /// A machine that is ready to run.
 pub struct Machine {
     /// Dropped last: the vCPUs and their memory live in it.
@@ -71,7 +89,7 @@ pub struct Machine {
     /// What the vCPUs' accesses leave to.
     pub buses: Buses,
     /// The virtio devices.
-    pub slots: Arc<[Slot]>,
+    pub devices: Arc<[AttachedDevice]>,
     /// The console, then the channels.
     pub connections: Vec<Connection>,
     /// Commands the balloon.
@@ -90,15 +108,14 @@ pub struct Machine {
 
 /// Makes the machine; nothing of the host is changed yet.
 pub fn build(
-    config: &MachineConfig,
-    mut resources: Resources,
-    (errands, prepare): (&Arc<Errands>, &Arc<dyn Prepare>),
+    spec: &MachineSpec,
+    mut parts: Parts,
     timeline: &mut Timeline,
-) -> Result<Machine, Failure> {
-    let mut vm = Vm::new(&resources.kvm).or_host("--cpus")?;
+) -> Result<Machine, VmmFailure> {
+    let mut vm = Vm::new(&parts.kvm).or_host("--cpus")?;
     timeline.kvm_ready = timeline.now();
 
-    let memory = guest_memory(&config.memory).or_host(memory_flag(config))?;
+    let memory = guest_memory(&spec.memory).or_host(memory_flag(spec))?;
     vm.set_memory(&memory).or_host("--memory")?;
     timeline.memory_mapped = timeline.now();
 
@@ -111,42 +128,43 @@ pub fn build(
 
     let mut buses = Buses::default();
     let serial = attach_serial(&vm, &mut buses)?;
-    let watchdog = config.watchdog.is_some();
-    let gate = Arc::new(Gate::new(config.cpus.into()));
+    let watchdog = spec.watchdog.is_some();
+    let gate = Arc::new(Gate::new(spec.cpus.into()));
     let platform = platform::attach(&vm, &memory, &mut buses, &notifier, &gate, watchdog)?;
-    let attached = attach::attach(
-        config,
-        &mut resources,
-        serial,
-        &vm,
-        &memory,
-        (errands, prepare),
-        &mut buses,
-    )?;
-    let Attached {
-        slots,
+    let surroundings = Surroundings {
+        vm: &vm,
+        memory: &memory,
+        broker: &parts.broker,
+        prepare: &parts.prepare,
+        host: &parts.host,
+    };
+    let ends = mem::take(&mut parts.ends);
+    let attached = devices::attach(spec, ends, serial, &surroundings, &mut buses)?;
+    let AttachedDevices {
+        devices,
         connections,
         balloon,
     } = attached;
-    let virtio: Vec<MmioDevice> = slots.iter().map(|slot| slot.place).collect();
+    let virtio: Vec<MmioDevice> = devices.iter().map(|device| device.place).collect();
 
-    let entry = load(config, &mut resources, &memory, &virtio)?;
-    if config.memory.prefault {
-        prefault(&memory).or_host(memory_flag(config))?;
+    let entry = load(spec, &mut parts, &memory, &virtio)?;
+    if spec.memory.prefault {
+        prefault(&memory).or_host(memory_flag(spec))?;
     }
-    exclude_from_dumps(&memory).or_host(memory_flag(config))?;
+    exclude_from_dumps(&memory).or_host(memory_flag(spec))?;
     timeline.kernel_loaded = timeline.now();
 
-    if config.nested && !cpuid::may_nest(vm.supported_cpuid.as_slice()) {
+    if spec.nested && !cpuid::may_nest(vm.supported_cpuid.as_slice()) {
         return Err(Failure::host(
             "--nested: this host's KVM lets no guest run VMs; the parameter \"nested\" of the \
              modules kvm_intel and kvm_amd allows it",
-        ));
+        )
+        .into());
     }
-    let vcpus = (0..config.cpus)
-        .map(|index| Vcpu::new(&vm, index, config.cpus, config.nested))
+    let vcpus = (0..spec.cpus)
+        .map(|index| Vcpu::new(&vm, index, spec.cpus, spec.nested))
         .collect::<Result<Vec<_>, _>>()
-        .or_host(format_args!("--cpus {}", config.cpus))?;
+        .or_host(format_args!("--cpus {}", spec.cpus))?;
     if let Some(first) = vcpus.first() {
         first.set_entry(&entry).or_host("the first vCPU")?;
     }
@@ -154,7 +172,7 @@ pub fn build(
         vm,
         vcpus,
         buses,
-        slots: slots.into(),
+        devices: devices.into(),
         connections,
         balloon,
         platform,
@@ -165,58 +183,48 @@ pub fn build(
     })
 }
 
-fn memory_flag(config: &MachineConfig) -> String {
-    format!("--memory {}M", config.memory.size >> 20)
-}
-
-/// Opens a KVM that can run Linux, as far as a probe can tell, or as the user says.
-pub fn open_kvm(accept: AcceptKvm) -> Result<Kvm, Failure> {
-    let kvm = vm::open().map_err(|error| Failure::host(error.to_string()))?;
-    if !accept.accept_kvm
-        && probe::cpu_flag().is_none()
-        && let Backend::Emulated(time) = probe::measure(&kvm)
-    {
-        return Err(Failure::host(format!(
-            "this host's /dev/kvm emulates guest code ({} ms for what a CPU does in 0.1 ms) and \
-             cannot run Linux; use a host with VT-x or AMD-V, or scripts/mayfly, which has a \
-             software lab; --accept-kvm boots all the same",
-            time.as_millis()
-        )));
-    }
-    Ok(kvm)
+fn memory_flag(spec: &MachineSpec) -> String {
+    format!("--memory {}M", spec.memory.size >> 20)
 }
 
 /// Fills guest memory.
 fn load(
-    config: &MachineConfig,
-    resources: &mut Resources,
+    spec: &MachineSpec,
+    parts: &mut Parts,
     memory: &GuestMemory,
     virtio: &[MmioDevice],
-) -> Result<mayfly_boot::EntryState, Failure> {
-    let loaded = kernel::load(memory, &mut resources.kernel, config.protocol);
-    let flag = match loaded {
-        Err(KernelError::DoesNotFit { .. }) => {
-            format!("{}: {}", memory_flag(config), config.kernel_flag)
-        }
-        _ => config.kernel_flag.clone(),
+) -> Result<mayfly_boot::EntryState, VmmFailure> {
+    let protocol = match spec.boot_protocol {
+        BootProtocol::Auto => None,
+        BootProtocol::Linux => Some(Protocol::Linux64),
+        BootProtocol::Pvh => Some(Protocol::Pvh),
     };
-    let kernel = loaded.or_config(flag)?;
-    let initrd = match (&config.initrd, &mut resources.initrd) {
-        (Some(path), Some(file)) => Some(
-            initrd::load(memory, file, kernel.start..kernel.end)
-                .or_config(format_args!("--initrd {}", path.display()))?,
-        ),
-        _ => None,
+    let kernel = match kernel::load(memory, &mut parts.kernel, protocol) {
+        Err(error @ KernelError::DoesNotFit { .. }) => {
+            let failed = Err(error).or_config(memory_flag(spec));
+            return failed.map_err(|failure| VmmFailure {
+                part: Some(Part::Kernel),
+                ..failure.into()
+            });
+        }
+        loaded => loaded.or_config_of(Part::Kernel)?,
+    };
+    let initrd = match &mut parts.initrd {
+        None => None,
+        Some(file) => {
+            let loaded = initrd::load(memory, file, kernel.start..kernel.end);
+            Some(loaded.or_config_of(Part::Initrd)?)
+        }
     };
     let boot = Boot {
-        cmdline: &config.cmdline,
+        cmdline: &spec.cmdline,
         initrd,
-        cpus: config.cpus,
+        cpus: spec.cpus,
         virtio,
-        watchdog: config.watchdog.is_some(),
-        ram_size: config.memory.size,
+        watchdog: spec.watchdog.is_some(),
+        ram_size: spec.memory.size,
     };
-    mayfly_boot::finish(memory, &kernel, &boot).or_config("--kernel, --cmdline")
+    Ok(mayfly_boot::finish(memory, &kernel, &boot).or_config("--kernel, --cmdline")?)
 }
 
 /// An event descriptor that does not block.

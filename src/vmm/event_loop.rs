@@ -17,17 +17,16 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::build::VmEvent;
-use super::control::Commander;
-use super::link::{Link, Order, Word};
-use super::run::Outcome;
+use super::commands::CommandHandler;
 use crate::console::{Console, Pumped};
 use crate::control::Reply;
 use crate::kvm::vcpu::VcpuEnd;
+use crate::link::{FromVmm, Link, Outcome, ToVmm};
 use crate::net::host::Updates;
 use crate::timing::Timeline;
 
-/// What the loop has learnt.
-pub struct Learnt {
+/// What the subscribers of the loop tell it.
+pub struct LoopState {
     /// How the machine ended.
     pub outcome: Option<Outcome>,
     /// The phases.
@@ -35,12 +34,12 @@ pub struct Learnt {
 }
 
 /// Shared by the subscribers, which all run on one thread.
-pub type Shared = Rc<RefCell<Learnt>>;
+pub type Shared = Rc<RefCell<LoopState>>;
 
 /// The loop.
 pub struct EventLoop {
     manager: EventManager<Box<dyn MutEventSubscriber>>,
-    learnt: Shared,
+    state: Shared,
 }
 
 impl EventLoop {
@@ -48,16 +47,16 @@ impl EventLoop {
     pub fn new(timeline: Timeline) -> Result<Self, event_manager::Error> {
         Ok(EventLoop {
             manager: EventManager::new()?,
-            learnt: Rc::new(RefCell::new(Learnt {
+            state: Rc::new(RefCell::new(LoopState {
                 outcome: None,
                 timeline,
             })),
         })
     }
 
-    /// What is learnt.
-    pub fn learnt(&self) -> Shared {
-        self.learnt.clone()
+    /// The state that subscribers share.
+    pub fn state(&self) -> Shared {
+        self.state.clone()
     }
 
     /// Adds a subscriber.
@@ -68,7 +67,7 @@ impl EventLoop {
     /// Runs until there is an outcome.
     pub fn run(&mut self) -> Outcome {
         loop {
-            if let Some(outcome) = self.learnt.borrow().outcome.clone() {
+            if let Some(outcome) = self.state.borrow().outcome.clone() {
                 return outcome;
             }
             match self.manager.run() {
@@ -81,10 +80,10 @@ impl EventLoop {
 }
 
 /// Adds a descriptor, and ends the VM if that fails.
-fn add(ops: &mut EventOps, events: Events, learnt: &Shared) {
+fn add(ops: &mut EventOps, events: Events, state: &Shared) {
     if let Err(error) = ops.add(events) {
         let failure = format!("event loop: adding a descriptor: {error:?}");
-        learnt
+        state
             .borrow_mut()
             .outcome
             .get_or_insert(Outcome::Internal(failure));
@@ -92,13 +91,13 @@ fn add(ops: &mut EventOps, events: Events, learnt: &Shared) {
 }
 
 /// Marks the event of a guest that does not turn off …
-const INSISTENCE: u32 = 1;
+const SHUTDOWN: u32 = 1;
 /// … of the watchdog …
 const WATCHDOG: u32 = 2;
 /// … and of the time that a panic has.
 const GRACE: u32 = 3;
 /// A kernel that panicked may print for so long, unless it restarts before.
-const GRACE_TIME: Duration = Duration::from_secs(1);
+const GRACE_PERIOD: Duration = Duration::from_secs(1);
 
 /// Takes what vCPUs, signals and the user tell.
 pub struct Control {
@@ -106,46 +105,46 @@ pub struct Control {
     pub wake: EventFd,
     /// From the vCPUs' threads.
     pub events: Mailbox<VmEvent>,
-    /// From the keeper.
+    /// From the supervisor.
     pub link: Arc<Link>,
     /// The guest said that it panicked.
     pub panicked: bool,
     /// Then, how long it may go on.
     pub grace: TimerFd,
     /// Carries out what the user asks.
-    pub commander: Rc<RefCell<Commander>>,
+    pub handler: Rc<RefCell<CommandHandler>>,
     /// Signalled when the terminal's size changed.
     pub resized: Option<EventFd>,
     /// Hears of changes of the host's networks.
     pub host: Updates,
     /// Where it goes.
-    pub learnt: Shared,
+    pub state: Shared,
 }
 
 impl MutEventSubscriber for Control {
     fn init(&mut self, ops: &mut EventOps) {
-        add(ops, Events::new(&self.wake, EventSet::IN), &self.learnt);
-        add(ops, Events::new(&*self.link, EventSet::IN), &self.learnt);
-        let commander = self.commander.borrow();
+        add(ops, Events::new(&self.wake, EventSet::IN), &self.state);
+        add(ops, Events::new(&*self.link, EventSet::IN), &self.state);
+        let handler = self.handler.borrow();
         let timers = [
-            (Some(commander.insistence()), INSISTENCE),
-            (commander.watchdog_timer(), WATCHDOG),
+            (Some(handler.shutdown_timer()), SHUTDOWN),
+            (handler.watchdog_timer(), WATCHDOG),
             (Some(self.grace.as_raw_fd()), GRACE),
         ];
         for (fd, data) in timers {
             let Some(fd) = fd else { continue };
             let events = Events::with_data_raw(fd, data, EventSet::IN);
-            add(ops, events, &self.learnt);
+            add(ops, events, &self.state);
         }
     }
 
     fn process(&mut self, event: Events, _: &mut EventOps) {
         let _ = self.wake.read();
-        let mut learnt = self.learnt.borrow_mut();
-        let mut commander = self.commander.borrow_mut();
+        let mut state = self.state.borrow_mut();
+        let mut handler = self.handler.borrow_mut();
         let mut outcome = match event.data() {
-            INSISTENCE => commander.insist(),
-            WATCHDOG => commander.watchdog_expired(),
+            SHUTDOWN => handler.shutdown_timer_expired(),
+            WATCHDOG => handler.watchdog_expired(),
             GRACE => Some(Outcome::Panic),
             _ => None,
         };
@@ -158,18 +157,18 @@ impl MutEventSubscriber for Control {
                 VmEvent::Platform(PlatformEvent::PowerOff, _) => Some(Outcome::PowerOff),
                 VmEvent::Platform(PlatformEvent::Reset, _) => Some(Outcome::Reset),
                 VmEvent::Platform(PlatformEvent::BootMark, when) => {
-                    learnt.timeline.guest_init = learnt.timeline.at(when);
-                    commander.tell("guest-init", None);
+                    state.timeline.guest_init = state.timeline.at(when);
+                    handler.tell("guest-init", None);
                     None
                 }
                 VmEvent::Panic(GuestPanic::Panicked) => {
                     self.panicked = true;
-                    commander.tell("panicked", None);
-                    let timer = self.grace.reset(GRACE_TIME, None);
+                    handler.tell("panicked", None);
+                    let timer = self.grace.reset(GRACE_PERIOD, None);
                     timer.is_err().then_some(Outcome::Panic)
                 }
                 VmEvent::Panic(GuestPanic::CrashLoaded) => {
-                    commander.tell("crash-kernel", None);
+                    handler.tell("crash-kernel", None);
                     None
                 }
                 // Kept where it is written.
@@ -178,29 +177,29 @@ impl MutEventSubscriber for Control {
             outcome = outcome.or(next);
         }
         match self.link.try_receive() {
-            Ok(None | Some(Order::Start { .. })) => {}
-            Ok(Some(Order::Ask { id, command })) => {
-                let reply = commander.serve(command, &learnt.timeline);
-                let reply = match self.link.send(&Word::Reply { id, reply }, &[]) {
+            Ok(None | Some(ToVmm::DeviceEnd { .. } | ToVmm::Build(_) | ToVmm::Start { .. })) => {}
+            Ok(Some(ToVmm::Ask { id, command })) => {
+                let reply = handler.handle(command, &state.timeline);
+                let reply = match self.link.send(&FromVmm::Reply { id, reply }, &[]) {
                     Ok(()) => None,
                     Err(error) => Some(Reply::Error(error.to_string())),
                 };
                 if let Some(reply) = reply {
-                    let _ = self.link.try_send(&Word::Reply { id, reply });
+                    let _ = self.link.try_send(&FromVmm::Reply { id, reply });
                 }
             }
-            Ok(Some(Order::Resized)) => {
+            Ok(Some(ToVmm::Resized)) => {
                 // Only refuses when it is signalled already.
                 let _ = self.resized.as_ref().map(|console| console.write(1));
             }
-            Ok(Some(Order::HostNetworks { part, more })) => self.host.take(part, more),
-            Ok(Some(Order::Signal(signal))) => {
+            Ok(Some(ToVmm::HostNetworks { part, more })) => self.host.take(part, more),
+            Ok(Some(ToVmm::Signal(signal))) => {
                 outcome = outcome.or(Some(Outcome::Signal(signal)));
             }
-            Ok(Some(Order::End)) | Err(_) => outcome = outcome.or(Some(Outcome::Forced)),
+            Ok(Some(ToVmm::End)) | Err(_) => outcome = outcome.or(Some(Outcome::Forced)),
         }
-        if learnt.outcome.is_none() {
-            learnt.outcome = outcome.map(|outcome| match outcome {
+        if state.outcome.is_none() {
+            state.outcome = outcome.map(|outcome| match outcome {
                 // However a kernel that panicked makes an end.
                 Outcome::PowerOff | Outcome::Reset | Outcome::Crash(_) if self.panicked => {
                     Outcome::Panic
@@ -218,7 +217,7 @@ pub struct ConsolePump {
     /// Signalled by the guest's side.
     pub attention: EventFd,
     /// Where a wish to quit goes.
-    pub learnt: Shared,
+    pub state: Shared,
 }
 
 impl ConsolePump {
@@ -241,8 +240,8 @@ impl ConsolePump {
             Pumped::All => {}
             Pumped::More => drop(self.attention.write(1)),
             Pumped::Quit => {
-                let mut learnt = self.learnt.borrow_mut();
-                learnt.outcome.get_or_insert(Outcome::Quit);
+                let mut state = self.state.borrow_mut();
+                state.outcome.get_or_insert(Outcome::Quit);
             }
         }
         let left = console.take_left();
@@ -258,11 +257,7 @@ impl ConsolePump {
 
 impl MutEventSubscriber for ConsolePump {
     fn init(&mut self, ops: &mut EventOps) {
-        add(
-            ops,
-            Events::new(&self.attention, EventSet::IN),
-            &self.learnt,
-        );
+        add(ops, Events::new(&self.attention, EventSet::IN), &self.state);
         self.watch_sources(ops);
         self.pump(ops);
     }
@@ -287,7 +282,7 @@ impl MutEventSubscriber for ConsolePump {
 /// Lets a virtio device work.
 pub struct VirtioWorker {
     transport: Arc<Mutex<VirtioMmio>>,
-    learnt: Shared,
+    state: Shared,
 }
 
 /// Marks the events of queues; those without are of the device's sources.
@@ -295,8 +290,8 @@ const QUEUE_EVENT: u32 = 1 << 31;
 
 impl VirtioWorker {
     /// A worker for a device.
-    pub fn new(transport: Arc<Mutex<VirtioMmio>>, learnt: Shared) -> Self {
-        VirtioWorker { transport, learnt }
+    pub fn new(transport: Arc<Mutex<VirtioMmio>>, state: Shared) -> Self {
+        VirtioWorker { transport, state }
     }
 }
 
@@ -311,12 +306,12 @@ impl MutEventSubscriber for VirtioWorker {
         for (queue, kick) in (0..).zip(ours) {
             let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
             let events = Events::with_data(kick, QUEUE_EVENT | queue, events);
-            add(ops, events, &self.learnt);
+            add(ops, events, &self.state);
         }
         for (token, fd) in transport.sources() {
             // On edges: a device that is not active leaves what is ready.
             let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
-            add(ops, Events::with_data_raw(fd, token, events), &self.learnt);
+            add(ops, Events::with_data_raw(fd, token, events), &self.state);
         }
     }
 
@@ -342,7 +337,7 @@ mod tests {
 
     use super::*;
     use crate::config::HostEnd;
-    use crate::console::{Connection, Opened};
+    use crate::console::{Connection, HostConsole};
 
     /// A guest that takes all.
     #[derive(Default)]
@@ -366,7 +361,7 @@ mod tests {
         events: EventLoop,
         guest: Arc<Mutex<Guest>>,
         path: PathBuf,
-        _opened: Opened,
+        _opened: HostConsole,
         _folder: tempfile::TempDir,
     }
 
@@ -376,20 +371,19 @@ mod tests {
             let path = folder.path().join("s");
             let guest = Arc::new(Mutex::new(Guest::default()));
             let connection = Connection {
-                flag: "--channel".into(),
+                name: "channel agent".into(),
                 lines: vec![guest.clone()],
                 attention: EventFd::new(EFD_NONBLOCK).unwrap(),
-                tail: false,
             };
             let end = HostEnd::Unix(path.clone());
-            let mut opened = Opened::open(&end, "agent", "--channel").unwrap();
-            let ends = opened.ends.take().unwrap();
+            let mut opened = HostConsole::open(&end, "agent", "--channel").unwrap();
+            let ends = opened.fds.take().unwrap();
             let mut events = EventLoop::new(Timeline::start()).unwrap();
-            let learnt = events.learnt();
+            let state = events.state();
             events.add(ConsolePump {
                 console: Rc::new(RefCell::new(Console::new(&connection, ends))),
                 attention: connection.attention,
-                learnt,
+                state,
             });
             Bench {
                 events,

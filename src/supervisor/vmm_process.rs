@@ -11,7 +11,7 @@ use std::time::Duration;
 use mayfly_devices::bus::lock;
 use mayfly_devices::poll::{entry, poll};
 
-use super::link::{Link, Order};
+use crate::link::{Link, ToVmm};
 use crate::sandbox::Child;
 
 /// How long a VMM process that was told to stop may take before it is killed.
@@ -57,7 +57,7 @@ pub struct StopHandle(pub(super) Arc<VmmProcess>);
 impl StopHandle {
     /// Stops the VM, whatever its guest does.
     pub fn stop(&self) {
-        let _ = self.0.link.try_send(&Order::End);
+        let _ = self.0.link.try_send(&ToVmm::End);
         self.kill_after_timeout();
     }
 

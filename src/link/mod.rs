@@ -1,106 +1,35 @@
-//! What the keeper and the machine's process say to each other.
+//! The link between the supervisor and the VMM process.
 //!
-//! Either is one message of a pair of sockets: whole, or not there. The machine's
-//! process may have been taken over by its guest: the keeper takes nothing it says
-//! for more than words.
+//! Each message is one of a pair of sockets: whole, or not there. The VMM process may have
+//! been taken over by its guest: the supervisor takes nothing it says for more than words.
 
-use std::io::{self, ErrorKind, IoSliceMut};
+mod broker;
+mod messages;
+
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixStream;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags,
-    SocketFlags, SocketType, recvmsg, socketpair,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg,
+    sendmsg, socketpair,
 };
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use super::run::Ending;
-use crate::console::Nature;
-use crate::control::{Command, Event, Reply};
-use crate::failure::{Class, Failure};
-use crate::net::host::HostNetworks;
-use crate::sandbox::Report;
+pub use self::broker::{Broker, BrokerReply, BrokerRequest};
+pub use self::messages::{
+    BlamePart, BuildRequest, DeviceEnd, Ending, FromVmm, ImageLayout, Outcome, Part, ToVmm,
+    VmmFailure,
+};
 
 /// The longest message; a longer one could not be sent at once.
 const MESSAGE_MAX: usize = 160 << 10;
 /// The most descriptors that come with one (Linux' `SCM_MAX_FD`).
 const FILES_MAX: usize = 253;
-
-/// What the keeper says.
-#[derive(Debug, Serialize, Deserialize)]
-pub enum Order {
-    /// Let the guest run. With it come a file for the log, if there is to be one,
-    /// and those of the console and the channels.
-    Start {
-        /// There is a file for the log.
-        log: bool,
-        /// The console, then the channels.
-        ends: Vec<Nature>,
-    },
-    /// The user asks for something.
-    Ask {
-        /// Marks the answer.
-        id: u64,
-        /// What.
-        command: Command,
-    },
-    /// A signal is to end the machine.
-    Signal(i32),
-    /// The host's networks are these now.
-    HostNetworks {
-        /// A part of them.
-        part: HostNetworks,
-        /// Another part follows.
-        more: bool,
-    },
-    /// The terminal has another size.
-    Resized,
-    /// End it, now.
-    End,
-}
-
-/// What the machine's process says.
-#[derive(Debug, Serialize, Deserialize)]
-pub enum Word {
-    /// All is ready to start.
-    Built,
-    /// The sandbox is closed.
-    Closed(Report),
-    /// Nothing can fail any more, and the guest is about to run.
-    Running,
-    /// It can't be.
-    Failed {
-        /// Whose fault it is.
-        class: Class,
-        /// The reason, for the user.
-        message: String,
-    },
-    /// An answer.
-    Reply {
-        /// To that question.
-        id: u64,
-        /// The answer.
-        reply: Reply,
-    },
-    /// Something happened.
-    Event(Event),
-    /// It is over.
-    Ended(Ending),
-}
-
-impl From<Failure> for Word {
-    fn from(failure: Failure) -> Self {
-        Word::Failed {
-            class: failure.class,
-            message: failure.to_string(),
-        }
-    }
-}
 
 /// One end of a pair of sockets that carry messages.
 #[derive(Debug)]
@@ -124,7 +53,12 @@ impl AsRawFd for Link {
     }
 }
 
-#[cfg(test)]
+impl From<OwnedFd> for Link {
+    fn from(socket: OwnedFd) -> Self {
+        Link(socket)
+    }
+}
+
 impl From<Link> for OwnedFd {
     fn from(link: Link) -> Self {
         link.0
@@ -159,6 +93,25 @@ impl Link {
         self.send_with_fds(&[&text[..]], &files)
             .map(drop)
             .map_err(io::Error::from)
+    }
+
+    /// Sends a message that brings descriptors, if that needs no waiting.
+    pub fn try_send_with_files(
+        &self,
+        message: &impl Serialize,
+        files: &[OwnedFd],
+    ) -> io::Result<()> {
+        let text = encode(message)?;
+        let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        let mut room = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES_MAX))];
+        let mut control = SendAncillaryBuffer::new(&mut room);
+        if !files.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&files)) {
+            return Err(ErrorKind::InvalidInput.into());
+        }
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        let text = [IoSlice::new(&text)];
+        retry_on_intr(|| sendmsg(&self.0, &text, &mut control, flags))?;
+        Ok(())
     }
 
     /// A thread with few system calls has this one.
@@ -248,140 +201,66 @@ fn encode(message: &impl Serialize) -> io::Result<Vec<u8>> {
     }
 }
 
-/// What the machine's process can have done outside: this and nothing else.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Errand {
-    /// Connect to the host's socket of a port of vsock.
-    Connect(u32),
-    /// End the helper with a number.
-    EndHelper(usize),
-}
-
-/// What came of it: with [`Errand::Connect`], a descriptor comes along.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Done {
-    /// It is done.
-    Done,
-    /// It is not, for this error of Linux.
-    Failed(i32),
-}
-
-/// Has errands done, one at a time.
-#[derive(Debug)]
-pub struct Errands(Mutex<Link>);
-
-impl Errands {
-    /// Over a link of its own.
-    pub fn new(link: Link) -> Self {
-        Errands(Mutex::new(link))
-    }
-
-    fn link(&self) -> MutexGuard<'_, Link> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Connects the guest to a port of the host's.
-    pub fn connect(&self, port: u32) -> io::Result<UnixStream> {
-        let link = self.link();
-        link.send(&Errand::Connect(port), &[])?;
-        match link.receive_with_files()? {
-            (Done::Done, files) => match files.into_iter().next() {
-                Some(file) => Ok(file.into()),
-                None => Err(ErrorKind::InvalidData.into()),
-            },
-            (Done::Failed(error), _) => Err(io::Error::from_raw_os_error(error)),
-        }
-    }
-
-    /// Ends a helper, and waits until it has ended.
-    pub fn end_helper(&self, index: usize) {
-        let link = self.link();
-        if link.send(&Errand::EndHelper(index), &[]).is_ok() {
-            let _ = link.receive::<Done>();
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs::File;
     use std::io::{Read, Write};
 
     use super::*;
+    use crate::control::{Command, Reply};
 
     #[test]
     fn messages_are_whole_and_bring_files() {
         let (one, other) = Link::pair().unwrap();
         let (mut reader, writer) = io::pipe().unwrap();
-        let sent = Order::Ask {
+        let sent = ToVmm::Ask {
             id: 7,
             command: Command::Pause {},
         };
         one.send(&sent, &[writer.into()]).unwrap();
-        one.try_send(&Order::End).unwrap();
-        let (got, files): (Order, _) = other.receive_with_files().unwrap();
-        assert!(matches!(got, Order::Ask { id: 7, .. }));
+        one.try_send(&ToVmm::End).unwrap();
+        let (got, files): (ToVmm, _) = other.receive_with_files().unwrap();
+        assert!(matches!(got, ToVmm::Ask { id: 7, .. }));
         let mut file = File::from(files.into_iter().next().unwrap());
         file.write_all(b"x").unwrap();
         drop(file);
         let mut text = String::new();
         reader.read_to_string(&mut text).unwrap();
         assert_eq!(text, "x");
-        assert!(matches!(other.try_receive().unwrap(), Some(Order::End)));
-        assert!(other.try_receive::<Order>().unwrap().is_none());
+        assert!(matches!(other.try_receive().unwrap(), Some(ToVmm::End)));
+        assert!(other.try_receive::<ToVmm>().unwrap().is_none());
         drop(one);
-        assert!(other.receive::<Order>().unwrap().is_none());
-        assert!(other.try_receive::<Order>().is_err());
+        assert!(other.receive::<ToVmm>().unwrap().is_none());
+        assert!(other.try_receive::<ToVmm>().is_err());
     }
 
     #[test]
     fn last_words_are_heard_of_one_that_did_not_listen() {
         let (one, other) = Link::pair().unwrap();
-        one.try_send(&Order::Resized).unwrap();
-        other.send(&Word::Built, &[]).unwrap();
+        one.try_send(&ToVmm::Resized).unwrap();
+        other.send(&FromVmm::Built, &[]).unwrap();
         drop(other);
-        assert!(matches!(one.receive().unwrap(), Some(Word::Built)));
-        assert!(one.receive::<Word>().unwrap().is_none());
+        assert!(matches!(one.receive().unwrap(), Some(FromVmm::Built)));
+        assert!(one.receive::<FromVmm>().unwrap().is_none());
     }
 
     #[test]
     fn what_is_too_long_is_not_sent() {
         let (one, other) = Link::pair().unwrap();
-        let reply = |len| Word::Reply {
+        let reply = |len| FromVmm::Reply {
             id: 1,
             reply: Reply::Error("x".repeat(len)),
         };
         assert!(one.send(&reply(MESSAGE_MAX), &[]).is_err());
         one.send(&reply(MESSAGE_MAX - 100), &[]).unwrap();
-        let got = other.receive::<Word>().unwrap().unwrap();
-        assert!(matches!(got, Word::Reply { id: 1, .. }));
+        let got = other.receive::<FromVmm>().unwrap().unwrap();
+        assert!(matches!(got, FromVmm::Reply { id: 1, .. }));
     }
 
     #[test]
     fn nonsense_is_an_error() {
         let (one, other) = Link::pair().unwrap();
         one.send(&"nonsense", &[]).unwrap();
-        assert!(other.receive::<Word>().is_err());
-    }
-
-    #[test]
-    fn errands_bring_a_socket_or_an_error() {
-        let (ours, theirs) = Link::pair().unwrap();
-        let keeper = std::thread::spawn(move || {
-            let (stream, mut far) = UnixStream::pair().unwrap();
-            far.write_all(b"hello").unwrap();
-            let errand = theirs.receive::<Errand>().unwrap().unwrap();
-            assert_eq!(errand, Errand::Connect(80));
-            theirs.send(&Done::Done, &[stream.into()]).unwrap();
-            theirs.receive::<Errand>().unwrap().unwrap();
-            theirs.send(&Done::Failed(libc::ECONNREFUSED), &[]).unwrap();
-        });
-        let errands = Errands::new(ours);
-        let mut text = [0; 5];
-        errands.connect(80).unwrap().read_exact(&mut text).unwrap();
-        assert_eq!(&text, b"hello");
-        let refused = errands.connect(81).unwrap_err();
-        assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
-        keeper.join().unwrap();
+        assert!(other.receive::<FromVmm>().is_err());
     }
 }

@@ -5,19 +5,69 @@ use std::sync::Mutex;
 use std::sync::mpsc::SyncSender;
 
 use mayfly_devices::bus::lock;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use super::link::{Link, Order};
 use super::status::StatusBoard;
+use crate::config::MachineConfig;
 use crate::control::{Ask, Command, Reply};
+use crate::link::{Link, ToVmm};
+use crate::net::publish::summary;
 use crate::sandbox::Report;
 
 /// Questions that may wait for an answer; older ones are forgotten.
 const ASKED_MAX: usize = 64;
 
+/// What the supervisor knows of a machine, for the command `info`. The VMM process, which
+/// knows no paths and flags, tells the rest.
+#[derive(Default)]
+pub(super) struct About {
+    facts: Map<String, Value>,
+    /// What asked for each device.
+    flags: BTreeMap<String, String>,
+}
+
+impl About {
+    pub fn of(config: &MachineConfig) -> Self {
+        let ports = config.nets.iter();
+        let ports: Vec<String> = ports
+            .flat_map(|net| summary(net.config.config.ports()))
+            .collect();
+        let facts = json!({
+            "name": config.name,
+            "pid": std::process::id(),
+            "cpus": config.spec.cpus,
+            "memory": config.spec.memory.size,
+            "kernel": config.guest.kernel.display().to_string(),
+            "cmdline": config.spec.cmdline,
+            "ports": ports,
+        });
+        About {
+            facts: match facts {
+                Value::Object(facts) => facts,
+                _ => Map::new(),
+            },
+            flags: config.flags(),
+        }
+    }
+
+    /// Adds it to what the VMM process tells.
+    fn complete(&self, info: &mut Map<String, Value>) {
+        info.extend(self.facts.clone());
+        let devices = info.get_mut("devices").and_then(Value::as_array_mut);
+        for device in devices.into_iter().flatten() {
+            let name = device.get("name").and_then(Value::as_str);
+            let flag = name.and_then(|name| self.flags.get(name)).cloned();
+            if let (Some(device), Some(flag)) = (device.as_object_mut(), flag) {
+                device.insert("flag".into(), flag.into());
+            }
+        }
+    }
+}
+
 /// Who asks, and who listens, over the control socket.
 pub(super) struct Clients {
     link: Link,
+    about: About,
     state: Mutex<ClientsState>,
     board: StatusBoard,
 }
@@ -33,9 +83,13 @@ struct ClientsState {
 
 impl Clients {
     /// Clients of the VMM process behind a link.
-    pub fn new(link: Link, board: StatusBoard) -> Self {
-        let state = Mutex::default();
-        Clients { link, state, board }
+    pub fn new(link: Link, board: StatusBoard, about: About) -> Self {
+        Clients {
+            link,
+            about,
+            state: Mutex::default(),
+            board,
+        }
     }
 
     /// Keeps what was said of the sandbox before the guest ran.
@@ -56,7 +110,7 @@ impl Clients {
         }
         let id = state.next;
         state.next += 1;
-        let order = Order::Ask {
+        let order = ToVmm::Ask {
             id,
             command: ask.command.clone(),
         };
@@ -68,7 +122,7 @@ impl Clients {
                 state.asked.insert(id, (ask.command, ask.reply));
             }
             Err(error) => {
-                let error = format!("asking the machine: {error}");
+                let error = format!("asking the VMM process: {error}");
                 let _ = ask.reply.try_send(Reply::Error(error));
             }
         }
@@ -91,6 +145,7 @@ impl Clients {
         }
         let reply = match (command, reply) {
             (Command::Info {}, Reply::Ok(Value::Object(mut info))) => {
+                self.about.complete(&mut info);
                 info.insert("sandbox".into(), json!(state.sandbox));
                 info.insert("problems".into(), json!(self.board.status().problems));
                 Reply::Ok(info.into())
@@ -119,7 +174,10 @@ mod tests {
 
     fn clients() -> (Clients, Link) {
         let (link, other) = Link::pair().unwrap();
-        (Clients::new(link, StatusBoard::default()), other)
+        (
+            Clients::new(link, StatusBoard::default(), About::default()),
+            other,
+        )
     }
 
     fn ask(clients: &Clients, command: Command) -> (mpsc::Receiver<Reply>, Subscription) {
@@ -146,7 +204,7 @@ mod tests {
         let mut paused = Vec::new();
         for command in commands {
             let (answer, _) = ask(&clients, command);
-            let Some(Order::Ask { id, .. }) = machine.receive().unwrap() else {
+            let Some(ToVmm::Ask { id, .. }) = machine.receive().unwrap() else {
                 panic!();
             };
             clients.answer(id, Reply::done());
@@ -161,7 +219,7 @@ mod tests {
         let (clients, machine) = clients();
         let asked = [(); 2].map(|()| ask(&clients, Command::Pause {}).0);
         for _ in 0..2 {
-            let Some(Order::Ask { id, .. }) = machine.receive().unwrap() else {
+            let Some(ToVmm::Ask { id, .. }) = machine.receive().unwrap() else {
                 panic!();
             };
             clients.answer(id, Reply::Ok(id.into()));

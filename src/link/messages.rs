@@ -1,0 +1,256 @@
+//! What the supervisor and the VMM process say to each other.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::console::ConsoleFlags;
+use crate::control::{Command, Event, Reply};
+use crate::failure::{Class, Failure};
+use crate::logging::LogStyle;
+use crate::net::egress::EgressPolicy;
+use crate::net::host::HostNetworks;
+use crate::sandbox::{PreparedSandbox, Report};
+use crate::spec::MachineSpec;
+use crate::timing::Timeline;
+
+/// What the supervisor says.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum ToVmm {
+    /// The host's end of a device. Its descriptors come along.
+    DeviceEnd {
+        /// The device's name in the specification.
+        device: String,
+        /// What it is.
+        end: DeviceEnd,
+    },
+    /// Build the machine. All ends of its devices, and the host's networks, came before.
+    Build(Box<BuildRequest>),
+    /// Let the guest run. With it come a file for the log, if there is to be one,
+    /// and those of the console and the channels.
+    Start {
+        /// There is a file for the log.
+        log: bool,
+        /// The console, then the channels.
+        consoles: Vec<ConsoleFlags>,
+    },
+    /// The user asks for something.
+    Ask {
+        /// Marks the answer.
+        id: u64,
+        /// What is asked for.
+        command: Command,
+    },
+    /// A signal is to end the machine.
+    Signal(i32),
+    /// The host's networks are these now.
+    HostNetworks {
+        /// A part of them.
+        part: HostNetworks,
+        /// Another part follows.
+        more: bool,
+    },
+    /// The terminal has another size.
+    Resized,
+    /// End the machine, now.
+    End,
+}
+
+/// All that a VMM process needs to build its machine. With it come descriptors: KVM, the
+/// kernel, the initial RAM disk if there is one, and the link for requests to the broker.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct BuildRequest {
+    /// The machine.
+    pub spec: MachineSpec,
+    /// There is an initial RAM disk.
+    pub initrd: bool,
+    /// The namespaces that the process is in, and how it is to lock itself in.
+    pub sandbox: PreparedSandbox,
+    /// How large in bytes a file that it writes to may become.
+    pub file_size: u64,
+    /// How messages are logged.
+    pub log: LogStyle,
+    /// When the start began, in microseconds of `CLOCK_MONOTONIC`.
+    pub started_us: u64,
+}
+
+/// The host's end of a device, without its descriptors.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DeviceEnd {
+    /// A disk's image, of one file or more.
+    Disk(ImageLayout),
+    /// A TAP device, attached once for each pair of queues.
+    Tap,
+    /// A socket that takes frames, and which of them may pass.
+    Stream(EgressPolicy),
+    /// A vhost-user backend of a shared directory, which was greeted: the features that it
+    /// offers.
+    Fs(u64),
+    /// A socket where clients of the guest's sockets come.
+    Vsock,
+    /// Random bytes.
+    Rng,
+}
+
+/// How the files of an image make a disk. They come in this order: the image's own, then its
+/// backing file's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ImageLayout {
+    /// One file, with the disk's bytes, of a length in bytes.
+    Raw(u64),
+    /// One file in QEMU's format, and perhaps the image that it is the difference to.
+    Qcow2(Option<Box<ImageLayout>>),
+    /// Files one after the other that are only read, with their lengths in bytes.
+    Concat(Vec<u64>),
+}
+
+/// What the VMM process says.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum FromVmm {
+    /// All is ready to start.
+    Built,
+    /// The sandbox is closed.
+    Closed(Report),
+    /// Nothing can fail any more, and the guest is about to run.
+    Running,
+    /// The machine cannot be built, or cannot start.
+    Failed(VmmFailure),
+    /// An answer.
+    Reply {
+        /// To that question.
+        id: u64,
+        /// The answer.
+        reply: Reply,
+    },
+    /// Something happened.
+    Event(Event),
+    /// It is over.
+    Ended(Ending),
+}
+
+/// Why there is no machine. The VMM process knows no paths and flags: the supervisor adds
+/// those of the part.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct VmmFailure {
+    /// Whose fault it is.
+    pub class: Class,
+    /// Which part of the machine it is about.
+    pub part: Option<Part>,
+    /// The reason, for the user.
+    pub message: String,
+}
+
+/// A part of a machine that the user knows by a flag.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Part {
+    /// The kernel's file.
+    Kernel,
+    /// The initial RAM disk's file.
+    Initrd,
+    /// The device of a name.
+    Device(String),
+}
+
+impl From<Failure> for VmmFailure {
+    fn from(failure: Failure) -> Self {
+        VmmFailure {
+            class: failure.class,
+            part: None,
+            message: failure.to_string(),
+        }
+    }
+}
+
+impl From<VmmFailure> for FromVmm {
+    fn from(failure: VmmFailure) -> Self {
+        FromVmm::Failed(failure)
+    }
+}
+
+/// Names the part of the machine that an error is about.
+pub trait BlamePart<T> {
+    /// The user asked for what cannot be.
+    fn or_config_of(self, part: Part) -> Result<T, VmmFailure>;
+    /// The host refused.
+    fn or_host_of(self, part: Part) -> Result<T, VmmFailure>;
+}
+
+impl<T, E: std::error::Error> BlamePart<T> for Result<T, E> {
+    fn or_config_of(self, part: Part) -> Result<T, VmmFailure> {
+        self.map_err(|error| blame(&error, Class::Config, part))
+    }
+
+    fn or_host_of(self, part: Part) -> Result<T, VmmFailure> {
+        self.map_err(|error| blame(&error, Class::Host, part))
+    }
+}
+
+fn blame(error: &dyn std::error::Error, class: Class, part: Part) -> VmmFailure {
+    VmmFailure {
+        class,
+        part: Some(part),
+        message: crate::failure::chain(error),
+    }
+}
+
+/// How a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Outcome {
+    /// The guest turned it off.
+    PowerOff,
+    /// The guest restarted it.
+    Reset,
+    /// The user ended it at the console.
+    Quit,
+    /// It did not turn off when the user asked.
+    Forced,
+    /// A signal ended it.
+    Signal(i32),
+    /// The guest's kernel panicked.
+    Panic,
+    /// The guest did not feed its watchdog for so long.
+    Hung(Duration),
+    /// The guest cannot go on.
+    Crash(String),
+    /// mayfly cannot go on.
+    Internal(String),
+}
+
+impl Outcome {
+    /// Its name in records and events.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Outcome::PowerOff => "power-off",
+            Outcome::Reset => "reset",
+            Outcome::Quit => "quit",
+            Outcome::Forced => "forced-off",
+            Outcome::Signal(_) => "signal",
+            Outcome::Panic => "panic",
+            Outcome::Hung(_) => "hung",
+            Outcome::Crash(_) => "crash",
+            Outcome::Internal(_) => "internal",
+        }
+    }
+}
+
+impl std::fmt::Display for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Outcome::Crash(why) | Outcome::Internal(why) => write!(f, "{}: {why}", self.name()),
+            _ => f.write_str(self.name()),
+        }
+    }
+}
+
+/// All there is to say about a machine that ended.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Ending {
+    /// How.
+    pub outcome: Outcome,
+    /// What the guest's init said of its work.
+    pub guest_status: Option<u8>,
+    /// The console's last lines, if it is not standard output.
+    pub last_lines: Vec<String>,
+    /// When.
+    pub timeline: Timeline,
+}

@@ -1,0 +1,299 @@
+//! The start of a VM: its process is executed, the host's files are opened for it, and it
+//! builds the machine.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{Mode as FileMode, OFlags, fcntl_setfl, open};
+use serde::Serialize;
+
+use super::resources::{OpenedEnd, Resources};
+use super::status::StatusBoard;
+use super::vmm_process::{STOP_TIMEOUT, StopHandle, VmmProcess};
+use super::{LINK, START_TIMEOUT, Supervisor, has_hung_up, pass_on_lines};
+use crate::config::MachineConfig;
+use crate::failure::{Class, Failure, OrFail};
+use crate::kvm::vm;
+use crate::link::{BuildRequest, FromVmm, Link, ToVmm};
+use crate::net::host::{HostNetworks, Watch};
+use crate::sandbox::{self, Cgroup, Child, Mode, Policy, PreparedSandbox, Program, Share, Status};
+use crate::signals::{Signals, StartSignals};
+use crate::timing::Timeline;
+
+/// How many bytes of memory a VMM process touches in a second, at the least, where all are
+/// touched before the guest runs.
+const PREFAULTED_PER_S: u64 = 64 << 20;
+/// The name of the VMM process.
+const VMM_NAME: &std::ffi::CStr = c"mayfly-vmm";
+
+/// A VMM process that was executed, and builds nothing yet.
+struct StartedVmm {
+    child: Child,
+    prepared: PreparedSandbox,
+    link: Link,
+    /// Ours, and its, for requests to the broker.
+    broker: (Link, Link),
+    /// What it says on standard error.
+    stderr: io::PipeReader,
+}
+
+impl StartedVmm {
+    /// Executes this program anew. May only be called while this process has one thread.
+    fn spawn(mode: Mode) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let executable = open("/proc/self/exe", flags, FileMode::empty())?;
+        let null = File::options().read(true).write(true).open("/dev/null")?;
+        let (link, its_link) = Link::pair()?;
+        let broker = Link::pair()?;
+        // A VMM process that asks and does not listen holds up no supervisor.
+        set_nonblocking(&broker.0)?;
+        let (stderr, its_stderr) = io::pipe()?;
+        // Rather than wait for who reads it, the process loses a line.
+        set_nonblocking(&its_stderr)?;
+        let policy = Policy {
+            // Also with a TAP, which is open already.
+            new_net: true,
+            mode,
+        };
+        let descriptors = [
+            null.as_fd(),
+            null.as_fd(),
+            its_stderr.as_fd(),
+            its_link.as_fd(),
+        ];
+        let program = Program {
+            executable: executable.as_fd(),
+            name: VMM_NAME,
+            descriptors: &descriptors,
+        };
+        let (child, prepared) = sandbox::spawn_program(&policy, &program)?;
+        Ok(StartedVmm {
+            child,
+            prepared,
+            link,
+            broker,
+            stderr,
+        })
+    }
+}
+
+pub(super) fn set_nonblocking(new: &impl AsFd) -> io::Result<()> {
+    // A new one has no other flags.
+    Ok(fcntl_setfl(new, OFlags::NONBLOCK)?)
+}
+
+/// How long a VMM process may take to build a machine.
+fn build_timeout(config: &MachineConfig) -> Duration {
+    let memory = &config.spec.memory;
+    let prefaulted = match memory.prefault {
+        true => memory.size / PREFAULTED_PER_S,
+        false => 0,
+    };
+    START_TIMEOUT + Duration::from_secs(prefaulted)
+}
+
+fn is_filtered(config: &MachineConfig) -> bool {
+    config.nets.iter().any(|net| net.config.user.is_some())
+}
+
+/// Listens for changes of the host's networks, if a guest's filter has to know of them.
+fn watch_networks(config: &MachineConfig) -> Result<Option<Watch>, Failure> {
+    let watch = is_filtered(config).then(Watch::open).transpose();
+    watch.or_host("--net user: listening for changes of the host's addresses")
+}
+
+/// A control group for the VMM process and the helpers, if there is to be a sandbox. Disks
+/// may take so many bytes of memory.
+fn make_cgroup(config: &MachineConfig, in_memory: u64) -> Option<Cgroup> {
+    let count = |len: usize| u64::try_from(len).unwrap_or(u64::MAX);
+    let filtered = config.nets.iter().filter(|net| net.config.user.is_some());
+    match config.sandbox {
+        Mode::Off => None,
+        _ => Some(Cgroup::make(&Share {
+            cpus: config.spec.cpus,
+            memory: config.spec.memory.size.saturating_add(in_memory),
+            nets: count(filtered.count()),
+            folders: count(config.folders.len()),
+        })),
+    }
+}
+
+/// Puts the VMM process into its control group, which the host may not have.
+fn confine(child: &Child, cgroup: &mut Cgroup, mode: Mode) -> Result<(), Failure> {
+    cgroup.add(child.id());
+    match (mode, cgroup.status()) {
+        (Mode::Require, Status::Absent(why)) => {
+            Err(Failure::host(format!("--sandbox=require: cgroup: {why}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The VMM process said nothing for so long.
+pub(super) fn too_late(what: &str, timeout: Duration) -> Failure {
+    let seconds = timeout.as_secs_f32();
+    Failure::host(format!("the VMM process did not {what} in {seconds} s"))
+}
+
+impl<'a> Supervisor<'a> {
+    /// Executes the VMM process, opens what the machine needs, and has the process build it.
+    /// May only be called while this process has one thread. Nothing of the host is changed.
+    pub fn start(
+        config: &'a MachineConfig,
+        timeline: Timeline,
+        start: &StartSignals,
+    ) -> Result<Self, Failure> {
+        let log = config.log.start();
+        let signals = match config.ignores_signals {
+            true => None,
+            false => Some(Signals::new().or_internal("blocking signals")?),
+        };
+        if config.sandbox == Mode::Off {
+            eprintln!(
+                "mayfly: --sandbox=off: a guest that takes over its monitor has all that you have"
+            );
+        }
+        let networks = watch_networks(config)?;
+        // It is executed while files are opened.
+        let vmm = StartedVmm::spawn(config.sandbox).or_host("starting the VMM process")?;
+        let mut resources =
+            Resources::open(config, start, |in_memory| make_cgroup(config, in_memory))?;
+        if let Some(cgroup) = &mut resources.cgroup {
+            confine(&vmm.child, cgroup, config.sandbox)?;
+        }
+        let StartedVmm {
+            child,
+            prepared,
+            link,
+            broker: (broker, its_broker),
+            stderr,
+        } = vmm;
+        let kvm = vm::duplicate(&resources.kvm).or_host("duplicating a descriptor")?;
+        let mut files: Vec<OwnedFd> = vec![kvm, resources.kernel.into()];
+        let initrd = resources.initrd.map(OwnedFd::from);
+        let request = BuildRequest {
+            spec: config.spec.clone(),
+            initrd: initrd.is_some(),
+            sandbox: prepared,
+            file_size: resources.file_size,
+            log: config.log.style(),
+            started_us: timeline.started_us(),
+        };
+        files.extend(initrd);
+        files.push(its_broker.into());
+
+        let exited = child.pidfd().try_clone_to_owned();
+        let exited = exited.or_host("duplicating a descriptor")?;
+        let pass_on = thread::Builder::new().name("stderr".into());
+        let pass_on = pass_on.spawn(move || pass_on_lines(stderr, io::stderr()));
+        let board = StatusBoard::default();
+        let helpers = resources.helpers.into_iter().map(|(device, helper)| {
+            let board = board.clone();
+            let running = helper.watch(move |problem| board.add_problem(&problem))?;
+            Ok((device, running))
+        });
+        let helpers = helpers.collect::<io::Result<_>>();
+        let supervisor = Supervisor {
+            config,
+            stop: StopHandle(Arc::new(VmmProcess {
+                link,
+                child: Mutex::new(child),
+                exited,
+                stopping: AtomicBool::new(false),
+                runs: AtomicBool::new(false),
+                stop_timeout: STOP_TIMEOUT,
+            })),
+            broker,
+            vsock: resources.vsock,
+            networks,
+            helpers: helpers.or_host("starting a thread")?,
+            signals,
+            log,
+            cgroup: resources.cgroup,
+            stderr: Some(pass_on.or_host("starting a thread")?),
+            locks: resources.locks,
+            board,
+            timeline,
+        };
+        supervisor.ask_to_build(start, resources.ends, request, files)?;
+        supervisor.await_built(start, build_timeout(config))?;
+        Ok(supervisor)
+    }
+
+    /// Sends the VMM process all that it needs to build the machine.
+    fn ask_to_build(
+        &self,
+        signals: &StartSignals,
+        ends: Vec<OpenedEnd>,
+        request: BuildRequest,
+        files: Vec<OwnedFd>,
+    ) -> Result<(), Failure> {
+        for OpenedEnd { device, end, files } in ends {
+            self.tell(signals, &ToVmm::DeviceEnd { device, end }, &files)?;
+        }
+        if is_filtered(self.config) {
+            let now = HostNetworks::list().or_host("--net user: listing the host's addresses")?;
+            for message in network_messages(&now) {
+                self.tell(signals, &message, &[])?;
+            }
+        }
+        self.tell(signals, &ToVmm::Build(Box::new(request)), &files)
+    }
+
+    /// Tells a VMM process that builds its machine something, and waits until it takes that.
+    fn tell(
+        &self,
+        signals: &StartSignals,
+        message: &impl Serialize,
+        files: &[OwnedFd],
+    ) -> Result<(), Failure> {
+        let deadline = Instant::now() + START_TIMEOUT;
+        loop {
+            match self.link().try_send_with_files(message, files) {
+                Ok(()) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if !signals.wait_for_room(self.link().as_fd(), left)? {
+                        return Err(too_late("listen", START_TIMEOUT));
+                    }
+                }
+                Err(error) if has_hung_up(&error) => {
+                    return Err(Failure::new(Class::Internal, self.why_died()));
+                }
+                Err(error) => return Err(error).or_internal(LINK),
+            }
+        }
+    }
+
+    /// Hears whether the machine could be built.
+    pub(super) fn await_built(
+        &self,
+        signals: &StartSignals,
+        timeout: Duration,
+    ) -> Result<(), Failure> {
+        if !signals.wait(self.link().as_fd(), timeout)? {
+            return Err(too_late("build the VM", timeout));
+        }
+        match self.link().receive() {
+            Ok(Some(FromVmm::Built)) => Ok(()),
+            Ok(Some(FromVmm::Failed(failure))) => Err(self.failure(&failure)),
+            _ => Err(Failure::new(Class::Internal, self.why_died())),
+        }
+    }
+}
+
+/// The host's networks, in messages that are short enough.
+pub(super) fn network_messages(now: &HostNetworks) -> Vec<ToVmm> {
+    let parts = now.parts();
+    let last = parts.len().saturating_sub(1);
+    let messages = parts.into_iter().enumerate().map(|(index, part)| {
+        let more = index < last;
+        ToVmm::HostNetworks { part, more }
+    });
+    messages.collect()
+}

@@ -1,0 +1,48 @@
+//! The console and the channels.
+
+use std::sync::{Arc, Mutex};
+
+use mayfly_devices::serial::Serial;
+use mayfly_devices::virtio::console::{Channels, Console};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::PendingDevice;
+use crate::console::Connection;
+use crate::failure::OrFail;
+use crate::link::VmmFailure;
+use crate::vmm::build::{duplicate, event};
+
+/// The console on the serial port, which signals when the host's side is to look.
+pub fn on_serial((serial, attention): (Arc<Mutex<Serial>>, EventFd)) -> Connection {
+    Connection {
+        name: "console".to_owned(),
+        lines: vec![serial],
+        attention,
+    }
+}
+
+/// A device of its own for the console: the serial port has the guest's first words.
+pub fn make(console: &mut Connection) -> Result<PendingDevice, VmmFailure> {
+    let device = Console::new(duplicate(&console.attention)?).or_host("the console")?;
+    console.lines.push(device.port());
+    Ok(PendingDevice::new(device))
+}
+
+/// All channels are ports of one device.
+pub fn make_channels(names: &[String]) -> Result<(PendingDevice, Vec<Connection>), VmmFailure> {
+    let (mut ports, mut connections) = (Vec::new(), Vec::new());
+    for name in names {
+        let attention = event()?;
+        ports.push((name.clone(), duplicate(&attention)?));
+        connections.push(Connection {
+            name: format!("channel {name}"),
+            lines: Vec::new(),
+            attention,
+        });
+    }
+    let device = Channels::new(ports).or_host("the channels")?;
+    for (connection, port) in connections.iter_mut().zip(device.ports()) {
+        connection.lines.push(port);
+    }
+    Ok((PendingDevice::new(device), connections))
+}

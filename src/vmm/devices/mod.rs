@@ -1,0 +1,220 @@
+//! The virtio devices of a machine: a file a kind, which makes the device of its
+//! specification and the host's end; then each gets its place.
+
+mod balloon;
+mod block;
+mod console;
+mod fs;
+mod net;
+mod vsock;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex};
+
+use mayfly_boot::{MmioDevice, layout};
+use mayfly_devices::rate_limiter::LimitHandle;
+use mayfly_devices::serial::Serial;
+use mayfly_devices::virtio::balloon::BalloonHandle;
+use mayfly_devices::virtio::block::Prepare;
+use mayfly_devices::virtio::device::{DeviceId, VirtioDevice};
+use mayfly_devices::virtio::mmio::{
+    INTERRUPT_ACK_OFFSET, NOTIFY_OFFSET, QUEUES_ACKNOWLEDGED, VirtioMmio,
+};
+use mayfly_devices::virtio::rng::Rng;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::build::event;
+use crate::console::Connection;
+use crate::failure::{Class, Failure, OrFail};
+use crate::kvm::memory::GuestMemory;
+use crate::kvm::vcpu::Buses;
+use crate::kvm::vm::Vm;
+use crate::link::{BlamePart, Broker, DeviceEnd, Part, VmmFailure};
+use crate::net::host::KnownHost;
+use crate::spec::{DeviceKind, MachineSpec};
+
+/// The host's ends of devices, with their descriptors, by the devices' names.
+pub type DeviceEnds = BTreeMap<String, (DeviceEnd, Vec<OwnedFd>)>;
+
+/// A virtio device in its place.
+pub struct AttachedDevice {
+    /// What it is called in metrics and commands: `disk0`, `net0`, `rng`.
+    pub name: String,
+    /// Its kind.
+    pub kind: DeviceId,
+    /// Where the guest finds it.
+    pub place: MmioDevice,
+    /// The device.
+    pub transport: Arc<Mutex<VirtioMmio>>,
+    /// Changes its limits, if it can have some.
+    pub limits: Option<LimitHandle>,
+}
+
+/// A device without a place.
+struct PendingDevice {
+    device: Box<dyn VirtioDevice>,
+    limits: Option<LimitHandle>,
+}
+
+impl PendingDevice {
+    fn new(device: impl VirtioDevice + 'static) -> Self {
+        PendingDevice {
+            device: Box::new(device),
+            limits: None,
+        }
+    }
+
+    fn limited(device: impl VirtioDevice + 'static, limits: LimitHandle) -> Self {
+        PendingDevice {
+            device: Box::new(device),
+            limits: Some(limits),
+        }
+    }
+}
+
+/// What devices have of the machine and of its process.
+pub struct Surroundings<'a> {
+    /// The virtual machine.
+    pub vm: &'a Vm,
+    /// Its memory.
+    pub memory: &'a GuestMemory,
+    /// What is done outside for devices.
+    pub broker: &'a Arc<Broker>,
+    /// Prepares the threads of disks.
+    pub prepare: &'a Arc<dyn Prepare>,
+    /// What networks' filters know of the host.
+    pub host: &'a KnownHost,
+}
+
+/// All virtio devices of a machine, and the ways to them.
+#[derive(Default)]
+pub struct AttachedDevices {
+    /// The devices.
+    pub devices: Vec<AttachedDevice>,
+    /// The console, then the channels.
+    pub connections: Vec<Connection>,
+    /// Commands the balloon.
+    pub balloon: Option<BalloonHandle>,
+}
+
+/// Makes all devices of a specification, and places them in its order.
+pub fn attach(
+    spec: &MachineSpec,
+    mut ends: DeviceEnds,
+    serial: (Arc<Mutex<Serial>>, EventFd),
+    surroundings: &Surroundings,
+    buses: &mut Buses,
+) -> Result<AttachedDevices, VmmFailure> {
+    let memory = Arc::new(surroundings.memory.clone());
+    let mut attached = AttachedDevices::default();
+    attached.connections.push(console::on_serial(serial));
+    for (index, device) in spec.devices.iter().enumerate() {
+        let name = device.name.as_str();
+        let end = ends.remove(name);
+        let pending = make(spec, name, &device.kind, end, surroundings, &mut attached)?;
+        let device = place(index, name, pending, surroundings.vm, &memory, buses)?;
+        attached.devices.push(device);
+    }
+    Ok(attached)
+}
+
+/// Makes a device: one arm a kind.
+fn make(
+    spec: &MachineSpec,
+    name: &str,
+    kind: &DeviceKind,
+    end: Option<(DeviceEnd, Vec<OwnedFd>)>,
+    surroundings: &Surroundings,
+    attached: &mut AttachedDevices,
+) -> Result<PendingDevice, VmmFailure> {
+    let broker = surroundings.broker;
+    match (kind, end) {
+        (DeviceKind::Block(block), Some((DeviceEnd::Disk(layout), files))) => {
+            block::make(name, block, &layout, files, surroundings.prepare)
+        }
+        (DeviceKind::Net(net), Some((DeviceEnd::Tap, taps))) => net::on_taps(name, net, taps),
+        (DeviceKind::Net(net), Some((DeviceEnd::Stream(policy), socket))) => {
+            net::on_stream(name, net, socket, policy, surroundings.host)
+        }
+        (DeviceKind::Fs { tag }, Some((DeviceEnd::Fs(features), socket))) => {
+            fs::make(name, tag, features, socket, broker)
+        }
+        (DeviceKind::Vsock { cid }, Some((DeviceEnd::Vsock, listener))) => {
+            vsock::make(name, *cid, listener, broker)
+        }
+        (DeviceKind::Rng, Some((DeviceEnd::Rng, source))) => {
+            let source = File::from(first(name, source)?);
+            Ok(PendingDevice::new(Rng::new(source)))
+        }
+        (DeviceKind::Balloon { size, abilities }, None) => {
+            let (pending, handle) =
+                balloon::make(*size, *abilities, surroundings.memory, &spec.memory)?;
+            attached.balloon = Some(handle);
+            Ok(pending)
+        }
+        (DeviceKind::Console, None) => match attached.connections.first_mut() {
+            Some(connection) => console::make(connection),
+            None => Err(unfit(name)),
+        },
+        (DeviceKind::Channels { names }, None) => {
+            let (pending, connections) = console::make_channels(names)?;
+            attached.connections.extend(connections);
+            Ok(pending)
+        }
+        _ => Err(unfit(name)),
+    }
+}
+
+/// The supervisor sent another end than the device has.
+fn unfit(name: &str) -> VmmFailure {
+    let what = format!("the host's end of the device {name} is missing, or another device's");
+    Failure::new(Class::Internal, what).into()
+}
+
+/// The only descriptor of a device's end.
+fn first(name: &str, files: Vec<OwnedFd>) -> Result<OwnedFd, VmmFailure> {
+    files.into_iter().next().ok_or_else(|| unfit(name))
+}
+
+/// Gives a device its address, its interrupt and its notifications.
+fn place(
+    index: usize,
+    name: &str,
+    pending: PendingDevice,
+    vm: &Vm,
+    memory: &Arc<GuestMemory>,
+    buses: &mut Buses,
+) -> Result<AttachedDevice, VmmFailure> {
+    let PendingDevice { device, limits } = pending;
+    let part = || Part::Device(name.to_owned());
+    let kind = device.id();
+    let (Some(addr), Some(irq)) = (layout::virtio_address(index), layout::virtio_irq(index)) else {
+        return Err(Failure::config(format!("{name}: too many devices")).into());
+    };
+    let interrupt = event()?;
+    vm.connect_interrupt(&interrupt, irq).or_host_of(part())?;
+    let transport = VirtioMmio::new(device, memory.clone(), interrupt).or_host_of(part())?;
+    for (queue, kick) in (0..).zip(transport.kicks()) {
+        vm.connect_notification(kick, addr + NOTIFY_OFFSET, queue)
+            .or_host_of(part())?;
+    }
+    // KVM keeps the event, which nobody waits for.
+    vm.connect_notification(&event()?, addr + INTERRUPT_ACK_OFFSET, QUEUES_ACKNOWLEDGED)
+        .or_host_of(part())?;
+    vm.show_registers(transport.registers(), addr)
+        .or_host_of(part())?;
+    let transport = Arc::new(Mutex::new(transport));
+    buses
+        .mmio
+        .insert(addr, layout::VIRTIO_MMIO_SIZE.into(), transport.clone())
+        .or_internal(name)?;
+    Ok(AttachedDevice {
+        name: name.to_owned(),
+        kind,
+        place: MmioDevice { addr, irq },
+        transport,
+        limits,
+    })
+}

@@ -1,0 +1,249 @@
+//! The VMM process: it builds the machine and runs it to its end. It is this program executed
+//! anew, without environment and with few descriptors, and knows of the host what its
+//! supervisor sends it: a guest that takes it over finds nothing of the user's.
+
+mod build;
+mod commands;
+mod devices;
+mod event_loop;
+mod platform;
+mod request;
+mod vcpus;
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use mayfly_devices::virtio::block::Prepare;
+use vmm_sys_util::timerfd::TimerFd;
+
+pub use self::request::{NAME, is_vmm};
+
+use self::build::{VmEvent, build, duplicate};
+use self::commands::{CommandHandler, Handles};
+use self::event_loop::{ConsolePump, Control, EventLoop, VirtioWorker};
+use self::request::{Inherited, Request};
+use self::vcpus::VcpuControl;
+use crate::console::{Connection, Console, ConsoleFds};
+use crate::failure::{Class, Failure, OrFail};
+use crate::kvm::vcpu;
+use crate::link::{Ending, FromVmm, Link, ToVmm, VmmFailure};
+use crate::logging;
+use crate::sandbox::{self, Inside, Jail, Keep, Limits, Role};
+use crate::signals;
+use crate::vsock;
+
+/// The guest's sockets are the most.
+const OPEN_FILES: u64 = vsock::OPEN_FILES;
+/// How much memory a running machine may still allocate, in bytes.
+const MEMORY: u64 = 256 << 20;
+const LINK: &str = "talking to the supervisor";
+
+/// Builds a machine and runs it to its end, as the supervisor says, and ends the process. The
+/// supervisor knows more than its status tells.
+pub fn run() -> ! {
+    sandbox::exit(serve())
+}
+
+fn serve() -> u8 {
+    // The kernel named it after the file.
+    let _ = rustix::thread::set_name(c"mayfly-vmm");
+    let inherited = match Inherited::take() {
+        Ok(inherited) => inherited,
+        Err(error) => {
+            eprintln!("mayfly: {NAME} is started by mayfly run and mayfly boot alone: {error}");
+            return Class::Config as u8;
+        }
+    };
+    let link = inherited.link.clone();
+    let message = live(inherited).map_or_else(FromVmm::from, FromVmm::Ended);
+    // Without a supervisor, nobody wants to know.
+    u8::from(link.send(&message, &[]).is_err())
+}
+
+fn live(inherited: Inherited) -> Result<Ending, VmmFailure> {
+    // Signals are the supervisor's.
+    signals::leave_to_others().or_internal("blocking signals")?;
+    vcpu::install_kick_handler().or_internal("installing a signal handler")?;
+    let link = inherited.link.clone();
+    let mut request = Request::receive(inherited)?;
+    let machine = build(&request.spec, request.parts, &mut request.timeline)?;
+    link.send(&FromVmm::Built, &[]).or_internal(LINK)?;
+
+    let start = Start::receive(&link, &request.log)?;
+    let limits = Limits {
+        files: OPEN_FILES,
+        // A file that is written to without end has no limit.
+        file_size: Some(request.file_size).filter(|_| !start.endless),
+        address_space_extra: Some(MEMORY + vcpus::STACK as u64 * u64::from(request.spec.cpus)),
+    };
+    let mut events = EventLoop::new(request.timeline).or_internal("event loop")?;
+    let state = events.state();
+    let resized = machine.connections.first();
+    let resized = resized.map(|console| duplicate(&console.attention));
+    let consoles = connect(&mut events, machine.connections, start.consoles)?;
+    for device in machine.devices.iter() {
+        events.add(VirtioWorker::new(device.transport.clone(), state.clone()));
+    }
+
+    // Nothing is opened from here on.
+    let jail = close(request.inside, &limits, &link)?;
+    let vcpus = {
+        let (jail, notifier) = (jail.clone(), Arc::new(machine.notifier));
+        let confine = move || confined(jail.confine(Role::Vcpu));
+        let tell = move |end| notifier.send(VmEvent::Vcpu(end));
+        VcpuControl::start(machine.vcpus, machine.buses, machine.gate, confine, tell)?
+    };
+    let vcpus = Arc::new(vcpus);
+    let handler = CommandHandler::new(
+        &request.spec,
+        Handles {
+            vcpus: vcpus.clone(),
+            devices: machine.devices.clone(),
+            balloon: machine.balloon,
+            platform: machine.platform.clone(),
+            link: link.clone(),
+        },
+    );
+    let handler = Rc::new(RefCell::new(handler.or_host("creating a timer")?));
+    events.add(Control {
+        wake: machine.wake,
+        events: machine.events,
+        link: link.clone(),
+        panicked: false,
+        grace: TimerFd::new().or_host("creating a timer")?,
+        resized: resized.transpose()?,
+        host: request.host,
+        handler: handler.clone(),
+        state: state.clone(),
+    });
+    jail.confine(Role::EventLoop).or_host("seccomp")?;
+    link.send(&FromVmm::Running, &[]).or_internal(LINK)?;
+    vcpus.resume();
+    {
+        let mut state = state.borrow_mut();
+        state.timeline.vcpus_started = state.timeline.now();
+    }
+    let outcome = events.run();
+
+    vcpus.stop();
+    for console in &consoles {
+        console.borrow_mut().flush();
+    }
+    // What disks have in flight ends here, before their locks are released.
+    drop((events, machine.devices));
+    drop((handler, machine.vm));
+    let mut state = state.borrow_mut();
+    state.timeline.exit = state.timeline.now();
+    let console = consoles.first();
+    Ok(Ending {
+        outcome,
+        guest_status: machine.platform.guest_status(),
+        last_lines: console.map_or(Vec::new(), |console| console.borrow().last_lines()),
+        timeline: state.timeline,
+    })
+}
+
+/// What the guest's console and channels have of the host.
+struct Start {
+    consoles: Vec<ConsoleFds>,
+    /// A regular file takes output.
+    endless: bool,
+}
+
+impl Start {
+    /// Waits until the supervisor says that the guest may run, and logs where it says from
+    /// then on.
+    fn receive(link: &Link, log: &logging::Started) -> Result<Self, VmmFailure> {
+        let (message, files) = link.receive_with_files().or_internal(LINK)?;
+        let ToVmm::Start {
+            log: has_log,
+            consoles,
+        } = message
+        else {
+            return Err(unexpected());
+        };
+        let endless = files.iter().any(|fd| is_regular(fd.as_fd()));
+        let mut files = files.into_iter();
+        if has_log {
+            log.go_on_in(files.next().map(File::from));
+        }
+        let consoles = consoles.into_iter();
+        let consoles = consoles.map(|flags| ConsoleFds::from_parts(flags, &mut files));
+        Ok(Start {
+            consoles: consoles.collect(),
+            endless,
+        })
+    }
+}
+
+/// The supervisor said something else than what comes next.
+fn unexpected() -> VmmFailure {
+    Failure::new(
+        Class::Internal,
+        "the supervisor did not keep to the protocol",
+    )
+    .into()
+}
+
+fn is_regular(fd: BorrowedFd) -> bool {
+    let file = fd.try_clone_to_owned().map(File::from);
+    let metadata = file.and_then(|file| file.metadata());
+    metadata.is_ok_and(|metadata| metadata.is_file())
+}
+
+type SharedConsole = Rc<RefCell<Console>>;
+
+/// Has an event loop move the bytes between the guest's consoles and the host's.
+fn connect(
+    events: &mut EventLoop,
+    connections: Vec<Connection>,
+    consoles: Vec<ConsoleFds>,
+) -> Result<Vec<SharedConsole>, VmmFailure> {
+    let state = events.state();
+    let mut all = Vec::new();
+    for (connection, fds) in connections.into_iter().zip(consoles) {
+        let console = Rc::new(RefCell::new(Console::new(&connection, fds)));
+        events.add(ConsolePump {
+            console: console.clone(),
+            attention: connection.attention,
+            state: state.clone(),
+        });
+        all.push(console);
+    }
+    Ok(all)
+}
+
+/// Closes the sandbox, and tells the supervisor how its layers fare.
+fn close(inside: Inside, limits: &Limits, link: &Link) -> Result<Jail, VmmFailure> {
+    let jail = inside.close(limits, Keep::All)?;
+    jail.settle();
+    let closed = FromVmm::Closed(jail.report());
+    link.send(&closed, &[]).or_internal(LINK)?;
+    Ok(jail)
+}
+
+/// Threads of disks start before the sandbox is closed, and wait for that.
+struct AtGate(sandbox::Gate);
+
+impl Prepare for AtGate {
+    fn first(&self) -> Box<dyn FnOnce() + Send> {
+        let place = self.0.pending();
+        Box::new(move || confined(place.confine(Role::Io)))
+    }
+
+    fn give_up(&self) {
+        self.0.give_up();
+    }
+}
+
+/// A thread that is not confined must not go on.
+fn confined(result: io::Result<()>) {
+    if let Err(error) = result {
+        log::error!("confining a thread: {error}");
+        std::process::exit(sandbox::PANIC.into());
+    }
+}
