@@ -169,8 +169,13 @@ impl Buffer {
 
     /// Copies `data` to its first bytes; returns how many had room.
     pub fn write(&self, data: &[u8]) -> usize {
+        self.write_at(0, data)
+    }
+
+    /// Copies `data` to its bytes from an offset on; returns how many had room.
+    pub fn write_at(&self, offset: usize, data: &[u8]) -> usize {
         let mut rest = data;
-        for part in &self.parts {
+        for part in self.range(offset, data.len()) {
             let (source, behind) = rest.split_at_checked(part.len).unwrap_or((rest, &[]));
             if self.memory.write_slice(source, part.addr).is_err() {
                 break;

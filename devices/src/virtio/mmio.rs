@@ -11,6 +11,7 @@ use virtio_queue::QueueState;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{DeviceId, NeedsReset, Token, VirtioDevice};
+use super::interrupt::{Interrupt, Interrupter};
 use super::queues::Queues;
 use super::registers::{CONFIG, RegisterPage};
 use super::state::{
@@ -55,13 +56,6 @@ bitflags! {
         /// The driver gave up.
         const FAILED = bits::VIRTIO_CONFIG_S_FAILED;
     }
-
-    /// Interrupt status (virtio 1.2, 4.2.2).
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    struct Interrupt: u32 {
-        const QUEUE = reg::VIRTIO_MMIO_INT_VRING;
-        const CONFIG = reg::VIRTIO_MMIO_INT_CONFIG;
-    }
 }
 
 impl QueueSetup {
@@ -93,7 +87,6 @@ impl QueueSetup {
 struct Counters {
     kicks: u64,
     chains: u64,
-    interrupts: u64,
     faults: u64,
 }
 
@@ -101,7 +94,7 @@ struct Counters {
 pub struct VirtioMmio {
     device: Box<dyn VirtioDevice>,
     memory: Arc<GuestMemory>,
-    interrupt: EventFd,
+    interrupter: Arc<Interrupter>,
     kicks: Vec<EventFd>,
     /// All but what the driver reads of it is in [`VirtioMmio::page`].
     state: TransportState,
@@ -124,11 +117,12 @@ impl VirtioMmio {
             .map(|_| EventFd::new(EFD_NONBLOCK))
             .collect::<Result<_, _>>()?;
         let page = RegisterPage::new(device.hears_config_reads());
+        let interrupter = Arc::new(Interrupter::new(page.clone(), interrupt));
         let mut transport = VirtioMmio {
             page,
             device,
             memory,
-            interrupt,
+            interrupter,
             kicks,
             state: TransportState::default(),
             active: None,
@@ -169,13 +163,12 @@ impl VirtioMmio {
         let Counters {
             kicks,
             chains,
-            interrupts,
             faults,
         } = self.counters;
         let mut all = vec![
             ("notifications", kicks),
             ("chains", chains),
-            ("interrupts", interrupts),
+            ("interrupts", self.interrupter.raised()),
             ("driver_faults", faults),
         ];
         all.extend(self.device.counters());
@@ -225,8 +218,7 @@ impl VirtioMmio {
         }
         transport.publish();
         if transport.page.interrupt_status() != 0 {
-            // Only refuses when it is signalled already.
-            let _ = transport.interrupt.write(1);
+            transport.interrupter.repeat();
         }
         Ok(transport)
     }
@@ -317,18 +309,11 @@ impl VirtioMmio {
         }
         interrupt.set(Interrupt::QUEUE, ended == Ok(true));
         if !interrupt.is_empty() {
-            self.raise(interrupt);
+            self.interrupter.raise(interrupt);
         }
         if let Err(error) = ended {
             self.needs_reset(error);
         }
-    }
-
-    fn raise(&mut self, interrupt: Interrupt) {
-        self.counters.interrupts += 1;
-        self.page.raise(interrupt.bits());
-        // Only refuses when it is signalled already.
-        let _ = self.interrupt.write(1);
     }
 
     fn needs_reset(&mut self, error: NeedsReset) {
@@ -340,7 +325,7 @@ impl VirtioMmio {
         self.state.status |= Status::NEEDS_RESET.bits();
         self.publish();
         if self.status().contains(Status::DRIVER_OK) {
-            self.raise(Interrupt::CONFIG);
+            self.interrupter.raise(Interrupt::CONFIG);
         }
     }
 
@@ -425,7 +410,7 @@ impl VirtioMmio {
         let event_idx = acked & feature(VIRTIO_RING_F_EVENT_IDX) != 0;
         let setups = self.state.queues.iter();
         let states: Vec<_> = setups.map(|setup| setup.state(event_idx)).collect();
-        let queues = Queues::new(&self.memory, &states)?;
+        let queues = Queues::new(&self.memory, &states, &self.interrupter)?;
         self.device.activate(acked, &self.memory)?;
         if self.device.is_vhost_user() {
             self.device.start_backend(&queues.rings(&self.kicks)?)?;

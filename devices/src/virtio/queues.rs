@@ -1,22 +1,88 @@
 //! The queues of an active device: the only place that touches rings.
 
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::GuestMemory;
 use super::chain::Chain;
 use super::device::NeedsReset;
+use super::interrupt::{Interrupt, Interrupter};
 use crate::number;
 
 struct Active {
     queue: Queue,
     /// How many chains the device may still take before others get a turn.
     share: u16,
-    /// Chains were completed since the guest was last told.
-    used: bool,
+    /// The used ring's index when it was last decided whether to interrupt the guest.
+    decided: u16,
+}
+
+// The split ring (virtio 1.2, 2.7.6 and 2.7.8).
+/// Where an index and, behind it, the entries of a ring are.
+const INDEX: u64 = 2;
+const ENTRIES: u64 = 4;
+/// The sizes of an entry of the ring that the driver writes, and of the other.
+const AVAILABLE_ENTRY: u64 = 2;
+const USED_ENTRY: u64 = 8;
+/// A flag of the driver's: it need not be interrupted.
+const NO_INTERRUPT: u16 = 1;
+
+impl Active {
+    /// Gives chains back, with how many bytes were written to each. The driver sees all of
+    /// them at once.
+    fn complete(
+        &mut self,
+        memory: &GuestMemory,
+        chains: impl Iterator<Item = (u16, usize)>,
+    ) -> Result<(), NeedsReset> {
+        let failed = NeedsReset("the used ring cannot be written");
+        let ring = self.queue.used_ring();
+        let size = self.queue.size();
+        let mut next = self.queue.next_used();
+        for (head, len) in chains {
+            if head >= size {
+                return Err(NeedsReset("a chain is none of the queue's"));
+            }
+            let slot = u64::from(next % size);
+            let entry = GuestAddress(ring.wrapping_add(ENTRIES + slot * USED_ENTRY));
+            let used = u64::from(number::length(len)) << 32 | u64::from(head);
+            memory.write_obj(used.to_le(), entry).map_err(|_| failed)?;
+            next = next.wrapping_add(1);
+        }
+        self.queue.set_next_used(next);
+        let index = GuestAddress(ring.wrapping_add(INDEX));
+        memory
+            .store(next.to_le(), index, Ordering::Release)
+            .map_err(|_| failed)
+    }
+
+    /// Whether the guest wants to be interrupted for what was used since this was last
+    /// asked (virtio 1.2, 2.7.7.2).
+    fn wants_interrupt(&mut self, memory: &GuestMemory) -> Result<bool, NeedsReset> {
+        let (used, before) = (self.queue.next_used(), self.decided);
+        if used == before {
+            return Ok(false);
+        }
+        self.decided = used;
+        // What was used is seen before it is looked whether the guest waits for that.
+        fence(Ordering::SeqCst);
+        let ring = self.queue.avail_ring();
+        let load = |offset: u64| {
+            let field = memory.load(GuestAddress(ring.wrapping_add(offset)), Ordering::Relaxed);
+            let field = field.map_err(|_| NeedsReset("a ring cannot be read"))?;
+            Ok(u16::from_le(field))
+        };
+        if !self.queue.event_idx_enabled() {
+            return Ok(load(0)? & NO_INTERRUPT == 0);
+        }
+        let event = load(ENTRIES + AVAILABLE_ENTRY * u64::from(self.queue.size()))?;
+        let behind = used.wrapping_sub(event).wrapping_sub(1);
+        Ok(behind < used.wrapping_sub(before))
+    }
 }
 
 /// A queue for another process: its parts' addresses in this process, each in one
@@ -37,6 +103,7 @@ pub struct Ring<'a> {
 /// The queues of a device. Those that the driver left out are always empty.
 pub struct Queues {
     memory: Arc<GuestMemory>,
+    interrupter: Arc<Interrupter>,
     queues: Vec<Option<Active>>,
     exhausted: bool,
     interrupt: bool,
@@ -49,6 +116,7 @@ impl Queues {
     pub(super) fn new(
         memory: &Arc<GuestMemory>,
         states: &[QueueState],
+        interrupter: &Arc<Interrupter>,
     ) -> Result<Self, NeedsReset> {
         let activate = |state: &QueueState| {
             if !state.ready {
@@ -59,13 +127,14 @@ impl Queues {
                 return Err(NeedsReset("a queue lies outside of memory"));
             }
             Ok(Some(Active {
+                decided: queue.next_used(),
                 queue,
                 share: 0,
-                used: false,
             }))
         };
         Ok(Queues {
             memory: memory.clone(),
+            interrupter: interrupter.clone(),
             queues: states.iter().map(activate).collect::<Result<_, _>>()?,
             exhausted: false,
             interrupt: false,
@@ -124,12 +193,7 @@ impl Queues {
     pub(super) fn end(&mut self) -> Result<bool, NeedsReset> {
         let mut interrupt = std::mem::take(&mut self.interrupt);
         for active in self.queues.iter_mut().flatten() {
-            if std::mem::take(&mut active.used) {
-                interrupt |= active
-                    .queue
-                    .needs_notification(&*self.memory)
-                    .map_err(|_| NeedsReset("a ring cannot be read"))?;
-            }
+            interrupt |= active.wants_interrupt(&self.memory)?;
         }
         Ok(interrupt)
     }
@@ -223,13 +287,30 @@ impl Queues {
 
     /// Gives a chain back, with `len` bytes written to it.
     pub fn complete(&mut self, queue: usize, head: u16, len: usize) -> Result<(), NeedsReset> {
-        let Some(Some(active)) = self.queues.get_mut(queue) else {
-            return Ok(());
-        };
-        active.used = true;
-        active
-            .queue
-            .add_used(&*self.memory, head, number::length(len))
-            .map_err(|_| NeedsReset("the used ring cannot be written"))
+        self.complete_together(queue, std::iter::once((head, len)))
+    }
+
+    /// Gives chains back, with how many bytes were written to each. The driver sees all of
+    /// them at once.
+    pub fn complete_together(
+        &mut self,
+        queue: usize,
+        chains: impl Iterator<Item = (u16, usize)>,
+    ) -> Result<(), NeedsReset> {
+        match self.queues.get_mut(queue) {
+            Some(Some(active)) => active.complete(&self.memory, chains),
+            _ => Ok(()),
+        }
+    }
+
+    /// Interrupts the guest now for what it was given back, if it waits for that, so that
+    /// it works while the device goes on.
+    pub fn interrupt_early(&mut self, queue: usize) -> Result<(), NeedsReset> {
+        if let Some(Some(active)) = self.queues.get_mut(queue)
+            && active.wants_interrupt(&self.memory)?
+        {
+            self.interrupter.raise(Interrupt::QUEUE);
+        }
+        Ok(())
     }
 }

@@ -10,6 +10,8 @@ use super::chain::Buffer;
 
 /// A range of more parts takes several calls.
 const PARTS: usize = 32;
+/// Parts of buffers for a packet that are read to in a call.
+const BUFFERS: usize = 64;
 const NO_PART: libc::iovec = libc::iovec {
     iov_base: std::ptr::null_mut(),
     iov_len: 0,
@@ -70,11 +72,57 @@ pub fn receive(
 
 /// Writes a whole buffer to a file in one call, as a TAP takes a packet.
 pub fn write(file: &impl AsRawFd, buffer: &Buffer) -> io::Result<usize> {
-    let vectors = buffer.iovecs();
+    let mut room = [NO_PART; PARTS];
+    let vectors = buffer.vectors(0, buffer.len(), &mut room);
+    let held: usize = vectors.iter().map(|part| part.iov_len).sum();
+    let many;
+    let vectors = match held == buffer.len() {
+        true => vectors,
+        false => {
+            many = buffer.iovecs();
+            &many
+        }
+    };
     let count = libc::c_int::try_from(vectors.len()).map_err(io::Error::other)?;
-    // SAFETY: the vectors point to guest memory that `buffer` holds.
-    let written = unsafe { libc::writev(file.as_raw_fd(), vectors.as_ptr(), count) };
-    usize::try_from(written).map_err(|_| io::Error::last_os_error())
+    retry(|| {
+        // SAFETY: the vectors point to guest memory that `buffer` holds.
+        unsafe { libc::writev(file.as_raw_fd(), vectors.as_ptr(), count) }
+    })
+}
+
+/// Reads once from a file to the buffers, one after the other, and what does not fit these
+/// to `rest`, as a TAP gives a packet. Returns how many bytes came, and how many of them had
+/// room in the buffers: those behind are in `rest`, even if the buffers have more parts than
+/// a call takes.
+pub fn read_packet<'a>(
+    file: &impl AsRawFd,
+    buffers: impl Iterator<Item = &'a Buffer>,
+    rest: &mut [u8],
+) -> io::Result<(usize, usize)> {
+    let mut vectors = [NO_PART; BUFFERS + 1];
+    let (mut count, mut room) = (0, 0);
+    for buffer in buffers {
+        let free = vectors.get_mut(count..BUFFERS).unwrap_or_default();
+        let parts = buffer.vectors(0, buffer.len(), free);
+        count += parts.len();
+        let held: usize = parts.iter().map(|part| part.iov_len).sum();
+        room += held;
+        if held < buffer.len() {
+            break;
+        }
+    }
+    if let Some(last) = vectors.get_mut(count) {
+        *last = libc::iovec {
+            iov_base: rest.as_mut_ptr().cast(),
+            iov_len: rest.len(),
+        };
+    }
+    let parts = libc::c_int::try_from(count + 1).map_err(io::Error::other)?;
+    let read = retry(|| {
+        // SAFETY: the vectors point to guest memory that the buffers hold, and to `rest`.
+        unsafe { libc::readv(file.as_raw_fd(), vectors.as_ptr(), parts) }
+    })?;
+    Ok((read, room.min(read)))
 }
 
 /// # Safety

@@ -5,9 +5,12 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::rate_limiter::Rate;
+use crate::virtio::interrupt::Interrupter;
 use crate::virtio::mmio;
+use crate::virtio::registers::RegisterPage;
 use crate::virtio::testing::{Descriptor, Driver};
 use proptest::prelude::*;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 const SECTORS: u64 = 128;
 const HEADER: u64 = 0x8000;
@@ -232,7 +235,9 @@ fn chain_of(driver: &mut Driver) -> crate::virtio::chain::Chain {
         used_ring: 0x1800,
         ..Default::default()
     };
-    let mut queues = Queues::new(&driver.memory, &[state]).unwrap();
+    let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
+    let interrupter = Arc::new(Interrupter::new(RegisterPage::new(false), interrupt));
+    let mut queues = Queues::new(&driver.memory, &[state], &interrupter).unwrap();
     queues.begin();
     queues.pop(0).unwrap().unwrap()
 }

@@ -10,7 +10,7 @@ use virtio_bindings::virtio_net as spec;
 use super::filter::FrameFilter;
 use super::stream::Stream;
 use super::tap::Tap;
-use crate::virtio::chain::Chain;
+use crate::virtio::chain::{Buffer, Chain};
 
 /// What came of a look for a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,19 +119,52 @@ impl Backend {
         }
     }
 
-    /// Looks for a packet for the guest, unless one waits.
-    pub(super) fn poll(&mut self) -> Incoming {
+    /// It reads packets to the guest's buffers, which must be there before.
+    pub(super) fn places(&self) -> bool {
+        match &self.0 {
+            Kind::Tap(_) => true,
+            Kind::Stream(_) => false,
+        }
+    }
+
+    /// Looks for a packet for the guest, unless one waits. One that is placed goes to these
+    /// buffers.
+    pub(super) fn poll<'a>(&mut self, buffers: impl Iterator<Item = &'a Buffer>) -> Incoming {
         match &mut self.0 {
-            Kind::Tap(tap) => tap.poll(),
+            Kind::Tap(tap) => tap.poll(buffers),
             Kind::Stream(stream) => stream.poll(),
         }
     }
 
-    /// The one that waits, with room for its header.
-    pub(super) fn packet(&mut self) -> &mut [u8] {
+    /// A packet waits for buffers.
+    pub(super) fn is_waiting(&self) -> bool {
+        match &self.0 {
+            Kind::Tap(tap) => tap.is_waiting(),
+            Kind::Stream(stream) => stream.is_waiting(),
+        }
+    }
+
+    /// The length of the one that waits, with its header, and how much of it lies in the
+    /// guest's buffers.
+    pub(super) fn waiting(&mut self) -> (usize, usize) {
         match &mut self.0 {
-            Kind::Tap(tap) => tap.packet(),
+            Kind::Tap(tap) => tap.waiting(),
+            Kind::Stream(stream) => (stream.packet().len(), 0),
+        }
+    }
+
+    /// What of it does not lie there.
+    pub(super) fn rest(&mut self) -> &[u8] {
+        match &mut self.0 {
+            Kind::Tap(tap) => tap.rest(),
             Kind::Stream(stream) => stream.packet(),
+        }
+    }
+
+    /// The guest's buffers go: what lies in them of a packet that waits is read back.
+    pub(super) fn take_back(&mut self, read: impl FnOnce(&mut [u8])) {
+        if let Kind::Tap(tap) = &mut self.0 {
+            tap.take_back(read);
         }
     }
 

@@ -3,9 +3,10 @@
 //!
 //! A TAP speaks the same packet header as the guest, so checksums and
 //! segmentation are passed through untouched. What the guest sends goes to the
-//! host straight from its memory; what it receives is copied once, as only the
-//! packet itself tells how many buffers it needs. Each pair of queues has a
-//! descriptor of the TAP of its own.
+//! host straight from its memory, and what a TAP has for it straight to its
+//! buffers; what these have no room for goes to a buffer behind them, as only the
+//! packet itself tells how long it is. Each pair of queues has a descriptor of the
+//! TAP of its own.
 
 mod backend;
 mod control;
@@ -41,6 +42,8 @@ pub const HEADER: usize = 12;
 const NUM_BUFFERS: usize = 10;
 /// The largest packet, with its header: 64 KiB and an Ethernet header.
 const PACKET_MAX: usize = HEADER + 14 + 65_535;
+/// After so many bytes the guest begins to work on what it received, while more comes.
+const EARLY: u64 = 32 << 10;
 const STATUS_LINK_UP: u16 = 1;
 /// Where the status is in the configuration space.
 const STATUS: std::ops::Range<usize> = 6..8;
@@ -195,7 +198,7 @@ impl Net {
 
     /// Passes packets to the guest until there are none, or it has no room.
     fn receive(&mut self, queues: &mut Queues) -> Result<(), NeedsReset> {
-        let mut lost = 0;
+        let (mut lost, mut given) = (0, 0);
         while let Some(index) = self.receive.turns.next() {
             let Some(pair) = self
                 .pairs
@@ -212,6 +215,11 @@ impl Net {
                 Received::Packet(bytes) => {
                     self.receive.limiter.charge(bytes);
                     self.receive.counters.passed(bytes);
+                    given += bytes;
+                    if given >= EARLY {
+                        queues.interrupt_early(2 * index)?;
+                        given = 0;
+                    }
                 }
                 Received::Lost => {
                     self.receive.counters.drops += 1;

@@ -293,7 +293,11 @@ impl Stream {
         }
     }
 
-    pub fn packet(&mut self) -> &mut [u8] {
+    pub fn is_waiting(&self) -> bool {
+        self.waiting.is_some()
+    }
+
+    pub fn packet(&mut self) -> &[u8] {
         match &mut self.waiting {
             Some(Waiting::Frame(len)) => {
                 let packet = self.inbox.packet(*len);
@@ -303,7 +307,7 @@ impl Stream {
                 packet
             }
             Some(Waiting::Answer(packet)) => packet,
-            None => &mut [],
+            None => &[],
         }
     }
 

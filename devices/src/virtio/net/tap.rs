@@ -3,14 +3,14 @@
 #![allow(unsafe_code, reason = "the TAP's ioctls")]
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 
 use virtio_bindings::virtio_net as spec;
 
 use super::backend::Incoming;
 use super::{HEADER, PACKET_MAX};
-use crate::virtio::chain::Chain;
+use crate::virtio::chain::{Buffer, Chain};
 use crate::virtio::feature;
 use crate::virtio::transfer;
 
@@ -28,10 +28,18 @@ pub struct Tap {
     file: File,
     /// The TAP gives packets to it.
     attached: bool,
-    /// Room for a packet, from the first one on.
-    packet: Vec<u8>,
-    /// The length of one that was read, and waits for buffers.
-    waiting: Option<usize>,
+    /// Room for what the guest's buffers did not have room for of a packet, from the first
+    /// one on.
+    rest: Vec<u8>,
+    /// One that was read, and waits for more buffers.
+    waiting: Option<Waiting>,
+}
+
+/// A packet of which a part lies in the guest's buffers, and the rest behind them.
+#[derive(Clone, Copy)]
+struct Waiting {
+    len: usize,
+    placed: usize,
 }
 
 impl Tap {
@@ -39,7 +47,7 @@ impl Tap {
         Tap {
             file,
             attached: true,
-            packet: Vec::new(),
+            rest: Vec::new(),
             waiting: None,
         }
     }
@@ -49,7 +57,7 @@ impl Tap {
     }
 
     pub fn reset(&mut self) {
-        self.packet = Vec::new();
+        self.rest = Vec::new();
         self.waiting = None;
     }
 
@@ -103,20 +111,15 @@ impl Tap {
         }
     }
 
-    pub fn poll(&mut self) -> Incoming {
+    /// Reads a packet to the guest's buffers, one after the other, unless one waits.
+    pub fn poll<'a>(&mut self, buffers: impl Iterator<Item = &'a Buffer>) -> Incoming {
         if self.waiting.is_some() {
             return Incoming::Packet;
         }
-        self.packet.resize(PACKET_MAX, 0);
-        let read = loop {
-            match self.file.read(&mut self.packet) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                read => break read,
-            }
-        };
-        match read {
-            Ok(len) if len >= HEADER => {
-                self.waiting = Some(len);
+        self.rest.resize(PACKET_MAX, 0);
+        match transfer::read_packet(&self.file, buffers, &mut self.rest) {
+            Ok((len, placed)) if (HEADER..=PACKET_MAX).contains(&len) => {
+                self.waiting = Some(Waiting { len, placed });
                 Incoming::Packet
             }
             Ok(_) => Incoming::Lost,
@@ -129,9 +132,31 @@ impl Tap {
         }
     }
 
-    pub fn packet(&mut self) -> &mut [u8] {
-        let len = self.waiting.unwrap_or(0);
-        self.packet.get_mut(..len).unwrap_or_default()
+    pub fn is_waiting(&self) -> bool {
+        self.waiting.is_some()
+    }
+
+    /// The length of the packet that waits, and how much of it is in the guest's buffers.
+    pub fn waiting(&self) -> (usize, usize) {
+        self.waiting
+            .map_or((0, 0), |Waiting { len, placed }| (len, placed))
+    }
+
+    /// What is behind them.
+    pub fn rest(&self) -> &[u8] {
+        let (len, placed) = self.waiting();
+        self.rest
+            .get(..len.saturating_sub(placed))
+            .unwrap_or_default()
+    }
+
+    /// What lies in the guest's buffers is read back, to be with the rest.
+    pub fn take_back(&mut self, read: impl FnOnce(&mut [u8])) {
+        if let Some(Waiting { len, placed }) = &mut self.waiting {
+            self.rest.copy_within(..*len - *placed, *placed);
+            read(self.rest.get_mut(..*placed).unwrap_or_default());
+            *placed = 0;
+        }
     }
 
     pub fn forget(&mut self) {

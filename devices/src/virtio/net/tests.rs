@@ -104,6 +104,63 @@ fn a_packet_is_spread_over_mergeable_buffers() {
     assert_eq!(driver.used(RECEIVE), [(3, 20)]);
 }
 
+/// The packet's bytes in buffers of a length each, wherever the device had to put them.
+#[test]
+fn a_packet_is_whole_however_many_of_its_buffers_were_there() {
+    let data = packet(3000);
+    for (len, parts) in [(400, 1), (90, 3), (250, 1)] {
+        let count = data.len().div_ceil(len * parts);
+        for early in 0..=count {
+            let (mut driver, peer) = driver(true);
+            let buffer = |index: usize| -> Vec<Descriptor> {
+                let start = 0x8000 + (index * parts * len) as u64;
+                let part = |part| Descriptor::writable(start + (part * len) as u64, len as u32);
+                (0..parts).map(part).collect()
+            };
+            // The ring has fewer descriptors than there are parts.
+            let mut used = Vec::new();
+            let mut add = |driver: &mut Driver, index| {
+                let head = driver.add(RECEIVE, &buffer(index));
+                used.push(head);
+            };
+            let room = usize::from(SIZE) / parts;
+            if count > room {
+                continue;
+            }
+            (0..early).for_each(|index| add(&mut driver, index));
+            driver.kick(RECEIVE);
+            peer.send(&data).unwrap();
+            driver.handle_event();
+            (early..count).for_each(|index| add(&mut driver, index));
+            driver.kick(RECEIVE);
+            let heads: Vec<_> = driver.used(RECEIVE).iter().map(|entry| entry.0).collect();
+            assert_eq!(heads, used, "{len} {parts} {early}");
+            let got = driver.read(0x8000, data.len());
+            assert_eq!(got[NUM_BUFFERS..HEADER], (count as u16).to_le_bytes());
+            assert_eq!(got[HEADER..], data[HEADER..], "{len} {parts} {early}");
+        }
+    }
+}
+
+#[test]
+fn the_guest_begins_with_what_it_got_while_more_comes() {
+    let (mut driver, peer) = driver(true);
+    let len = EARLY as usize + 100;
+    for index in 0..4 {
+        let start = 0x8000 + index * 0x9000;
+        driver.add(RECEIVE, &[Descriptor::writable(start, len as u32)]);
+    }
+    driver.kick(RECEIVE);
+    driver.interrupts();
+    for len in [EARLY as usize + 1, 10, 10, EARLY as usize] {
+        peer.send(&packet(len)).unwrap();
+    }
+    driver.handle_event();
+    assert_eq!(driver.used(RECEIVE).len(), 4);
+    // For the first and for the others: a driver without EVENT_IDX hears of each.
+    assert_eq!(driver.interrupts(), 2);
+}
+
 #[test]
 fn without_merging_a_packet_that_does_not_fit_is_lost() {
     let (mut driver, peer) = driver(false);
@@ -392,11 +449,17 @@ fn buffers_that_wait_for_a_packet_are_put_back_before_a_network_is_saved() {
         driver.kick(RECEIVE);
     }
     let state = driver.save();
+    // What was read to them already is the device's again.
+    driver.write(0x8000, &[0; 0x400]);
     assert_eq!(state.transport.queues[RECEIVE].next_available, 0);
     // The saved one goes on …
     driver.add(RECEIVE, &[Descriptor::writable(0x8400, 400)]);
     driver.kick(RECEIVE);
     assert_eq!(driver.used(RECEIVE), [(0, 400), (1, 400), (2, 212)]);
+    let mut got = driver.read(0x8000, 400);
+    got.extend(driver.read(0x8200, 400));
+    got.extend(driver.read(0x8400, 212));
+    assert_eq!(got[HEADER..], data[HEADER..]);
 
     // … and so does another in its place, with a packet of its own.
     let (mut driver, _peer) = self::driver(true);
