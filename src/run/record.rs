@@ -667,7 +667,20 @@ mod tests {
         fs::remove_dir_all(&path).unwrap();
         assert!(!is_at(&old, &path.join(LOCK)));
         fs::create_dir(&path).unwrap();
-        File::create(path.join(LOCK)).unwrap();
-        assert!(!is_at(&old, &path.join(LOCK)));
+        let old = File::create(path.join(LOCK)).unwrap();
+        old.lock().unwrap();
+        // It is replaced while somebody waits to remove it.
+        let new = File::create(path.join("new")).unwrap();
+        new.lock().unwrap();
+        let place = Place(path.clone());
+        thread::scope(|scope| {
+            let removes = scope.spawn(|| place.remove());
+            thread::sleep(LOOK / 4);
+            fs::rename(path.join("new"), path.join(LOCK)).unwrap();
+            old.unlock().unwrap();
+            // One that came late is told that the new VM runs.
+            let _ = removes.join().unwrap();
+        });
+        assert!(path.exists());
     }
 }

@@ -1,6 +1,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use super::*;
@@ -123,6 +124,42 @@ fn data_moves_by_threads() {
             .unwrap(),
         )
     });
+}
+
+/// Threads that wait for something else first, until they are given up.
+#[derive(Default)]
+struct Waits {
+    given_up: Arc<(Mutex<bool>, Condvar)>,
+}
+
+impl Prepare for Waits {
+    fn first(&self) -> Box<dyn FnOnce() + Send> {
+        let given_up = self.given_up.clone();
+        Box::new(move || {
+            let lock = given_up.0.lock().unwrap();
+            drop(given_up.1.wait_while(lock, |over| !*over).unwrap());
+        })
+    }
+
+    fn give_up(&self) {
+        *self.given_up.0.lock().unwrap() = true;
+        self.given_up.1.notify_all();
+    }
+}
+
+/// As when a VM cannot be built: its disks' threads still wait for the sandbox.
+#[test]
+fn a_disk_whose_threads_wait_can_be_dropped() {
+    let file = image();
+    let prepare: Arc<dyn Prepare> = Arc::new(Waits::default());
+    let threads = |image| Engine::threads(image, &prepare);
+    let block = Block::with_engine(disk(&file, false), threads).unwrap();
+    let (dropped, when) = mpsc::channel();
+    std::thread::spawn(move || {
+        drop(block);
+        dropped.send(()).unwrap();
+    });
+    when.recv_timeout(Duration::from_secs(20)).unwrap();
 }
 
 #[test]

@@ -173,3 +173,26 @@ fn retry(mut operation: impl FnMut() -> io::Result<()>) -> io::Result<()> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The sandbox knows two modes (`resources/seccomp/io.json`): of the others, some allocate
+    /// beyond the limit of the file's size.
+    #[test]
+    fn only_two_modes_of_fallocate_are_asked_for() {
+        let free = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        let zero = libc::FALLOC_FL_ZERO_RANGE;
+        let len = 512;
+        for (kind, mode) in [
+            (Kind::Discard { len }, Some(free)),
+            (Kind::Zero { len, unmap: true }, Some(free)),
+            (Kind::Zero { len, unmap: false }, Some(zero)),
+            (Kind::Write { durable: true }, None),
+            (Kind::Flush, None),
+        ] {
+            assert_eq!(kind.allocation(), mode.map(|mode| (mode, len)));
+        }
+    }
+}
