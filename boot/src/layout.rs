@@ -104,7 +104,7 @@ pub const RTC_PRESENT: bool = true;
 /// The platform's own ports: power, reset, and the boot timer.
 pub const PLATFORM_PORT: u16 = 0xb00;
 /// How many ports the platform has.
-pub const PLATFORM_PORT_LEN: u16 = 0x10;
+pub const PLATFORM_PORT_LEN: u16 = 8;
 /// ACPI 4.8.3.7, sleep control register.
 pub const SLEEP_CONTROL: u16 = 0xb00;
 /// ACPI 4.8.3.7, sleep status register.
@@ -117,6 +117,10 @@ pub const RESET_VALUE: u8 = 1;
 pub const BOOT_MARK: u16 = 0xb04;
 /// What the guest writes here, its init's exit status, is reported by the VMM.
 pub const GUEST_STATUS: u16 = 0xb05;
+/// Where the guest's mailbox is, and its snapshot point (`protocol/src/mailbox.rs`).
+pub const SNAPSHOT_PORT: u16 = 0xb08;
+/// How many ports it has, of 8 bits each.
+pub const SNAPSHOT_PORT_LEN: u16 = 2;
 /// The sleep type of soft-off, `_S5_`.
 pub const SLEEP_TYPE_S5: u8 = 5;
 

@@ -28,6 +28,7 @@ pub mod poll;
 pub mod pvpanic;
 pub mod rate_limiter;
 pub mod serial;
+pub mod snapshot_port;
 pub mod virtio;
 pub mod vmgenid;
 pub mod watchdog;

@@ -2,7 +2,10 @@
 
 use mayfly::snapshot::format::{FormatError, Reader, Section, Writer};
 use mayfly::snapshot::kvm::KvmState;
+use mayfly::snapshot::mailbox::{deliver, room};
+use mayfly_protocol::mailbox::{Mail, PAGE};
 use ring::digest::{SHA256, digest};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 // The layout, from the module's table.
 const HEADER: usize = 16;
@@ -68,4 +71,26 @@ fn put_digest(bytes: &mut [u8], of: std::ops::Range<usize>, at: usize) {
     if let Some(place) = bytes.get_mut(at..at + SUM) {
         place.copy_from_slice(sum.as_ref());
     }
+}
+
+/// A guest whose memory has numbers in one of its pages, and mail for it.
+pub fn mailbox(address: u64, numbers: &[u64], frames: Vec<u8>) {
+    const AT: u64 = 0x3000;
+    const SIZE: usize = 0x10000;
+    let memory: GuestMemoryMmap = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), SIZE)]).unwrap();
+    let header = [u64::from_le_bytes(*b"mayfly-m"), 1];
+    // Most have a good beginning.
+    let header = header.iter().take(if address & 1 == 0 { 2 } else { 0 });
+    for (number, at) in header.chain(numbers).take(PAGE / 8).zip((AT..).step_by(8)) {
+        memory.write_obj(*number, GuestAddress(at)).unwrap();
+    }
+    let address = if address & 2 == 0 { AT } else { address };
+    let mail = Mail {
+        frames,
+        ..Mail::default()
+    };
+    let room = room(&memory, address).ok();
+    let delivered = deliver(&memory, address, Some(&mail));
+    let len = mail.to_bytes().unwrap().len();
+    assert!(delivered.is_err() || room.is_some_and(|room| len <= room));
 }

@@ -80,6 +80,9 @@ pub enum HostMessage {
     },
     /// Takes a file or folder from this connection: its pieces follow the answer.
     Unpack(Unpack),
+    /// Instead of the machine's setup: ends this connection, and stops at the snapshot
+    /// point (see [`crate::mailbox`]). The agent connects again from behind it.
+    SnapshotPoint,
 }
 
 /// Where a file or folder goes.

@@ -17,5 +17,6 @@ pub mod agent;
 pub mod copy;
 pub mod facts;
 pub mod init_words;
+pub mod mailbox;
 pub mod peer;
 pub mod steady;

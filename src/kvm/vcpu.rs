@@ -211,7 +211,8 @@ impl Vcpu {
     }
 
     /// Makes this vCPU, which never ran, go on as another was saved. The guest's memory is
-    /// there already, and [`Vm::restore`] comes after the last vCPU.
+    /// there already, and [`Vm::restore`] comes after the last vCPU. The guest's time goes on
+    /// from here, so it runs as soon as all is done.
     pub fn restore(
         &self,
         state: &VcpuState,

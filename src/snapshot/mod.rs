@@ -2,4 +2,5 @@
 
 pub mod format;
 pub mod kvm;
+pub mod mailbox;
 pub mod memory;

@@ -10,10 +10,11 @@ mod reaper;
 mod session;
 mod settings;
 mod setup;
+mod snapshot;
 mod vsock;
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::sync::Arc;
 use std::thread;
 
@@ -25,16 +26,34 @@ use self::session::{Host, Machine, Session};
 /// The status of what mayfly's own part failed to do.
 const STATUS_FAILED: u8 = 125;
 
-/// Serves the host until the main process has ended and the host knows.
-pub fn run() -> Result<(), String> {
-    let host =
-        vsock::connect_to_host(PORT).map_err(|error| format!("reaching the host: {error}"))?;
-    serve_or_tell(&host)
+/// What comes of a connection to the host.
+#[derive(Debug, PartialEq, Eq)]
+enum Served {
+    /// All is done.
+    End,
+    /// The machine is to stop at the snapshot point.
+    SnapshotPoint,
 }
 
-/// Serves the host, and tells it why that failed.
-fn serve_or_tell(host: &File) -> Result<(), String> {
-    let mut frames = Frames::new(host);
+/// Serves the host until the main process has ended and the host knows.
+pub fn run() -> Result<(), String> {
+    let mut frames = Vec::new();
+    loop {
+        let host =
+            vsock::connect_to_host(PORT).map_err(|error| format!("reaching the host: {error}"))?;
+        match serve_or_tell(&host, &frames)? {
+            Served::End => return Ok(()),
+            Served::SnapshotPoint => {
+                drop(host);
+                frames = snapshot::pause()?;
+            }
+        }
+    }
+}
+
+/// Serves the host, whose first frames are there already, and tells it why that failed.
+fn serve_or_tell(host: &File, first: &[u8]) -> Result<Served, String> {
+    let mut frames = Frames::new(first.chain(host));
     serve_main(host, &mut frames).map_err(|error| {
         let reason = format!("talking to the host: {error}");
         // Where the connection still stands, the user hears it by that: who looks at a
@@ -50,17 +69,20 @@ fn serve_or_tell(host: &File) -> Result<(), String> {
     })
 }
 
-fn serve_main(host: &File, frames: &mut Frames<&File>) -> io::Result<()> {
+fn serve_main(host: &File, frames: &mut Frames<impl Read>) -> io::Result<Served> {
     send(host, &GuestMessage::Hello { version: VERSION })?;
-    let HostMessage::Setup(setup) = frames.message()? else {
-        return Err(io::Error::other("the machine's setup comes first"));
+    let setup = match frames.message()? {
+        HostMessage::Setup(setup) => setup,
+        HostMessage::SnapshotPoint => return Ok(Served::SnapshotPoint),
+        _ => return Err(io::Error::other("the machine's setup comes first")),
     };
     if let Err(reason) = setup::prepare(&setup) {
         let failed = Failed {
             status: STATUS_FAILED,
             reason,
         };
-        return Host::new(host.try_clone()?).refuse(frames, failed);
+        Host::new(host.try_clone()?).refuse(frames, failed)?;
+        return Ok(Served::End);
     }
     let reaper = Reaper::start()?;
     // Before the host may connect.
@@ -71,7 +93,8 @@ fn serve_main(host: &File, frames: &mut Frames<&File>) -> io::Result<()> {
     let accept = move || listen(&listener, &clients);
     thread::Builder::new().spawn(accept)?;
     let session = Session::new(host.try_clone()?, machine);
-    session.serve_main(frames)
+    session.serve_main(frames)?;
+    Ok(Served::End)
 }
 
 /// Serves each of the host's connections on a thread of its own.
@@ -128,8 +151,11 @@ mod tests {
     #[test]
     fn the_host_hears_why_the_agent_failed() {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let agent = thread::spawn(move || serve_or_tell(&OwnedFd::from(theirs).into()));
-        send(&ours, &HostMessage::SignalMain(1)).unwrap();
+        let agent = thread::spawn(move || {
+            let mut first = Vec::new();
+            send(&mut first, &HostMessage::SignalMain(1)).unwrap();
+            serve_or_tell(&OwnedFd::from(theirs).into(), &first)
+        });
         send(&ours, &HostMessage::Bye).unwrap();
         let mut frames = Frames::new(&ours);
         let hello = frames.message::<GuestMessage>().unwrap();
@@ -141,5 +167,18 @@ mod tests {
         assert_eq!(failed.status, STATUS_FAILED);
         assert_eq!(failed.reason, format!("the guest's init failed: {why}"));
         assert_eq!(agent.join().unwrap(), Err(why.to_owned()));
+    }
+
+    #[test]
+    fn the_snapshot_point_is_there_instead_of_a_setup() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        send(&ours, &HostMessage::SnapshotPoint).unwrap();
+        let served = serve_or_tell(&OwnedFd::from(theirs).into(), &[]);
+        assert_eq!(served, Ok(Served::SnapshotPoint));
+        let mut frames = Frames::new(&ours);
+        let hello = frames.message::<GuestMessage>().unwrap();
+        assert_eq!(hello, GuestMessage::Hello { version: VERSION });
+        // Nothing else was said.
+        assert!(frames.message::<GuestMessage>().is_err());
     }
 }

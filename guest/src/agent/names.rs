@@ -29,17 +29,44 @@ const OWN_LOOPBACK: &str = "127.0.1.1";
 /// Tells the machine its name, and the image who is who.
 pub fn give(setup: &Setup) -> Result<(), String> {
     let name = &setup.hostname;
-    let text = CString::new(name.as_str()).map_err(|error| error.to_string())?;
-    // SAFETY: a string that lives until the call returns, and its length.
-    let named = unsafe { libc::sethostname(text.as_ptr(), name.len()) };
-    check(named.into()).map_err(|error| format!("the name {name}: {error}"))?;
-    write("/etc/hostname", &format!("{name}\n"))?;
+    set_name(name)?;
     let addresses = setup.net.iter().flat_map(|net| &net.addresses);
     let addresses: Vec<IpAddr> = addresses.map(|&(address, _)| address).collect();
     write("/etc/hosts", &hosts(name, &addresses, &setup.hosts))?;
     // What df and mount read where they are old; Docker makes it, too.
     let _ = symlink("/proc/mounts", "/etc/mtab");
     Ok(())
+}
+
+/// Tells a machine that goes on its new name, and the image, in which that has the addresses
+/// of the old one.
+pub fn rename(name: &str) -> Result<(), String> {
+    let old = fs::read_to_string("/etc/hostname").unwrap_or_default();
+    set_name(name)?;
+    let hosts = fs::read_to_string("/etc/hosts").unwrap_or_default();
+    write("/etc/hosts", &renamed(&hosts, old.trim(), name))
+}
+
+/// Who is who, once a machine has another name: its lines end with its names.
+fn renamed(hosts: &str, old: &str, new: &str) -> String {
+    let (old, new) = (own_names(old), own_names(new));
+    let mut text = String::new();
+    for line in hosts.lines() {
+        match line.strip_suffix(&old).filter(|rest| rest.ends_with('\t')) {
+            Some(address) if !old.is_empty() => writeln!(text, "{address}{new}"),
+            _ => writeln!(text, "{line}"),
+        }
+        .unwrap_or_default();
+    }
+    text
+}
+
+fn set_name(name: &str) -> Result<(), String> {
+    let text = CString::new(name).map_err(|error| error.to_string())?;
+    // SAFETY: a string that lives until the call returns, and its length.
+    let named = unsafe { libc::sethostname(text.as_ptr(), name.len()) };
+    check(named.into()).map_err(|error| format!("the name {name}: {error}"))?;
+    write("/etc/hostname", &format!("{name}\n"))
 }
 
 /// Tells the image where names are looked up, if the host says so.
@@ -52,11 +79,15 @@ pub fn give_resolvers(net: &Net) -> Result<(), String> {
 }
 
 /// A name with a domain is also known without it.
-fn hosts(name: &str, addresses: &[IpAddr], others: &[(String, IpAddr)]) -> String {
-    let names = match name.split_once('.') {
+fn own_names(name: &str) -> String {
+    match name.split_once('.') {
         Some((short, _)) if !short.is_empty() => format!("{name} {short}"),
         _ => name.to_owned(),
-    };
+    }
+}
+
+fn hosts(name: &str, addresses: &[IpAddr], others: &[(String, IpAddr)]) -> String {
+    let names = own_names(name);
     let mut text = HOSTS.to_owned();
     for (name, address) in others {
         let _ = writeln!(text, "{address}\t{name}");
@@ -119,6 +150,19 @@ mod tests {
             own("web.example.org", &["10.0.2.15", "fd00::1"]),
             "10.0.2.15\tweb.example.org web\nfd00::1\tweb.example.org web\n"
         );
+    }
+
+    #[test]
+    fn a_machine_with_another_name_knows_itself() {
+        let others = [("web2".to_owned(), [10, 0, 0, 1].into())];
+        let own = ["10.0.2.15".parse().unwrap(), "fd00::1".parse().unwrap()];
+        for (old, new) in [("web", "db.example.org"), ("web.a.example", "web2")] {
+            let before = hosts(old, &own, &others);
+            assert_eq!(renamed(&before, old, new), hosts(new, &own, &others));
+        }
+        let unknown = "10.0.0.1\tweb2\n";
+        assert_eq!(renamed(unknown, "web", "db"), unknown);
+        assert_eq!(renamed(unknown, "", "db"), unknown);
     }
 
     #[test]

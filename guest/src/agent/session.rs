@@ -184,7 +184,7 @@ impl Session {
     }
 
     /// Runs the main process; with it, all others end.
-    pub fn serve_main(self, frames: &mut Frames<&File>) -> io::Result<()> {
+    pub fn serve_main(self, frames: &mut Frames<impl Read>) -> io::Result<()> {
         match frames.message()? {
             HostMessage::Start(process) => self.serve_process(frames, *process, true),
             _ => Err(io::Error::other("not a process")),

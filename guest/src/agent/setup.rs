@@ -33,7 +33,7 @@ const MOUNTS: [(&str, &str, &str); 3] = [
 ];
 const MODE: u32 = 0o755;
 /// The only network device, and the first.
-const DEVICE: &str = "eth0";
+pub const DEVICE: &str = "eth0";
 /// Does all of it, and leaves the initramfs.
 pub fn prepare(setup: &Setup) -> Result<(), String> {
     mount_root(setup)?;
