@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use mayfly_text::printable;
 
 use crate::compare;
+use crate::sandbox;
 
 /// Whose fault it is; the value is the exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -137,6 +138,16 @@ impl From<mayfly_image::Error> for Failure {
             ErrorKind::Internal => Class::Internal,
         };
         Failure::new(class, with_causes(error.to_string(), &error))
+    }
+}
+
+impl From<sandbox::Error> for Failure {
+    fn from(error: sandbox::Error) -> Self {
+        let class = match error.is_internal() {
+            true => Class::Internal,
+            false => Class::Host,
+        };
+        Failure::new(class, error.to_string())
     }
 }
 

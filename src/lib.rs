@@ -32,7 +32,6 @@ pub mod metrics;
 pub mod net;
 pub mod progress_bars;
 pub mod run;
-pub mod sandbox;
 pub mod signals;
 pub mod snapshot;
 pub mod spec;
@@ -43,3 +42,5 @@ pub mod virtiofsd;
 pub mod vmm;
 pub mod volume;
 pub mod vsock;
+
+pub use mayfly_sandbox as sandbox;

@@ -219,7 +219,7 @@ fn connect(
 
 /// Closes the sandbox, and tells the supervisor how its layers fare.
 fn close(inside: Inside, limits: &Limits, link: &Link) -> Result<Jail, VmmFailure> {
-    let jail = inside.close(limits, Keep::All)?;
+    let jail = inside.close(limits, Keep::All).map_err(Failure::from)?;
     jail.settle();
     let closed = FromVmm::Closed(jail.report());
     link.send(&closed, &[]).or_internal(LINK)?;

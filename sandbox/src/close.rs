@@ -7,16 +7,16 @@ use std::io::{self, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 
-use landlock::{
-    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetError,
-    RulesetStatus, Scope,
-};
-
+use super::credentials::{self, Ids};
+use super::error::{Context, Error, refusal};
+use super::inside::Inside;
 use super::jail::Jail;
+use super::landlocked::landlock;
 use super::layers::{Layer, Status};
-use super::spawn::{Inside, PANIC, refusal};
-use super::{Mode, credentials, credentials::Ids, seccomp};
-use crate::failure::{Class, Failure, OrFail};
+use super::lifeline;
+use super::policy::Mode;
+use super::seccomp;
+use super::status::PANIC;
 
 /// What the VMM may take of the host.
 #[derive(Clone, Copy, Debug)]
@@ -65,7 +65,7 @@ impl Inside {
 
     /// Closes the sandbox: nothing can be opened, and nobody found, from here on. It is
     /// for the main thread. Each thread [confines](Jail::confine) itself after.
-    pub fn close(mut self, limits: &Limits, keep: Keep) -> Result<Jail, Failure> {
+    pub fn close(mut self, limits: &Limits, keep: Keep) -> Result<Jail, Error> {
         if self.mode == Mode::Off {
             return jail(None, self);
         }
@@ -110,18 +110,18 @@ impl Inside {
         if self.mode == Mode::Require
             && let Some((layer, why)) = self.report.missing()
         {
-            return Err(Failure::host(refusal(layer, &why)));
+            return Err(Error::Refused(refusal(layer, &why)));
         }
         jail(self.ids, self)
     }
 
     /// Notes how a layer fares. One that was missed before stays so.
-    fn note(&mut self, layer: Layer, result: io::Result<()>) -> Result<(), Failure> {
+    fn note(&mut self, layer: Layer, result: io::Result<()>) -> Result<(), Error> {
         match (result, self.report.get(layer)) {
             (Ok(()), None) => self.report.set(layer, Status::Active),
             (Ok(()), Some(_)) => {}
             (Err(error), _) if self.mode == Mode::Require => {
-                return Err(Failure::host(refusal(layer, &error)));
+                return Err(Error::Refused(refusal(layer, &error)));
             }
             (Err(error), _) => self.report.set(layer, Status::Absent(error.to_string())),
         }
@@ -131,25 +131,13 @@ impl Inside {
     /// Dies with the supervisor, also now that credentials have changed.
     fn outlive_nobody(&self) -> io::Result<()> {
         credentials::die_with_parent()?;
-        let mut entry = libc::pollfd {
-            fd: self.lifeline.as_raw_fd(),
-            events: 0,
-            revents: 0,
-        };
-        // SAFETY: one live entry.
-        match unsafe { libc::poll(&mut entry, 1, 0) } {
-            0 => Ok(()),
-            _ => Err(io::ErrorKind::BrokenPipe.into()),
-        }
+        lifeline::check(&self.lifeline)
     }
 }
 
-fn jail(ids: Option<Ids>, inside: Inside) -> Result<Jail, Failure> {
+fn jail(ids: Option<Ids>, inside: Inside) -> Result<Jail, Error> {
     let jail = Jail::new(inside.mode, ids, inside.report, inside.gate);
-    jail.ok_or_else(|| {
-        let what = "a device was taken apart before the sandbox was closed";
-        Failure::new(Class::Internal, what)
-    })
+    jail.ok_or(Error::GivenUp)
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {
@@ -173,7 +161,7 @@ pub fn descriptors() -> io::Result<Vec<RawFd>> {
 }
 
 /// From a directory that is held, all of the host's file system can be reached.
-fn no_directory(descriptors: &[RawFd]) -> Result<(), Failure> {
+fn no_directory(descriptors: &[RawFd]) -> Result<(), Error> {
     for &fd in descriptors {
         let mut about = std::mem::MaybeUninit::<libc::stat>::uninit();
         // SAFETY: fills in the structure, or fails.
@@ -183,8 +171,7 @@ fn no_directory(descriptors: &[RawFd]) -> Result<(), Failure> {
         // SAFETY: the call succeeded.
         let about = unsafe { about.assume_init() };
         if about.st_mode & libc::S_IFMT == libc::S_IFDIR {
-            let what = format!("the sandbox would have a directory, descriptor {fd}");
-            return Err(Failure::new(Class::Internal, what));
+            return Err(Error::Directory(fd));
         }
     }
     Ok(())
@@ -267,23 +254,6 @@ fn limit(limits: &Limits, address_space: u64) -> io::Result<()> {
         check(unsafe { libc::setrlimit(resource, &limit) })?;
     }
     Ok(())
-}
-
-/// The calling thread can open nothing, connect by TCP to nobody, and reach no abstract
-/// socket or process outside. Where the kernel does not know all of that, the rest.
-pub(super) fn landlock() -> Result<Status, RulesetError> {
-    let newest = ABI::V10;
-    let ruleset = Ruleset::default()
-        .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(AccessFs::from_all(newest))?
-        .handle_access(AccessNet::from_all(newest))?
-        .scope(Scope::from_all(newest))?
-        .create()?
-        .restrict_self()?;
-    Ok(match ruleset.ruleset {
-        RulesetStatus::NotEnforced => Status::Absent("this kernel has none".to_owned()),
-        RulesetStatus::FullyEnforced | RulesetStatus::PartiallyEnforced => Status::Active,
-    })
 }
 
 /// A fault ends the process at once, by the kernel: Rust's handlers would ask for what is

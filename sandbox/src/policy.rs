@@ -1,32 +1,9 @@
-//! The second wall: what a guest that took over the VMM still cannot do.
-//!
-//! The supervisor, which stays outside, opens what the VM needs and [`spawn`]s the VMM into
-//! namespaces of its own. The VMM builds its machine, [`Inside::close`]s the sandbox, and
-//! each of its threads [`Jail::confine`]s itself before the guest's first instruction.
-
-mod cgroup;
-mod close;
-pub(crate) mod credentials;
-mod jail;
-mod layers;
-pub(crate) mod seccomp;
-mod spawn;
-mod syscalls;
+//! How much of a sandbox is wanted.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
-
-pub use self::cgroup::{Bounds, Cgroup, Door, GroupUsage, Share, may_divide};
-pub use self::close::{Keep, Limits, descriptors};
-pub use self::jail::{Gate, Jail, Pending, Role};
-pub use self::layers::{Layer, Report, Status};
-pub use self::seccomp::{VIOLATION, calls_max};
-pub use self::spawn::{
-    Child, Inside, PANIC, PreparedSandbox, Program, exit, probe, spawn, spawn_program,
-};
-pub(crate) use self::spawn::{divide, wait};
 
 /// What `--sandbox` says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -3,36 +3,12 @@
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::Mode;
-use super::close::landlock;
 use super::credentials::{self, Ids};
+use super::landlocked::landlock;
 use super::layers::{Layer, Report, Status};
+use super::policy::Mode;
+use super::role::Role;
 use super::seccomp;
-
-/// What a thread does, and so what it may ask of the kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// The host's side of all devices. It starts no thread any more.
-    EventLoop,
-    /// Runs a vCPU, and serves its accesses to registers.
-    Vcpu,
-    /// Reads and writes a disk.
-    Io,
-}
-
-impl Role {
-    /// All.
-    pub const ALL: [Role; 3] = [Role::EventLoop, Role::Vcpu, Role::Io];
-
-    /// What messages call it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Role::EventLoop => "event-loop",
-            Role::Vcpu => "vcpu",
-            Role::Io => "io",
-        }
-    }
-}
 
 /// A closed sandbox. Every thread in it confines itself before the guest runs.
 #[derive(Clone, Debug)]

@@ -11,19 +11,14 @@ use std::process::ExitStatus;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use mayfly_devices::poll::{entry, poll};
-use serde::{Deserialize, Serialize};
-
-use super::close::{Keep, Limits};
+use super::close::{Keep, Limits, descriptors};
 use super::credentials::{self, Ids};
-use super::jail::Gate;
+use super::error::refusal;
+use super::inside::{Inside, PreparedSandbox};
 use super::layers::{Layer, Report, Status};
-use super::{Mode, Policy};
-
-/// The exit status of a VMM that panicked: what a shell says of SIGABRT, which the first
-/// process of a PID namespace cannot send itself.
-pub const PANIC: u8 = 128 + 6;
-const _: () = assert!(PANIC as i32 == 128 + libc::SIGABRT);
+use super::lifeline::check;
+use super::policy::{Mode, Policy};
+use super::status::PANIC;
 
 /// Users of VMs: from here on, one for each. Nobody gives these out: they are above what
 /// systemd, containers and directories of users take.
@@ -51,30 +46,6 @@ pub struct Child {
     /// The VMM ends when this does.
     _lifeline: File,
     status: Option<ExitStatus>,
-}
-
-/// What a VMM process has to know of the sandbox that it was started in, to close it. It says
-/// nothing of the host but user and group numbers.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct PreparedSandbox {
-    mode: Mode,
-    /// Who the process is to become.
-    ids: Option<Ids>,
-    report: Report,
-    namespaces: libc::c_int,
-}
-
-/// The VMM process, as it sees itself before the sandbox closes.
-#[derive(Debug)]
-pub struct Inside {
-    pub(super) mode: Mode,
-    /// Who it is to become.
-    pub(super) ids: Option<Ids>,
-    pub(super) report: Report,
-    /// Hung up when the supervisor has ended.
-    pub(super) lifeline: File,
-    pub(super) namespaces: libc::c_int,
-    pub(super) gate: Gate,
 }
 
 /// Who the VMM is to become; the supervisor tells when it has seen to it.
@@ -292,7 +263,7 @@ fn close_on_exec_from(first: RawFd) -> io::Result<()> {
         return Ok(());
     }
     // Before Linux 5.11.
-    for fd in super::descriptors()?.into_iter().filter(|fd| *fd >= first) {
+    for fd in descriptors()?.into_iter().filter(|fd| *fd >= first) {
         // SAFETY: numbers.
         if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } == -1 {
             return Err(io::Error::last_os_error());
@@ -305,7 +276,7 @@ fn close_on_exec_from(first: RawFd) -> io::Result<()> {
 /// namespaces and in a control group of version 2, if one is given and takes it. It runs
 /// `child` and ends with the status that this returns. Returns its number and whether it
 /// is in the group.
-pub(crate) fn divide(
+pub fn divide(
     namespaces: libc::c_int,
     group: Option<BorrowedFd>,
     child: impl FnOnce() -> u8,
@@ -411,14 +382,6 @@ fn report(mode: Mode, wanted: &[Namespace], refusals: Vec<(Layer, io::Error)>) -
 /// The error of a host that lacks a layer.
 fn missing(layer: Layer, why: &dyn std::fmt::Display) -> io::Error {
     io::Error::other(refusal(layer, why))
-}
-
-/// What is said where a layer is required, and missing.
-pub(super) fn refusal(layer: Layer, why: &dyn std::fmt::Display) -> String {
-    format!(
-        "--sandbox=require: {layer}: {why}; {}, or use --sandbox=on",
-        layer.remedy()
-    )
 }
 
 /// Makes namespaces, for a process that ends at once.
@@ -537,55 +500,8 @@ fn begin(lifeline: &mut File) -> io::Result<Mapping> {
 fn hear_parent(lifeline: &mut File) -> io::Result<[u8; 5]> {
     let mut told = [0; 5];
     lifeline.read_exact(&mut told)?;
-    check_parent(lifeline)?;
+    check(lifeline)?;
     Ok(told)
-}
-
-/// Fails if the supervisor has ended.
-fn check_parent(lifeline: &impl AsRawFd) -> io::Result<()> {
-    let mut closed = [entry(lifeline.as_raw_fd(), 0)];
-    poll(&mut closed, 0)?;
-    match closed.iter().any(|it| it.revents & libc::POLLHUP != 0) {
-        true => Err(io::ErrorKind::BrokenPipe.into()),
-        false => Ok(()),
-    }
-}
-
-impl Inside {
-    /// Goes on in a sandbox that was prepared, in a process with one thread, whose lifeline
-    /// hangs up when the supervisor has ended.
-    pub fn resume(prepared: PreparedSandbox, lifeline: OwnedFd) -> io::Result<Self> {
-        // Other heaps than the process's own reserve 64 MiB for each thread, and grow by
-        // `mprotect`, which is forbidden later.
-        // SAFETY: this process has one thread, and no heap but that.
-        unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
-        credentials::die_with_parent()?;
-        check_parent(&lifeline)?;
-        let PreparedSandbox {
-            mode,
-            ids,
-            report,
-            namespaces,
-        } = prepared;
-        Ok(Inside {
-            mode,
-            ids,
-            report,
-            lifeline: lifeline.into(),
-            namespaces,
-            gate: Gate::default(),
-        })
-    }
-
-    /// For threads that start before the sandbox closes.
-    pub fn gate(&self) -> Gate {
-        self.gate.clone()
-    }
-
-    /// How the layers fare so far.
-    pub fn report(&self) -> &Report {
-        &self.report
-    }
 }
 
 impl Child {
@@ -631,7 +547,7 @@ impl Child {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 impl Child {
     /// A program in the VMM's place, without namespaces.
     pub fn stand_in(command: &mut std::process::Command) -> io::Result<Self> {
@@ -661,7 +577,7 @@ impl Drop for Child {
 }
 
 /// Waits for a child's end; `None` if it has not, and one does not want to wait.
-pub(crate) fn wait(pid: libc::pid_t, options: libc::c_int) -> io::Result<Option<ExitStatus>> {
+pub fn wait(pid: libc::pid_t, options: libc::c_int) -> io::Result<Option<ExitStatus>> {
     loop {
         let mut status = 0;
         // SAFETY: fills in a live number.

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::Access;
 
-use super::Status;
+use super::layers::Status;
 
 /// What a VM's groups are called, before its supervisor's process id.
 const PREFIX: &str = "mayfly-";

@@ -1,5 +1,5 @@
 //! System calls by role. `resources/seccomp` has the lists, and why each call is in its
-//! list; `build.rs` compiles them.
+//! list; this crate's `build.rs` compiles them.
 
 #![allow(unsafe_code, reason = "filters, and the handler of what they refuse")]
 
@@ -8,13 +8,9 @@ use std::fmt::Write;
 use std::io;
 use std::mem::MaybeUninit;
 
-use super::jail::Role;
-use super::spawn::PANIC;
+use super::role::Role;
+use super::status::{PANIC, VIOLATION};
 use super::syscalls;
-
-/// The exit status of a VMM that made a forbidden system call: what a shell says of SIGSYS.
-pub const VIOLATION: u8 = 128 + 31;
-const _: () = assert!(VIOLATION as i32 == 128 + libc::SIGSYS);
 
 /// One instruction of a filter (`struct sock_filter`).
 const INSTRUCTION: usize = size_of::<libc::sock_filter>();
@@ -227,7 +223,7 @@ mod tests {
     use super::*;
 
     fn list(role: Role) -> Vec<Value> {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("resources/seccomp");
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/seccomp");
         let text = fs::read(folder.join(format!("{}.json", role.name()))).unwrap();
         let file: Value = serde_json::from_slice(&text).unwrap();
         let filter = &file[role.name()];

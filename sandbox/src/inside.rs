@@ -1,0 +1,76 @@
+//! A sandbox on its way.
+
+#![allow(unsafe_code, reason = "a setting of the heap")]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+
+use serde::{Deserialize, Serialize};
+
+use super::credentials::{self, Ids};
+use super::jail::Gate;
+use super::layers::Report;
+use super::lifeline::check;
+use super::policy::Mode;
+
+/// What a VMM process has to know of the sandbox that it was started in, to close it. It says
+/// nothing of the host but user and group numbers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PreparedSandbox {
+    pub(super) mode: Mode,
+    /// Who the process is to become.
+    pub(super) ids: Option<Ids>,
+    pub(super) report: Report,
+    pub(super) namespaces: libc::c_int,
+}
+
+/// The VMM process, as it sees itself before the sandbox closes.
+#[derive(Debug)]
+pub struct Inside {
+    pub(super) mode: Mode,
+    /// Who it is to become.
+    pub(super) ids: Option<Ids>,
+    pub(super) report: Report,
+    /// Hung up when the supervisor has ended.
+    pub(super) lifeline: File,
+    pub(super) namespaces: libc::c_int,
+    pub(super) gate: Gate,
+}
+
+impl Inside {
+    /// Goes on in a sandbox that was prepared, in a process with one thread, whose lifeline
+    /// hangs up when the supervisor has ended.
+    pub fn resume(prepared: PreparedSandbox, lifeline: OwnedFd) -> io::Result<Self> {
+        // Other heaps than the process's own reserve 64 MiB for each thread, and grow by
+        // `mprotect`, which is forbidden later.
+        // SAFETY: this process has one thread, and no heap but that.
+        unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+        credentials::die_with_parent()?;
+        check(&lifeline)?;
+        let PreparedSandbox {
+            mode,
+            ids,
+            report,
+            namespaces,
+        } = prepared;
+        Ok(Inside {
+            mode,
+            ids,
+            report,
+            lifeline: lifeline.into(),
+            namespaces,
+            gate: Gate::default(),
+        })
+    }
+
+    /// For threads that start before the sandbox closes.
+    pub fn gate(&self) -> Gate {
+        self.gate.clone()
+    }
+
+    /// How the layers fare so far.
+    pub fn report(&self) -> &Report {
+        &self.report
+    }
+}
