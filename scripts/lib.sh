@@ -163,7 +163,7 @@ build_guest() {
 
 # The binary and the guest's init, built when their sources changed.
 build_mayfly() {
-    local sources=("$ROOT"/{Cargo.toml,Cargo.lock,build.rs,resources,src,boot,devices,guest,image,process,protocol,sandbox,text})
+    local sources=("$ROOT"/{Cargo.toml,Cargo.lock,build.rs,resources,src,boot,compare,devices,guest,image,process,protocol,sandbox,text})
     newer "$MAYFLY" "${sources[@]}" || newer "$GUEST_INIT" "${sources[@]}" || return 0
     need_rust
     [ -e "$MAYFLY" ] || say "building mayfly"

@@ -15,7 +15,6 @@
 
 pub mod arguments;
 pub mod cli;
-pub mod compare;
 pub mod config;
 pub mod console;
 pub mod control;

@@ -11,7 +11,6 @@ use clap::ValueEnum;
 
 use mayfly_image::{PullOptions, Store};
 
-use crate::compare::{self, ENGINES, INTERRUPTED, Options, Outcome, report};
 use crate::config::{CMDLINE_QUICK, parse_size};
 use crate::data_folder::data_folder;
 use crate::failure::{Failure, OrFail};
@@ -21,6 +20,7 @@ use crate::kvm::accept::AcceptKvm;
 use crate::net::passt;
 use crate::progress_bars::Bars;
 use crate::sandbox;
+use mayfly_compare::{self as compare, ENGINES, INTERRUPTED, Options, Outcome, report};
 
 const EXAMPLES: &str = "\
 Examples:

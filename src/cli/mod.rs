@@ -92,7 +92,7 @@ Exit codes:
 /// Runs what the command line asks for.
 pub fn run() -> ExitCode {
     crate::signals::survive_file_limit();
-    let launched = crate::compare::container::now();
+    let launched = mayfly_compare::container::now();
     let timeline = crate::timing::Timeline::start();
     let words = match crate::arguments::take() {
         Ok(words) => words,

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use mayfly::compare::model::{EngineReport, Mark, Report};
+use mayfly_compare::model::{EngineReport, Mark, Report};
 use mayfly_testing::processes::command_lines;
 use mayfly_testing::tools::{busybox_root, program};
 use mayfly_testing::{text, until};

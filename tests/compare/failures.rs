@@ -7,7 +7,7 @@ use crate::common::{Comparison, engine, image, nothing_is_left, script, sleeper}
 
 const START: [&str; 6] = ["--runs", "2", "--warmup", "0", "--measure", "start"];
 
-fn missing(report: &mayfly::compare::model::Report, name: &str) -> String {
+fn missing(report: &mayfly_compare::model::Report, name: &str) -> String {
     let found = report.engines.iter().find(|it| it.name == name).unwrap();
     assert!(
         found.samples.is_empty() && found.start.is_none(),

@@ -5,8 +5,8 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use mayfly::compare::model::{Kind, Mark, Way};
-use mayfly::compare::statistics::Summary;
+use mayfly_compare::model::{Kind, Mark, Way};
+use mayfly_compare::statistics::Summary;
 
 use crate::common::{Comparison, KNOWN, engine, nothing_is_left, script, sleeper};
 
@@ -181,7 +181,7 @@ fn what_is_seen_from_inside_is_true() {
     assert!(container.own_user_namespace && container.seccomp == 2);
     assert_eq!(container.capabilities.len(), 14);
     assert_eq!((runc.seccomp, runc.capabilities.len()), (0, 3));
-    let syscalls = |facts: &mayfly::compare::model::Isolation| facts.host_syscalls.unwrap();
+    let syscalls = |facts: &mayfly_compare::model::Isolation| facts.host_syscalls.unwrap();
     assert!(
         syscalls(&container) + 50 < syscalls(&process),
         "{container:?} {process:?}"

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Mutex;
 
-use mayfly::compare::container::{Spec, Volume};
+use mayfly_compare::container::{Spec, Volume};
 use mayfly_testing::processes::descendants;
 use mayfly_testing::tools::busybox_root;
 use tempfile::TempDir;

@@ -13,7 +13,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 
-use mayfly::compare::container::{self, Spec};
+use mayfly_compare::container::{self, Spec};
 use mayfly_testing::processes::{descendants, runs};
 use mayfly_testing::until;
 use rustix::fs::{CWD, FileType, Mode, mknodat};

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use mayfly::compare::model::{EngineReport, Mark, Report, Way};
+use mayfly_compare::model::{EngineReport, Mark, Report, Way};
 use mayfly_testing::user::{NOBODY, User};
 use mayfly_testing::{kernel, mayfly, test_data, text, until};
 

@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use mayfly::compare::model::Report;
-use mayfly::compare::report;
+use mayfly_compare::model::Report;
+use mayfly_compare::report;
 use serde_json::{Value, json};
 
 use browser::Browser;
@@ -219,7 +219,7 @@ fn a_page_of_little_is_sound() {
     report.host.virtualised = Some("kvm".to_owned());
     report.order.clear();
     for engine in &mut report.engines {
-        *engine = mayfly::compare::model::EngineReport {
+        *engine = mayfly_compare::model::EngineReport {
             samples: Vec::new(),
             warmups: Vec::new(),
             phases: Default::default(),
