@@ -2,8 +2,10 @@
 //! orders; the vCPUs' threads look whenever they were kicked.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+use super::state::{StateError, StateScope, VcpuState};
 
 /// An order to all vCPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,18 +24,56 @@ struct State {
     alive: usize,
     /// vCPUs that a non-maskable interrupt is for.
     nmi: Vec<bool>,
+    /// vCPUs that are to be saved, and what came of it.
+    saves: Option<Saves>,
+}
+
+/// A save of all vCPUs, each by its own thread.
+#[derive(Debug)]
+struct Saves {
+    scope: Arc<StateScope>,
+    states: Vec<Saved>,
+}
+
+/// How far a vCPU's save is.
+#[derive(Debug)]
+enum Saved {
+    Asked,
+    Begun,
+    Done(Box<Result<VcpuState, StateError>>),
 }
 
 /// What a vCPU's thread is to do next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Next {
     /// Enter the guest, after a non-maskable interrupt if so said.
     Run {
         /// Interrupt it first.
         nmi: bool,
     },
+    /// Save the vCPU, give the result to [`Gate::saved`], and come back.
+    Save(Arc<StateScope>),
     /// End.
     Stop,
+}
+
+impl State {
+    fn is_asked(&self, index: usize) -> bool {
+        let saves = self.saves.as_ref();
+        let saved = saves.and_then(|saves| saves.states.get(index));
+        matches!(saved, Some(Saved::Asked))
+    }
+
+    /// Takes a vCPU's save on, if it is asked for.
+    fn begin_save(&mut self, index: usize) -> Option<Arc<StateScope>> {
+        let saves = self.saves.as_mut()?;
+        let saved = saves.states.get_mut(index)?;
+        if !matches!(saved, Saved::Asked) {
+            return None;
+        }
+        *saved = Saved::Begun;
+        Some(saves.scope.clone())
+    }
 }
 
 /// The gate that vCPUs pass on their way to the guest. It starts closed.
@@ -54,6 +94,7 @@ impl Gate {
                 parked: 0,
                 alive: cpus,
                 nmi: vec![false; cpus],
+                saves: None,
             }),
             changed: Condvar::new(),
             attention: AtomicBool::new(true),
@@ -104,6 +145,48 @@ impl Gate {
         !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
     }
 
+    /// Has each vCPU saved by its thread, once the gate is closed. `None` if that takes too
+    /// long, or if a vCPU has ended.
+    pub fn save(
+        &self,
+        scope: Arc<StateScope>,
+        patience: Duration,
+    ) -> Option<Vec<Result<VcpuState, StateError>>> {
+        let mut state = self.lock();
+        if state.alive < state.nmi.len() {
+            return None;
+        }
+        let states = state.nmi.iter().map(|_| Saved::Asked).collect();
+        state.saves = Some(Saves { scope, states });
+        self.changed.notify_all();
+        let unfinished = |state: &mut State| {
+            let done = |saved: &Saved| matches!(saved, Saved::Done(_));
+            let saves = state.saves.as_ref();
+            let rest = saves.is_some_and(|saves| !saves.states.iter().all(done));
+            rest && state.alive == state.nmi.len()
+        };
+        let (mut state, _) = self
+            .changed
+            .wait_timeout_while(state, patience, unfinished)
+            .unwrap_or_else(PoisonError::into_inner);
+        let saves = state.saves.take()?;
+        let result = |saved| match saved {
+            Saved::Done(result) => Some(*result),
+            Saved::Asked | Saved::Begun => None,
+        };
+        saves.states.into_iter().map(result).collect()
+    }
+
+    /// What came of a vCPU's save.
+    pub fn saved(&self, index: usize, result: Result<VcpuState, StateError>) {
+        let mut state = self.lock();
+        let saves = state.saves.as_mut();
+        if let Some(saved @ Saved::Begun) = saves.and_then(|saves| saves.states.get_mut(index)) {
+            *saved = Saved::Done(Box::new(result));
+            self.changed.notify_all();
+        }
+    }
+
     /// There may be an order. False is certain only for what was ordered
     /// before this thread was kicked.
     pub fn attention(&self) -> bool {
@@ -133,11 +216,16 @@ impl Gate {
                 state = self.lock();
                 continue;
             }
+            if let Some(scope) = state.begin_save(index) {
+                return Next::Save(scope);
+            }
             state.parked += 1;
             self.changed.notify_all();
             state = self
                 .changed
-                .wait_while(state, |state| state.order == Order::Pause)
+                .wait_while(state, |state| {
+                    state.order == Order::Pause && !state.is_asked(index)
+                })
                 .unwrap_or_else(PoisonError::into_inner);
             state.parked -= 1;
         }
@@ -170,6 +258,7 @@ mod tests {
                         if gate.attention() {
                             match gate.pass(index, || parks += 1) {
                                 Next::Stop => break,
+                                Next::Save(_) => panic!("nobody asked"),
                                 Next::Run { nmi } => interrupts += u32::from(nmi),
                             }
                         }
@@ -196,6 +285,27 @@ mod tests {
         gate.open();
         assert_eq!(gate.pass(0, || ()), Next::Stop);
         assert!(gate.closed(PATIENCE));
+    }
+
+    #[test]
+    fn a_vcpu_that_ends_instead_of_being_saved_is_noticed() {
+        let kvm = crate::kvm::vm::open();
+        let Some(scope) = kvm.ok().and_then(|kvm| StateScope::of(&kvm).ok()) else {
+            return;
+        };
+        let gate = Arc::new(Gate::new(1));
+        let vcpu = {
+            let gate = gate.clone();
+            thread::spawn(move || {
+                let next = gate.pass(0, || ());
+                gate.ended();
+                next
+            })
+        };
+        assert!(gate.closed(PATIENCE));
+        assert!(gate.save(Arc::new(scope.clone()), PATIENCE).is_none());
+        assert_eq!(vcpu.join().unwrap(), Next::Save(Arc::new(scope.clone())));
+        assert!(gate.save(Arc::new(scope), PATIENCE).is_none());
     }
 
     #[test]

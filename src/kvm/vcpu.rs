@@ -246,6 +246,12 @@ impl Vcpu {
                         let _ = self.fd.nmi();
                     }
                     Next::Run { nmi: false } => {}
+                    // One that ends has no state that it could go on with.
+                    Next::Save(scope) if end.is_none() => {
+                        gate.saved(self.index.into(), self.save(&scope));
+                        continue;
+                    }
+                    Next::Save(_) => {}
                 }
                 if let Some(end) = end {
                     return end;

@@ -72,8 +72,8 @@ fn directory(memory: &GuestMemory, address: u64) -> Result<Directory, MailboxErr
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::MemorySpec;
     use crate::kvm::memory::guest_memory;
+    use crate::spec::MemorySpec;
     use mayfly_protocol::mailbox::open;
 
     const SIZE: u64 = 1 << 20;

@@ -1,15 +1,19 @@
 //! On real KVM, where there is one: an emulator of guest code will do.
 
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
 use kvm_bindings::kvm_regs;
 use kvm_ioctls::{Kvm, VcpuExit};
+use mayfly_devices::bus::{BusDevice, lock};
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::signal::Killable;
 
 use super::*;
+use crate::kvm::gate::Gate;
 use crate::kvm::memory::{GuestMemory, guest_memory};
-use crate::kvm::vcpu::Vcpu;
+use crate::kvm::vcpu::{Buses, Vcpu, install_kick_handler, kick_signal};
 use crate::kvm::vm::{self, Vm};
 use crate::spec::MemorySpec;
 
@@ -250,6 +254,74 @@ fn has_own_counter(kvm: &Kvm) -> bool {
         eprintln!("not tested: KVM does not set the time stamp counter here");
     }
     own
+}
+
+/// As a machine runs: its vCPUs are saved by their threads, and go on.
+#[test]
+fn vcpus_are_saved_at_the_gate_and_go_on() {
+    const PATIENCE: Duration = Duration::from_secs(20);
+    /// Counts what the program says.
+    #[derive(Default)]
+    struct Listener(Vec<u8>);
+    impl BusDevice for Listener {
+        fn read(&mut self, _: u64, _: &mut [u8]) {}
+        fn write(&mut self, _: u64, data: &[u8]) {
+            self.0.extend_from_slice(data);
+        }
+    }
+
+    let Some((kvm, scope)) = kvm() else { return };
+    install_kick_handler().unwrap();
+    let scope = Arc::new(scope);
+    let mut source = Machine::new(&kvm, 2);
+    source.start();
+    let listener = Arc::new(Mutex::new(Listener::default()));
+    let mut buses = Buses::default();
+    buses.io.insert(PORT.into(), 1, listener.clone()).unwrap();
+    let (buses, gate) = (Arc::new(buses), Arc::new(Gate::new(2)));
+    let threads: Vec<_> = source
+        .vcpus
+        .drain(..)
+        .map(|vcpu| {
+            let (buses, gate) = (buses.clone(), gate.clone());
+            thread::spawn(move || vcpu.run(&buses, &gate))
+        })
+        .collect();
+    let heard = || lock(&listener).0.len();
+    let close = || {
+        gate.close();
+        threads.iter().for_each(|thread| {
+            thread.kill(kick_signal()).unwrap();
+        });
+        assert!(gate.closed(PATIENCE));
+    };
+    for round in 0..5 {
+        gate.open();
+        let before = heard();
+        while heard() < before + 10 {
+            thread::yield_now();
+        }
+        close();
+        let states = gate.save(scope.clone(), PATIENCE).unwrap();
+        let vcpus = states.into_iter().map(Result::unwrap).collect();
+        let saved = Saved {
+            vcpus,
+            vm: source.vm.save().unwrap(),
+        };
+        assert_eq!(saved.vcpus[1].mp_state, 1, "it waits to be started");
+        let mut clone = Machine::restored(&kvm, &scope, &saved).unwrap();
+        // What was said last is not said again.
+        let last = *lock(&listener).0.last().unwrap();
+        assert_eq!(clone.step(), last.wrapping_add(1), "round {round}");
+    }
+    let said = lock(&listener).0.clone();
+    let in_order = |(index, byte): (usize, &u8)| *byte == (index + 1) as u8;
+    assert!(said.iter().enumerate().all(in_order), "{said:?}");
+    gate.stop();
+    threads.into_iter().for_each(|thread| {
+        thread.join().unwrap();
+    });
+    assert!(gate.save(scope, PATIENCE).is_none());
 }
 
 #[test]
