@@ -267,15 +267,27 @@ fn bad_rings(device: &mut Device, random: &mut Random) {
             }
             5 => {
                 let at = device.entry(queue, random);
-                io::write_any(at, 2, random.below(512));
+                write_entry(device, queue, at, random.below(512));
             }
             _ => {
                 let at = device.entry(queue, random);
-                io::write_any(at, 2, random.odd());
+                write_entry(device, queue, at, random.odd());
             }
         }
     }
     device.kick(queue);
+}
+
+/// Writes two bytes of a ring. A descriptor's address stays out of this program, which is
+/// below the arena: when a device gets to a descriptor that was changed depends on the host,
+/// and it would write there.
+fn write_entry(device: &Device, queue: u64, at: u64, value: u64) {
+    /// Of a descriptor's 16 bytes, those of bits 16 to 31 of its address.
+    const MIDDLE: u64 = 2;
+    let [descriptors, available, _] = device.addresses(queue);
+    let is_middle = (descriptors..available).contains(&at) && at % 16 == MIDDLE;
+    let arena = if is_middle { ARENA >> 16 } else { 0 };
+    io::write_any(at, 2, value | arena);
 }
 
 /// Any register, in any way.
