@@ -5,6 +5,7 @@ use std::fs::{self, OpenOptions};
 
 use kvm_ioctls::Kvm;
 use mayfly_devices::virtio::block::try_ring;
+use mayfly_sandbox::{self as sandbox, Cgroup, Layer, Mode, Policy, Share, Status};
 use serde::Serialize;
 
 use crate::failure::OrFail;
@@ -13,7 +14,6 @@ use crate::kvm::accept::AcceptKvm;
 use crate::kvm::probe::{self, Backend};
 use crate::kvm::vm;
 use crate::net::passt;
-use crate::sandbox::{self, Cgroup, Layer, Mode, Policy, Share, Status};
 use crate::virtiofsd;
 
 /// How a check came out.

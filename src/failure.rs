@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use mayfly_text::printable;
 
-use crate::sandbox;
 use mayfly_compare as compare;
+use mayfly_sandbox as sandbox;
 
 /// Whose fault it is; the value is the exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

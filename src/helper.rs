@@ -17,9 +17,9 @@ use std::time::{Duration, Instant};
 use mayfly_devices::bus::lock;
 use mayfly_devices::poll::ready;
 use mayfly_process::programs::{end_with_us, inherit, unblock_signals};
+use mayfly_sandbox as sandbox;
 
 use crate::failure::{Failure, OrFail};
-use crate::sandbox;
 use crate::signals::StartSignals;
 
 /// When it is told to end, this is plenty.

@@ -41,5 +41,3 @@ pub mod virtiofsd;
 pub mod vmm;
 pub mod volume;
 pub mod vsock;
-
-pub use mayfly_sandbox as sandbox;

@@ -26,15 +26,15 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use mayfly_devices::virtio::fs::{BackendError, Frontend};
+use mayfly_process::programs::{find_program, inherit};
+use mayfly_sandbox::Door;
+use mayfly_sandbox::seccomp::Filter;
 
 use crate::config::FolderConfig;
 use crate::failure::{Failure, OrFail};
 use crate::helper::{self, Chatter, Helper, Ready};
-use crate::sandbox::Door;
-use crate::sandbox::seccomp::Filter;
 use crate::signals::StartSignals;
 use crate::unix_socket;
-use mayfly_process::programs::{find_program, inherit};
 
 const PROGRAM: &str = "virtiofsd";
 /// Where else it is: Debian's, others', cargo's, and that of Debian 12's QEMU.

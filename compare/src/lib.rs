@@ -35,6 +35,8 @@ mod session;
 pub mod statistics;
 mod undo;
 
+use mayfly_image::Progress;
+
 pub use self::engines::NAMES as ENGINES;
 use self::error::Context;
 pub use self::error::{Error, ErrorKind};
@@ -42,7 +44,6 @@ pub use self::guard::INTERRUPTED;
 use self::guard::Scene;
 pub use self::options::{Guest, Mayfly, Measure, Options};
 use self::session::Session;
-use mayfly_image::Progress;
 
 /// What a process is to do with a comparison.
 pub enum Outcome {

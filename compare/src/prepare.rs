@@ -6,11 +6,12 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
+use mayfly_image::{Digest, Image, Progress, PullOptions, RunConfig, Store};
+
 use super::engines::{PROBE, Place};
 use super::guard::Scene;
 use super::options::Options;
 use crate::error::{Context, Error};
-use mayfly_image::{Digest, Image, Progress, PullOptions, RunConfig, Store};
 
 /// The image's files are there themselves and, at times, as an archive, as mayfly's layer
 /// and as a disk.

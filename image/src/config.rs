@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use mayfly_text::printable;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::digest::Digest;
 use super::json;
-use mayfly_text::printable;
 
 /// Docker takes no more either.
 pub const LAYERS_MAX: usize = 127;

@@ -12,6 +12,8 @@ use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::thread::{self, JoinHandle};
 
+use mayfly_process::programs;
+
 use super::digest::{Digest, Hashing};
 use super::limits::Limits;
 use super::progress::{Progress, Task};
@@ -19,7 +21,6 @@ pub use super::records::{Inheritance, Record};
 use super::section::Section;
 use super::tarball::{ArchiveError, Entries, Kind, Meta, Writer};
 use super::tree::{Inode, InodeKind, Tree};
-use mayfly_process::programs;
 
 /// Where a layer's files are in its file system: what is above is the tool's own,
 /// which gives it an owner and a time of its choice.

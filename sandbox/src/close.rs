@@ -7,15 +7,15 @@ use std::io::{self, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 
+use super::confinement::ThreadConfinement;
 use super::credentials::{self, Ids};
 use super::error::{Context, Error, refusal};
-use super::inside::Inside;
-use super::jail::Jail;
 use super::landlocked::landlock;
 use super::layers::{Layer, Status};
 use super::lifeline;
 use super::policy::Mode;
 use super::seccomp;
+use super::setup::SandboxSetup;
 use super::status::PANIC;
 
 /// What the VMM may take of the host.
@@ -43,16 +43,16 @@ impl Default for Limits {
 /// Which descriptors stay open.
 #[derive(Clone, Copy, Debug)]
 pub enum Keep<'a> {
-    /// All, where strays were closed before.
+    /// All, where inherited ones were closed before.
     All,
     /// These.
     Only(&'a [RawFd]),
 }
 
-impl Inside {
+impl SandboxSetup {
     /// Closes all descriptors but some: what the supervisor had open, and whoever started it.
     /// To be called before anything is made that owns one.
-    pub fn close_strays(&self, keep: &[RawFd]) -> io::Result<()> {
+    pub fn close_inherited(&self, keep: &[RawFd]) -> io::Result<()> {
         let own = self.lifeline.as_raw_fd();
         for fd in descriptors()? {
             if fd != own && !keep.contains(&fd) {
@@ -64,14 +64,14 @@ impl Inside {
     }
 
     /// Closes the sandbox: nothing can be opened, and nobody found, from here on. It is
-    /// for the main thread. Each thread [confines](Jail::confine) itself after.
-    pub fn close(mut self, limits: &Limits, keep: Keep) -> Result<Jail, Error> {
+    /// for the main thread. Each thread [confines](ThreadConfinement::confine) itself after.
+    pub fn close(mut self, limits: &Limits, keep: Keep) -> Result<ThreadConfinement, Error> {
         if self.mode == Mode::Off {
-            return jail(None, self);
+            return confinement(None, self);
         }
         // These look at /proc, which is gone then.
         if let Keep::Only(keep) = keep {
-            self.close_strays(keep).or_host("closing descriptors")?;
+            self.close_inherited(keep).or_host("closing descriptors")?;
         }
         no_directory(&descriptors().or_host("listing descriptors")?)?;
         self.report.set(Layer::Descriptors, Status::Active);
@@ -112,7 +112,7 @@ impl Inside {
         {
             return Err(Error::Refused(refusal(layer, &why)));
         }
-        jail(self.ids, self)
+        confinement(self.ids, self)
     }
 
     /// Notes how a layer fares. One that was missed before stays so.
@@ -135,9 +135,9 @@ impl Inside {
     }
 }
 
-fn jail(ids: Option<Ids>, inside: Inside) -> Result<Jail, Error> {
-    let jail = Jail::new(inside.mode, ids, inside.report, inside.gate);
-    jail.ok_or(Error::GivenUp)
+fn confinement(ids: Option<Ids>, setup: SandboxSetup) -> Result<ThreadConfinement, Error> {
+    let confinement = ThreadConfinement::new(setup.mode, ids, setup.report, setup.gate);
+    confinement.ok_or(Error::GivenUp)
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {

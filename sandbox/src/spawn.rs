@@ -14,10 +14,10 @@ use std::time::{Duration, Instant};
 use super::close::{Keep, Limits, descriptors};
 use super::credentials::{self, Ids};
 use super::error::refusal;
-use super::inside::{Inside, PreparedSandbox};
 use super::layers::{Layer, Report, Status};
 use super::lifeline::check;
 use super::policy::{Mode, Policy};
+use super::setup::{PreparedSandbox, SandboxSetup};
 use super::status::PANIC;
 
 /// Users of VMs: from here on, one for each. Nobody gives these out: they are above what
@@ -83,7 +83,7 @@ pub struct Program<'a> {
     /// Its name, the only argument.
     pub name: &'a CStr,
     /// Its descriptors, from 0 on. Behind them comes its lifeline, for
-    /// [`Inside::resume`]; it inherits no other.
+    /// [`SandboxSetup::resume`]; it inherits no other.
     pub descriptors: &'a [BorrowedFd<'a>],
 }
 
@@ -91,16 +91,16 @@ pub struct Program<'a> {
 ///
 /// The caller has one thread: of all others the VMM would have the locks, but not the
 /// threads that open them.
-pub fn spawn(policy: &Policy, child: impl FnOnce(Inside) -> u8) -> io::Result<Child> {
+pub fn spawn(policy: &Policy, child: impl FnOnce(SandboxSetup) -> u8) -> io::Result<Child> {
     let child = |start: &Start, lifeline: File, mapped| {
-        let inside = Inside::resume(start.prepared(mapped), lifeline.into());
-        inside.map_or(PANIC, child)
+        let setup = SandboxSetup::resume(start.prepared(mapped), lifeline.into());
+        setup.map_or(PANIC, child)
     };
     start(policy, child).map(|(child, _)| child)
 }
 
 /// Starts a program as the VMM, anew: it has nothing of this process's memory, environment
-/// and descriptors. It is to [resume](Inside::resume) what is returned.
+/// and descriptors. It is to [resume](SandboxSetup::resume) what is returned.
 ///
 /// The caller has one thread, as with [`spawn`].
 pub fn spawn_program(policy: &Policy, program: &Program) -> io::Result<(Child, PreparedSandbox)> {
@@ -314,10 +314,10 @@ fn alone() -> io::Result<()> {
 pub fn probe(policy: &Policy) -> io::Result<Report> {
     let (mut theirs, mut ours) = pipe()?;
     let kept = ours.as_raw_fd();
-    let mut child = spawn(policy, |inside| {
-        let jail = inside.close(&Limits::default(), Keep::Only(&[0, 1, 2, kept]));
-        let told = match jail {
-            Ok(jail) => serde_json::to_vec(&Ok::<_, String>(jail.report())),
+    let mut child = spawn(policy, |setup| {
+        let confinement = setup.close(&Limits::default(), Keep::Only(&[0, 1, 2, kept]));
+        let told = match confinement {
+            Ok(confinement) => serde_json::to_vec(&Ok::<_, String>(confinement.report())),
             Err(failure) => serde_json::to_vec(&Err::<Report, _>(failure.to_string())),
         };
         let told = told.map_err(io::Error::from);

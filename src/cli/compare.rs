@@ -9,7 +9,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::ValueEnum;
 
+use mayfly_compare::{self as compare, ENGINES, INTERRUPTED, Options, Outcome, report};
 use mayfly_image::{PullOptions, Store};
+use mayfly_sandbox as sandbox;
 
 use crate::config::{CMDLINE_QUICK, parse_size};
 use crate::data_folder::data_folder;
@@ -19,8 +21,6 @@ use crate::kvm;
 use crate::kvm::accept::AcceptKvm;
 use crate::net::passt;
 use crate::progress_bars::Bars;
-use crate::sandbox;
-use mayfly_compare::{self as compare, ENGINES, INTERRUPTED, Options, Outcome, report};
 
 const EXAMPLES: &str = "\
 Examples:

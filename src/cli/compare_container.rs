@@ -4,8 +4,9 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use crate::failure::{Failure, OrFail};
 use mayfly_compare::container::{self, NO_CONTAINER, Spec};
+
+use crate::failure::{Failure, OrFail};
 
 /// Raw flags.
 #[derive(clap::Args)]

@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use clap::Subcommand;
 use mayfly_devices::rate_limiter::Limits;
+use mayfly_text::printable;
 
 use crate::config::{Keys, parse_size, take_limits};
 use crate::control::{Client, ClientError, Command, Folder};
 use crate::failure::{Class, Failure, OrFail};
-use mayfly_text::printable;
 
 const EXAMPLES: &str = "\
 Examples:

@@ -5,13 +5,13 @@ use std::process::ExitCode;
 use std::time::SystemTime;
 
 use clap::Subcommand;
+use mayfly_image::{Image, Limits, PullOptions, Reference, RunConfig, Store};
 use serde_json::json;
 
 use crate::config::parse_size;
 use crate::data_folder::data_folder;
 use crate::failure::{Failure, OrFail};
 use crate::progress_bars::Bars;
-use mayfly_image::{Image, Limits, PullOptions, Reference, RunConfig, Store};
 
 const EXAMPLES: &str = "\
 Examples:

@@ -3,11 +3,11 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
+use mayfly_text::printable;
 use serde_json::{Value, json};
 
 use crate::control::{Client, ClientError, Command, Folder};
 use crate::failure::Failure;
-use mayfly_text::printable;
 
 const EXAMPLES: &str = "\
 Examples:

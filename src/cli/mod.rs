@@ -26,11 +26,11 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use mayfly_text::printable;
 use serde::Serialize;
 use tempfile::NamedTempFile;
 
 use crate::failure::{Class, Failure, OrFail};
-use mayfly_text::printable;
 
 /// A VM that starts faster than a container.
 #[derive(Parser)]

@@ -9,6 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use clap::Subcommand;
+use mayfly_text::printable;
 use serde_json::{Value, json};
 
 use super::logs;
@@ -18,7 +19,6 @@ use crate::run::detach::{self, DetachKeys};
 use crate::run::record::{Place, Record, State, now_ms};
 use crate::run::{self, CopyOptions, ExecOptions, Usage, end, signal};
 use crate::supervisor::Status;
-use mayfly_text::printable;
 
 /// A machine that takes longer to tell of itself is left out.
 const PATIENCE: Duration = Duration::from_secs(2);

@@ -29,6 +29,7 @@ use std::path::{Path, PathBuf};
 
 use mayfly_boot::layout;
 use mayfly_devices::virtio::console::CHANNELS_MAX;
+use mayfly_sandbox::Mode;
 
 pub use self::balloon::BalloonConfig;
 pub use self::cmdline::CMDLINE_QUICK;
@@ -51,7 +52,6 @@ use crate::failure::Failure;
 use crate::kvm::accept::AcceptKvm;
 use crate::logging::LogConfig;
 use crate::net::user::UserNet;
-use crate::sandbox::Mode;
 use crate::spec::{
     BlockSpec, BootProtocol, DeviceKind, DeviceSpec, MachineSpec, MemorySpec, NetSpec, VERSION,
     WatchdogAction,

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use mayfly_sandbox::Mode;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 
@@ -11,7 +12,6 @@ use super::keys::{FromKeys, Keys, Value};
 use super::{CPUS_MAX, MachineOptions};
 use crate::failure::{Failure, OrFail};
 use crate::kvm::accept::AcceptKvm;
-use crate::sandbox::Mode;
 use crate::spec::BootProtocol;
 
 /// The raw flags. A file of `--config` has the same names: `cpus = 2`,

@@ -8,6 +8,7 @@ use mayfly_boot::initramfs::{
     DEFAULT_MODULES, Initramfs, InitramfsError, LATER_MODULES, ModuleForm,
 };
 use mayfly_boot::payload;
+use mayfly_process::programs::find_program;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::sources::{self, Source};
@@ -18,7 +19,6 @@ use super::{
 use crate::control::valid_name;
 use crate::failure::{Failure, OrFail};
 use crate::run::record::now_ms;
-use mayfly_process::programs::find_program;
 
 /// What an image's VM needs beside mayfly's devices.
 const RUN_MODULES: [&str; 2] = ["squashfs", "overlay"];

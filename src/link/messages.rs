@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use mayfly_sandbox::{PreparedSandbox, Report};
 use serde::{Deserialize, Serialize};
 
 use crate::console::ConsoleFlags;
@@ -10,7 +11,6 @@ use crate::failure::{Class, Failure};
 use crate::logging::LogStyle;
 use crate::net::egress::EgressPolicy;
 use crate::net::host::HostNetworks;
-use crate::sandbox::{PreparedSandbox, Report};
 use crate::spec::MachineSpec;
 use crate::timing::Timeline;
 

@@ -12,15 +12,15 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use etherparse::{ArpHardwareId, ArpOperation, ArpPacket, EtherType, PacketBuilder};
+use mayfly_process::programs::find_program;
+use mayfly_sandbox::Door;
 
 use super::egress::EgressPolicy;
 use super::publish::Protocol;
 use super::user::{UserConfig, UserNet};
 use crate::failure::{Failure, OrFail};
 use crate::helper::{self, Chatter, Helper, Ready};
-use crate::sandbox::Door;
 use crate::signals::StartSignals;
-use mayfly_process::programs::find_program;
 
 const PROGRAM: &str = "passt";
 /// What a process that waits to become it is called.

@@ -18,10 +18,10 @@ use mayfly_protocol::agent::{
 };
 use mayfly_protocol::copy::wire::{Incoming, Outgoing};
 use mayfly_protocol::copy::{Source, copy};
+use mayfly_text::printable;
 
 use super::detach::DetachKeys;
 use crate::unix_socket;
-use mayfly_text::printable;
 
 /// A guest has so long to let a user go.
 const FAREWELL: Duration = Duration::from_secs(2);

@@ -10,18 +10,18 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use flate2::bufread::MultiGzDecoder;
+use mayfly_image::normalised;
+use mayfly_image::tarball::{self, Entries, Meta, Writer};
 use mayfly_protocol::agent::{HostMessage, Unpack};
 use mayfly_protocol::copy::{
     Data, Entry, Files, Keep, Kind, Place, Sink, Source, Walk, copy, xattrs,
 };
+use mayfly_text::printable;
 
 use super::agent::Agent;
 use super::record::{self, State};
 use crate::arguments::split_at;
 use crate::failure::{Class, Failure, OrFail};
-use mayfly_image::normalised;
-use mayfly_image::tarball::{self, Entries, Meta, Writer};
-use mayfly_text::printable;
 
 /// What to copy, in the user's words.
 #[derive(Clone, Debug, Default)]

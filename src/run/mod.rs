@@ -35,7 +35,9 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use mayfly_image::{Image, LAYER_ROOT, Progress, PullOptions, Quiet, Store};
 use mayfly_protocol::agent::{Exit, Mount, Net, PORT};
+use mayfly_text::printable;
 use serde_json::json;
 
 pub use self::copy::{CopyOptions, cp};
@@ -68,8 +70,6 @@ use crate::supervisor::Supervisor;
 use crate::timing::{Timeline, TimingUs};
 use crate::unix_socket;
 use crate::volume::{Journal, make_ext4};
-use mayfly_image::{Image, LAYER_ROOT, Progress, PullOptions, Quiet, Store};
-use mayfly_text::printable;
 
 /// mayfly itself failed, or the command could not be started.
 pub const STATUS_FAILED: u8 = 125;

@@ -4,11 +4,12 @@ use std::ffi::OsString;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use mayfly_sandbox as sandbox;
+
 use super::docker::DockerFlags;
 use super::environment;
 use crate::failure::Failure;
 use crate::kvm::accept::AcceptKvm;
-use crate::sandbox;
 
 /// The flags, in the user's words.
 #[derive(clap::Args, Clone, Debug, Default)]

@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::time::Duration;
 
+use mayfly_image::RunConfig;
 use mayfly_protocol::agent::{Limit, Mount, Process, Setup, Source};
 
 use super::environment::{self, Wishes};
@@ -17,7 +18,6 @@ use super::sysctl;
 use super::volumes;
 use crate::config::parse_size;
 use crate::failure::Failure;
-use mayfly_image::RunConfig;
 
 /// Where programs share memory.
 const SHARED_MEMORY: &str = "/dev/shm";

@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use mayfly_protocol::agent::Limit;
+use mayfly_sandbox::Cgroup;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde::{Deserialize, Serialize};
 use tempfile::{NamedTempFile, TempDir};
@@ -18,7 +19,6 @@ use super::log;
 use super::text::Text;
 use crate::control::Folder;
 use crate::failure::{Failure, OrFail};
-use crate::sandbox::Cgroup;
 use crate::signals::StartSignals;
 use crate::supervisor::Status;
 use crate::timing::milliseconds;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rustix::param::{clock_ticks_per_second, page_size};
 
-use crate::sandbox::GroupUsage;
+use mayfly_sandbox::GroupUsage;
 
 /// What processes have used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

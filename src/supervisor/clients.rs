@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use std::sync::mpsc::SyncSender;
 
 use mayfly_devices::bus::lock;
+use mayfly_sandbox::Report;
 use serde_json::{Map, Value, json};
 
 use super::status::StatusBoard;
@@ -12,7 +13,6 @@ use crate::config::MachineConfig;
 use crate::control::{Ask, Command, Reply};
 use crate::link::{Link, ToVmm};
 use crate::net::publish::summary;
-use crate::sandbox::Report;
 
 /// Questions that may wait for an answer; older ones are forgotten.
 const ASKED_MAX: usize = 64;

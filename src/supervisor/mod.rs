@@ -20,6 +20,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use mayfly_devices::poll::{entry, poll, ready};
+use mayfly_sandbox::{self as sandbox, Cgroup, Layer, Report, Status as LayerStatus};
+use mayfly_text::printable;
 
 pub use self::status::{Status, StatusBoard};
 pub use self::vmm_process::StopHandle;
@@ -38,12 +40,10 @@ use crate::link::{
 use crate::logging;
 use crate::net::host::{HostNetworks, Watch};
 use crate::net::publish::Reserved;
-use crate::sandbox::{self, Cgroup, Layer, Report, Status as LayerStatus};
 use crate::signals::{Signals, StartSignals};
 use crate::timing::Timeline;
 use crate::unix_socket::Name;
 use crate::vsock;
-use mayfly_text::printable;
 
 /// How long a VMM process may take to build a VM, and as long again to let the guest run.
 const START_TIMEOUT: Duration = Duration::from_secs(120);
@@ -423,8 +423,8 @@ mod tests {
     use super::*;
     use crate::config::MachineOptions;
     use crate::config::testing::validate;
-    use crate::sandbox::Child;
     use crate::signals::raise;
+    use mayfly_sandbox::Child;
 
     /// What a VMM process has here, rather than [`STOP_TIMEOUT`].
     const SHORT: Duration = Duration::from_millis(300);

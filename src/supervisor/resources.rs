@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use kvm_ioctls::Kvm;
 use mayfly_devices::virtio::block::{SECTOR, qcow2_size};
+use mayfly_sandbox::{Cgroup, Door};
 use rustix::fs::{Access, MemfdFlags, OFlags, fcntl_getfl, fcntl_setfl, fstatfs, memfd_create};
 
 use crate::config::{DiskConfig, Format, Host, HostNet, LAYERS, MachineConfig, Network};
@@ -18,7 +19,6 @@ use crate::helper::Ready;
 use crate::kvm;
 use crate::link::{DeviceEnd, ImageLayout};
 use crate::net::{passt, tap};
-use crate::sandbox::{Cgroup, Door};
 use crate::signals::StartSignals;
 use crate::spec::DeviceKind;
 use crate::virtiofsd;

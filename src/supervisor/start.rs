@@ -21,9 +21,11 @@ use crate::failure::{Class, Failure, OrFail};
 use crate::kvm::vm;
 use crate::link::{BuildRequest, FromVmm, Link, ToVmm};
 use crate::net::host::{HostNetworks, Watch};
-use crate::sandbox::{self, Cgroup, Child, Mode, Policy, PreparedSandbox, Program, Share, Status};
 use crate::signals::{Signals, StartSignals};
 use crate::timing::Timeline;
+use mayfly_sandbox::{
+    self as sandbox, Cgroup, Child, Mode, Policy, PreparedSandbox, Program, Share, Status,
+};
 
 /// How many bytes of memory a VMM process touches in a second, at the least, where all are
 /// touched before the guest runs.

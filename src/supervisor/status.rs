@@ -5,10 +5,10 @@
 use std::sync::{Arc, Mutex};
 
 use mayfly_devices::bus::lock;
+use mayfly_text::printable;
 use serde::{Deserialize, Serialize};
 
 use crate::control::{Event, Subscriber};
-use mayfly_text::printable;
 
 /// More problems than these are only logged.
 const PROBLEMS_MAX: usize = 16;

@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use mayfly_devices::bus::lock;
 use mayfly_devices::poll::{entry, poll};
+use mayfly_sandbox::Child;
 
 use crate::link::{Link, ToVmm};
-use crate::sandbox::Child;
 
 /// How long a VMM process that was told to stop may take before it is killed.
 pub(super) const STOP_TIMEOUT: Duration = Duration::from_secs(30);

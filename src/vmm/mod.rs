@@ -18,6 +18,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use mayfly_devices::virtio::block::Prepare;
+use mayfly_sandbox::{self as sandbox, Keep, Limits, Role, SandboxSetup, ThreadConfinement};
 use vmm_sys_util::timerfd::TimerFd;
 
 pub use self::request::{NAME, is_vmm};
@@ -32,7 +33,6 @@ use crate::failure::{Class, Failure, OrFail};
 use crate::kvm::vcpu;
 use crate::link::{Ending, FromVmm, Link, ToVmm, VmmFailure};
 use crate::logging;
-use crate::sandbox::{self, Inside, Jail, Keep, Limits, Role};
 use crate::signals;
 use crate::vsock;
 
@@ -90,10 +90,10 @@ fn live(inherited: Inherited) -> Result<Ending, VmmFailure> {
     }
 
     // Nothing is opened from here on.
-    let jail = close(request.inside, &limits, &link)?;
+    let confinement = close(request.setup, &limits, &link)?;
     let vcpus = {
-        let (jail, notifier) = (jail.clone(), Arc::new(machine.notifier));
-        let confine = move || confined(jail.confine(Role::Vcpu));
+        let (confinement, notifier) = (confinement.clone(), Arc::new(machine.notifier));
+        let confine = move || confined(confinement.confine(Role::Vcpu));
         let tell = move |end| notifier.send(VmEvent::Vcpu(end));
         VcpuControl::start(machine.vcpus, machine.buses, machine.gate, confine, tell)?
     };
@@ -120,7 +120,7 @@ fn live(inherited: Inherited) -> Result<Ending, VmmFailure> {
         handler: handler.clone(),
         state: state.clone(),
     });
-    jail.confine(Role::EventLoop).or_host("seccomp")?;
+    confinement.confine(Role::EventLoop).or_host("seccomp")?;
     link.send(&FromVmm::Running, &[]).or_internal(LINK)?;
     vcpus.resume();
     {
@@ -218,12 +218,16 @@ fn connect(
 }
 
 /// Closes the sandbox, and tells the supervisor how its layers fare.
-fn close(inside: Inside, limits: &Limits, link: &Link) -> Result<Jail, VmmFailure> {
-    let jail = inside.close(limits, Keep::All).map_err(Failure::from)?;
-    jail.settle();
-    let closed = FromVmm::Closed(jail.report());
+fn close(
+    setup: SandboxSetup,
+    limits: &Limits,
+    link: &Link,
+) -> Result<ThreadConfinement, VmmFailure> {
+    let confinement = setup.close(limits, Keep::All).map_err(Failure::from)?;
+    confinement.settle();
+    let closed = FromVmm::Closed(confinement.report());
     link.send(&closed, &[]).or_internal(LINK)?;
-    Ok(jail)
+    Ok(confinement)
 }
 
 /// Threads of disks start before the sandbox is closed, and wait for that.

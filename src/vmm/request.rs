@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
+use mayfly_sandbox::SandboxSetup;
 use rustix::net::SocketType;
 use rustix::net::sockopt::socket_type;
 
@@ -18,7 +19,6 @@ use crate::kvm::vm;
 use crate::link::{Broker, BuildRequest, Link, ToVmm, VmmFailure};
 use crate::logging;
 use crate::net::host::{KnownHost, Updates};
-use crate::sandbox::Inside;
 use crate::spec::{MachineSpec, VERSION};
 use crate::timing::Timeline;
 
@@ -71,7 +71,7 @@ pub struct Request {
     /// What it is built from.
     pub parts: Parts,
     /// The sandbox that is to be closed.
-    pub inside: Inside,
+    pub setup: SandboxSetup,
     /// Hears of changes of the host's networks.
     pub host: Updates,
     /// How large in bytes a file that is written to may become.
@@ -124,8 +124,8 @@ impl Request {
             false => None,
         };
         let broker = Arc::new(Broker::new(next()?.into()));
-        let inside = Inside::resume(sandbox, lifeline).or_host("the sandbox")?;
-        let prepare = Arc::new(AtGate(inside.gate()));
+        let setup = SandboxSetup::resume(sandbox, lifeline).or_host("the sandbox")?;
+        let prepare = Arc::new(AtGate(setup.gate()));
         Ok(Request {
             spec,
             parts: Parts {
@@ -137,7 +137,7 @@ impl Request {
                 prepare,
                 host: known,
             },
-            inside,
+            setup,
             host,
             file_size,
             log: log.start(),

@@ -19,7 +19,10 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, ExitCode, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use mayfly::sandbox::{self, Inside, Jail, Keep, Layer, Limits, Mode, Policy, Role, Status};
+use mayfly_sandbox::{
+    self as sandbox, Keep, Layer, Limits, Mode, Policy, Role, SandboxSetup, Status,
+    ThreadConfinement,
+};
 
 use attempts::{ATTEMPTS, Alone, Attempt};
 use loot::{Held, Loot};
@@ -216,10 +219,10 @@ impl Attempt {
             Err(error) => return Result::Broken(error.to_string()),
         };
         let tcp = loot::socket(libc::AF_INET, libc::SOCK_STREAM);
-        let child = sandbox::spawn(&policy, |inside| {
+        let child = sandbox::spawn(&policy, |setup| {
             // SAFETY: two numbers.
             unsafe { libc::dup2(theirs.as_raw_fd(), libc::STDERR_FILENO) };
-            tcp.map_or(BROKEN, |tcp| self.inside(inside, walls, loot, tcp))
+            tcp.map_or(BROKEN, |tcp| self.inside(setup, walls, loot, tcp))
         });
         drop(theirs);
         let mut child = match child {
@@ -243,7 +246,7 @@ impl Attempt {
         understood(status, &String::from_utf8_lossy(&text))
     }
 
-    fn inside(&self, inside: Inside, walls: Walls, loot: &Loot, tcp: OwnedFd) -> u8 {
+    fn inside(&self, setup: SandboxSetup, walls: Walls, loot: &Loot, tcp: OwnedFd) -> u8 {
         let Ok(loot) = loot.hold(walls == Walls::None, tcp) else {
             return BROKEN;
         };
@@ -257,18 +260,18 @@ impl Attempt {
             Walls::None => Keep::All,
             _ => Keep::Only(&kept),
         };
-        let jail = match inside.close(&limits, keep) {
-            Ok(jail) => jail,
+        let confinement = match setup.close(&limits, keep) {
+            Ok(confinement) => confinement,
             Err(failure) => {
                 eprintln!("{failure}");
                 return BROKEN;
             }
         };
         match walls {
-            Walls::All(Role::EventLoop) => self.confined(&jail, Role::EventLoop, &loot),
+            Walls::All(Role::EventLoop) => self.confined(&confinement, Role::EventLoop, &loot),
             Walls::All(role) => {
                 let thread = std::thread::scope(|scope| {
-                    let work = || self.confined(&jail, role, &loot);
+                    let work = || self.confined(&confinement, role, &loot);
                     let thread = std::thread::Builder::new().name(role.name().to_owned());
                     thread.spawn_scoped(scope, work).map(|it| it.join())
                 });
@@ -278,8 +281,8 @@ impl Attempt {
         }
     }
 
-    fn confined(&self, jail: &Jail, role: Role, loot: &Held) -> u8 {
-        match jail.confine(role) {
+    fn confined(&self, confinement: &ThreadConfinement, role: Role, loot: &Held) -> u8 {
+        match confinement.confine(role) {
             Ok(()) => self.status(loot),
             Err(error) => {
                 eprintln!("{error}");

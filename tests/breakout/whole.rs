@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::{Arc, Barrier};
 
-use mayfly::sandbox::{self, Inside, Keep, Limits, Mode, Policy, Role};
+use mayfly_sandbox::{self as sandbox, Keep, Limits, Mode, Policy, Role, SandboxSetup};
 
 const POLICY: Policy = Policy {
     mode: Mode::Require,
@@ -21,22 +21,22 @@ const PATIENCE_MS: libc::c_int = 10_000;
 
 /// A VMM of three threads, one of which started before the sandbox closed. It says when
 /// they are confined, and lives until it is told to end.
-fn vmm(inside: Inside, told: &mut io::PipeReader, say: &mut io::PipeWriter) -> io::Result<()> {
+fn vmm(setup: SandboxSetup, told: &mut io::PipeReader, say: &mut io::PipeWriter) -> io::Result<()> {
     let kept = [0, 1, 2, told.as_raw_fd(), say.as_raw_fd()];
-    let pending = inside.gate().pending();
+    let pending = setup.gate().pending();
     std::thread::spawn(move || pending.confine(Role::Io).map(|()| std::thread::park()));
-    let jail = inside.close(&Limits::default(), Keep::Only(&kept));
-    let jail = jail.map_err(io::Error::other)?;
+    let confinement = setup.close(&Limits::default(), Keep::Only(&kept));
+    let confinement = confinement.map_err(io::Error::other)?;
     let confined = Arc::new(Barrier::new(2));
-    let (its_jail, its_confined) = (jail.clone(), confined.clone());
+    let (its_confinement, its_confined) = (confinement.clone(), confined.clone());
     std::thread::spawn(move || {
-        let result = its_jail.confine(Role::Vcpu);
+        let result = its_confinement.confine(Role::Vcpu);
         its_confined.wait();
         result.map(|()| std::thread::park())
     });
     confined.wait();
-    jail.settle();
-    jail.confine(Role::EventLoop)?;
+    confinement.settle();
+    confinement.confine(Role::EventLoop)?;
     say.write_all(b"x")?;
     told.read(&mut [0]).map(drop)
 }
@@ -45,8 +45,8 @@ fn vmm(inside: Inside, told: &mut io::PipeReader, say: &mut io::PipeWriter) -> i
 pub fn every_thread_is_confined(root: bool) -> Result<(), String> {
     let (mut told, tell) = io::pipe().map_err(text)?;
     let (mut said, mut say) = io::pipe().map_err(text)?;
-    let child = sandbox::spawn(&ON, |inside| {
-        let done = vmm(inside, &mut told, &mut say);
+    let child = sandbox::spawn(&ON, |setup| {
+        let done = vmm(setup, &mut told, &mut say);
         done.inspect_err(|error| eprintln!("{error}"))
             .is_err()
             .into()
@@ -93,8 +93,8 @@ pub fn a_killed_keeper_takes_it_along() -> Result<(), String> {
     // SAFETY: this process has one thread.
     let supervisor = unsafe { libc::fork() };
     if supervisor == 0 {
-        let child = sandbox::spawn(&ON, |inside| {
-            u8::from(vmm(inside, &mut told, &mut say).is_err())
+        let child = sandbox::spawn(&ON, |setup| {
+            u8::from(vmm(setup, &mut told, &mut say).is_err())
         });
         // Only the VMM has it then, and this lives until it is killed.
         drop(say);
@@ -128,8 +128,8 @@ pub fn a_killed_keeper_takes_it_along() -> Result<(), String> {
 /// and end; the last panics, or aborts.
 pub fn the_ordinary_is_allowed() -> Result<(), String> {
     for abort in [false, true] {
-        let child = sandbox::spawn(&ON, |inside| {
-            match ordinary(inside) {
+        let child = sandbox::spawn(&ON, |setup| {
+            match ordinary(setup) {
                 Ok(()) if abort => std::process::abort(),
                 Ok(()) => panic!("as it should"),
                 Err(error) => eprintln!("{error}"),
@@ -144,27 +144,27 @@ pub fn the_ordinary_is_allowed() -> Result<(), String> {
     Ok(())
 }
 
-fn ordinary(inside: Inside) -> io::Result<()> {
+fn ordinary(setup: SandboxSetup) -> io::Result<()> {
     mayfly::kvm::vcpu::install_kick_handler().map_err(io::Error::other)?;
     let allocate = || {
         let mut pieces: Vec<Vec<u8>> = (0..1000).map(|len| vec![1; 10 * len]).collect();
         pieces.push(vec![1; 4 << 20]);
         pieces.iter().map(Vec::len).sum::<usize>()
     };
-    let pending = inside.gate().pending();
+    let pending = setup.gate().pending();
     let io = std::thread::spawn(move || pending.confine(Role::Io).map(|()| allocate()));
-    let jail = inside.close(&Limits::default(), Keep::Only(&[0, 1, 2]));
-    let jail = jail.map_err(io::Error::other)?;
+    let confinement = setup.close(&Limits::default(), Keep::Only(&[0, 1, 2]));
+    let confinement = confinement.map_err(io::Error::other)?;
     let (say, said) = std::sync::mpsc::channel();
-    let its_jail = jail.clone();
+    let its_confinement = confinement.clone();
     let vcpu = std::thread::spawn(move || {
-        its_jail.confine(Role::Vcpu)?;
+        its_confinement.confine(Role::Vcpu)?;
         let _ = say.send(allocate());
         std::thread::park();
         Ok::<_, io::Error>(allocate())
     });
-    jail.settle();
-    jail.confine(Role::EventLoop)?;
+    confinement.settle();
+    confinement.confine(Role::EventLoop)?;
     let seeds: std::collections::HashMap<usize, usize> = [(1, allocate())].into();
     said.recv().map_err(io::Error::other)?;
     // SAFETY: it was not joined, and the signal's handler is installed.

@@ -4,8 +4,9 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::process::{Command, Stdio};
 
-use crate::error::{Context, Error};
 use mayfly_sandbox::credentials::Ids;
+
+use crate::error::{Context, Error};
 
 /// Which users there are inside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -41,6 +41,8 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use mayfly_sandbox::credentials::{self, Ids};
+use mayfly_sandbox::{self as sandbox, Bounds, Cgroup, Status};
 use rustix::fs::Mode;
 use rustix::process::umask;
 
@@ -48,8 +50,6 @@ use self::ids::Mapping;
 pub use self::spec::{Spec, Volume};
 pub use super::instance::now;
 use crate::error::{Context, Error};
-use mayfly_sandbox::credentials::{self, Ids};
-use mayfly_sandbox::{self as sandbox, Bounds, Cgroup, Status};
 
 /// The status if there is no container: Docker's.
 pub const NO_CONTAINER: u8 = 125;

@@ -10,14 +10,14 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
+use mayfly_sandbox::credentials::{self, Ids};
+use mayfly_sandbox::seccomp;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::setsid;
 
 use super::spec::Spec;
 use crate::capabilities;
 use crate::error::{Context, Error};
-use mayfly_sandbox::credentials::{self, Ids};
-use mayfly_sandbox::seccomp;
 
 /// The command cannot be run, as Docker and shells say it …
 const CANNOT_RUN: u8 = 126;

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
+use mayfly_sandbox::may_divide;
 use rustix::process::geteuid;
 use serde_json::{Value, json};
 
@@ -14,7 +15,6 @@ use crate::instance::{Launch, Sign};
 use crate::model::Mark;
 use crate::overlay::Overlay;
 use crate::undo::ask;
-use mayfly_sandbox::may_divide;
 
 pub struct Oci {
     name: &'static str,

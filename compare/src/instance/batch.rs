@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
+use mayfly_process::signals::SignalFd;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, WaitOptions, getpid, kill_process, wait};
 
@@ -12,7 +13,6 @@ use super::super::processes::{descendants, kill_descendants};
 use super::super::undo::{run_quietly, undo};
 use super::watch::Watch;
 use super::{Instance, Launch, SIGNALLED, Sign, now};
-use mayfly_process::signals::SignalFd;
 
 /// One that is told to end has so long.
 const FAREWELL: Duration = Duration::from_secs(10);

@@ -17,6 +17,7 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
+use mayfly_process::programs::{inherit, unblock_signals};
 use rustix::io::ioctl_fionread;
 use rustix::process::{Pid, Signal, getpid, getppid};
 use rustix::time::{ClockId, clock_gettime};
@@ -25,7 +26,6 @@ use self::watch::Watch;
 use super::model::{Mark, Sample};
 use super::overlay::Overlay;
 use super::undo::undo;
-use mayfly_process::programs::{inherit, unblock_signals};
 
 /// Before each of the probe's records (see `guest/src/probe`).
 const RECORD: u8 = 0x1e;

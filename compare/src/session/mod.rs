@@ -13,6 +13,7 @@ use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use mayfly_image::Progress;
 use mayfly_protocol::facts::Facts;
 use rustix::process::Pid;
 use serde_json::Value;
@@ -27,7 +28,6 @@ use super::removal::remove_folder;
 use super::statistics::noise;
 use super::{host, order, prepare};
 use crate::error::{Context, Error};
-use mayfly_image::Progress;
 
 /// What the command is told it is, in a record.
 const ID: &str = "{id}";

@@ -9,6 +9,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use mayfly_text::printable;
+
 use crate::config::Descriptor;
 use crate::digest::{Digest, Hashing};
 use crate::error::{Context, Error};
@@ -16,7 +18,6 @@ use crate::section::{Section, SectionReader};
 use crate::store::read_json;
 use crate::tarball::{ArchiveError, Entries, Kind};
 use crate::tree::{normalised, split};
-use mayfly_text::printable;
 
 /// No archive of images has so many files.
 const MEMBERS_MAX: usize = 100_000;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use mayfly_text::printable;
 use serde::Deserialize;
 
 use super::files::Files;
@@ -13,7 +14,6 @@ use crate::error::{Context, Error};
 use crate::json;
 use crate::reference::Reference;
 use crate::store::{foreign, read_config};
-use mayfly_text::printable;
 
 /// How many indexes lie in one another.
 const INDEXES_MAX: usize = 4;

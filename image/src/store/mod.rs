@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use mayfly_text::printable;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
@@ -29,7 +30,6 @@ use super::progress::Progress;
 use super::reference::Reference;
 use super::section::Section;
 use crate::error::{Context, Error};
-use mayfly_text::printable;
 
 pub use folder::Work;
 use folder::{Folder, IMAGES, LAYERS, PARTIAL};

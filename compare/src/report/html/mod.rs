@@ -8,13 +8,13 @@ mod memory;
 mod tables;
 
 use maud::{DOCTYPE, Markup, PreEscaped, html as markup};
+use mayfly_text::date::date;
 
 use super::error::Error;
 use super::units::{Scale, digits, duration, printable, shell, times};
 use super::view::{self, fastest, missing, ranked, ratio};
 use super::words::{headline, limits, method, more, subject, warnings};
 use crate::model::{EngineReport, Host, Kind, PageCache, Report};
-use mayfly_text::date::date;
 
 const STYLE: &str = include_str!("../../../../resources/compare/page.css");
 /// Nothing is fetched, and no script runs, whatever the record holds.

@@ -8,8 +8,8 @@ use std::os::fd::OwnedFd;
 
 use serde::{Deserialize, Serialize};
 
+use super::confinement::Gate;
 use super::credentials::{self, Ids};
-use super::jail::Gate;
 use super::layers::Report;
 use super::lifeline::check;
 use super::policy::Mode;
@@ -27,7 +27,7 @@ pub struct PreparedSandbox {
 
 /// The VMM process, as it sees itself before the sandbox closes.
 #[derive(Debug)]
-pub struct Inside {
+pub struct SandboxSetup {
     pub(super) mode: Mode,
     /// Who it is to become.
     pub(super) ids: Option<Ids>,
@@ -38,7 +38,7 @@ pub struct Inside {
     pub(super) gate: Gate,
 }
 
-impl Inside {
+impl SandboxSetup {
     /// Goes on in a sandbox that was prepared, in a process with one thread, whose lifeline
     /// hangs up when the supervisor has ended.
     pub fn resume(prepared: PreparedSandbox, lifeline: OwnedFd) -> io::Result<Self> {
@@ -54,7 +54,7 @@ impl Inside {
             report,
             namespaces,
         } = prepared;
-        Ok(Inside {
+        Ok(SandboxSetup {
             mode,
             ids,
             report,

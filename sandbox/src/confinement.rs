@@ -12,7 +12,7 @@ use super::seccomp;
 
 /// A closed sandbox. Every thread in it confines itself before the guest runs.
 #[derive(Clone, Debug)]
-pub struct Jail(Arc<Closed>);
+pub struct ThreadConfinement(Arc<Closed>);
 
 #[derive(Debug)]
 struct Closed {
@@ -22,7 +22,7 @@ struct Closed {
     gate: Gate,
 }
 
-impl Jail {
+impl ThreadConfinement {
     /// Lets the threads in that the gate keeps; none, if these were sent home before.
     pub(super) fn new(mode: Mode, ids: Option<Ids>, report: Report, gate: Gate) -> Option<Self> {
         let closed = Closed {
@@ -31,8 +31,9 @@ impl Jail {
             report,
             gate: gate.clone(),
         };
-        let jail = Jail(Arc::new(closed));
-        gate.open(Wait::Closed(jail.clone())).then_some(jail)
+        let confinement = ThreadConfinement(Arc::new(closed));
+        gate.open(Wait::Closed(confinement.clone()))
+            .then_some(confinement)
     }
 
     /// Confines the calling thread to what its role needs, for good.
@@ -99,7 +100,7 @@ enum Wait {
     #[default]
     Open,
     /// It is closed, and they are to confine themselves.
-    Closed(Jail),
+    Closed(ThreadConfinement),
     /// It will never be: no guest will run, and they have nothing to do.
     GivenUp,
 }
@@ -149,7 +150,7 @@ impl Pending {
         let waited = shared.changed.wait_while(state, open);
         let wait = waited.unwrap_or_else(PoisonError::into_inner).wait.clone();
         match wait {
-            Wait::Closed(jail) => jail.confine(role),
+            Wait::Closed(confinement) => confinement.confine(role),
             Wait::Open | Wait::GivenUp => Ok(()),
         }
     }
@@ -176,13 +177,13 @@ mod tests {
         gate.give_up();
         waits.join().unwrap().unwrap();
         // Nothing may run in a sandbox whose threads went on without one.
-        assert!(Jail::new(Mode::On, None, Report::default(), gate).is_none());
+        assert!(ThreadConfinement::new(Mode::On, None, Report::default(), gate).is_none());
     }
 
     #[test]
     fn nobody_gives_up_a_closed_one() {
         let gate = Gate::default();
-        assert!(Jail::new(Mode::Off, None, Report::off(), gate.clone()).is_some());
+        assert!(ThreadConfinement::new(Mode::Off, None, Report::off(), gate.clone()).is_some());
         gate.give_up();
         assert!(matches!(gate.lock().wait, Wait::Closed(_)));
     }
