@@ -14,7 +14,7 @@ pub fn entry(fd: RawFd, events: libc::c_short) -> libc::pollfd {
     }
 }
 
-/// Waits until an entry is ready, or so many milliseconds, which -1 makes for ever.
+/// Waits until an entry is ready, or the given number of milliseconds has passed; -1 waits for ever.
 /// Returns how many are ready. (`rustix` has a call for it that sandboxes lack.)
 pub fn poll(entries: &mut [libc::pollfd], timeout_ms: libc::c_int) -> io::Result<usize> {
     // SAFETY: as many live entries as it says.

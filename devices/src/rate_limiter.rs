@@ -124,7 +124,7 @@ impl Budget {
         waits.max()
     }
 
-    /// One request passed, and moves so many bytes.
+    /// One request passed, and moves the given number of bytes.
     fn charge(&mut self, bytes: u64) {
         if let Some(bucket) = &mut self.bandwidth {
             bucket.charge(bytes);
@@ -179,7 +179,7 @@ impl RateLimiter {
         false
     }
 
-    /// A request that was admitted moves so many bytes.
+    /// A request that was admitted moves the given number of bytes.
     pub fn charge(&mut self, bytes: u64) {
         self.budget.charge(bytes);
     }

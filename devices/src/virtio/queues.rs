@@ -198,12 +198,12 @@ impl Queues {
         Ok(interrupt)
     }
 
-    /// Who runs the queues has used chains: the guest is told when this turn ends.
+    /// Who runs the queues has used chains: the guest is notified when this turn ends.
     pub fn interrupt(&mut self) {
         self.interrupt = true;
     }
 
-    /// The device's configuration changed: the guest is told when this turn ends.
+    /// The device's configuration changed: the guest is notified when this turn ends.
     pub fn config_changed(&mut self) {
         self.config_changed = true;
     }

@@ -21,7 +21,7 @@ use std::thread;
 use mayfly_protocol::agent::{Failed, Frames, GuestMessage, HostMessage, PORT, VERSION, send};
 
 use self::reaper::Reaper;
-use self::session::{Host, Machine, Session};
+use self::session::{AgentState, HostConnection, Session};
 
 /// The status of what mayfly's own part failed to do.
 const STATUS_FAILED: u8 = 125;
@@ -63,7 +63,7 @@ fn serve_or_tell(host: &File, first: &[u8]) -> Result<Served, String> {
             reason: format!("the guest's init failed: {reason}"),
         };
         if let Ok(host) = host.try_clone() {
-            let _ = Host::new(host).refuse(&mut frames, failed);
+            let _ = HostConnection::new(host).refuse(&mut frames, failed);
         }
         reason
     })
@@ -81,24 +81,24 @@ fn serve_main(host: &File, frames: &mut Frames<impl Read>) -> io::Result<Served>
             status: STATUS_FAILED,
             reason,
         };
-        Host::new(host.try_clone()?).refuse(frames, failed)?;
+        HostConnection::new(host.try_clone()?).refuse(frames, failed)?;
         return Ok(Served::End);
     }
     let reaper = Reaper::start()?;
     // Before the host may connect.
     let listener = vsock::listen(PORT)?;
     send(host, &GuestMessage::Done)?;
-    let machine = Machine::new(reaper, setup::Disks::of(&setup));
-    let clients = machine.clone();
+    let state = AgentState::new(reaper, setup::Disks::of(&setup));
+    let clients = state.clone();
     let accept = move || listen(&listener, &clients);
     thread::Builder::new().spawn(accept)?;
-    let session = Session::new(host.try_clone()?, machine);
+    let session = Session::new(host.try_clone()?, state);
     session.serve_main(frames)?;
     Ok(Served::End)
 }
 
 /// Serves each of the host's connections on a thread of its own.
-fn listen(listener: &vsock::Listener, machine: &Arc<Machine>) {
+fn listen(listener: &vsock::Listener, state: &Arc<AgentState>) {
     loop {
         let connection = match listener.accept() {
             Ok(connection) => connection,
@@ -107,26 +107,26 @@ fn listen(listener: &vsock::Listener, machine: &Arc<Machine>) {
                 continue;
             }
         };
-        let Some(place) = machine.enter() else {
+        let Some(place) = state.enter() else {
             continue;
         };
-        let machine = machine.clone();
-        // Without a thread, the host is hung up on.
+        let state = state.clone();
+        // Without a thread, the host is disconnected.
         let _ = thread::Builder::new().spawn(move || {
             let _place = place;
-            let _ = serve(connection, machine);
+            let _ = serve(connection, state);
         });
     }
 }
 
-fn serve(host: File, machine: Arc<Machine>) -> io::Result<()> {
+fn serve(host: File, state: Arc<AgentState>) -> io::Result<()> {
     send(&host, &GuestMessage::Hello { version: VERSION })?;
     let mut frames = Frames::new(host.try_clone()?);
     match frames.message()? {
         HostMessage::Start(process) => {
-            Session::new(host, machine).serve_process(&mut frames, *process, false)
+            Session::new(host, state).serve_process(&mut frames, *process, false)
         }
-        HostMessage::Attach(size) => Session::new(host, machine).serve_attached(&mut frames, size),
+        HostMessage::Attach(size) => Session::new(host, state).serve_attached(&mut frames, size),
         HostMessage::Pack {
             path,
             follow,
@@ -134,7 +134,7 @@ fn serve(host: File, machine: Arc<Machine>) -> io::Result<()> {
         } => copies::send_from(&host, &path, follow, holes),
         HostMessage::Unpack(wish) => copies::take(&host, &mut frames, wish),
         HostMessage::SignalMain(signal) => {
-            machine.reaper.signal_main(signal);
+            state.reaper.signal_main(signal);
             send(&host, &GuestMessage::Done)
         }
         _ => Err(io::Error::other("not a request")),

@@ -21,18 +21,18 @@ use super::setup::Disks;
 
 /// How many of the host's connections there may be at once.
 const SESSIONS_MAX: usize = 256;
-/// An attached host that takes nothing for so long is hung up on: the process
-/// waits for it.
-const ATTACHED_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a process waits for an attached host that takes nothing, before that is
+/// disconnected.
+const ATTACHED_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A connection, which several threads write to, a frame each.
 #[derive(Clone)]
-pub struct Host(Arc<Mutex<File>>);
+pub struct HostConnection(Arc<Mutex<File>>);
 
-impl Host {
+impl HostConnection {
     /// A connection to the host.
     pub fn new(host: File) -> Self {
-        Host(Arc::new(Mutex::new(host)))
+        HostConnection(Arc::new(Mutex::new(host)))
     }
 
     fn say(&self, message: &GuestMessage) -> io::Result<()> {
@@ -80,7 +80,7 @@ impl Host {
         Ok(())
     }
 
-    fn is(&self, other: &Host) -> bool {
+    fn is(&self, other: &HostConnection) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }
 }
@@ -94,7 +94,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 struct Handle {
     pid: u32,
     /// Data, and who is told that they were taken; none are the end.
-    input: Option<Sender<(Vec<u8>, Host)>>,
+    input: Option<Sender<(Vec<u8>, HostConnection)>>,
     terminal: Option<Arc<File>>,
     out: Output,
     err: Option<Output>,
@@ -104,19 +104,19 @@ struct Handle {
 
 /// Those that get what a process writes.
 struct Audience {
-    hosts: Vec<Host>,
+    hosts: Vec<HostConnection>,
     /// Its host has left it: its terminal and its input stay open.
     left: bool,
 }
 
 impl Audience {
-    fn of(hosts: Vec<Host>) -> Arc<Mutex<Self>> {
+    fn of(hosts: Vec<HostConnection>) -> Arc<Mutex<Self>> {
         Arc::new(Mutex::new(Audience { hosts, left: false }))
     }
 }
 
-/// The processes of the machine, as far as the host asked for them.
-pub struct Machine {
+/// What the agent's connections share: the processes that the host asked for, and the disks.
+pub struct AgentState {
     /// Starts them, and hears of their ends.
     pub reaper: Arc<Reaper>,
     main: Mutex<Option<Handle>>,
@@ -127,20 +127,20 @@ pub struct Machine {
     fewer: Condvar,
 }
 
-/// One of the host's connections beside the first, while it lasts.
-pub struct Guest(Arc<Machine>);
+/// The right to one of the [`SESSIONS_MAX`] connections, which is given back when it is dropped.
+pub struct ConnectionPermit(Arc<AgentState>);
 
-impl Drop for Guest {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         *lock(&self.0.others) -= 1;
         self.0.fewer.notify_all();
     }
 }
 
-impl Machine {
+impl AgentState {
     /// One without processes.
     pub fn new(reaper: Arc<Reaper>, disks: Disks) -> Arc<Self> {
-        Arc::new(Machine {
+        Arc::new(AgentState {
             reaper,
             main: Mutex::new(None),
             disks,
@@ -150,11 +150,11 @@ impl Machine {
     }
 
     /// Counts a connection; none if there are too many.
-    pub fn enter(self: &Arc<Self>) -> Option<Guest> {
+    pub fn enter(self: &Arc<Self>) -> Option<ConnectionPermit> {
         let mut others = lock(&self.others);
         let room = *others < SESSIONS_MAX;
         *others += usize::from(room);
-        room.then(|| Guest(self.clone()))
+        room.then(|| ConnectionPermit(self.clone()))
     }
 
     /// Gives the others a moment to hear how their processes ended.
@@ -170,16 +170,16 @@ impl Machine {
 
 /// One of the host's connections.
 pub struct Session {
-    host: Host,
-    machine: Arc<Machine>,
+    host: HostConnection,
+    state: Arc<AgentState>,
 }
 
 impl Session {
     /// A session on a connection.
-    pub fn new(host: File, machine: Arc<Machine>) -> Self {
+    pub fn new(host: File, state: Arc<AgentState>) -> Self {
         Session {
-            host: Host::new(host),
-            machine,
+            host: HostConnection::new(host),
+            state,
         }
     }
 
@@ -198,7 +198,7 @@ impl Session {
         process: Process,
         main: bool,
     ) -> io::Result<()> {
-        let reaper = &self.machine.reaper;
+        let reaper = &self.state.reaper;
         let running = match process::start(&process, reaper, main) {
             Ok(running) => running,
             Err(failed) => return self.host.refuse(frames, failed),
@@ -228,9 +228,9 @@ impl Session {
             pumps.push(pump(err, Stream::Err, &handle.hosts, &ended)?);
         }
         if main {
-            *lock(&self.machine.main) = Some(handle.clone());
+            *lock(&self.state.main) = Some(handle.clone());
         }
-        let (hosts, machine) = (handle.hosts.clone(), self.machine.clone());
+        let (hosts, state) = (handle.hosts.clone(), self.state.clone());
         let kept: Arc<Mutex<Option<Handle>>> = Arc::default();
         let until_its_end = kept.clone();
         let tell = move || {
@@ -240,9 +240,9 @@ impl Session {
                 return;
             };
             if main {
-                machine.reaper.end_all();
+                state.reaper.end_all();
                 // However long it takes: afterwards the host has no patience.
-                machine.disks.leave();
+                state.disks.leave();
             }
             ended.tell();
             for pump in pumps {
@@ -258,8 +258,8 @@ impl Session {
         }
         if main {
             // Whoever asked for it has gone.
-            self.machine.reaper.end_all();
-            self.machine.farewell();
+            self.state.reaper.end_all();
+            self.state.farewell();
         }
         result
     }
@@ -270,7 +270,7 @@ impl Session {
         frames: &mut Frames<impl Read>,
         size: Option<Size>,
     ) -> io::Result<()> {
-        let Some(handle) = lock(&self.machine.main).clone() else {
+        let Some(handle) = lock(&self.state.main).clone() else {
             let reason = "the machine has no process yet".to_owned();
             return self.host.refuse(
                 frames,
@@ -280,7 +280,7 @@ impl Session {
                 },
             );
         };
-        self.host.limit(ATTACHED_PATIENCE)?;
+        self.host.limit(ATTACHED_TIMEOUT)?;
         self.host.say(&GuestMessage::Done)?;
         if let (Some(terminal), Some(size)) = (&handle.terminal, size) {
             process::resize(terminal, size);
@@ -293,12 +293,12 @@ impl Session {
 
     /// Sends no more of a process's output.
     fn leave(&self, process: &Handle) {
-        let others = |host: &Host| !host.is(&self.host);
+        let others = |host: &HostConnection| !host.is(&self.host);
         lock(&process.hosts).hosts.retain(others);
     }
 
     /// Does what the host says until it has nothing more to say. A process that
-    /// belongs to the host is told when its readers go.
+    /// belongs to the host is notified when its readers go.
     fn listen(
         &self,
         frames: &mut Frames<impl Read>,
@@ -326,7 +326,7 @@ impl Session {
                     }
                 }
                 Some(Frame::Message(HostMessage::Signal(signal))) => {
-                    self.machine.reaper.signal(process.pid, signal);
+                    self.state.reaper.signal(process.pid, signal);
                 }
                 Some(Frame::Message(HostMessage::Detach)) => {
                     lock(&process.hosts).left |= owner;
@@ -337,7 +337,7 @@ impl Session {
                 Some(Frame::Message(HostMessage::Closed(_))) if process.terminal.is_some() => {
                     // As when a terminal's window is closed. What else it writes is
                     // still taken, so that it does not wait for ever.
-                    self.machine.reaper.signal(process.pid, libc::SIGHUP);
+                    self.state.reaper.signal(process.pid, libc::SIGHUP);
                 }
                 Some(Frame::Message(HostMessage::Closed(stream))) => match (stream, &process.err) {
                     (Stream::Err, Some(err)) => err.close(),
@@ -383,18 +383,18 @@ fn pump(
             // Not under the lock: one that does not read holds up the others'
             // output for a while, but nobody who comes or goes.
             let now = lock(&hosts).hosts.clone();
-            let gone = |host: &Host| host.write(stream, data).is_err();
-            let gone: Vec<Host> = now.into_iter().filter(gone).collect();
+            let gone = |host: &HostConnection| host.write(stream, data).is_err();
+            let gone: Vec<HostConnection> = now.into_iter().filter(gone).collect();
             let mut audience = lock(&hosts);
-            let here = |host: &Host| !gone.iter().any(|it| it.is(host));
+            let here = |host: &HostConnection| !gone.iter().any(|it| it.is(host));
             audience.hosts.retain(here);
         }
     })
 }
 
 /// Writes what comes from the host to a process; nothing is the end of it.
-fn feed(mut input: File, terminal: bool) -> io::Result<Sender<(Vec<u8>, Host)>> {
-    let (sender, receiver): (_, Receiver<(Vec<u8>, Host)>) = mpsc::channel();
+fn feed(mut input: File, terminal: bool) -> io::Result<Sender<(Vec<u8>, HostConnection)>> {
+    let (sender, receiver): (_, Receiver<(Vec<u8>, HostConnection)>) = mpsc::channel();
     thread::Builder::new().spawn(move || {
         let mut alive = true;
         for (data, host) in receiver {
@@ -540,9 +540,9 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_millis(100);
 
-    fn host() -> (Host, UnixStream) {
+    fn host() -> (HostConnection, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        (Host::new(OwnedFd::from(ours).into()), theirs)
+        (HostConnection::new(OwnedFd::from(ours).into()), theirs)
     }
 
     #[test]

@@ -165,7 +165,7 @@ impl Net {
         }
     }
 
-    /// The guest uses so many pairs; false if it cannot. The TAP must not give
+    /// The guest uses `count` pairs; false if it cannot. The TAP must not give
     /// packets to the others.
     fn use_pairs(&mut self, count: usize) -> bool {
         let attached = self

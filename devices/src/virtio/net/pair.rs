@@ -10,7 +10,7 @@ use crate::virtio::queues::Queues;
 
 /// What came of a try to receive.
 pub enum Received {
-    /// The guest has a packet of so many bytes.
+    /// The guest has a packet, of this size in bytes.
     Packet(u64),
     /// It did not fit the guest's buffers, or was none.
     Lost,

@@ -37,7 +37,7 @@ const ANSWERS_MAX: usize = 64;
 
 /// What came of a look into the inbox.
 enum Look {
-    /// A frame of so many bytes is whole.
+    /// A frame is whole: its size in bytes.
     Frame(usize),
     Nothing,
     Lost(String),
@@ -163,7 +163,7 @@ impl Outbox {
 
 /// What waits for the guest.
 enum Waiting {
-    /// A frame of so many bytes, in the inbox.
+    /// A frame in the inbox: its size in bytes.
     Frame(usize),
     /// A packet of the filter's.
     Answer(Vec<u8>),

@@ -17,7 +17,7 @@ pub struct Backlog {
 }
 
 impl Backlog {
-    /// One that can hold so many bytes.
+    /// One that can hold the given number of bytes.
     pub fn new(capacity: usize) -> Self {
         Backlog {
             capacity,

@@ -193,7 +193,7 @@ impl Connection {
         }
     }
 
-    /// Ends it; the guest is told if it knows of it.
+    /// Ends it, and notifies the guest if that knows of it.
     pub fn abort(&mut self) {
         let unknown = self.is_orphan() || self.pending.contains(Pending::REQUEST);
         self.over = Some(if unknown { End::Silent } else { End::Reset });

@@ -4,7 +4,7 @@
 //! [`Connector`] reaches for P. A client of the listener that writes
 //! `CONNECT P` and a newline becomes a connection to the guest's port P: it
 //! reads `OK HOSTPORT` and a newline once the guest accepted, then what the
-//! guest sends; refused, it is hung up on.
+//! guest sends; refused, it is disconnected.
 //!
 //! Bytes go straight from sockets to the guest's memory and back. Only what a
 //! peer does not take is held, and never more than the guest's credit.
