@@ -127,15 +127,21 @@ pub(super) fn save(fd: &VcpuFd, scope: &StateScope) -> Result<Vec<Msr>, StateErr
             None => return Err(StateError::ReadMsr(index)),
         }
     }
-    let unlisted = UNLISTED.into_iter().flatten();
-    let unlisted: Vec<_> = unlisted
-        .filter(|index| scope.msrs.binary_search(index).is_err())
-        .collect();
+    let known = scope.unlisted.get().cloned();
+    let unlisted = known.unwrap_or_else(|| {
+        let all = UNLISTED.into_iter().flatten();
+        all.filter(|index| scope.msrs.binary_search(index).is_err())
+            .collect()
+    });
+    let mut there = Vec::new();
     for (index, value) in read(fd, &unlisted)? {
-        if let Some(data @ 1..) = value {
+        let Some(data) = value else { continue };
+        there.push(index);
+        if data != 0 {
             registers.push(Msr { index, data });
         }
     }
+    let _ = scope.unlisted.set(there);
     registers.sort_unstable_by_key(|register| register.index);
     Ok(registers)
 }

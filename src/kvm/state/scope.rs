@@ -1,5 +1,7 @@
 //! What this host's KVM has of a vCPU's state.
 
+use std::sync::OnceLock;
+
 use kvm_ioctls::{Cap, Kvm};
 
 use crate::kvm::{KvmError, doing};
@@ -13,6 +15,9 @@ const HYPERV: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_01ff;
 pub struct StateScope {
     /// The MSRs that KVM lists.
     pub(super) msrs: Vec<u32>,
+    /// Those that it has besides, once a vCPU was asked: most of a few hundred are refused, one
+    /// by one.
+    pub(super) unlisted: OnceLock<Vec<u32>>,
     /// How many bytes `KVM_GET_XSAVE2` yields, or 0 if KVM has only `KVM_GET_XSAVE`.
     pub(super) xsave: usize,
     /// KVM tells the state of a guest that runs VMs itself.
@@ -32,6 +37,7 @@ impl StateScope {
         let size = |cap| u32::try_from(kvm.check_extension_int(cap)).unwrap_or(0);
         Ok(StateScope {
             msrs,
+            unlisted: OnceLock::new(),
             xsave: usize::try_from(size(Cap::Xsave2)).unwrap_or(0),
             nested: size(Cap::NestedState) > 0,
         })
