@@ -8,6 +8,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::ptr::{self, NonNull};
+use std::slice;
 
 use mayfly_protocol::mailbox::{Directory, Mail, PAGE, open};
 
@@ -63,13 +64,16 @@ impl Mailbox {
     fn pause(self) -> io::Result<Option<Mail>> {
         let (directory, mail) = self.addresses()?;
         let page = Directory { pages: mail }.to_page();
-        let pages: *mut [u8; PAGE] = self.0.as_ptr().cast();
         // SAFETY: the first page of the mapping, which nothing else refers to.
-        unsafe { pages.write_volatile(page) };
+        unsafe { self.0.as_ptr().cast::<[u8; PAGE]>().write(page) };
         port::snapshot_point(directory);
-        // SAFETY: as many pages as the mapping has; the host has written what it had to.
-        let [directory, mail @ ..] = unsafe { self.0.as_ptr().read_volatile() };
-        open(&directory, mail.as_flattened())
+        // SAFETY: as many pages as the mapping has; the host has written what it had to, and
+        // the access to the port is one to memory for all that the compiler knows.
+        let pages = unsafe { slice::from_raw_parts(self.0.as_ptr().cast(), PAGES + 1) };
+        match pages.split_first() {
+            Some((directory, mail)) => open(directory, mail.as_flattened()),
+            None => Ok(None),
+        }
     }
 
     /// The physical addresses of the directory and of the pages for mail. They are the
@@ -99,7 +103,7 @@ impl Drop for Mailbox {
     fn drop(&mut self) {
         // SAFETY: as many pages as the mapping has, which is not used any more.
         unsafe {
-            self.0.as_ptr().write_volatile([[0; PAGE]; PAGES + 1]);
+            self.0.as_ptr().write_bytes(0, 1);
             libc::munmap(self.0.as_ptr().cast(), (PAGES + 1) * PAGE);
         }
     }
