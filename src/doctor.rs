@@ -216,7 +216,7 @@ fn sandbox() -> Vec<Check> {
         cpus: 1,
         memory: 512 << 20,
         nets: 0,
-        folders: 0,
+        directories: 0,
     });
     report.set(Layer::Cgroup, cgroup.status().clone());
     let check = |(layer, status): &(Layer, Status)| match status {

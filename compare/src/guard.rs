@@ -36,12 +36,12 @@ pub const INTERRUPTED: u8 = 130;
 /// A variable of all that is launched, so that it is found when nobody is left who knows it.
 const MARK: &str = "MAYFLY_COMPARISON";
 
-/// A folder for one comparison, which its end removes with all that belongs to it.
+/// A directory for one comparison, which its end removes with all that belongs to it.
 #[derive(Debug)]
 pub struct Scene {
     /// Where it is.
-    pub folder: PathBuf,
-    /// The folder itself: once it is removed, another user may make one of that name.
+    pub directory: PathBuf,
+    /// The directory itself: once it is removed, another user may make one of that name.
     handle: OwnedFd,
     /// Who was below the first half before: a shell that executed it may have left some.
     others: Vec<Pid>,
@@ -64,15 +64,15 @@ impl Scene {
             Error::host("there is no folder for temporary files whose programs may run")
         })?;
         let what = || above.display().to_string();
-        let folder = tempfile::Builder::new()
+        let directory = tempfile::Builder::new()
             .prefix(PREFIX)
             .tempdir_in(above)
             .or_host(what())?
             .keep();
-        let handle = open(&folder).or_host(what())?;
-        let lock = lock(&folder).or_host(what())?;
+        let handle = open(&directory).or_host(what())?;
+        let lock = lock(&directory).or_host(what())?;
         Ok(Scene {
-            folder,
+            directory,
             handle,
             others: descendants(getpid()),
             _lock: lock,
@@ -80,7 +80,7 @@ impl Scene {
         })
     }
 
-    /// A folder on a disk that is removed with this, and has room for so many bytes.
+    /// A directory on a disk that is removed with this, and has room for so many bytes.
     pub fn disk_for(&self, bytes: u64) -> Result<PathBuf, Error> {
         let spare = room(Path::new(DISK));
         if bytes > spare {
@@ -93,31 +93,31 @@ impl Scene {
         self.on_disk()
     }
 
-    /// A folder that is removed with this, and has room for so many bytes: in memory or, so
+    /// A directory that is removed with this, and has room for so many bytes: in memory or, so
     /// that they do not fill it, on a disk.
-    pub fn folder_for(&self, bytes: u64) -> Result<PathBuf, Error> {
-        if bytes <= room(&self.folder) {
-            return Ok(self.folder.clone());
+    pub fn directory_for(&self, bytes: u64) -> Result<PathBuf, Error> {
+        if bytes <= room(&self.directory) {
+            return Ok(self.directory.clone());
         }
         self.disk_for(bytes)
     }
 
     fn on_disk(&self) -> Result<PathBuf, Error> {
-        let folder = on_disk(&self.folder);
-        let what = || folder.display().to_string();
+        let directory = on_disk(&self.directory);
+        let what = || directory.display().to_string();
         if !may_execute(Path::new(DISK)) {
             return Err(Error::host(format!("{DISK}: its programs may not run")));
         }
         let mut builder = DirBuilder::new();
-        builder.mode(0o700).create(&folder).or_host(what())?;
-        let lock = lock(&folder).or_host(what())?;
+        builder.mode(0o700).create(&directory).or_host(what())?;
+        let lock = lock(&directory).or_host(what())?;
         self.disk.get_or_init(|| lock);
-        Ok(folder)
+        Ok(directory)
     }
 
     /// The variable by which what is launched is found.
     pub fn mark(&self) -> (String, OsString) {
-        (MARK.into(), name(&self.folder).into())
+        (MARK.into(), name(&self.directory).into())
     }
 
     /// Notes what removes the instances that are about to be launched.
@@ -130,20 +130,20 @@ impl Scene {
             })
             .collect();
         let text = serde_json::to_vec(&words).or_internal("the journal")?;
-        let unnamed = self.folder.join("undo.new");
+        let unnamed = self.directory.join("undo.new");
         fs::write(&unnamed, text)
-            .and_then(|()| fs::rename(unnamed, self.folder.join(JOURNAL)))
-            .or_host(self.folder.display())
+            .and_then(|()| fs::rename(unnamed, self.directory.join(JOURNAL)))
+            .or_host(self.directory.display())
     }
 
     /// Ends and removes all.
     pub fn clear(&self) {
         kill_descendants(&self.others);
-        clear(&self.folder, &self.handle);
+        clear(&self.directory, &self.handle);
     }
 }
 
-/// Where such folders may lie, best first: in memory, as overlays need a file system that
+/// Where such directories may lie, best first: in memory, as overlays need a file system that
 /// holds them.
 fn places() -> Vec<PathBuf> {
     let run = match geteuid().is_root() {
@@ -156,8 +156,8 @@ fn places() -> Vec<PathBuf> {
 }
 
 /// Debian mounts `/run` so that nothing there is executed.
-fn may_execute(folder: &Path) -> bool {
-    let found = statvfs(folder);
+fn may_execute(directory: &Path) -> bool {
+    let found = statvfs(directory);
     found.is_ok_and(|it| !it.f_flag.contains(StatVfsMountFlags::NOEXEC))
 }
 
@@ -168,17 +168,17 @@ pub fn in_memory(path: &Path) -> bool {
 }
 
 /// How many bytes may be put there: half of what is free, as others need some, too.
-fn room(folder: &Path) -> u64 {
-    let found = statvfs(folder);
+fn room(directory: &Path) -> u64 {
+    let found = statvfs(directory);
     found.map_or(0, |it| it.f_bavail.saturating_mul(it.f_frsize) / 2)
 }
 
-/// Locks a folder, which has the lock's name only then.
-fn lock(folder: &Path) -> io::Result<File> {
-    let unnamed = folder.join("lock.new");
+/// Locks a directory, which has the lock's name only then.
+fn lock(directory: &Path) -> io::Result<File> {
+    let unnamed = directory.join("lock.new");
     let lock = File::create(&unnamed)?;
     lock.lock()?;
-    fs::rename(unnamed, folder.join(LOCK))?;
+    fs::rename(unnamed, directory.join(LOCK))?;
     Ok(lock)
 }
 
@@ -187,40 +187,40 @@ fn sweep(above: &Path) {
     for entry in fs::read_dir(above).into_iter().flatten().flatten() {
         let path = entry.path();
         if name(&path).starts_with(PREFIX)
-            && let Ok(folder) = open(&path)
-            && is_own(&folder)
-            && let Ok(lock) = open_in(&folder, LOCK)
+            && let Ok(directory) = open(&path)
+            && is_own(&directory)
+            && let Ok(lock) = open_in(&directory, LOCK)
             && lock.try_lock().is_ok()
         {
             kill_marked(MARK, &name(&path));
-            clear(&path, &folder);
+            clear(&path, &directory);
         }
     }
 }
 
-/// What belongs to a folder, and lies on a disk.
-fn on_disk(folder: &Path) -> PathBuf {
-    Path::new(DISK).join(name(folder))
+/// What belongs to a directory, and lies on a disk.
+fn on_disk(directory: &Path) -> PathBuf {
+    Path::new(DISK).join(name(directory))
 }
 
-fn name(folder: &Path) -> String {
-    let name = folder.file_name().unwrap_or_default();
+fn name(directory: &Path) -> String {
+    let name = directory.file_name().unwrap_or_default();
     name.to_string_lossy().into_owned()
 }
 
 /// Others may write beside it, and what is undone are commands.
-fn is_own(folder: &OwnedFd) -> bool {
-    fstat(folder)
+fn is_own(directory: &OwnedFd) -> bool {
+    fstat(directory)
         .is_ok_and(|found| found.st_uid == geteuid().as_raw() && found.st_mode & 0o022 == 0)
 }
 
-fn open_in(folder: &OwnedFd, name: &str) -> io::Result<File> {
+fn open_in(directory: &OwnedFd, name: &str) -> io::Result<File> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    Ok(openat(folder, name, flags, Mode::empty())?.into())
+    Ok(openat(directory, name, flags, Mode::empty())?.into())
 }
 
-/// Removes what is left of a comparison: `handle` is its folder, `folder` where that was.
-fn clear(folder: &Path, handle: &OwnedFd) {
+/// Removes what is left of a comparison: `handle` is its directory, `directory` where that was.
+fn clear(directory: &Path, handle: &OwnedFd) {
     let journal = open_in(handle, JOURNAL).and_then(io::read_to_string);
     let commands = journal.map(|journal| serde_json::from_str(&journal));
     let commands: Vec<Vec<String>> = commands.ok().and_then(Result::ok).unwrap_or_default();
@@ -228,13 +228,13 @@ fn clear(folder: &Path, handle: &OwnedFd) {
     undo(&commands.into_iter().map(words).collect::<Vec<_>>());
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let inside = mounts.lines().filter_map(|line| line.split(' ').nth(4));
-    for mount in inside.filter(|mount| Path::new(mount).starts_with(folder)) {
+    for mount in inside.filter(|mount| Path::new(mount).starts_with(directory)) {
         let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
         let _ = unmount(mount, flags);
     }
     // One of that name and owner can only be ours.
-    let disk = on_disk(folder);
-    if disk != folder
+    let disk = on_disk(directory);
+    if disk != directory
         && let Ok(handle) = open(&disk)
         && is_own(&handle)
     {
@@ -242,14 +242,14 @@ fn clear(folder: &Path, handle: &OwnedFd) {
         let _ = fs::remove_dir(disk);
     }
     let _ = empty(handle.as_fd());
-    let still = open(folder).is_ok_and(|there| identity(&there) == identity(handle));
+    let still = open(directory).is_ok_and(|there| identity(&there) == identity(handle));
     if still {
-        let _ = fs::remove_dir(folder);
+        let _ = fs::remove_dir(directory);
     }
 }
 
-fn identity(folder: &OwnedFd) -> Option<(u64, u64)> {
-    let found = fstat(folder).ok()?;
+fn identity(directory: &OwnedFd) -> Option<(u64, u64)> {
+    let found = fstat(directory).ok()?;
     Some((found.st_dev, found.st_ino))
 }
 

@@ -225,7 +225,7 @@ pub struct EngineReport {
     pub missing: Option<String>,
     /// What was launched, exactly; `{id}` stands for what differs from run to run.
     pub command_line: Vec<String>,
-    /// What it was told by files in an instance's folder: their names, and what they hold.
+    /// What it was told by files in an instance's directory: their names, and what they hold.
     #[serde(default)]
     pub settings: BTreeMap<String, serde_json::Value>,
     /// Which network it gives by default.

@@ -14,7 +14,7 @@ use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 const UPPER: &str = "upper";
 const WORK: &str = "work";
 
-/// What overlayfs is told of a folder, and of one that holds `upper` and `work`.
+/// What overlayfs is told of a directory, and of one that holds `upper` and `work`.
 pub fn options(lower: &Path, writable: &Path) -> io::Result<CString> {
     let mut options = Vec::new();
     let mut add = |name: &str, path: &Path| {
@@ -45,16 +45,16 @@ pub struct Overlay {
 }
 
 impl Overlay {
-    /// Makes its folders; returns also where the files will be.
-    pub fn prepare(lower: &Path, folder: &Path) -> io::Result<(Self, PathBuf)> {
-        let root = folder.join("root");
-        for path in [&root, &folder.join(UPPER), &folder.join(WORK)] {
+    /// Makes its directories; returns also where the files will be.
+    pub fn prepare(lower: &Path, directory: &Path) -> io::Result<(Self, PathBuf)> {
+        let root = directory.join("root");
+        for path in [&root, &directory.join(UPPER), &directory.join(WORK)] {
             fs::create_dir(path)?;
         }
-        // It becomes the root folder's own.
-        fs::set_permissions(folder.join(UPPER), fs::metadata(lower)?.permissions())?;
+        // It becomes the root directory's own.
+        fs::set_permissions(directory.join(UPPER), fs::metadata(lower)?.permissions())?;
         let overlay = Overlay {
-            options: options(lower, folder)?,
+            options: options(lower, directory)?,
             target: CString::new(root.as_os_str().as_bytes())?,
         };
         Ok((overlay, root))

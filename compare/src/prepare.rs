@@ -19,7 +19,7 @@ const COPIES: u64 = 4;
 /// The name of the image that mayfly runs, in a store of its own.
 const NAME: &str = "compared";
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-/// Folders that engines mount something at.
+/// Directories that engines mount something at.
 const MOUNT_POINTS: [&str; 7] = ["proc", "sys", "dev", "run", "tmp", "etc", ".mayfly-volume"];
 
 /// Gets the image, unpacks it, and puts it where each engine wants it.
@@ -35,12 +35,12 @@ pub fn prepare<'a>(
     // The host can only forget what is on a disk.
     let files = match options.drop_caches {
         true => scene.disk_for(size)?,
-        false => scene.folder_for(size)?,
+        false => scene.directory_for(size)?,
     };
     let root = files.join("root");
     image.unpack(&root)?;
-    for folder in MOUNT_POINTS {
-        let path = root.join(folder);
+    for directory in MOUNT_POINTS {
+        let path = root.join(directory);
         // A link may lead outside.
         if fs::symlink_metadata(&path).is_err() {
             fs::create_dir(&path).or_host(path.display())?;
@@ -75,7 +75,7 @@ pub fn prepare<'a>(
     let name = NAME.parse().or_internal(NAME)?;
     store.import(&root, Some(&name), config.clone(), progress)?;
     let place = Place {
-        folder: scene.folder.clone(),
+        directory: scene.directory.clone(),
         program,
         root,
         probe,

@@ -1,4 +1,4 @@
-//! Removing a folder that hostile programs have filled: no link is followed, no mount is
+//! Removing a directory that hostile programs have filled: no link is followed, no mount is
 //! entered, and neither modes nor depth keep anything from being removed.
 
 use std::ffi::CString;
@@ -14,27 +14,27 @@ use rustix::io::Errno;
 /// The owner's.
 const ALL: Mode = Mode::RWXU;
 
-/// Opens a folder itself, not what a link leads to.
+/// Opens a directory itself, not what a link leads to.
 pub fn open(path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     Ok(openat(CWD, path, flags, Mode::empty())?)
 }
 
-/// Removes a folder with all that is in it, as far as possible.
-pub fn remove_folder(path: &Path) -> io::Result<()> {
+/// Removes a directory with all that is in it, as far as possible.
+pub fn remove_directory(path: &Path) -> io::Result<()> {
     empty(open(path)?.as_fd())?;
     Ok(unlinkat(CWD, path, AtFlags::REMOVEDIR)?)
 }
 
-/// Removes what is in a folder. What its folders hold comes up here first, so that their
+/// Removes what is in a directory. What its directories hold comes up here first, so that their
 /// depth does not matter.
-pub fn empty(folder: BorrowedFd) -> io::Result<()> {
+pub fn empty(directory: BorrowedFd) -> io::Result<()> {
     let mut moved = 0u64;
     loop {
         let mut progress = false;
         let mut kept = Ok(());
-        for name in names(folder)? {
-            match remove(folder, &name, &mut moved) {
+        for name in names(directory)? {
+            match remove(directory, &name, &mut moved) {
                 Ok(()) => progress = true,
                 Err(error) => kept = Err(error),
             }
@@ -51,22 +51,22 @@ fn remove(above: BorrowedFd, name: &CString, moved: &mut u64) -> io::Result<()> 
         Err(Errno::ISDIR) => {}
         done => return Ok(done?),
     }
-    let folder = enter(above, name)?;
-    for inner in names(folder.as_fd())? {
-        if unlinkat(&folder, &inner, AtFlags::empty()) == Err(Errno::ISDIR)
-            && unlinkat(&folder, &inner, AtFlags::REMOVEDIR).is_err()
+    let directory = enter(above, name)?;
+    for inner in names(directory.as_fd())? {
+        if unlinkat(&directory, &inner, AtFlags::empty()) == Err(Errno::ISDIR)
+            && unlinkat(&directory, &inner, AtFlags::REMOVEDIR).is_err()
         {
-            // Only who may write to a folder may move it.
-            drop(enter(folder.as_fd(), &inner)?);
+            // Only who may write to a directory may move it.
+            drop(enter(directory.as_fd(), &inner)?);
             // If that is taken by what cannot make way, the next pass has another name.
             *moved += 1;
-            renameat(&folder, &inner, above, format!(".moved-{moved}"))?;
+            renameat(&directory, &inner, above, format!(".moved-{moved}"))?;
         }
     }
     Ok(unlinkat(above, name, AtFlags::REMOVEDIR)?)
 }
 
-/// Opens a folder in another, of the same mount; overlayfs keeps one that nobody may read.
+/// Opens a directory in another, of the same mount; overlayfs keeps one that nobody may read.
 fn enter(above: BorrowedFd, name: &CString) -> io::Result<OwnedFd> {
     let resolve = ResolveFlags::NO_XDEV | ResolveFlags::NO_SYMLINKS | ResolveFlags::BENEATH;
     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -76,9 +76,9 @@ fn enter(above: BorrowedFd, name: &CString) -> io::Result<OwnedFd> {
     Ok(openat(&itself, c".", flags, Mode::empty())?)
 }
 
-fn names(folder: BorrowedFd) -> io::Result<Vec<CString>> {
+fn names(directory: BorrowedFd) -> io::Result<Vec<CString>> {
     let mut names = Vec::new();
-    for entry in Dir::read_from(folder)? {
+    for entry in Dir::read_from(directory)? {
         let entry = entry?;
         let name = entry.file_name();
         if name != c"." && name != c".." {
@@ -122,12 +122,12 @@ mod tests {
         }
         drop(deepest);
 
-        remove_folder(&root).unwrap();
+        remove_directory(&root).unwrap();
         assert!(!root.exists());
         assert_eq!(fs::read_to_string(outside.join("file")).unwrap(), "safe");
         let mode = fs::metadata(&outside).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o751);
         symlink(&outside, &root).unwrap();
-        assert!(remove_folder(&root).is_err());
+        assert!(remove_directory(&root).is_err());
     }
 }

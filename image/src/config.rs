@@ -56,7 +56,7 @@ pub struct RunConfig {
     /// Its arguments, or what runs.
     #[serde(deserialize_with = "words", skip_serializing_if = "Vec::is_empty")]
     pub cmd: Vec<String>,
-    /// Folders that outlive a container.
+    /// Directories that outlive a container.
     #[serde(
         deserialize_with = "keys",
         serialize_with = "as_keys",
@@ -126,7 +126,7 @@ pub struct Descriptor {
     /// In an index: what it is, if it is no image.
     #[serde(default)]
     artifact_type: String,
-    /// Among them: the name of an image in a folder or archive.
+    /// Among them: the name of an image in a directory or archive.
     #[serde(default)]
     pub annotations: BTreeMap<String, String>,
 }

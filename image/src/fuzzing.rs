@@ -27,7 +27,7 @@ pub fn rewritten(archive: File, most: u64) -> Result<Option<(Vec<u8>, Told)>, La
     checked.write(&mut out, &Quiet)?;
     let mut told = Told::new();
     for (path, _, inode) in checked.tree.names() {
-        let opaque = matches!(inode.kind, InodeKind::Folder { opaque: true, .. });
+        let opaque = matches!(inode.kind, InodeKind::Directory { opaque: true, .. });
         told.insert(
             inside(path),
             words(&inode.kind, &clean(&inode.meta, opaque)),
@@ -55,7 +55,7 @@ pub fn told(archive: &[u8]) -> Result<Told, LayerError> {
 
 fn words(kind: &InodeKind, meta: &Meta) -> String {
     match kind {
-        InodeKind::Folder { .. } => format!("folder {meta:?}"),
+        InodeKind::Directory { .. } => format!("folder {meta:?}"),
         InodeKind::File { size, .. } => format!("file of {size} {meta:?}"),
         InodeKind::Other(kind) => format!("{kind:?} {meta:?}"),
     }

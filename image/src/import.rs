@@ -21,7 +21,7 @@ use crate::error::{Context, Error};
 
 impl Store {
     /// Makes an image of a root file system: an archive (plain or compressed), or
-    /// a folder. Without a name it goes with the next [`Store::prune`].
+    /// a directory. Without a name it goes with the next [`Store::prune`].
     pub fn import(
         &self,
         path: &Path,
@@ -32,7 +32,7 @@ impl Store {
         let what = super::source::shown(path);
         let source = match self.source(path, progress)? {
             Source::Archive(archive) => archive,
-            Source::Folder => self.pack(path, progress)?,
+            Source::Directory => self.pack(path, progress)?,
         };
         let layer = self.add_layer(&source, None, &[], &what, progress)?;
         let config = ImageConfig {
@@ -56,7 +56,7 @@ impl Store {
 }
 
 impl Store {
-    /// Makes an archive of a folder.
+    /// Makes an archive of a directory.
     fn pack(&self, path: &Path, progress: &dyn Progress) -> Result<Section, Error> {
         let work = self.work()?;
         let archive = tempfile::tempfile_in(work.path()).or_host(self.failed())?;
@@ -69,7 +69,7 @@ impl Store {
     }
 }
 
-/// Writes a folder's files into an archive. Links are not followed.
+/// Writes a directory's files into an archive. Links are not followed.
 fn pack<W: io::Write>(
     root: &Path,
     out: &mut Writer<W>,
@@ -78,23 +78,23 @@ fn pack<W: io::Write>(
 ) -> Result<(), Error> {
     let mut total = 0_u64;
     let mut seen = std::collections::BTreeMap::new();
-    // Folders that wait: paths below the root.
+    // Directories that wait: paths below the root.
     let mut waiting = vec![std::path::PathBuf::new()];
-    while let Some(folder) = waiting.pop() {
-        let full = root.join(&folder);
+    while let Some(directory) = waiting.pop() {
+        let full = root.join(&directory);
         let what = || full.display();
         let metadata = fs::symlink_metadata(&full).or_invalid(what())?;
         let meta = meta(&full, &metadata).or_invalid(what())?;
         let mut nothing = io::empty();
-        let name = if folder.as_os_str().is_empty() {
+        let name = if directory.as_os_str().is_empty() {
             Path::new(".")
         } else {
-            &folder
+            &directory
         };
-        out.entry(bytes(name), &Kind::Folder, &meta, 0, &mut nothing)
+        out.entry(bytes(name), &Kind::Directory, &meta, 0, &mut nothing)
             .or_host("image store")?;
-        // What the host's kernel shows there is none of the folder's files.
-        if is_kernels(&full).or_invalid(what())? && !folder.as_os_str().is_empty() {
+        // What the host's kernel shows there is none of the directory's files.
+        if is_kernels(&full).or_invalid(what())? && !directory.as_os_str().is_empty() {
             continue;
         }
         let mut names: Vec<_> = fs::read_dir(&full)
@@ -106,7 +106,7 @@ fn pack<W: io::Write>(
             .or_invalid(what())?;
         names.sort();
         for name in names {
-            let path = folder.join(&name);
+            let path = directory.join(&name);
             let full = root.join(&path);
             let metadata = fs::symlink_metadata(&full).or_invalid(full.display())?;
             if metadata.is_dir() {
@@ -134,9 +134,9 @@ fn pack<W: io::Write>(
     Ok(())
 }
 
-/// True for a folder of a file system that has the kernel's state: its files have lengths
+/// True for a directory of a file system that has the kernel's state: its files have lengths
 /// that mean nothing, and what they hold is the host's.
-fn is_kernels(folder: &Path) -> io::Result<bool> {
+fn is_kernels(directory: &Path) -> io::Result<bool> {
     /// proc, sysfs, cgroup2, securityfs, debugfs, tracefs
     const MAGIC: [i64; 6] = [
         0x9fa0,
@@ -146,14 +146,14 @@ fn is_kernels(folder: &Path) -> io::Result<bool> {
         0x6462_6720,
         0x7472_6163,
     ];
-    Ok(MAGIC.contains(&rustix::fs::statfs(folder)?.f_type))
+    Ok(MAGIC.contains(&rustix::fs::statfs(directory)?.f_type))
 }
 
 fn bytes(path: &Path) -> &[u8] {
     path.as_os_str().as_bytes()
 }
 
-/// Writes what is no folder; tells how many bytes it has.
+/// Writes what is no directory; tells how many bytes it has.
 fn pack_file<W: io::Write>(
     full: &Path,
     name: &[u8],
@@ -335,19 +335,19 @@ mod tests {
 
     #[test]
     fn holes_of_files_stay_holes() {
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let size = 40 << 30;
-        let mut sparse = File::create(folder.path().join("sparse")).unwrap();
+        let mut sparse = File::create(directory.path().join("sparse")).unwrap();
         sparse.set_len(size).unwrap();
         sparse.write_all_at(b"in the middle", 20 << 30).unwrap();
         sparse.write_all(b"start").unwrap();
-        let path = folder.path().join("nothing");
+        let path = directory.path().join("nothing");
         File::create(path).unwrap().set_len(1 << 30).unwrap();
-        fs::write(folder.path().join("dense"), "dense").unwrap();
-        fs::write(folder.path().join("empty"), "").unwrap();
+        fs::write(directory.path().join("dense"), "dense").unwrap();
+        fs::write(directory.path().join("empty"), "").unwrap();
 
         let mut out = Writer::new(Vec::new());
-        pack(folder.path(), &mut out, &Limits::default(), &|_| {}).unwrap();
+        pack(directory.path(), &mut out, &Limits::default(), &|_| {}).unwrap();
         let archive = out.finish().unwrap();
         assert!(archive.len() < 1 << 20, "{}", archive.len());
         let mut entries = Entries::new(archive.as_slice());
@@ -371,7 +371,7 @@ mod tests {
         // What is beyond the limit is refused before anything of it is written.
         let mut out = Writer::new(Vec::new());
         let limits = Limits::default().with_size(size);
-        let refused = pack(folder.path(), &mut out, &limits, &|_| {}).unwrap_err();
+        let refused = pack(directory.path(), &mut out, &limits, &|_| {}).unwrap_err();
         let text = refused.to_string();
         assert!(
             text.contains("sparse: ") && text.contains("more than 40 GiB"),

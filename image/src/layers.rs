@@ -92,17 +92,17 @@ pub fn check<'a>(
 }
 
 impl Checked<'_> {
-    /// Makes the file system, in a folder that is nobody else's.
+    /// Makes the file system, in a directory that is nobody else's.
     pub fn build(
         &mut self,
         inheritance: &Inheritance,
-        folder: &Path,
+        directory: &Path,
         progress: &dyn Progress,
     ) -> Result<(), LayerError> {
         for (path, meta) in &inheritance.0 {
             self.tree.inherit(path, meta.clone());
         }
-        let image = folder.join(IMAGE_FILE);
+        let image = directory.join(IMAGE_FILE);
         let mut tool = Tool::start(&image)?;
         let total = self.tree.data();
         let written = tool.input().and_then(|input| {
@@ -134,7 +134,7 @@ impl Checked<'_> {
         for (path, number, inode) in self.tree.names() {
             let meta = clean(
                 &inode.meta,
-                matches!(inode.kind, InodeKind::Folder { opaque: true, .. }),
+                matches!(inode.kind, InodeKind::Directory { opaque: true, .. }),
             );
             if let Some(target) = first.get(&number) {
                 links.push((path, *target));
@@ -149,8 +149,8 @@ impl Checked<'_> {
                     first.insert(number, path);
                     out.entry(&inside(path), &Kind::File, &meta, 0, &mut nothing)?;
                 }
-                InodeKind::Folder { .. } => {
-                    out.entry(&inside(path), &Kind::Folder, &meta, 0, &mut nothing)?;
+                InodeKind::Directory { .. } => {
+                    out.entry(&inside(path), &Kind::Directory, &meta, 0, &mut nothing)?;
                 }
                 InodeKind::Other(kind) => {
                     first.insert(number, path);

@@ -11,7 +11,7 @@ use crate::error::{Context, Error};
 
 impl Store {
     /// The image that a user means: one in the store; one in an archive, an OCI
-    /// layout or a root folder, if the text is a path (with `/` or `.` at its start);
+    /// layout or a root directory, if the text is a path (with `/` or `.` at its start);
     /// or one that has to be pulled. What comes from a path gets no name.
     pub fn obtain(
         &self,
@@ -30,8 +30,8 @@ impl Store {
     }
 
     fn obtain_path(&self, path: &Path, progress: &dyn Progress) -> Result<Image, Error> {
-        let folder = path.metadata().or_invalid(path.display())?.is_dir();
-        if folder && !path.join("index.json").exists() {
+        let directory = path.metadata().or_invalid(path.display())?.is_dir();
+        if directory && !path.join("index.json").exists() {
             return self.import(path, None, RunConfig::default(), progress);
         }
         self.load_nameless(path, progress)

@@ -1,6 +1,6 @@
 //! What a layer says to those above it.
 //!
-//! Overlayfs shows a folder as its highest layer has it. A folder that a layer's
+//! Overlayfs shows a directory as its highest layer has it. A directory that a layer's
 //! archive has files for but does not describe must look as it does below: it
 //! takes what the layers below say of it, and the layer's name then says so too.
 
@@ -24,19 +24,20 @@ pub struct Record {
     pub empty: bool,
     /// It hides all layers below.
     pub opaque: bool,
-    /// Folders that it has files for and does not describe.
+    /// Directories that it has files for and does not describe.
     implied: Vec<String>,
     /// Of those, the ones of which it shows nothing that is below.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     implied_opaque: BTreeSet<String>,
     /// What it takes away.
     whiteouts: BTreeSet<String>,
-    /// The folders that it describes.
-    folders: BTreeMap<String, Folder>,
+    /// The directories that it describes. Stores call them so.
+    #[serde(rename = "folders")]
+    directories: BTreeMap<String, Directory>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
-struct Folder {
+struct Directory {
     mode: u32,
     uid: u32,
     gid: u32,
@@ -67,10 +68,10 @@ fn unescaped(text: &str) -> Vec<u8> {
     percent_decoded(text.as_bytes())
 }
 
-impl Folder {
+impl Directory {
     fn new(meta: &Meta, opaque: bool) -> Self {
         let xattrs = meta.xattrs.iter();
-        Folder {
+        Directory {
             mode: meta.mode,
             uid: meta.uid,
             gid: meta.gid,
@@ -102,9 +103,12 @@ impl Record {
         self.whiteouts.iter().map(|path| unescaped(path))
     }
 
-    /// Folders of which it shows nothing that is below.
-    pub fn opaque_folders(&self) -> impl Iterator<Item = Vec<u8>> {
-        let described = self.folders.iter().filter(|(_, folder)| folder.opaque);
+    /// Directories of which it shows nothing that is below.
+    pub fn opaque_directories(&self) -> impl Iterator<Item = Vec<u8>> {
+        let described = self
+            .directories
+            .iter()
+            .filter(|(_, directory)| directory.opaque);
         let described = described.map(|(path, _)| path);
         described
             .chain(&self.implied_opaque)
@@ -113,10 +117,10 @@ impl Record {
 
     pub(super) fn new(diff_id: Digest, tree: &Tree) -> Self {
         let (mut implied, mut implied_opaque) = (Vec::new(), BTreeSet::new());
-        let mut folders = BTreeMap::new();
+        let mut directories = BTreeMap::new();
         let mut hides = false;
         for (path, _, inode) in tree.names() {
-            if let InodeKind::Folder {
+            if let InodeKind::Directory {
                 opaque,
                 implied: silent,
             } = inode.kind
@@ -130,7 +134,7 @@ impl Record {
                         implied.push(escaped(path));
                     }
                     false => {
-                        folders.insert(escaped(path), Folder::new(&inode.meta, opaque));
+                        directories.insert(escaped(path), Directory::new(&inode.meta, opaque));
                     }
                 }
             }
@@ -143,11 +147,11 @@ impl Record {
             implied,
             implied_opaque,
             whiteouts: tree.whiteouts().map(escaped).collect(),
-            folders,
+            directories,
         }
     }
 
-    /// What the implied folders have in the layers below, lowest first.
+    /// What the implied directories have in the layers below, lowest first.
     pub fn inherited(&self, below: &[&Record]) -> Inheritance {
         let mut said: BTreeMap<&str, Said> = BTreeMap::new();
         for path in &self.implied {
@@ -163,7 +167,7 @@ impl Record {
             layer.say(level, &mut said);
         }
         let hides_all = below.iter().rposition(|layer| layer.opaque);
-        // The layer that hides what lies in a folder and below that layer. A folder comes
+        // The layer that hides what lies in a directory and below that layer. A directory comes
         // before what is in it.
         let mut inside: HashMap<&str, Option<usize>> = HashMap::new();
         let mut metas = HashMap::new();
@@ -172,40 +176,42 @@ impl Record {
             let outer = outer.and_then(|outer| inside.get(outer)).copied();
             let hidden = outer.unwrap_or(hides_all).max(said.gone);
             inside.insert(path, hidden.max(said.opaque));
-            if let Some((level, folder)) = said.folder
+            if let Some((level, directory)) = said.directory
                 && hidden <= Some(level)
             {
-                metas.insert(path, folder);
+                metas.insert(path, directory);
             }
         }
         let found = self.implied.iter().filter_map(|path| {
-            let folder = metas.get(path.as_str())?;
-            Some((unescaped(path), folder.meta()))
+            let directory = metas.get(path.as_str())?;
+            Some((unescaped(path), directory.meta()))
         });
         Inheritance(found.collect())
     }
 
-    /// Adds what this layer says of folders; those below it have said theirs.
+    /// Adds what this layer says of directories; those below it have said theirs.
     fn say<'a>(&'a self, level: usize, said: &mut BTreeMap<&str, Said<'a>>) {
         let add = |path: &str, said: &mut Said<'a>| {
-            let folder = self.folders.get(path);
-            if let Some(folder) = folder {
-                said.folder = Some((level, folder));
+            let directory = self.directories.get(path);
+            if let Some(directory) = directory {
+                said.directory = Some((level, directory));
             }
             if self.whiteouts.contains(path) {
                 said.gone = Some(level);
             }
-            if folder.is_some_and(|it| it.opaque) || self.implied_opaque.contains(path) {
+            if directory.is_some_and(|it| it.opaque) || self.implied_opaque.contains(path) {
                 said.opaque = Some(level);
             }
         };
         let names = [self.whiteouts.len(), self.implied_opaque.len()];
-        let names = names.iter().fold(self.folders.len(), |sum, len| sum + len);
+        let names = names
+            .iter()
+            .fold(self.directories.len(), |sum, len| sum + len);
         if said.len() < names {
             said.iter_mut().for_each(|(path, said)| add(path, said));
             return;
         }
-        let names = self.folders.keys().chain(&self.whiteouts);
+        let names = self.directories.keys().chain(&self.whiteouts);
         for path in names.chain(&self.implied_opaque) {
             if let Some(said) = said.get_mut(path.as_str()) {
                 add(path, said);
@@ -214,11 +220,11 @@ impl Record {
     }
 }
 
-/// What layers say of a folder: which was the last to, by its place from the lowest.
+/// What layers say of a directory: which was the last to, by its place from the lowest.
 #[derive(Default)]
 struct Said<'a> {
     /// How it looks.
-    folder: Option<(usize, &'a Folder)>,
+    directory: Option<(usize, &'a Directory)>,
     /// It is taken away.
     gone: Option<usize>,
     /// What layers below have in it is hidden.
@@ -257,14 +263,15 @@ mod tests {
     use super::*;
     use crate::limits::Limits;
     use crate::tarball::{Entries, Kind, Writer};
+    use serde_json::json;
     use std::io;
 
-    /// A layer of folders (`a/`), opaque ones (`a/.wh..wh..opq`), whiteouts and files.
+    /// A layer of directories (`a/`), opaque ones (`a/.wh..wh..opq`), whiteouts and files.
     fn record(entries: &[(&str, u32)]) -> Record {
         let mut out = Writer::new(Vec::new());
         for (name, mode) in entries {
             let kind = match name.strip_suffix('/') {
-                Some(_) => Kind::Folder,
+                Some(_) => Kind::Directory,
                 None => Kind::File,
             };
             let mode = *mode;
@@ -281,7 +288,24 @@ mod tests {
     }
 
     #[test]
-    fn folders_look_as_the_highest_layer_below_that_shows_them() {
+    fn a_record_in_a_store_has_the_names_that_it_always_had() {
+        let directory = json!({ "mode": 0o755, "uid": 0, "gid": 0, "mtime": 0 });
+        let stored = json!({
+            "diff_id": Digest::of(b"a"),
+            "size": 1,
+            "empty": false,
+            "opaque": false,
+            "implied": [],
+            "whiteouts": [],
+            "folders": { "etc": directory },
+        });
+        let record: Record = serde_json::from_value(stored.clone()).unwrap();
+        assert!(record.directories.contains_key("etc"));
+        assert_eq!(serde_json::to_value(record).unwrap(), stored);
+    }
+
+    #[test]
+    fn directories_look_as_the_highest_layer_below_that_shows_them() {
         let modes = |below: &[&Record]| {
             let above = record(&[("a b/c/file", 0)]);
             let found = above.inherited(below).0;

@@ -8,7 +8,7 @@ use super::digest::Digest;
 /// The registry of a name that says none, as everybody expects.
 const DEFAULT_REGISTRY: &str = "docker.io";
 /// Where that registry keeps images whose name is one word.
-const DEFAULT_FOLDER: &str = "library/";
+const DEFAULT_DIRECTORY: &str = "library/";
 const DEFAULT_TAG: &str = "latest";
 const NAME_MAX: usize = 255;
 const TAG_MAX: usize = 128;
@@ -48,7 +48,7 @@ impl Reference {
     pub fn familiar(&self) -> String {
         let mut text = match self.registry.as_str() {
             DEFAULT_REGISTRY => {
-                let name = self.repository.strip_prefix(DEFAULT_FOLDER);
+                let name = self.repository.strip_prefix(DEFAULT_DIRECTORY);
                 let short = name.filter(|name| !name.contains('/'));
                 let name = short.unwrap_or(&self.repository);
                 match name.split_once('/') {
@@ -101,7 +101,7 @@ impl Reference {
             return Err("the registry is not HOST or HOST:PORT");
         }
         let repository = match registry == DEFAULT_REGISTRY && !path.contains('/') {
-            true => format!("{DEFAULT_FOLDER}{path}"),
+            true => format!("{DEFAULT_DIRECTORY}{path}"),
             false => path.to_owned(),
         };
         if !path.split('/').all(valid_component) {
@@ -127,7 +127,7 @@ impl Reference {
     }
 }
 
-/// Whether the word before a name's first `/` is a registry, not a folder of the usual one.
+/// Whether the word before a name's first `/` is a registry, not a directory of the usual one.
 fn is_host(word: &str) -> bool {
     word.contains(['.', ':']) || word == "localhost" || word != word.to_lowercase()
 }
@@ -322,7 +322,7 @@ mod tests {
             let reference: Reference = format!("{host}{slash}{name}{colon}{tag}").parse().unwrap();
             let registry = if host.is_empty() { DEFAULT_REGISTRY } else { &host };
             prop_assert_eq!(&reference.registry, registry);
-            prop_assert_eq!(reference.repository.strip_prefix(DEFAULT_FOLDER).unwrap_or(&reference.repository), &name);
+            prop_assert_eq!(reference.repository.strip_prefix(DEFAULT_DIRECTORY).unwrap_or(&reference.repository), &name);
             prop_assert_eq!(reference.tag.as_deref(), Some(if tag.is_empty() { DEFAULT_TAG } else { &tag }));
         }
     }

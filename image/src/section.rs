@@ -30,9 +30,9 @@ impl Section {
         Ok(Section { file, offset, len })
     }
 
-    /// Keeps a stream in a nameless file of a folder. Zeroes become holes there.
-    pub fn spooled(mut input: impl Read, folder: &Path, task: &dyn Task) -> io::Result<Self> {
-        let mut out = HoleWriter::new(tempfile::tempfile_in(folder)?);
+    /// Keeps a stream in a nameless file of a directory. Zeroes become holes there.
+    pub fn spooled(mut input: impl Read, directory: &Path, task: &dyn Task) -> io::Result<Self> {
+        let mut out = HoleWriter::new(tempfile::tempfile_in(directory)?);
         let mut buffer = vec![0; 256 << 10];
         loop {
             let count = match input.read(&mut buffer) {
@@ -170,7 +170,7 @@ mod tests {
 
     #[test]
     fn zeroes_of_a_stream_take_no_disk() {
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let parts = [
             b"start".to_vec(),
             vec![0; 20 << 20],
@@ -178,12 +178,12 @@ mod tests {
             vec![0; 1 << 20],
         ];
         let data = parts.concat();
-        let section = Section::spooled(data.as_slice(), folder.path(), &Quiet).unwrap();
+        let section = Section::spooled(data.as_slice(), directory.path(), &Quiet).unwrap();
         let mut found = Vec::new();
         section.reader().read_to_end(&mut found).unwrap();
         assert_eq!(found, data);
         let used = section.file.metadata().unwrap().blocks() * 512;
         assert!(used < 1 << 20, "{used} bytes");
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 }

@@ -1,4 +1,4 @@
-//! Where an archive comes from: a file, a folder, a pipe, standard input.
+//! Where an archive comes from: a file, a directory, a pipe, standard input.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Seek};
@@ -16,8 +16,8 @@ const STANDARD_INPUT: &str = "-";
 
 /// What a path leads to.
 pub enum Source {
-    /// A folder.
-    Folder,
+    /// A directory.
+    Directory,
     /// An archive, of which any part can be read.
     Archive(Section),
 }
@@ -31,7 +31,7 @@ pub fn shown(path: &Path) -> String {
 }
 
 impl Store {
-    /// Opens an archive or a folder. What comes from a pipe is kept in the store until it
+    /// Opens an archive or a directory. What comes from a pipe is kept in the store until it
     /// is read, as it is read in any order and more than once.
     pub(super) fn source(&self, path: &Path, progress: &dyn Progress) -> Result<Source, Error> {
         let what = shown(path);
@@ -48,7 +48,7 @@ impl Store {
         }
         let kind = file.metadata().or_invalid(&what)?.file_type();
         let archive = if kind.is_dir() && !standard {
-            return Ok(Source::Folder);
+            return Ok(Source::Directory);
         } else if kind.is_file() {
             let offset = match standard {
                 true => file.stream_position().or_invalid(&what)?,

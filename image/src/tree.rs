@@ -12,7 +12,7 @@ const PATH_MAX: usize = 4095;
 const NAME_MAX: usize = 255;
 const DEPTH_MAX: usize = 256;
 const ENTRIES_MAX: usize = 2_000_000;
-/// How many folders may be there only by what is in them. Each is looked for in all layers
+/// How many directories may be there only by what is in them. Each is looked for in all layers
 /// below.
 const IMPLIED_MAX: usize = 100_000;
 /// How many bytes names, targets of links and attributes may have together.
@@ -23,7 +23,7 @@ const WHITEOUT: &[u8] = b".wh.";
 /// Notes of an older union file system. Files in its `.wh..wh.plnk` are what hard
 /// links elsewhere are names of.
 const NOTE: &[u8] = b".wh..wh.";
-/// All that layers below have in the folder is gone.
+/// All that layers below have in the directory is gone.
 const OPAQUE: &[u8] = b".wh..wh..opq";
 
 /// What a name stands for. Hard links are names of one of these.
@@ -38,9 +38,9 @@ pub struct Inode {
 /// What there is behind names.
 #[derive(Debug, PartialEq, Eq)]
 pub enum InodeKind {
-    /// A folder: whether it hides those below, and whether an entry says so or
+    /// A directory: whether it hides those below, and whether an entry says so or
     /// only its files do.
-    Folder { opaque: bool, implied: bool },
+    Directory { opaque: bool, implied: bool },
     /// A file: its length, and which entry has its data.
     File { size: u64, entry: usize },
     /// All else.
@@ -53,13 +53,13 @@ pub struct Tree {
     /// Paths without a slash at either end; the root is the empty one.
     names: BTreeMap<Vec<u8>, usize>,
     whiteouts: BTreeSet<Vec<u8>>,
-    /// Folders that hide all that is below.
+    /// Directories that hide all that is below.
     opaque: BTreeSet<Vec<u8>>,
     /// Files in notes: no names of the layer, but what links may name.
     noted: BTreeMap<Vec<u8>, usize>,
     data: u64,
     weight: usize,
-    /// How many folders no entry has described.
+    /// How many directories no entry has described.
     implied: usize,
     limits: Limits,
 }
@@ -94,7 +94,7 @@ impl Tree {
         Ok(tree)
     }
 
-    /// All names, in order: a folder before what is in it.
+    /// All names, in order: a directory before what is in it.
     pub fn names(&self) -> impl Iterator<Item = (&[u8], usize, &Inode)> {
         self.names
             .iter()
@@ -106,7 +106,7 @@ impl Tree {
         self.whiteouts.iter().map(Vec::as_slice)
     }
 
-    /// Gives a folder that no entry describes what it has in a layer below.
+    /// Gives a directory that no entry describes what it has in a layer below.
     pub fn inherit(&mut self, path: &[u8], meta: Meta) {
         let inode = self
             .names
@@ -130,7 +130,7 @@ impl Tree {
             .and_then(|root| self.inodes.get(*root));
         let silent = |root: &Inode| {
             root.kind
-                == InodeKind::Folder {
+                == InodeKind::Directory {
                     opaque: false,
                     implied: true,
                 }
@@ -183,10 +183,10 @@ impl Tree {
         self.make_parents(&entry.path, entry.meta.mtime, parent)?;
         let kind = match entry.kind {
             Kind::Link(ref target) => return self.link(&entry, &path, target),
-            Kind::Folder => {
+            Kind::Directory => {
                 if let Some(Inode {
                     meta,
-                    kind: InodeKind::Folder { implied, .. },
+                    kind: InodeKind::Directory { implied, .. },
                 }) = self
                     .names
                     .get(&path)
@@ -198,7 +198,7 @@ impl Tree {
                     *meta = entry.meta;
                     return Ok(());
                 }
-                InodeKind::Folder {
+                InodeKind::Directory {
                     opaque: false,
                     implied: false,
                 }
@@ -266,7 +266,7 @@ impl Tree {
             return Err(refuse("no entry before it is its target"));
         };
         let kind = self.inodes.get(inode).map(|inode| &inode.kind);
-        if path.is_empty() || matches!(kind, Some(InodeKind::Folder { .. })) {
+        if path.is_empty() || matches!(kind, Some(InodeKind::Directory { .. })) {
             return Err(refuse("its target is a folder"));
         }
         if path != target {
@@ -301,7 +301,7 @@ impl Tree {
                 mtime,
                 ..Meta::default()
             },
-            kind: InodeKind::Folder {
+            kind: InodeKind::Directory {
                 opaque: false,
                 implied: true,
             },
@@ -315,24 +315,24 @@ impl Tree {
         Some(&inode.kind)
     }
 
-    fn is_folder(&self, path: &[u8]) -> bool {
-        matches!(self.kind(path), Some(InodeKind::Folder { .. }))
+    fn is_directory(&self, path: &[u8]) -> bool {
+        matches!(self.kind(path), Some(InodeKind::Directory { .. }))
     }
 
-    /// Makes the folders that an entry lies in.
+    /// Makes the directories that an entry lies in.
     fn make_parents(
         &mut self,
         entry: &[u8],
         mtime: u32,
         parent: &[u8],
     ) -> Result<(), ArchiveError> {
-        // What lies in a folder has folders all the way.
-        if self.is_folder(parent) {
+        // What lies in a directory has directories all the way.
+        if self.is_directory(parent) {
             return Ok(());
         }
         for path in ancestors(parent) {
             match self.kind(path) {
-                Some(InodeKind::Folder { .. }) => {}
+                Some(InodeKind::Directory { .. }) => {}
                 Some(InodeKind::Other(Kind::Symlink(_))) => return Err(below_symlink(entry, path)),
                 Some(_) => {
                     let why = format!("lies below {}, no folder", super::tarball::show(path));
@@ -362,13 +362,13 @@ impl Tree {
         }
     }
 
-    /// Makes the folders that only a whiteout or a mark lies in, as folders of layers
+    /// Makes the directories that only a whiteout or a mark lies in, as directories of layers
     /// below look so. False if the layer has something else there, or takes one of them
     /// away: what is gone must not come back for that.
     fn make_marked(&mut self, marked: &[u8]) -> Result<bool, ArchiveError> {
         for path in ancestors(marked) {
             match self.kind(path) {
-                Some(InodeKind::Folder { .. }) => {}
+                Some(InodeKind::Directory { .. }) => {}
                 None if !self.whiteouts.contains(path) => {}
                 _ => return Ok(false),
             }
@@ -389,7 +389,7 @@ impl Tree {
     fn hide_below(&mut self, path: &[u8]) {
         let inode = self.names.get(path);
         let inode = inode.and_then(|inode| self.inodes.get_mut(*inode));
-        if let Some(InodeKind::Folder { opaque, .. }) = inode.map(|inode| &mut inode.kind) {
+        if let Some(InodeKind::Directory { opaque, .. }) = inode.map(|inode| &mut inode.kind) {
             *opaque = true;
         }
     }
@@ -399,7 +399,7 @@ impl Tree {
         let mut settled = BTreeSet::new();
         for path in self.whiteouts.clone() {
             match self.kind(&path) {
-                Some(InodeKind::Folder { .. }) => self.hide_below(&path),
+                Some(InodeKind::Directory { .. }) => self.hide_below(&path),
                 Some(_) => {}
                 None => {
                     if self.make_marked(split(&path).0)? {
@@ -413,7 +413,7 @@ impl Tree {
     }
 }
 
-/// A path's folders, from the outermost to itself.
+/// A path's directories, from the outermost to itself.
 fn ancestors(path: &[u8]) -> impl Iterator<Item = &[u8]> {
     let slashes = path.iter().enumerate().filter(|(_, byte)| **byte == b'/');
     let ends = slashes.map(|(at, _)| at).chain([path.len()]);
@@ -425,7 +425,7 @@ fn below_symlink(entry: &[u8], path: &[u8]) -> ArchiveError {
     ArchiveError::entry(entry, why)
 }
 
-/// A path's folder, and its name there.
+/// A path's directory, and its name there.
 pub fn split(path: &[u8]) -> (&[u8], &[u8]) {
     match path.iter().rposition(|byte| *byte == b'/') {
         Some(slash) => (

@@ -36,9 +36,9 @@ fn tree(entries: &[Simple]) -> Result<Tree, ArchiveError> {
 /// Names, and what they are: a letter, and the mode.
 fn told(tree: &Tree) -> Vec<String> {
     let letter = |inode: &Inode| match &inode.kind {
-        InodeKind::Folder { opaque: true, .. } => 'o',
-        InodeKind::Folder { implied: true, .. } => 'i',
-        InodeKind::Folder { .. } => 'd',
+        InodeKind::Directory { opaque: true, .. } => 'o',
+        InodeKind::Directory { implied: true, .. } => 'i',
+        InodeKind::Directory { .. } => 'd',
         InodeKind::File { .. } => 'f',
         InodeKind::Other(Kind::Symlink(_)) => 'l',
         InodeKind::Other(_) => 'x',
@@ -63,16 +63,16 @@ fn told(tree: &Tree) -> Vec<String> {
 #[test]
 fn the_last_of_what_comes_twice_is_there() {
     let tree = tree(&[
-        (b"./", Kind::Folder, 0o711),
+        (b"./", Kind::Directory, 0o711),
         (b"a", Kind::File, 0o600),
         (b"./a", Kind::File, 0o644),
-        (b"d/", Kind::Folder, 0o700),
+        (b"d/", Kind::Directory, 0o700),
         (b"d/x", Kind::File, 0o644),
-        (b"/d", Kind::Folder, 0o755),
+        (b"/d", Kind::Directory, 0o755),
         (b"e/y/z", Kind::File, 0o644),
         (b"e", Kind::File, 0o600),
         (b"s", Kind::Symlink(b"/etc".to_vec()), 0o777),
-        (b"s", Kind::Folder, 0o750),
+        (b"s", Kind::Directory, 0o750),
         (b"s/t", Kind::File, 0o640),
     ])
     .unwrap();
@@ -98,7 +98,7 @@ fn whiteouts_hide_what_is_below_only() {
         (b".wh.fresh", Kind::File, 0),
         (b"fresh/x", Kind::File, 0o644),
         (b"o/.wh..wh..opq", Kind::File, 0),
-        (b".wh..wh.plnk", Kind::Folder, 0o700),
+        (b".wh..wh.plnk", Kind::Directory, 0o700),
         (b".wh..wh.plnk/12.34", Kind::File, 0o600),
         (b"r/.wh.x", Kind::File, 0),
         (b"r", Kind::File, 0o644),
@@ -119,7 +119,7 @@ fn whiteouts_hide_what_is_below_only() {
 }
 
 #[test]
-fn a_whiteout_brings_no_folder_back() {
+fn a_whiteout_brings_no_directory_back() {
     for entries in [
         [&b".wh.gone"[..], b"gone/.wh.x"],
         [b"gone/.wh.x", b".wh.gone"],
@@ -156,7 +156,7 @@ fn a_whiteout_brings_no_folder_back() {
 fn links_to_notes_of_aufs_are_names_of_one_file() {
     let link = || Kind::Link(b".wh..wh.plnk/12.34".to_vec());
     let tree = tree(&[
-        (b".wh..wh.plnk", Kind::Folder, 0o700),
+        (b".wh..wh.plnk", Kind::Directory, 0o700),
         (b"./.wh..wh.plnk/12.34", Kind::File, 0o640),
         (b"one", link(), 0),
         (b"d/two", link(), 0),
@@ -237,7 +237,7 @@ fn tricks_are_refused() {
     let cases: [(&[Simple], &str); 20] = [
         (&[(b"../x", Kind::File, 0)], "leads out"),
         (&[(b"a/../../x", Kind::File, 0)], "leads out"),
-        (&[(b"a/..", Kind::Folder, 0)], "leads out"),
+        (&[(b"a/..", Kind::Directory, 0)], "leads out"),
         (
             &[(b"s", symlink("/etc"), 0), (b"s/passwd", Kind::File, 0)],
             "below s, a symbolic link",
@@ -264,13 +264,16 @@ fn tricks_are_refused() {
             "no entry before",
         ),
         (&[(b"l", link("l"), 0)], "no entry before"),
-        (&[(b"d", Kind::Folder, 0), (b"l", link("d"), 0)], "a folder"),
+        (
+            &[(b"d", Kind::Directory, 0), (b"l", link("d"), 0)],
+            "a folder",
+        ),
         (&[(b"l", link("../../etc/passwd"), 0)], "leads out"),
         (&[(b".", Kind::File, 0)], "the root is no folder"),
         (&[(b".wh.", Kind::File, 0)], "no name"),
         (&[(b"d/.wh...", Kind::File, 0)], "no name"),
         (&[(b".wh.d/x", Kind::File, 0)], "below a whiteout"),
-        (&[(&deep, Kind::Folder, 0)], "deep"),
+        (&[(&deep, Kind::Directory, 0)], "deep"),
         (&[(&long, Kind::File, 0)], "255"),
         (&[(b"c", Kind::Char(0x1000, 0), 0)], "too large"),
     ];
@@ -285,7 +288,7 @@ fn tricks_are_refused() {
 #[test]
 fn a_layer_that_changes_nothing_is_known() {
     assert!(tree(&[]).unwrap().is_empty());
-    assert!(!tree(&[(b"./", Kind::Folder, 0o755)]).unwrap().is_empty());
+    assert!(!tree(&[(b"./", Kind::Directory, 0o755)]).unwrap().is_empty());
     assert!(!tree(&[(b".wh.x", Kind::File, 0)]).unwrap().is_empty());
     assert!(
         !tree(&[(b".wh..wh..opq", Kind::File, 0)])
@@ -296,13 +299,13 @@ fn a_layer_that_changes_nothing_is_known() {
 
 proptest! {
     #[test]
-    fn whatever_comes_every_name_lies_in_folders(
+    fn whatever_comes_every_name_lies_in_directories(
         entries in vec(
             (
                 "(\\.wh\\.|/|\\./|\\.\\./)?[ab](/(\\.wh\\.)?[ab.]{1,2}){0,3}/?",
                 prop_oneof![
                     4 => Just(Kind::File),
-                    4 => Just(Kind::Folder),
+                    4 => Just(Kind::Directory),
                     1 => Just(Kind::Fifo),
                     1 => Just(Kind::Symlink(b"a".to_vec())),
                     2 => "[ab](/[ab]){0,2}".prop_map(|target| Kind::Link(target.into_bytes())),
@@ -317,13 +320,13 @@ proptest! {
         }
         let archive = out.finish().unwrap();
         if let Ok(tree) = Tree::read(&mut Entries::new(archive.as_slice()), &Limits::default()) {
-            let folders: BTreeSet<&[u8]> = tree
+            let directories: BTreeSet<&[u8]> = tree
                 .names()
-                .filter(|(_, _, inode)| matches!(inode.kind, InodeKind::Folder { .. }))
+                .filter(|(_, _, inode)| matches!(inode.kind, InodeKind::Directory { .. }))
                 .map(|(path, ..)| path)
                 .collect();
             for path in tree.names().map(|(path, ..)| path).chain(tree.whiteouts()) {
-                prop_assert!(folders.contains(split(path).0), "{path:?}");
+                prop_assert!(directories.contains(split(path).0), "{path:?}");
                 prop_assert_eq!(normalised(path).unwrap(), path);
             }
             for path in tree.whiteouts() {
@@ -334,22 +337,22 @@ proptest! {
 }
 
 #[test]
-fn a_folder_that_hides_is_known_whether_it_is_described_or_not() {
+fn a_directory_that_hides_is_known_whether_it_is_described_or_not() {
     let tree = tree(&[
-        (b"a", Kind::Folder, 0o755),
+        (b"a", Kind::Directory, 0o755),
         (b"a/.wh..wh..opq", Kind::File, 0o644),
         (b"b/c/.wh..wh..opq", Kind::File, 0o644),
         (b"d/.wh.e", Kind::File, 0o644),
     ])
     .unwrap();
     let record = Record::new(Digest::of(b""), &tree);
-    let folders: Vec<_> = record.opaque_folders().collect();
-    assert_eq!(folders, [b"a".to_vec(), b"b/c".to_vec()]);
+    let directories: Vec<_> = record.opaque_directories().collect();
+    assert_eq!(directories, [b"a".to_vec(), b"b/c".to_vec()]);
     assert_eq!(record.whiteouts().collect::<Vec<_>>(), [b"d/e".to_vec()]);
 }
 
 #[test]
-fn folders_that_no_entry_describes_are_so_many_and_no_more() {
+fn directories_that_no_entry_describes_are_so_many_and_no_more() {
     let deep = |name: usize| format!("{name}{}/f", "/d".repeat(200)).into_bytes();
     let files = |count| (0..count).map(deep).collect::<Vec<_>>();
     let read = |paths: &[Vec<u8>]| {

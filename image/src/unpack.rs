@@ -1,7 +1,7 @@
-//! An image's files as a folder, for those that cannot mount its layers.
+//! An image's files as a directory, for those that cannot mount its layers.
 //!
 //! Each layer is unpacked by itself, where nothing of another one can lead its files
-//! elsewhere; then folders are put together without following links.
+//! elsewhere; then directories are put together without following links.
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -17,7 +17,7 @@ use crate::error::{Context, Error};
 const TOOL: &str = "unsquashfs";
 
 impl Image {
-    /// Puts the image's files into a folder that does not exist yet. An ordinary user
+    /// Puts the image's files into a directory that does not exist yet. An ordinary user
     /// becomes their owner.
     pub fn unpack(&self, root: &Path) -> Result<(), Error> {
         let what = || format!("unpacking the image to {}", root.display());
@@ -33,7 +33,7 @@ impl Image {
             if record.opaque {
                 hide(root, Path::new("")).or_host(what())?;
             }
-            let gone = record.whiteouts().chain(record.opaque_folders());
+            let gone = record.whiteouts().chain(record.opaque_directories());
             for path in gone {
                 let path = PathBuf::from(std::ffi::OsString::from_vec(path));
                 hide(root, &path).or_host(what())?;
@@ -114,9 +114,9 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Moves a folder's entries over another's.
+/// Moves a directory's entries over another's.
 fn merge(from: &Path, to: &Path) -> io::Result<()> {
-    let folder = from.symlink_metadata()?;
+    let directory = from.symlink_metadata()?;
     for entry in fs::read_dir(from)? {
         let entry = entry?;
         let target = to.join(entry.file_name());
@@ -131,18 +131,18 @@ fn merge(from: &Path, to: &Path) -> io::Result<()> {
         }
         fs::rename(entry.path(), target)?;
     }
-    // Whatever may not be is not: an ordinary user's folders are the user's.
-    let _ = std::os::unix::fs::chown(to, Some(folder.uid()), Some(folder.gid()));
-    fs::set_permissions(to, folder.permissions())
+    // Whatever may not be is not: an ordinary user's directories are the user's.
+    let _ = std::os::unix::fs::chown(to, Some(directory.uid()), Some(directory.gid()));
+    fs::set_permissions(to, directory.permissions())
 }
 
-/// Gives the owner all rights of a folder and those in it.
-fn make_writable(folder: &Path) -> io::Result<()> {
-    let mode = folder.symlink_metadata()?.permissions().mode();
+/// Gives the owner all rights of a directory and those in it.
+fn make_writable(directory: &Path) -> io::Result<()> {
+    let mode = directory.symlink_metadata()?.permissions().mode();
     if mode & 0o700 != 0o700 {
-        fs::set_permissions(folder, Permissions::from_mode(mode | 0o700))?;
+        fs::set_permissions(directory, Permissions::from_mode(mode | 0o700))?;
     }
-    for entry in fs::read_dir(folder)? {
+    for entry in fs::read_dir(directory)? {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
             make_writable(&entry.path())?;
@@ -159,8 +159,8 @@ mod tests {
 
     #[test]
     fn layers_are_merged_without_following_links() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = |name: &str| folder.path().join(name);
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
         fs::create_dir_all(path("root/a/kept")).unwrap();
         fs::create_dir_all(path("outside")).unwrap();
         fs::write(path("outside/file"), "safe").unwrap();
@@ -190,8 +190,8 @@ mod tests {
     /// As root is asked for no rights, a thread becomes another user.
     #[test]
     fn an_ordinary_user_unpacks_what_is_read_only() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = |name: &str| folder.path().join(name);
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
         for inside in ["root/a/b", "layer/a/b/c", "layer/d"] {
             fs::create_dir_all(path(inside)).unwrap();
         }
@@ -208,17 +208,17 @@ mod tests {
         for name in layer {
             fs::set_permissions(path(name), Permissions::from_mode(0o555)).unwrap();
         }
-        let (layer, root_folder) = (path("layer"), path("root"));
+        let (layer, root_directory) = (path("layer"), path("root"));
         let merged = std::thread::spawn(move || {
             if root {
                 // SAFETY: numbers; of this thread alone, unlike libc's own function.
                 unsafe { libc::syscall(libc::SYS_setresuid, 1, 1, 1) };
             }
             make_writable(&layer)?;
-            merge(&layer, &root_folder)?;
+            merge(&layer, &root_directory)?;
             // As another layer may want.
-            hide(&root_folder, Path::new("a/b/c"))?;
-            hide(&root_folder, Path::new(""))
+            hide(&root_directory, Path::new("a/b/c"))?;
+            hide(&root_directory, Path::new(""))
         });
         merged.join().unwrap().unwrap();
         assert_eq!(fs::read_dir(path("root")).unwrap().count(), 0);

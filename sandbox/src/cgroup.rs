@@ -36,7 +36,7 @@ const THREADS: u64 = 128;
 const OVERHEAD_PER_NET: u64 = 96 << 20;
 /// … and what the kernel has for each file that virtiofsd keeps open, which are those that
 /// the guest knows: about 1.5 KiB.
-const OVERHEAD_PER_FOLDER: u64 = 512 << 20;
+const OVERHEAD_PER_DIRECTORY: u64 = 512 << 20;
 /// Of either helper: virtiofsd has a pool of 64.
 const THREADS_PER_HELPER: u64 = 80;
 
@@ -56,8 +56,8 @@ pub struct Share {
     pub memory: u64,
     /// Networks that a helper makes.
     pub nets: u64,
-    /// Folders that a helper serves.
-    pub folders: u64,
+    /// Directories that a helper serves.
+    pub directories: u64,
 }
 
 impl Share {
@@ -66,8 +66,8 @@ impl Share {
         let own = OVERHEAD + OVERHEAD_PER_CPU * u64::from(self.cpus);
         let tables = self.memory / TABLES;
         let nets = OVERHEAD_PER_NET.saturating_mul(self.nets);
-        let folders = OVERHEAD_PER_FOLDER.saturating_mul(self.folders);
-        let parts = [own, tables, nets, folders].into_iter();
+        let directories = OVERHEAD_PER_DIRECTORY.saturating_mul(self.directories);
+        let parts = [own, tables, nets, directories].into_iter();
         parts.fold(self.memory, u64::saturating_add)
     }
 
@@ -77,7 +77,7 @@ impl Share {
     }
 
     fn threads(&self) -> u64 {
-        let helpers = self.nets.saturating_add(self.folders);
+        let helpers = self.nets.saturating_add(self.directories);
         let theirs = THREADS_PER_HELPER.saturating_mul(helpers);
         theirs.saturating_add(THREADS + u64::from(self.cpus))
     }
@@ -178,7 +178,7 @@ const TURNED_ON: [&str; 4] = ["memory", "cpu", "pids", "io"];
 /// A machine's groups, removed with this.
 #[derive(Debug)]
 pub struct Cgroup {
-    folders: Vec<PathBuf>,
+    directories: Vec<PathBuf>,
     /// The one of version 2, if there are no others.
     only: Option<PathBuf>,
     limited: Vec<&'static str>,
@@ -210,14 +210,14 @@ impl Cgroup {
         hierarchies: &Hierarchies,
     ) -> Self {
         let mut made = Cgroup {
-            folders: Vec::new(),
+            directories: Vec::new(),
             only: None,
             limited: Vec::new(),
             status: Status::Active,
         };
         let mut refusal = None;
-        let mut limit = |folder: &Path, file: &str, value: &str| {
-            let path = folder.join(file);
+        let mut limit = |directory: &Path, file: &str, value: &str| {
+            let path = directory.join(file);
             match fs::write(&path, value) {
                 Ok(()) => true,
                 Err(error) => {
@@ -228,14 +228,14 @@ impl Cgroup {
         };
         let mut refused = None;
         if let Some(own) = &hierarchies.unified {
-            match place(own).and_then(|parent| make_folder(&parent, name)) {
-                Ok(folder) => {
+            match place(own).and_then(|parent| make_directory(&parent, name)) {
+                Ok(directory) => {
                     for (controller, file, value) in v2 {
-                        if folder.join(file).exists() && limit(&folder, file, value) {
+                        if directory.join(file).exists() && limit(&directory, file, value) {
                             made.limited.push(controller);
                         }
                     }
-                    made.folders.push(folder);
+                    made.directories.push(directory);
                 }
                 Err(why) => refused = Some(why),
             }
@@ -246,21 +246,21 @@ impl Cgroup {
             if files.is_empty() {
                 continue;
             }
-            match make_folder(own, name) {
-                Ok(folder) => {
+            match make_directory(own, name) {
+                Ok(directory) => {
                     for (of, file, value) in files {
-                        if folder.join(file).exists() && limit(&folder, file, value) {
+                        if directory.join(file).exists() && limit(&directory, file, value) {
                             made.limited.push(of);
                         }
                     }
-                    if !made.folders.contains(&folder) {
-                        made.folders.push(folder);
+                    if !made.directories.contains(&directory) {
+                        made.directories.push(directory);
                     }
                 }
                 Err(why) => refused = refused.or(Some(why)),
             }
         }
-        if let [only] = &made.folders[..]
+        if let [only] = &made.directories[..]
             && hierarchies.unified.is_some()
             && hierarchies.legacy.is_empty()
         {
@@ -301,8 +301,8 @@ impl Cgroup {
         let deadline = Instant::now() + time;
         let mut free = true;
         for parent in unified.chain(legacy) {
-            let folder = parent.join(&name);
-            while let Err(error) = fs::remove_dir(&folder)
+            let directory = parent.join(&name);
+            while let Err(error) = fs::remove_dir(&directory)
                 && error.kind() == ErrorKind::ResourceBusy
             {
                 if Instant::now() >= deadline {
@@ -318,8 +318,8 @@ impl Cgroup {
     /// Puts a process into the groups. If the host does not let this user, it is
     /// without limits.
     pub fn add(&mut self, pid: u32) {
-        for folder in &self.folders {
-            let path = folder.join("cgroup.procs");
+        for directory in &self.directories {
+            let path = directory.join("cgroup.procs");
             if let Err(error) = fs::write(&path, pid.to_string()) {
                 self.status = Status::Absent(format!("{}: {error}", path.display()));
             }
@@ -329,19 +329,19 @@ impl Cgroup {
     /// The way into the groups for programs that are started, which must not begin outside:
     /// what they start would stay there.
     pub fn door(&self) -> Door {
-        let open = |folder: &PathBuf| {
-            let path = folder.join("cgroup.procs");
+        let open = |directory: &PathBuf| {
+            let path = directory.join("cgroup.procs");
             fs::OpenOptions::new().write(true).open(path).ok()
         };
-        Door(self.folders.iter().filter_map(open).collect())
+        Door(self.directories.iter().filter_map(open).collect())
     }
 
-    /// The folder of a group that a process can be made in, rather than put into later.
+    /// The directory of a group that a process can be made in, rather than put into later.
     pub fn entrance(&self) -> Option<OwnedFd> {
         let mut options = fs::OpenOptions::new();
         let flags = libc::O_PATH | libc::O_DIRECTORY;
-        let folder = options.read(true).custom_flags(flags);
-        Some(folder.open(self.only.as_ref()?).ok()?.into())
+        let directory = options.read(true).custom_flags(flags);
+        Some(directory.open(self.only.as_ref()?).ok()?.into())
     }
 
     /// Whether there are limits.
@@ -349,16 +349,16 @@ impl Cgroup {
         &self.status
     }
 
-    /// The groups' folders.
-    pub fn folders(&self) -> &[PathBuf] {
-        &self.folders
+    /// The groups' directories.
+    pub fn directories(&self) -> &[PathBuf] {
+        &self.directories
     }
 
     /// Its process was ended because it needed more memory than it may have.
     pub fn ran_out_of_memory(&self) -> bool {
         let killed = |file: &str| {
-            self.folders.iter().any(|folder| {
-                let text = fs::read_to_string(folder.join(file)).unwrap_or_default();
+            self.directories.iter().any(|directory| {
+                let text = fs::read_to_string(directory.join(file)).unwrap_or_default();
                 value_of(&text, "oom_kill").is_some_and(|count| count > 0)
             })
         };
@@ -368,11 +368,12 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        for folder in &self.folders {
+        for directory in &self.directories {
             // A process that was killed may be in it for another moment. After that whoever
             // comes next removes what is still in use.
             let mut tries = 0..REMOVALS;
-            while fs::remove_dir(folder).is_err_and(|error| error.kind() == ErrorKind::ResourceBusy)
+            while fs::remove_dir(directory)
+                .is_err_and(|error| error.kind() == ErrorKind::ResourceBusy)
                 && tries.next().is_some()
             {
                 std::thread::sleep(PAUSE);
@@ -421,18 +422,18 @@ impl GroupUsage {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let groups = read(&format!("/proc/{pid}/cgroup"));
         let found = Hierarchies::parse(&read("/proc/self/mountinfo"), &groups);
-        let all = found.unified.into_iter().map(|(_, folder)| folder);
-        let all = all.chain(found.legacy.into_iter().map(|(_, folder)| folder));
+        let all = found.unified.into_iter().map(|(_, directory)| directory);
+        let all = all.chain(found.legacy.into_iter().map(|(_, directory)| directory));
         let name = format!("{PREFIX}{supervisor}");
-        let its: Vec<_> = all.filter(|folder| folder.ends_with(&name)).collect();
+        let its: Vec<_> = all.filter(|directory| directory.ends_with(&name)).collect();
         GroupUsage::of(&its)
     }
 
-    /// Reads it from the groups' folders.
-    fn of(folders: &[PathBuf]) -> Self {
+    /// Reads it from the groups' directories.
+    fn of(directories: &[PathBuf]) -> Self {
         let read = |file: &str| {
-            let mut all = folders.iter();
-            all.find_map(|folder| fs::read_to_string(folder.join(file)).ok())
+            let mut all = directories.iter();
+            all.find_map(|directory| fs::read_to_string(directory.join(file)).ok())
         };
         let number = |file: &str| read(file)?.trim().parse::<u64>().ok();
         let cpu = read("cpu.stat").and_then(|text| value_of(&text, "usage_usec"));
@@ -460,13 +461,13 @@ fn value_of(text: &str, name: &str) -> Option<u64> {
 /// Whether this process may have groups of version 2 below its own.
 pub fn may_divide() -> bool {
     let own = Hierarchies::find().unified;
-    own.is_some_and(|(_, folder)| rustix::fs::access(folder, Access::WRITE_OK).is_ok())
+    own.is_some_and(|(_, directory)| rustix::fs::access(directory, Access::WRITE_OK).is_ok())
 }
 
 /// Where this process is.
 #[derive(Debug, Default)]
 struct Hierarchies {
-    /// In that of version 2: its mount point, and the group's folder.
+    /// In that of version 2: its mount point, and the group's directory.
     unified: Option<(PathBuf, PathBuf)>,
     /// In those of version 1, by controller.
     legacy: Vec<(String, PathBuf)>,
@@ -502,15 +503,15 @@ impl Hierarchies {
                 let Ok(below) = Path::new(path).strip_prefix(root) else {
                     continue;
                 };
-                let folder = Path::new(point).join(below);
+                let directory = Path::new(point).join(below);
                 match (controllers, kind) {
-                    ("", Some("cgroup2")) => found.unified = Some((point.into(), folder)),
+                    ("", Some("cgroup2")) => found.unified = Some((point.into(), directory)),
                     ("", _) => {}
                     (_, Some("cgroup")) => {
                         let has = |it: &&str| options.split(',').any(|option| option == *it);
                         if controllers.split(',').all(|it| has(&it)) {
                             for controller in controllers.split(',') {
-                                found.legacy.push((controller.into(), folder.clone()));
+                                found.legacy.push((controller.into(), directory.clone()));
                             }
                         }
                     }
@@ -526,10 +527,10 @@ impl Hierarchies {
 /// with processes may not. Turns its controllers on.
 fn place((top, own): &(PathBuf, PathBuf)) -> Result<PathBuf, String> {
     let mut why = None;
-    for folder in own.ancestors().take_while(|it| it.starts_with(top)) {
-        let procs = folder.join("cgroup.procs");
+    for directory in own.ancestors().take_while(|it| it.starts_with(top)) {
+        let procs = directory.join("cgroup.procs");
         let busy = fs::read_to_string(&procs).is_ok_and(|text| !text.trim().is_empty());
-        if busy && folder != top {
+        if busy && directory != top {
             continue;
         }
         match fs::OpenOptions::new().write(true).open(&procs) {
@@ -537,20 +538,20 @@ fn place((top, own): &(PathBuf, PathBuf)) -> Result<PathBuf, String> {
                 for controller in TURNED_ON {
                     // What can't be turned on has no files later.
                     let turn_on = format!("+{controller}");
-                    let _ = fs::write(folder.join("cgroup.subtree_control"), turn_on);
+                    let _ = fs::write(directory.join("cgroup.subtree_control"), turn_on);
                 }
-                return Ok(folder.to_owned());
+                return Ok(directory.to_owned());
             }
             Err(error) => {
-                why.get_or_insert_with(|| format!("{}: {error}", folder.display()));
+                why.get_or_insert_with(|| format!("{}: {error}", directory.display()));
             }
         }
     }
     Err(why.unwrap_or_else(|| format!("{}: no group for it", own.display())))
 }
 
-/// Makes a group's folder, and removes those of supervisors that were killed.
-fn make_folder(parent: &Path, name: &str) -> Result<PathBuf, String> {
+/// Makes a group's directory, and removes those of supervisors that were killed.
+fn make_directory(parent: &Path, name: &str) -> Result<PathBuf, String> {
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
         let left = entry.file_name();
         let pid = left.to_str().and_then(|it| it.strip_prefix(PREFIX));
@@ -560,11 +561,11 @@ fn make_folder(parent: &Path, name: &str) -> Result<PathBuf, String> {
             let _ = fs::remove_dir(entry.path());
         }
     }
-    let folder = parent.join(name);
-    match fs::create_dir(&folder) {
-        Ok(()) => Ok(folder),
-        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(folder),
-        Err(error) => Err(format!("{}: {error}", folder.display())),
+    let directory = parent.join(name);
+    match fs::create_dir(&directory) {
+        Ok(()) => Ok(directory),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(directory),
+        Err(error) => Err(format!("{}: {error}", directory.display())),
     }
 }
 
@@ -576,7 +577,7 @@ mod tests {
         cpus: 2,
         memory: 512 << 20,
         nets: 0,
-        folders: 0,
+        directories: 0,
     };
 
     #[test]
@@ -607,11 +608,11 @@ mod tests {
         }
     }
 
-    /// A folder that looks as a group of version 2 whose processes are elsewhere.
-    fn pretend(folder: &Path) {
-        fs::create_dir_all(folder).unwrap();
+    /// A directory that looks as a group of version 2 whose processes are elsewhere.
+    fn pretend(directory: &Path) {
+        fs::create_dir_all(directory).unwrap();
         for file in ["cgroup.procs", "cgroup.subtree_control"] {
-            fs::write(folder.join(file), "").unwrap();
+            fs::write(directory.join(file), "").unwrap();
         }
     }
 
@@ -619,8 +620,8 @@ mod tests {
     fn a_group_with_processes_is_passed_over() {
         let top = tempfile::tempdir().unwrap();
         let own = top.path().join("slice/scope");
-        for folder in [top.path(), &top.path().join("slice"), &own] {
-            pretend(folder);
+        for directory in [top.path(), &top.path().join("slice"), &own] {
+            pretend(directory);
         }
         fs::write(own.join("cgroup.procs"), "1\n").unwrap();
         let here = (top.path().to_owned(), own.clone());
@@ -646,9 +647,9 @@ mod tests {
 
     #[test]
     fn usage_is_read_from_either_version() {
-        let folder = tempfile::tempdir().unwrap();
-        let write = |file: &str, text: &str| fs::write(folder.path().join(file), text).unwrap();
-        let usage = || GroupUsage::of(&[folder.path().to_owned()]);
+        let directory = tempfile::tempdir().unwrap();
+        let write = |file: &str, text: &str| fs::write(directory.path().join(file), text).unwrap();
+        let usage = || GroupUsage::of(&[directory.path().to_owned()]);
         assert_eq!(usage(), GroupUsage::default());
         write("cpuacct.usage", "5000\n");
         write("memory.usage_in_bytes", "900\n");
@@ -668,7 +669,7 @@ mod tests {
         assert_eq!(SHARE.memory_limit(), (512 + 64 + 4 + 8) << 20);
         let helped = Share {
             nets: 1,
-            folders: 2,
+            directories: 2,
             ..SHARE
         };
         let beside = helped.memory_limit() - SHARE.memory_limit();

@@ -154,7 +154,7 @@ pub fn descriptors() -> io::Result<Vec<RawFd>> {
     let all = names
         .iter()
         .filter_map(|name| name.to_str()?.parse().ok())
-        // The folder's own is closed again.
+        // The directory's own is closed again.
         // SAFETY: numbers.
         .filter(|&fd: &RawFd| unsafe { libc::fcntl(fd, libc::F_GETFD) } != -1);
     Ok(all.collect())
@@ -190,7 +190,7 @@ fn address_space() -> io::Result<u64> {
     Ok(pages.saturating_mul(u64::try_from(page).unwrap_or(4096)))
 }
 
-/// Replaces the root of this mount namespace by a folder in which nothing is, nor can be.
+/// Replaces the root of this mount namespace by a directory in which nothing is, nor can be.
 fn empty_root() -> io::Result<()> {
     let none = std::ptr::null();
     let mount = |from: *const libc::c_char, to: &std::ffi::CStr, kind, flags, options| {
@@ -202,7 +202,7 @@ fn empty_root() -> io::Result<()> {
     mount(none, c"/", none, private, none.cast())?;
     let flags = libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
     let options = c"size=4k,nr_inodes=1,mode=0".as_ptr();
-    // Every host has this folder, and it is not looked at any more.
+    // Every host has this directory, and it is not looked at any more.
     let place = c"/proc";
     mount(
         c"mayfly".as_ptr(),

@@ -223,8 +223,8 @@ mod tests {
     use super::*;
 
     fn list(role: Role) -> Vec<Value> {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/seccomp");
-        let text = fs::read(folder.join(format!("{}.json", role.name()))).unwrap();
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/seccomp");
+        let text = fs::read(directory.join(format!("{}.json", role.name()))).unwrap();
         let file: Value = serde_json::from_slice(&text).unwrap();
         let filter = &file[role.name()];
         assert_eq!(filter["mismatch_action"], "trap");

@@ -462,8 +462,8 @@ fn cloned(pid: libc::c_long, pidfd: libc::c_int) -> io::Result<Option<(libc::pid
 
 /// Says who is root inside, and why it is not a user of the VM's own, if so.
 fn map(pid: libc::pid_t, supervisor: Ids, wanted: Ids) -> Mapping {
-    let folder = format!("/proc/{pid}");
-    let write = |name: &str, text: &str| fs::write(format!("{folder}/{name}"), text);
+    let directory = format!("/proc/{pid}");
+    let write = |name: &str, text: &str| fs::write(format!("{directory}/{name}"), text);
     let put = |ids: Ids| {
         write("gid_map", &format!("0 {} 1\n", ids.gid))?;
         write("uid_map", &format!("0 {} 1\n", ids.uid))

@@ -267,7 +267,7 @@ impl<W: Write> Sink for ToTar<W> {
         const STICKY: u32 = 0o1000;
         let (kind, size) = match &entry.kind {
             &Kind::File(size) => (tarball::Kind::File, size),
-            Kind::Folder => (tarball::Kind::Folder, 0),
+            Kind::Folder => (tarball::Kind::Directory, 0),
             Kind::Symlink(target) => (tarball::Kind::Symlink(target.clone()), 0),
             Kind::Link(target) => (tarball::Kind::Link(self.path(target)), 0),
             Kind::Char(..) | Kind::Block(..) | Kind::Fifo => {
@@ -355,7 +355,7 @@ impl Source for FromTar {
         };
         let kind = match entry.kind {
             tarball::Kind::File => Kind::File(entry.size),
-            tarball::Kind::Folder => Kind::Folder,
+            tarball::Kind::Directory => Kind::Folder,
             tarball::Kind::Symlink(target) => Kind::Symlink(target),
             tarball::Kind::Link(target) => Kind::Link(plain(&target)?),
             tarball::Kind::Char(major, minor) => Kind::Char(major, minor),

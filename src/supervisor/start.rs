@@ -120,7 +120,7 @@ fn make_cgroup(config: &MachineConfig, in_memory: u64) -> Option<Cgroup> {
             cpus: config.spec.cpus,
             memory: config.spec.memory.size.saturating_add(in_memory),
             nets: count(filtered.count()),
-            folders: count(config.folders.len()),
+            directories: count(config.folders.len()),
         })),
     }
 }

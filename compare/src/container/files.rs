@@ -91,9 +91,9 @@ pub fn build(spec: &Spec, mapping: Mapping, note: &mut dyn FnMut(&str)) -> Resul
     let devices = DEVICES.map(|name| (name, copy(&Path::new("/dev").join(name), false)));
     let mut volumes = Vec::new();
     for (host, inside, read_only) in &spec.volumes {
-        let is_folder = fs::metadata(host).or_invalid(host.display())?.is_dir();
+        let is_directory = fs::metadata(host).or_invalid(host.display())?.is_dir();
         let copied = copy(host, *read_only).or_host(host.display())?;
-        volumes.push((inside, is_folder, copied));
+        volumes.push((inside, is_directory, copied));
     }
     let unified = is_of("/sys/fs/cgroup", libc::CGROUP2_SUPER_MAGIC);
 
@@ -134,8 +134,8 @@ pub fn build(spec: &Spec, mapping: Mapping, note: &mut dyn FnMut(&str)) -> Resul
         mounted => mounted.or_host("/dev/mqueue")?,
     }
     names(&spec.hostname);
-    for (inside, is_folder, copied) in &volumes {
-        attach(copied, inside, *is_folder).or_invalid(inside.display())?;
+    for (inside, is_directory, copied) in &volumes {
+        attach(copied, inside, *is_directory).or_invalid(inside.display())?;
     }
     drop(volumes);
     guard().or_host("masking /proc and /sys")?;
@@ -166,9 +166,9 @@ fn root(spec: &Spec, note: &mut dyn FnMut(&str)) -> Result<(), Error> {
     if refused.raw_os_error() == Some(libc::EINVAL) {
         match memory(spec).and_then(|()| overlay(spec)) {
             Ok(()) => {
-                let folder = spec.writable.display();
+                let directory = spec.writable.display();
                 note(&format!(
-                    "/: what is written lies in memory, as {folder} can be no overlay's"
+                    "/: what is written lies in memory, as {directory} can be no overlay's"
                 ));
                 return Ok(());
             }
@@ -203,18 +203,18 @@ fn overlay(spec: &Spec) -> io::Result<()> {
     Ok(())
 }
 
-/// Covers the folder for changes by one in memory.
+/// Covers the directory for changes by one in memory.
 fn memory(spec: &Spec) -> io::Result<()> {
     let flags = NOSUID | MountFlags::NODEV;
     mount("tmpfs", &spec.writable, "tmpfs", flags, c"mode=755")?;
     let upper = spec.writable.join("upper");
     fs::create_dir(&upper)?;
     fs::create_dir(spec.writable.join("work"))?;
-    // It becomes the root folder's own.
+    // It becomes the root directory's own.
     fs::set_permissions(&upper, fs::metadata(&spec.root)?.permissions())
 }
 
-/// Makes a folder the root, and forgets the old one.
+/// Makes a directory the root, and forgets the old one.
 fn enter(root: &Path) -> io::Result<()> {
     std::env::set_current_dir(root)?;
     // The old root comes to lie over the new one, and is what "." means (pivot_root(2)).
@@ -245,7 +245,7 @@ fn guard() -> io::Result<()> {
     Ok(())
 }
 
-/// Covers a file by the null device, or a folder by an empty one; false if there is none.
+/// Covers a file by the null device, or a directory by an empty one; false if there is none.
 fn mask(path: &Path) -> io::Result<bool> {
     let covered = match mount_bind("/dev/null", path) {
         Err(Errno::NOTDIR) => mount("tmpfs", path, "tmpfs", MountFlags::RDONLY, c""),
@@ -276,7 +276,7 @@ fn names(hostname: &str) {
     );
 }
 
-/// Mounts one of the kernel's file systems, at a folder that is made if it is missing.
+/// Mounts one of the kernel's file systems, at a directory that is made if it is missing.
 fn kernel(path: &str, kind: &str, flags: MountFlags, options: &CStr) -> io::Result<()> {
     match mount(kind, path, kind, flags, options) {
         Err(Errno::NOENT) => {
@@ -288,11 +288,11 @@ fn kernel(path: &str, kind: &str, flags: MountFlags, options: &CStr) -> io::Resu
     Ok(())
 }
 
-/// Attaches a detached mount, at a folder or file that is made if it is missing.
-fn attach(what: &OwnedFd, path: &Path, is_folder: bool) -> io::Result<()> {
+/// Attaches a detached mount, at a directory or file that is made if it is missing.
+fn attach(what: &OwnedFd, path: &Path, is_directory: bool) -> io::Result<()> {
     match attach_at(what, path) {
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            if is_folder {
+            if is_directory {
                 fs::create_dir_all(path)?;
             } else {
                 fs::create_dir_all(path.parent().unwrap_or(path))?;
@@ -336,12 +336,12 @@ fn copy(path: &Path, read_only: bool) -> io::Result<OwnedFd> {
 }
 
 /// Nothing at and below a mount can be changed through it.
-fn make_read_only(folder: libc::c_int, path: &CStr) -> io::Result<()> {
-    restrict(folder, path, MountAttrFlags::MOUNT_ATTR_RDONLY)
+fn make_read_only(directory: libc::c_int, path: &CStr) -> io::Result<()> {
+    restrict(directory, path, MountAttrFlags::MOUNT_ATTR_RDONLY)
 }
 
 /// Takes something from a mount and those below it.
-fn restrict(folder: libc::c_int, path: &CStr, attributes: MountAttrFlags) -> io::Result<()> {
+fn restrict(directory: libc::c_int, path: &CStr, attributes: MountAttrFlags) -> io::Result<()> {
     let attributes = libc::mount_attr {
         attr_set: attributes.bits().into(),
         attr_clr: 0,
@@ -352,10 +352,10 @@ fn restrict(folder: libc::c_int, path: &CStr, attributes: MountAttrFlags) -> io:
     let (path, size) = (path.as_ptr(), size_of::<libc::mount_attr>());
     let what = &raw const attributes;
     // SAFETY: a string that ends in zero, and a live structure of that size.
-    check(unsafe { libc::syscall(libc::SYS_mount_setattr, folder, path, flags, what, size) })
+    check(unsafe { libc::syscall(libc::SYS_mount_setattr, directory, path, flags, what, size) })
 }
 
-/// Whether a folder is of a kind of file system.
-fn is_of(folder: impl rustix::path::Arg, magic: libc::c_long) -> bool {
-    statfs(folder).is_ok_and(|StatFs { f_type, .. }| f_type == magic)
+/// Whether a directory is of a kind of file system.
+fn is_of(directory: impl rustix::path::Arg, magic: libc::c_long) -> bool {
+    statfs(directory).is_ok_and(|StatFs { f_type, .. }| f_type == magic)
 }

@@ -6,7 +6,7 @@
 //! PID namespace, as with Docker. This one passes on signals, waits, and cleans up. It
 //! ends with the command's status, 128 and more for signals, 126 and 127 if the command
 //! cannot be run or is not there, and 125 if there is no container; standard error says
-//! why. When it is killed, the kernel ends all of the container's processes; the folders
+//! why. When it is killed, the kernel ends all of the container's processes; the directories
 //! in [`Spec::writable`] and the control group are left then.
 //!
 //! It differs from Docker's default in that it always has a user namespace, in which root
@@ -141,7 +141,7 @@ pub fn run(spec: &Spec, launched: u64) -> Result<u8, Error> {
     let entrance_fd = entrance.as_ref().map(AsRawFd::as_raw_fd);
     let inside = || {
         drop(tell.take());
-        // The host's folders are none of the image's business.
+        // The host's directories are none of the image's business.
         if let Some(fd) = entrance_fd {
             // SAFETY: a number; its owner is not used by this process any more.
             unsafe { libc::close(fd) };
@@ -301,9 +301,9 @@ impl Writable {
     fn make(spec: &Spec) -> Result<Self, Error> {
         let about = fs::metadata(&spec.root).or_invalid(spec.root.display())?;
         let make = |name| {
-            let folder = spec.writable.join(name);
-            fs::create_dir(&folder).or_invalid(folder.display())?;
-            Ok::<_, Error>(folder)
+            let directory = spec.writable.join(name);
+            fs::create_dir(&directory).or_invalid(directory.display())?;
+            Ok::<_, Error>(directory)
         };
         let upper = make("upper")?;
         let made = Writable {
@@ -312,7 +312,7 @@ impl Writable {
             owners: None,
         };
         make("work")?;
-        // They become the root folder's own.
+        // They become the root directory's own.
         let mode = Permissions::from_mode(about.permissions().mode() & 0o7777);
         fs::set_permissions(&made.upper, mode).or_host(made.upper.display())?;
         Ok(made)
@@ -325,9 +325,9 @@ impl Drop for Writable {
             // Files may belong to others than the caller, who is root of them there.
             let _ = process::enter_user_namespace(owners.as_fd());
         }
-        for folder in [&self.upper, &self.work] {
-            if let Err(error) = fs::remove_dir_all(folder) {
-                log::warn!("{}: {error}", folder.display());
+        for directory in [&self.upper, &self.work] {
+            if let Err(error) = fs::remove_dir_all(directory) {
+                log::warn!("{}: {error}", directory.display());
             }
         }
     }
@@ -339,9 +339,10 @@ struct Group(Cgroup);
 impl Drop for Group {
     fn drop(&mut self) {
         let pause = Duration::from_millis(1);
-        for folder in self.0.folders() {
+        for directory in self.0.directories() {
             let mut waited = Duration::ZERO;
-            while fs::remove_dir(folder).is_err() && folder.exists() && waited < GROUP_EMPTIES {
+            while fs::remove_dir(directory).is_err() && directory.exists() && waited < GROUP_EMPTIES
+            {
                 std::thread::sleep(pause);
                 waited += pause;
             }

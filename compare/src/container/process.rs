@@ -202,9 +202,11 @@ impl Words {
         let path = spec.env.iter().find_map(|it| it.strip_prefix("PATH="));
         let programs = match spec.args.first() {
             Some(name) if !name.contains('/') => {
-                let folders = path.unwrap_or(PATH).split(':');
-                let folders = folders.map(|it| if it.is_empty() { "." } else { it });
-                folders.map(|folder| format!("{folder}/{name}")).collect()
+                let directories = path.unwrap_or(PATH).split(':');
+                let directories = directories.map(|it| if it.is_empty() { "." } else { it });
+                directories
+                    .map(|directory| format!("{directory}/{name}"))
+                    .collect()
             }
             name => Vec::from_iter(name.cloned()),
         };
@@ -233,7 +235,7 @@ impl Words {
             let error = io::Error::last_os_error();
             match error.raw_os_error() {
                 Some(libc::ENOENT | libc::ENOTDIR) => {}
-                // Another folder may have one that can be run.
+                // Another directory may have one that can be run.
                 Some(libc::EACCES) => found = Some(error),
                 _ => return (CANNOT_RUN, error),
             }

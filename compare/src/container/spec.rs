@@ -12,7 +12,7 @@ use crate::error::Error;
 pub struct Spec {
     /// The image's files. They are not written to.
     pub root: PathBuf,
-    /// A folder that is there; in it are made, and removed, `upper` and `work`: what the
+    /// A directory that is there; in it are made, and removed, `upper` and `work`: what the
     /// container writes. Each container needs one of its own.
     pub writable: PathBuf,
     /// The command. A name without `/` is looked for in the environment's `PATH`.
@@ -44,7 +44,7 @@ pub struct Spec {
     /// nearest one above that may have groups.
     #[serde(default)]
     pub cgroup: Option<String>,
-    /// Folders and files of the host: where they are, where they are inside, and whether
+    /// Directories and files of the host: where they are, where they are inside, and whether
     /// they are only read.
     #[serde(default)]
     pub volumes: Vec<Volume>,
@@ -53,7 +53,7 @@ pub struct Spec {
     pub marks: Option<i32>,
 }
 
-/// A folder or file of the host's, where it is inside, and whether it is read-only.
+/// A directory or file of the host's, where it is inside, and whether it is read-only.
 pub type Volume = (PathBuf, PathBuf, bool);
 
 impl Spec {

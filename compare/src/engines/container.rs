@@ -31,7 +31,7 @@ impl Engine for Container {
         let volume = job.volume.iter();
         let spec = Spec {
             root: place.root.clone(),
-            writable: job.folder.join("writable"),
+            writable: job.directory.join("writable"),
             args: job.command(),
             env: place.env.clone(),
             hostname: job.id.clone(),
@@ -45,7 +45,7 @@ impl Engine for Container {
             ..Spec::default()
         };
         fs::create_dir(&spec.writable).or_host(what)?;
-        let path = job.folder.join("spec.json");
+        let path = job.directory.join("spec.json");
         fs::write(&path, serde_json::to_vec(&spec).or_internal(what)?).or_host(what)?;
         let mut command = vec![place.program.clone().into_os_string()];
         command.extend(words(["compare-container", &path.to_string_lossy()]));

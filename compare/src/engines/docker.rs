@@ -24,7 +24,7 @@ impl Docker {
         let program = program("docker")?;
         let mut command = Command::new(&program);
         let version = ask(command.args(["version", "--format", "{{.Server.Version}}"]))?;
-        let name = place.folder.file_name().unwrap_or_default();
+        let name = place.directory.file_name().unwrap_or_default();
         Ok(Docker {
             program,
             version: Some(version.trim().to_owned()),
@@ -76,7 +76,7 @@ impl Engine for Docker {
 
     fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Error> {
         let mut command = vec![self.program.clone().into_os_string()];
-        let id = job.folder.join("id");
+        let id = job.directory.join("id");
         command.extend(words(["run", "--rm", "--name", &job.id]));
         command.extend(words(["--cidfile", &id.to_string_lossy()]));
         command.extend(words(["--cpus", &place.cpus.to_string()]));

@@ -18,7 +18,7 @@ pub const VOLUME: &str = "/.mayfly-volume";
 /// What all engines are given.
 pub struct Place<'a> {
     /// For what comes and goes.
-    pub folder: PathBuf,
+    pub directory: PathBuf,
     /// mayfly, in a file of its own.
     pub program: PathBuf,
     /// The image's files, with the probe. What runs in a container must not write there.
@@ -48,9 +48,9 @@ pub struct Job {
     pub nonce: String,
     /// What the probe is to do.
     pub words: Vec<String>,
-    /// A folder of its own.
-    pub folder: PathBuf,
-    /// A folder of the host's that it is to have, too.
+    /// A directory of its own.
+    pub directory: PathBuf,
+    /// A directory of the host's that it is to have, too.
     pub volume: Option<PathBuf>,
 }
 
@@ -94,7 +94,7 @@ pub trait Engine {
         false
     }
 
-    /// It can give an instance a folder of the host.
+    /// It can give an instance a directory of the host.
     fn has_volumes(&self) -> bool {
         true
     }

@@ -178,7 +178,7 @@ impl Engine for Machine {
         match self.kind {
             Monitor::Qemu => {
                 // Our init writes a byte to a port.
-                let mark = job.folder.join("mark");
+                let mark = job.directory.join("mark");
                 signs.push(Sign::Byte(fifo(&mark)?, Mark::Init));
                 // The clock stays, as Debian's kernel waits for one, for seconds.
                 command.extend(words([
@@ -237,7 +237,7 @@ impl Engine for Machine {
                         "vcpu_count": place.cpus, "mem_size_mib": place.memory_mib,
                     },
                 });
-                let path = job.folder.join("firecracker.json");
+                let path = job.directory.join("firecracker.json");
                 fs::write(&path, config.to_string()).or_host(path.display())?;
                 // Its log goes where the console does.
                 command.extend(words([

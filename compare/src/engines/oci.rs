@@ -31,13 +31,13 @@ impl Oci {
     pub fn find(name: &str, place: &Place) -> Result<Self, String> {
         let program = program(name)?;
         let name = if name == "runc" { "runc" } else { "crun" };
-        let bundle = place.folder.join(name);
+        let bundle = place.directory.join(name);
         let failed = |what: &str| format!("{name} spec: {what}");
         fs::create_dir_all(&bundle).map_err(|error| failed(&error.to_string()))?;
         let root = geteuid().is_root();
         let mut command = Command::new(&program);
         command.arg("spec").args((!root).then_some("--rootless"));
-        // Where it makes a folder, whatever it is asked.
+        // Where it makes a directory, whatever it is asked.
         let env = ("XDG_RUNTIME_DIR", &bundle);
         ask(command.current_dir(&bundle).envs([env]))?;
         let said = ask(Command::new(&program).arg("--version").envs([env])).ok();
@@ -86,8 +86,8 @@ impl Engine for Oci {
         config["hostname"] = json!(job.id);
         let (overlay, root) = match self.overlay {
             true => {
-                let made = Overlay::prepare(&place.root, &job.folder);
-                let (overlay, root) = made.or_host(job.folder.display())?;
+                let made = Overlay::prepare(&place.root, &job.directory);
+                let (overlay, root) = made.or_host(job.directory.display())?;
                 (Some(overlay), root)
             }
             false => (None, place.root.clone()),
@@ -105,8 +105,8 @@ impl Engine for Oci {
             });
         }
         let text = serde_json::to_vec(&config).or_internal("a bundle's configuration")?;
-        fs::write(job.folder.join("config.json"), text).or_host(job.folder.display())?;
-        let state = job.folder.join("state");
+        fs::write(job.directory.join("config.json"), text).or_host(job.directory.display())?;
+        let state = job.directory.join("state");
         fs::create_dir(&state).or_host(state.display())?;
         let mut begin = vec![self.program.clone().into_os_string()];
         begin.extend(words(["--root", &state.to_string_lossy()]));
@@ -114,7 +114,7 @@ impl Engine for Oci {
         command.extend(words([
             "run",
             "--bundle",
-            &job.folder.to_string_lossy(),
+            &job.directory.to_string_lossy(),
             &job.id,
         ]));
         let mut undo = begin;
@@ -129,7 +129,7 @@ impl Engine for Oci {
             nonce: job.nonce.clone(),
             signs: vec![
                 // It reads that first of all.
-                Sign::Opened(job.folder.join("config.json"), Mark::Launched),
+                Sign::Opened(job.directory.join("config.json"), Mark::Launched),
                 Sign::File(state.join(&job.id).join(created), Mark::Built),
             ],
             // What it has not noted yet it does not delete.

@@ -21,7 +21,7 @@ use crate::model::Mark;
 use crate::peer::Origin;
 use crate::undo::ask;
 
-/// What it leaves on the host, and takes again if it is there; inner folders come first.
+/// What it leaves on the host, and takes again if it is there; inner directories come first.
 const SHARED: [&str; 9] = [
     "/run/crun",
     "/run/runc",
@@ -88,7 +88,7 @@ pub struct Podman {
     /// Its manager of cgroups, where the one that it takes by itself is not there.
     manager: Option<&'static str>,
     /// What it keeps, for this comparison alone.
-    folder: PathBuf,
+    directory: PathBuf,
     /// Its network's name, as root.
     network: String,
     /// What makes networks.
@@ -109,21 +109,21 @@ impl Podman {
         let program = program("podman")?;
         let root = geteuid().is_root();
         let systemd = Path::new("/run/systemd/system").exists();
-        let folder = place.folder.join("podman");
+        let directory = place.directory.join("podman");
         let mut chains = Vec::new();
         if root && let Ok(rules) = ask(&mut Command::new("iptables-save")) {
             let missing = CHAINS.iter().filter(|(name, _)| !rules.contains(name));
-            chains.extend(missing.map(|&(name, text)| (folder.join(name), text)));
+            chains.extend(missing.map(|&(name, text)| (directory.join(name), text)));
         }
         let mut new = SHARED.to_vec();
         new.retain(|path| root && !Path::new(path).exists());
-        let name = place.folder.file_name().unwrap_or_default();
+        let name = place.directory.file_name().unwrap_or_default();
         Ok(Podman {
             version: None,
             program,
             root,
             manager: (!systemd).then_some("cgroupfs"),
-            folder,
+            directory,
             network: name.to_string_lossy().into_owned(),
             backend: String::new(),
             wants: Wants {
@@ -139,13 +139,13 @@ impl Podman {
 
     fn begin(&self) -> Vec<OsString> {
         let mut command = vec![self.program.clone().into_os_string()];
-        let folder = self.folder.to_string_lossy();
-        command.extend(words(["--root", &format!("{folder}/root")]));
-        command.extend(words(["--runroot", &format!("{folder}/run")]));
-        command.extend(words(["--network-config-dir", &format!("{folder}/net")]));
+        let directory = self.directory.to_string_lossy();
+        command.extend(words(["--root", &format!("{directory}/root")]));
+        command.extend(words(["--runroot", &format!("{directory}/run")]));
+        command.extend(words(["--network-config-dir", &format!("{directory}/net")]));
         if self.root {
             // A user's is below XDG_RUNTIME_DIR.
-            command.extend(words(["--tmpdir", &format!("{folder}/tmp")]));
+            command.extend(words(["--tmpdir", &format!("{directory}/tmp")]));
         }
         if let Some(manager) = self.manager {
             command.extend(words(["--cgroup-manager", manager]));
@@ -160,7 +160,7 @@ impl Podman {
         if self.root {
             return Vec::new();
         }
-        let mut env = vec![(RUN.into(), self.folder.join("user").into_os_string())];
+        let mut env = vec![(RUN.into(), self.directory.join("user").into_os_string())];
         // It asks systemd for control groups, whose socket is in the user's own.
         let bus = std::env::var_os(RUN).map(|run| Path::new(&run).join("bus"));
         if let Some(bus) = bus.filter(|bus| bus.exists() && std::env::var_os(BUS).is_none()) {
@@ -220,9 +220,9 @@ impl Engine for Podman {
     }
 
     fn prepare(&mut self, _place: &Place) -> Result<(), String> {
-        let failed = |error: std::io::Error| format!("{}: {error}", self.folder.display());
-        for folder in ["tmp", "net", "user"] {
-            fs::create_dir_all(self.folder.join(folder)).map_err(failed)?;
+        let failed = |error: std::io::Error| format!("{}: {error}", self.directory.display());
+        for directory in ["tmp", "net", "user"] {
+            fs::create_dir_all(self.directory.join(directory)).map_err(failed)?;
         }
         for (path, text) in &self.chains {
             fs::write(path, text).map_err(failed)?;
@@ -249,7 +249,7 @@ impl Engine for Podman {
         } else {
             // Only systemd gives a user control groups; else limits are silently ignored.
             self.wants.limits = host["cgroupManager"] == "systemd";
-            let path = self.folder.join("user/libpod/tmp/pause.pid");
+            let path = self.directory.join("user/libpod/tmp/pause.pid");
             let pid = fs::read_to_string(path).ok();
             self.pause = pid.and_then(|pid| Pid::from_raw(pid.trim().parse().ok()?));
         }
@@ -264,7 +264,7 @@ impl Engine for Podman {
 
     fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Error> {
         let mut command = self.begin();
-        let pidfile = job.folder.join("pid");
+        let pidfile = job.directory.join("pid");
         command.extend(words(["run", "--rm", "--name", &job.id]));
         command.extend(words(["--pidfile", &pidfile.to_string_lossy()]));
         match self.wants.limits {
@@ -334,8 +334,13 @@ impl Engine for Podman {
             undo.push(words(["umount", NETNS]));
         }
         // What others use is not empty.
-        let folders = self.new.iter().map(OsString::from);
-        undo.push(words(["rmdir", "--"]).into_iter().chain(folders).collect());
+        let directories = self.new.iter().map(OsString::from);
+        undo.push(
+            words(["rmdir", "--"])
+                .into_iter()
+                .chain(directories)
+                .collect(),
+        );
         undo
     }
 }

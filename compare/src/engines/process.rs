@@ -18,8 +18,8 @@ impl Engine for Process {
     fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Error> {
         let mut command = job.command();
         if job.words.first().is_some_and(|verb| verb == "steady") {
-            // Not the image's own folder: what it has there may lead anywhere.
-            command.push(format!("root={}", job.folder.display()));
+            // Not the image's own directory: what it has there may lead anywhere.
+            command.push(format!("root={}", job.directory.display()));
         }
         // It sees the host's root.
         for word in &mut command {

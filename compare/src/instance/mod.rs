@@ -58,7 +58,7 @@ pub fn hurry() {
 /// How a mark shows, besides those that the probe says.
 #[derive(Debug)]
 pub enum Sign {
-    /// A file or folder appears. What its folder lies in exists; the folder itself may
+    /// A file or directory appears. What its directory lies in exists; the directory itself may
     /// appear, too.
     File(PathBuf, Mark),
     /// A file that is there is opened.

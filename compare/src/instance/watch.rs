@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::inotify;
 
-/// Folders in which something is awaited, and files whose opening is.
+/// Directories in which something is awaited, and files whose opening is.
 pub struct Watch {
     inotify: OwnedFd,
     watched: BTreeMap<i32, PathBuf>,
@@ -28,7 +28,7 @@ impl Watch {
     /// Awaits a path: what it lies in must be there, or what that lies in.
     pub fn await_path(&mut self, path: &Path) -> io::Result<()> {
         let parent = path.parent();
-        match self.add_folder(parent) || self.add_folder(parent.and_then(Path::parent)) {
+        match self.add_directory(parent) || self.add_directory(parent.and_then(Path::parent)) {
             true => Ok(()),
             false => Err(not_watched(path)),
         }
@@ -42,9 +42,9 @@ impl Watch {
         }
     }
 
-    fn add_folder(&mut self, folder: Option<&Path>) -> bool {
+    fn add_directory(&mut self, directory: Option<&Path>) -> bool {
         let events = inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO;
-        folder.is_some_and(|folder| self.add(folder, events))
+        directory.is_some_and(|directory| self.add(directory, events))
     }
 
     fn add(&mut self, path: &Path, events: inotify::WatchFlags) -> bool {
@@ -82,9 +82,9 @@ impl Watch {
     /// Whether a path is there, given what has appeared.
     pub fn is_there(&mut self, path: &Path, appeared: &[PathBuf]) -> bool {
         let came = |path: &Path| appeared.iter().any(|it| it == path);
-        // A folder that has appeared is watched before its file is looked for.
+        // A directory that has appeared is watched before its file is looked for.
         let parent = path.parent();
-        came(path) || parent.is_some_and(came) && self.add_folder(parent) && path.exists()
+        came(path) || parent.is_some_and(came) && self.add_directory(parent) && path.exists()
     }
 }
 

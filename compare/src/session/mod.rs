@@ -24,7 +24,7 @@ use super::instance::batch::{Batch, BatchError, Ends};
 use super::instance::{Instance, Launch};
 use super::model::{EngineReport, FORMAT, PageCache, Report, Workload};
 use super::options::{Measure, Options};
-use super::removal::remove_folder;
+use super::removal::remove_directory;
 use super::statistics::noise;
 use super::{host, order, prepare};
 use crate::error::{Context, Error};
@@ -372,7 +372,7 @@ impl<'a> Session<'a> {
         instances.chain(engines).collect()
     }
 
-    /// What is launched next, and a folder for it.
+    /// What is launched next, and a directory for it.
     fn prepare(
         &mut self,
         index: usize,
@@ -382,15 +382,15 @@ impl<'a> Session<'a> {
         let number = self.launched;
         self.launched += 1;
         let id = format!("mayfly-compare-{}-{number}", std::process::id());
-        let folder = self.scene.folder.join(format!("instance-{number}"));
-        fs::create_dir(&folder).or_host(folder.display())?;
+        let directory = self.scene.directory.join(format!("instance-{number}"));
+        fs::create_dir(&directory).or_host(directory.display())?;
         let job = Job {
             nonce: format!(
                 "{:08x}",
                 std::process::id().wrapping_mul(0x9e37_79b1) ^ number
             ),
             words: words.to_vec(),
-            folder,
+            directory,
             volume,
             id,
         };
@@ -405,7 +405,7 @@ impl<'a> Session<'a> {
             };
             let words = launch.command.iter();
             part.report.command_line = words.map(|it| general(&it.to_string_lossy())).collect();
-            part.report.settings = settings(&job.folder, general);
+            part.report.settings = settings(&job.directory, general);
         }
         Ok(launch)
     }
@@ -420,7 +420,7 @@ impl<'a> Session<'a> {
     /// Nothing of instances is left: neither in the journal nor on disk.
     fn forget(&self) -> Result<(), Error> {
         self.scene.note(&self.undo_of(&Batch::default(), []))?;
-        for entry in fs::read_dir(&self.scene.folder)
+        for entry in fs::read_dir(&self.scene.directory)
             .into_iter()
             .flatten()
             .flatten()
@@ -430,7 +430,7 @@ impl<'a> Session<'a> {
                 .as_encoded_bytes()
                 .starts_with(b"instance-")
             {
-                let _ = remove_folder(&entry.path());
+                let _ = remove_directory(&entry.path());
             }
         }
         Ok(())
@@ -447,8 +447,8 @@ impl<'a> Session<'a> {
 }
 
 /// What an engine has written for an instance to read, before it is launched.
-fn settings(folder: &Path, general: impl Fn(&str) -> String) -> BTreeMap<String, Value> {
-    let files = fs::read_dir(folder).into_iter().flatten().flatten();
+fn settings(directory: &Path, general: impl Fn(&str) -> String) -> BTreeMap<String, Value> {
+    let files = fs::read_dir(directory).into_iter().flatten().flatten();
     let held = |file: fs::DirEntry| {
         let path = file.path();
         // Others may be pipes, which nobody writes to yet.

@@ -16,7 +16,7 @@ impl Session<'_> {
         for index in 0..self.parts.len() {
             self.tell(&format!("at work: {}", self.parts[index].report.name));
             // What one leaves there is nothing to another.
-            let volume = self.scene.folder.join(format!("volume-{index}"));
+            let volume = self.scene.directory.join(format!("volume-{index}"));
             fs::create_dir(&volume).or_host(volume.display())?;
             let mut words = vec!["steady".to_owned()];
             let volume = self.parts[index]

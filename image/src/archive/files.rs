@@ -1,4 +1,4 @@
-//! The files of an archive, or of a folder, that holds images.
+//! The files of an archive, or of a directory, that holds images.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -28,7 +28,7 @@ const LINKS_MAX: usize = 8;
 /// How many bytes of JSON are read of an archive, however many documents those are.
 const DOCUMENTS_MAX: u64 = 64 << 20;
 
-/// The files of an archive or of a folder.
+/// The files of an archive or of a directory.
 pub struct Files {
     kind: FilesKind,
     /// Blobs whose digest was found right: several images may have them.
@@ -37,7 +37,7 @@ pub struct Files {
 }
 
 enum FilesKind {
-    Folder(PathBuf),
+    Directory(PathBuf),
     Archive(BTreeMap<Vec<u8>, Member>),
 }
 
@@ -58,9 +58,9 @@ impl Files {
         }
     }
 
-    /// Those below a folder.
-    pub fn folder(path: &Path) -> Self {
-        Files::new(FilesKind::Folder(path.to_owned()))
+    /// Those below a directory.
+    pub fn directory(path: &Path) -> Self {
+        Files::new(FilesKind::Directory(path.to_owned()))
     }
 
     /// A file, if it is there.
@@ -68,7 +68,7 @@ impl Files {
         let path = normalised(name.as_bytes())
             .map_err(|why| Error::invalid(format!("{name:?}: {why}")))?;
         match &self.kind {
-            FilesKind::Folder(root) => {
+            FilesKind::Directory(root) => {
                 // The name as it is may be absolute.
                 let path = root.join(OsStr::from_bytes(&path));
                 let file = inside(root, &path).and_then(|()| {
@@ -207,7 +207,7 @@ fn match_digest(name: &str, wanted: &Descriptor, digest: Digest, len: u64) -> Re
     }
 }
 
-/// No folder on the way to a file is a symbolic link that leads out of the root.
+/// No directory on the way to a file is a symbolic link that leads out of the root.
 fn inside(root: &Path, path: &Path) -> io::Result<()> {
     let parent = path.parent().unwrap_or(root);
     match parent.canonicalize()?.starts_with(root.canonicalize()?) {
@@ -290,15 +290,18 @@ mod tests {
     }
 
     #[test]
-    fn names_in_a_folder_lead_nowhere_else() {
-        let folder = tempfile::tempdir().unwrap();
-        let (root, secret) = (folder.path().join("image"), folder.path().join("secret"));
+    fn names_in_a_directory_lead_nowhere_else() {
+        let directory = tempfile::tempdir().unwrap();
+        let (root, secret) = (
+            directory.path().join("image"),
+            directory.path().join("secret"),
+        );
         std::fs::create_dir_all(root.join("blobs")).unwrap();
         std::fs::write(root.join("blobs/a"), "data").unwrap();
         std::fs::write(&secret, "secret").unwrap();
-        std::os::unix::fs::symlink(folder.path(), root.join("out")).unwrap();
+        std::os::unix::fs::symlink(directory.path(), root.join("out")).unwrap();
         std::os::unix::fs::symlink(&secret, root.join("link")).unwrap();
-        let files = Files::folder(&root);
+        let files = Files::directory(&root);
         for name in ["blobs/a", "/blobs/a", "./blobs//a"] {
             assert_eq!(files.open(name).unwrap().unwrap().len(), 4, "{name}");
         }

@@ -1,5 +1,5 @@
 //! Images in files: what `docker save` and `podman save` write, and OCI layouts,
-//! as archives or folders.
+//! as archives or directories.
 
 mod files;
 mod found;
@@ -74,7 +74,7 @@ impl Store {
         let what = super::source::shown(path);
         let told = |error: Error| error.within(&what);
         let files = match self.source(path, progress)? {
-            Source::Folder => Files::folder(path),
+            Source::Directory => Files::directory(path),
             Source::Archive(archive) => self.files(archive, &what, progress)?,
         };
         let found = if files.open("manifest.json").map_err(told)?.is_some() {

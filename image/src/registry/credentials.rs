@@ -59,9 +59,10 @@ struct Answer {
 impl Credentials {
     /// Those for a registry (`HOST[:PORT]`), if there are any.
     pub fn of(registry: &str) -> Result<Option<Self>, Error> {
-        let folder = env::var_os("DOCKER_CONFIG").map(PathBuf::from);
-        let folder = folder.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".docker")));
-        let Some(path) = folder.map(|folder| folder.join("config.json")) else {
+        let directory = env::var_os("DOCKER_CONFIG").map(PathBuf::from);
+        let directory =
+            directory.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".docker")));
+        let Some(path) = directory.map(|directory| directory.join("config.json")) else {
             return Ok(None);
         };
         let what = path.display();

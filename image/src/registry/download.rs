@@ -138,8 +138,8 @@ mod tests {
     /// A second pull, of a manifest that lies about the length, begins the blob anew.
     #[test]
     fn who_reads_a_blob_keeps_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("blob");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("blob");
         std::fs::write(&path, "genuine").unwrap();
         let open = || {
             let file = File::options().read(true).write(true).open(&path).unwrap();
@@ -163,7 +163,7 @@ mod tests {
         assert!(File::open(&path).unwrap().try_lock().is_err());
         assert_eq!(read(&other.finish().unwrap()), "bad");
         assert!(File::open(&path).unwrap().try_lock().is_ok());
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Locks on files and folders: what a process holds is let go when it ends,
+//! Locks on files and directories: what a process holds is let go when it ends,
 //! however it ends.
 
 use std::fs::{self, File, OpenOptions, TryLockError};

@@ -5,7 +5,7 @@
 //! uses either holds a lock on it. So nothing is ever half there, whenever a
 //! process or the host ends.
 
-mod folder;
+mod directory;
 mod lock;
 pub mod removal;
 
@@ -31,8 +31,8 @@ use super::reference::Reference;
 use super::section::Section;
 use crate::error::{Context, Error};
 
-pub use folder::Work;
-use folder::{Folder, IMAGES, LAYERS, PARTIAL};
+pub use directory::Work;
+use directory::{Directory, IMAGES, LAYERS, PARTIAL};
 pub(super) use lock::take_file;
 
 const NAMES: &str = "names.json";
@@ -72,7 +72,7 @@ struct ImageRecord {
 /// What is needed of a layer to run an image.
 #[derive(Serialize, Deserialize)]
 struct LayerRecord {
-    /// Its folder's name.
+    /// Its directory's name.
     name: String,
     size: u64,
     empty: bool,
@@ -102,21 +102,21 @@ pub struct Layer {
 /// The images of a user.
 #[derive(Debug)]
 pub struct Store {
-    folder: Folder,
+    directory: Directory,
     root: PathBuf,
     /// What images that come may cost.
     pub(super) limits: Limits,
 }
 
 impl Store {
-    /// Opens one in a folder, which is made if it is missing.
+    /// Opens one in a directory, which is made if it is missing.
     pub fn open(root: &Path) -> Result<Self, Error> {
         let what = || format!("image store {}", root.display());
-        let folder = Folder::open(root).or_host(what())?;
-        folder.clean().or_host(what())?;
+        let directory = Directory::open(root).or_host(what())?;
+        directory.clean().or_host(what())?;
         let root = root.to_owned();
         Ok(Store {
-            folder,
+            directory,
             root,
             limits: Limits::default(),
         })
@@ -133,16 +133,16 @@ impl Store {
     }
 
     pub(super) fn work(&self) -> Result<Work, Error> {
-        self.folder.work().or_host(self.failed())
+        self.directory.work().or_host(self.failed())
     }
 
     /// Where a blob lies until all of it is there.
     pub(super) fn partial(&self, digest: &Digest) -> PathBuf {
-        self.folder.path(PARTIAL).join(digest.hex())
+        self.directory.path(PARTIAL).join(digest.hex())
     }
 
     fn names(&self) -> Result<Names, Error> {
-        match fs::read(self.folder.path(NAMES)) {
+        match fs::read(self.directory.path(NAMES)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Names::new()),
             read => {
                 let data = read.or_host(self.failed())?;
@@ -153,20 +153,22 @@ impl Store {
 
     fn write_names(&self, names: &Names) -> Result<(), Error> {
         let data = serde_json::to_vec(names).or_internal(NAMES)?;
-        self.folder.write(NAMES, &data).or_host(self.failed())
+        self.directory.write(NAMES, &data).or_host(self.failed())
     }
 
     fn layer_path(&self, name: &str) -> PathBuf {
-        self.folder.path(LAYERS).join(name)
+        self.directory.path(LAYERS).join(name)
     }
 
     fn image_path(&self, id: &Digest) -> PathBuf {
-        self.folder.path(IMAGES).join(format!("{}.json", id.hex()))
+        self.directory
+            .path(IMAGES)
+            .join(format!("{}.json", id.hex()))
     }
 
     fn ids(&self) -> Result<Vec<Digest>, Error> {
         let mut ids = Vec::new();
-        for entry in fs::read_dir(self.folder.path(IMAGES)).or_host(self.failed())? {
+        for entry in fs::read_dir(self.directory.path(IMAGES)).or_host(self.failed())? {
             let name = entry.or_host(self.failed())?.file_name();
             let hex = name.to_str().and_then(|name| name.strip_suffix(".json"));
             ids.extend(hex.and_then(Digest::from_hex));
@@ -329,7 +331,7 @@ impl Store {
     fn variants(&self, diff_id: &Digest) -> Result<Vec<String>, Error> {
         let hex = diff_id.hex();
         let mut found = Vec::new();
-        for entry in fs::read_dir(self.folder.path(LAYERS)).or_host(self.failed())? {
+        for entry in fs::read_dir(self.directory.path(LAYERS)).or_host(self.failed())? {
             let name = entry.or_host(self.failed())?.file_name();
             let name = name.to_str().filter(|name| name.starts_with(&hex));
             found.extend(name.map(str::to_owned));
@@ -380,7 +382,7 @@ impl Store {
                 return Ok(layer);
             }
             let work = self.work()?;
-            // Not the folder that is locked: its new name must not be.
+            // Not the directory that is locked: its new name must not be.
             let made = work.path().join("layer");
             fs::create_dir(&made).or_host(self.failed())?;
             checked
@@ -402,7 +404,7 @@ impl Store {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             other => {
                 other?;
-                folder::sync_parent(target)
+                directory::sync_parent(target)
             }
         }
     }
@@ -431,12 +433,12 @@ impl Store {
         };
         let data = serde_json::to_vec(&record).or_internal("image")?;
         {
-            let _lock = self.folder.lock().or_host(self.failed())?;
+            let _lock = self.directory.lock().or_host(self.failed())?;
             let name = format!("{IMAGES}/{}.json", id.hex());
             let old = fs::read(self.image_path(&id)).ok();
             // Who holds it must not lose it.
             if old.as_ref() != Some(&data) {
-                self.folder.write(&name, &data).or_host(self.failed())?;
+                self.directory.write(&name, &data).or_host(self.failed())?;
             }
             if !names.is_empty() {
                 let mut all = self.names()?;

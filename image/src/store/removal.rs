@@ -6,7 +6,7 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use super::folder::{LAYERS, PARTIAL, sync_parent};
+use super::directory::{LAYERS, PARTIAL, sync_parent};
 use super::{ImageRecord, Store, lock};
 use crate::digest::Digest;
 use crate::error::{Context, Error, ErrorKind};
@@ -29,7 +29,7 @@ impl Store {
         let id = self.id_of(name)?;
         let id =
             id.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("{name}: no such image")))?;
-        let _lock = self.folder.lock().or_host(self.failed())?;
+        let _lock = self.directory.lock().or_host(self.failed())?;
         let mut names = self.names()?;
         let its: Vec<String> = names
             .iter()
@@ -88,7 +88,7 @@ impl Store {
     /// Removes images that have no name and are not in use, layers of no image,
     /// and what came of blobs whose pull was given up.
     pub fn prune(&self) -> Result<Pruned, Error> {
-        let _lock = self.folder.lock().or_host(self.failed())?;
+        let _lock = self.directory.lock().or_host(self.failed())?;
         let mut pruned = Pruned::default();
         let named: BTreeSet<Digest> = self.names()?.into_values().map(|named| named.id).collect();
         for id in self.ids()? {
@@ -102,7 +102,7 @@ impl Store {
                 pruned.images.push(id);
             }
         }
-        for entry in fs::read_dir(self.folder.path(PARTIAL)).or_host(self.failed())? {
+        for entry in fs::read_dir(self.directory.path(PARTIAL)).or_host(self.failed())? {
             let path = entry.or_host(self.failed())?.path();
             if let Some(file) = lock::take(&path).or_host(self.failed())? {
                 let len = file.metadata().or_host(self.failed())?.len();
@@ -124,7 +124,7 @@ impl Store {
                 .or_host(format_args!("{}: image {id}", self.failed()))?;
             used.extend(record.layers.into_iter().map(|layer| layer.name));
         }
-        for entry in fs::read_dir(self.folder.path(LAYERS)).or_host(self.failed())? {
+        for entry in fs::read_dir(self.directory.path(LAYERS)).or_host(self.failed())? {
             let entry = entry.or_host(self.failed())?;
             let path = entry.path();
             if entry
@@ -140,7 +140,7 @@ impl Store {
             let image = fs::metadata(path.join(IMAGE_FILE));
             let len = image.map_or(0, |image| image.len());
             // Half a layer must not have a layer's name.
-            self.folder.discard(&path).or_host(self.failed())?;
+            self.directory.discard(&path).or_host(self.failed())?;
             pruned.bytes = pruned.bytes.saturating_add(len);
         }
         Ok(())

@@ -8,7 +8,7 @@ pub enum Kind {
     /// Data.
     File,
     /// Names.
-    Folder,
+    Directory,
     /// Another name, as it is written.
     Symlink(Vec<u8>),
     /// Another name of an entry before it.

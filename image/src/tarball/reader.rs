@@ -14,8 +14,8 @@ use super::sparse::Map;
 
 /// An archive's label, by GNU tar.
 const LABEL: u8 = b'V';
-/// A folder with a list of what was in it when it was saved, by GNU tar.
-const DUMPED_FOLDER: u8 = b'D';
+/// A directory with a list of what was in it when it was saved, by GNU tar.
+const DUMPED_DIRECTORY: u8 = b'D';
 /// The rest of a file that began in another volume.
 const CONTINUED: u8 = b'M';
 /// Solaris' names for what others have, or leave out.
@@ -119,15 +119,15 @@ impl<R: Read> Entries<R> {
                 .unwrap_or_default()
         };
         let kind = match header.entry_type() {
-            EntryType::Regular | EntryType::Continuous if path.ends_with(b"/") => Kind::Folder,
+            EntryType::Regular | EntryType::Continuous if path.ends_with(b"/") => Kind::Directory,
             EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => Kind::File,
-            EntryType::Directory => Kind::Folder,
+            EntryType::Directory => Kind::Directory,
             EntryType::Symlink => Kind::Symlink(link()),
             EntryType::Link => Kind::Link(link()),
             EntryType::Char => device(header).map(|(major, minor)| Kind::Char(major, minor))?,
             EntryType::Block => device(header).map(|(major, minor)| Kind::Block(major, minor))?,
             EntryType::Fifo => Kind::Fifo,
-            other if other.as_byte() == DUMPED_FOLDER => Kind::Folder,
+            other if other.as_byte() == DUMPED_DIRECTORY => Kind::Directory,
             other if other.as_byte() == CONTINUED => {
                 let why = "begins in an archive before this one, of several volumes";
                 return Err(ArchiveError::entry(&path, why));
@@ -171,7 +171,7 @@ impl<R: Read> Entries<R> {
                 None => self.stored,
             };
         }
-        if header.entry_type().as_byte() == DUMPED_FOLDER {
+        if header.entry_type().as_byte() == DUMPED_DIRECTORY {
             // A list of what was in it.
             self.expect(size(header)?);
             self.size = 0;

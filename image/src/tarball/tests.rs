@@ -63,7 +63,7 @@ fn names() -> impl Strategy<Value = Vec<u8>> {
 fn kinds() -> impl Strategy<Value = Kind> {
     prop_oneof![
         Just(Kind::File),
-        Just(Kind::Folder),
+        Just(Kind::Directory),
         Just(Kind::Fifo),
         names().prop_map(Kind::Symlink),
         names().prop_map(Kind::Link),
@@ -203,7 +203,7 @@ fn long_names_and_old_formats_are_read() {
         told,
         [
             (&long[..], Kind::File, 1, &b"data"[..]),
-            (b"folder/", Kind::Folder, 1, b""),
+            (b"folder/", Kind::Directory, 1, b""),
             (b"a\nb", Kind::File, 7, b"more"),
         ]
     );
@@ -370,7 +370,7 @@ fn extended_headers_of_an_entry_count_together() {
 }
 
 #[test]
-fn labels_and_dumped_folders_are_read_past() {
+fn labels_and_dumped_directories_are_read_past() {
     let dump = b"Yfile\0\0".repeat(200);
     let archive = [
         member(b"backup-1", EntryType::new(b'V'), b""),
@@ -392,7 +392,7 @@ fn labels_and_dumped_folders_are_read_past() {
     assert_eq!(
         told,
         [
-            (&b"folder/"[..], &Kind::Folder, &b""[..]),
+            (&b"folder/"[..], &Kind::Directory, &b""[..]),
             (b"folder/file", &Kind::File, b"data"),
         ]
     );

@@ -82,7 +82,7 @@ impl<W: Write> Writer<W> {
         header.set_mtime(meta.mtime.into());
         header.set_entry_type(match kind {
             Kind::File => EntryType::Regular,
-            Kind::Folder => EntryType::Directory,
+            Kind::Directory => EntryType::Directory,
             Kind::Symlink(_) => EntryType::Symlink,
             Kind::Link(_) => EntryType::Link,
             Kind::Char(..) => EntryType::Char,

@@ -1,4 +1,4 @@
-//! The folders of a store, and how files come into them: whole, or not at all.
+//! The directories of a store, and how files come into them: whole, or not at all.
 //!
 //! ```text
 //! lock              held while names, images or layers come or go
@@ -21,7 +21,7 @@ use tempfile::{NamedTempFile, TempDir};
 use super::lock;
 
 const PRIVATE: u32 = 0o700;
-/// The folders in a store.
+/// The directories in a store.
 pub const IMAGES: &str = "images";
 pub const LAYERS: &str = "layers";
 pub const PARTIAL: &str = "partial";
@@ -29,11 +29,11 @@ const TMP: &str = "tmp";
 const LOCK: &str = "lock";
 const SCRATCH: &str = "scratch-";
 
-/// A store's folders.
+/// A store's directories.
 #[derive(Debug)]
-pub struct Folder(PathBuf);
+pub struct Directory(PathBuf);
 
-impl Folder {
+impl Directory {
     /// Opens a store, and makes what is missing.
     pub fn open(root: &Path) -> io::Result<Self> {
         for path in ["", IMAGES, LAYERS, PARTIAL, TMP] {
@@ -52,16 +52,16 @@ impl Folder {
             ));
         }
         // What nobody could lock could not be swept.
-        let folder = Folder(root.to_owned());
+        let directory = Directory(root.to_owned());
         File::options()
             .append(true)
             .create(true)
             .mode(0o600)
-            .open(folder.path(LOCK))?;
-        Ok(folder)
+            .open(directory.path(LOCK))?;
+        Ok(directory)
     }
 
-    /// A path below the store's folder.
+    /// A path below the store's directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.0.join(name)
     }
@@ -71,15 +71,15 @@ impl Folder {
         lock::take_file(&self.path(LOCK), || {})
     }
 
-    /// A new folder to make something in, removed with its value; if the process
+    /// A new directory to make something in, removed with its value; if the process
     /// is killed, by who comes next.
     pub fn work(&self) -> io::Result<Work> {
         let _lock = self.lock()?;
-        let folder = tempfile::Builder::new().tempdir_in(self.path(TMP))?;
-        let held = File::open(folder.path())?;
+        let directory = tempfile::Builder::new().tempdir_in(self.path(TMP))?;
+        let held = File::open(directory.path())?;
         held.lock()?;
         Ok(Work {
-            folder,
+            directory,
             _held: held,
         })
     }
@@ -110,7 +110,7 @@ impl Folder {
         Ok(())
     }
 
-    /// Removes a folder: its name first, as half of it must not have that. The
+    /// Removes a directory: its name first, as half of it must not have that. The
     /// caller has the lock.
     pub fn discard(&self, path: &Path) -> io::Result<()> {
         let work = tempfile::tempdir_in(self.path(TMP))?;
@@ -130,21 +130,21 @@ impl Folder {
     }
 }
 
-/// A folder in which something is made.
+/// A directory in which something is made.
 #[derive(Debug)]
 pub struct Work {
-    folder: TempDir,
+    directory: TempDir,
     _held: File,
 }
 
 impl Work {
     /// Where it is.
     pub fn path(&self) -> &Path {
-        self.folder.path()
+        self.directory.path()
     }
 }
 
-/// Makes the names in a path's folder last.
+/// Makes the names in a path's directory last.
 pub fn sync_parent(path: &Path) -> io::Result<()> {
     match path.parent() {
         Some(parent) => File::open(parent)?.sync_all(),
