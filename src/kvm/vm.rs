@@ -11,14 +11,16 @@ use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY,
-    kvm_pit_config, kvm_userspace_memory_region,
+    kvm_irq_level, kvm_irq_level__bindgen_ty_1, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use mayfly_boot::layout;
 use mayfly_devices::bus::lock;
+use mayfly_devices::virtio::interrupt::InterruptLine;
 use mayfly_devices::virtio::registers::RegisterPage;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::ioctl::ioctl_with_ref;
 
 use super::memory::GuestMemory;
 use super::state::{self, StateError, VmState};
@@ -92,6 +94,39 @@ pub fn open() -> Result<Kvm, OpenError> {
         None => Ok(kvm),
     }
 }
+
+/// One of the guest's interrupts.
+pub struct IrqLine {
+    vm: OwnedFd,
+    irq: u32,
+}
+
+impl IrqLine {
+    fn set(&self, level: u32) {
+        let line = kvm_irq_level {
+            __bindgen_anon_1: kvm_irq_level__bindgen_ty_1 { irq: self.irq },
+            level,
+        };
+        // SAFETY: an open descriptor of a VM, and a live structure, which is read.
+        if unsafe { ioctl_with_ref(&self.vm, KVM_IRQ_LINE, &line) } != 0 {
+            log::warn!(
+                "setting interrupt {}: {}",
+                self.irq,
+                io::Error::last_os_error()
+            );
+        }
+    }
+}
+
+impl InterruptLine for IrqLine {
+    fn pulse(&self) {
+        self.set(1);
+        self.set(0);
+    }
+}
+
+/// Linux' `kvm.h`.
+const KVM_IRQ_LINE: libc::c_ulong = 0x4008_ae61;
 
 /// A virtual machine without vCPUs.
 pub struct Vm {
@@ -206,6 +241,18 @@ impl Vm {
         self.fd
             .register_irqfd(event, irq)
             .map_err(doing("connecting an interrupt"))
+    }
+
+    /// An interrupt of the guest's. Where an event (irqfd) goes to the I/O APIC by a thread
+    /// of the kernel's, this is over when it returns.
+    pub fn interrupt_line(&self, irq: u32) -> Result<IrqLine, KvmError> {
+        // SAFETY: the descriptor stays open while `fd` lives.
+        let vm = unsafe { BorrowedFd::borrow_raw(self.fd.as_raw_fd()) };
+        let vm = vm.try_clone_to_owned().map_err(|error| {
+            let errno = error.raw_os_error().unwrap_or(libc::EIO);
+            doing("duplicating a VM's descriptor")(kvm_ioctls::Error::new(errno))
+        })?;
+        Ok(IrqLine { vm, irq })
     }
 
     /// Signals `event` when the guest writes `value` to a 32-bit register.

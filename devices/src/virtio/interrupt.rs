@@ -9,6 +9,20 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::registers::RegisterPage;
 
+/// An interrupt of the guest's, triggered by edges.
+pub trait InterruptLine: Send + Sync {
+    /// Interrupts the guest once more.
+    fn pulse(&self);
+}
+
+/// Who waits for the event interrupts the guest.
+impl InterruptLine for EventFd {
+    fn pulse(&self) {
+        // Only refuses when it is signalled already.
+        let _ = self.write(1);
+    }
+}
+
 bitflags! {
     /// Interrupt status.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,16 +35,16 @@ bitflags! {
 /// Interrupts a driver, and counts how often.
 pub(super) struct Interrupter {
     registers: Arc<RegisterPage>,
-    event: EventFd,
+    line: Box<dyn InterruptLine>,
     raised: AtomicU64,
 }
 
 impl Interrupter {
-    /// `event` is signalled for the guest; `registers` say why.
-    pub fn new(registers: Arc<RegisterPage>, event: EventFd) -> Self {
+    /// `line` interrupts the guest; `registers` say why.
+    pub fn new(registers: Arc<RegisterPage>, line: impl InterruptLine + 'static) -> Self {
         Interrupter {
             registers,
-            event,
+            line: Box::new(line),
             raised: AtomicU64::new(0),
         }
     }
@@ -44,8 +58,7 @@ impl Interrupter {
 
     /// Interrupts it once more for the reasons that it has not acknowledged.
     pub fn repeat(&self) {
-        // Only refuses when it is signalled already.
-        let _ = self.event.write(1);
+        self.line.pulse();
     }
 
     /// How often it was interrupted.

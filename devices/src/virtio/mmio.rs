@@ -11,7 +11,7 @@ use virtio_queue::QueueState;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{DeviceId, NeedsReset, Token, VirtioDevice};
-use super::interrupt::{Interrupt, Interrupter};
+use super::interrupt::{Interrupt, InterruptLine, Interrupter};
 use super::queues::Queues;
 use super::registers::{CONFIG, RegisterPage};
 use super::state::{
@@ -105,11 +105,11 @@ pub struct VirtioMmio {
 }
 
 impl VirtioMmio {
-    /// A transport in reset. `interrupt` is signalled for the guest.
+    /// A transport in reset. `interrupt` is the guest's.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         memory: Arc<GuestMemory>,
-        interrupt: EventFd,
+        interrupt: impl InterruptLine + 'static,
     ) -> std::io::Result<Self> {
         let kicks = device
             .queue_sizes()
@@ -195,7 +195,7 @@ impl VirtioMmio {
     pub fn restore(
         device: Box<dyn VirtioDevice>,
         memory: Arc<GuestMemory>,
-        interrupt: EventFd,
+        interrupt: impl InterruptLine + 'static,
         state: VirtioState,
     ) -> Result<Self, RestoreError> {
         if state.version != STATE_VERSION {

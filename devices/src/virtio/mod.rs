@@ -7,7 +7,7 @@ pub mod console;
 pub mod device;
 mod device_id;
 pub mod fs;
-mod interrupt;
+pub mod interrupt;
 pub mod mmio;
 pub mod net;
 pub mod queues;

@@ -193,8 +193,7 @@ fn place(
     let (Some(addr), Some(irq)) = (layout::virtio_address(index), layout::virtio_irq(index)) else {
         return Err(Failure::config(format!("{name}: too many devices")).into());
     };
-    let interrupt = event()?;
-    vm.connect_interrupt(&interrupt, irq).or_host_of(part())?;
+    let interrupt = vm.interrupt_line(irq).or_host_of(part())?;
     let transport = VirtioMmio::new(device, memory.clone(), interrupt).or_host_of(part())?;
     for (queue, kick) in (0..).zip(transport.kicks()) {
         vm.connect_notification(kick, addr + NOTIFY_OFFSET, queue)

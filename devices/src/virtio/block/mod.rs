@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use virtio_bindings::virtio_blk as spec;
 
-use self::engine::{Completion, DEPTH, Engine, Kind, Operation, unprepared};
+use self::engine::{Completion, DEPTH, Engine, Kind, Operation, Submitted, unprepared};
 use self::request::{Action, Limits, Request, Status};
 use super::device::{DeviceId, NeedsReset, Token, VirtioDevice};
 use super::queues::Queues;
@@ -220,13 +220,16 @@ impl Block {
         // SAFETY: the operation stays in its slot until its completion is
         // taken; it holds the buffers, which hold guest memory.
         let submitted = unsafe { self.engine.submit(slot as u64, operation) };
-        if submitted.is_ok() {
+        if let Ok(Submitted::Started) = submitted {
             return Ok(());
         }
         self.free.push(slot);
-        match place.take() {
-            Some(refused) => self.done(&refused.request, refused.queue, Status::IoError, 0, queues),
-            None => Ok(()),
+        let Some(ended) = place.take() else {
+            return Ok(());
+        };
+        match submitted {
+            Ok(Submitted::Done(result)) => self.ended(ended, result, queues),
+            _ => self.done(&ended.request, ended.queue, Status::IoError, 0, queues),
         }
     }
 
@@ -238,10 +241,20 @@ impl Block {
 
     fn complete(&mut self, completion: Completion, queues: &mut Queues) -> Result<(), NeedsReset> {
         let (token, result) = completion;
-        let Some((slot, mut in_flight)) = self.take(token) else {
+        let Some((slot, in_flight)) = self.take(token) else {
             return Ok(());
         };
         self.free.push(slot);
+        self.ended(in_flight, result, queues)
+    }
+
+    /// An operation ended; the request may need another.
+    fn ended(
+        &mut self,
+        mut in_flight: Box<InFlight>,
+        result: io::Result<usize>,
+        queues: &mut Queues,
+    ) -> Result<(), NeedsReset> {
         let status = match (in_flight.operation.kind, result) {
             (Kind::Read | Kind::Write { .. }, Ok(count)) => {
                 if count < in_flight.rest && count > 0 {
@@ -371,6 +384,17 @@ impl Block {
         }
     }
 
+    /// Starts what the guest asks for. What the kernel has done by then, as it was in the
+    /// page cache, is given back in the same turn.
+    fn work(&mut self, queues: &mut Queues) -> Result<(), NeedsReset> {
+        let served = self.process_requests(queues);
+        self.commit(queues);
+        let taken = self.take_completions(queues);
+        // What that started, to do the rest of a request.
+        self.commit(queues);
+        served.and(taken)
+    }
+
     fn commit(&mut self, queues: &mut Queues) {
         if let Err(error) = self.engine.commit() {
             log::warn!("disk: submitting: {error}");
@@ -487,9 +511,8 @@ impl VirtioDevice for Block {
             queues.config_changed();
         }
         self.turns.add(queue);
-        let served = self.process_requests(queues);
-        self.commit(queues);
-        served
+        self.engine.begin();
+        self.work(queues)
     }
 
     fn sources(&self) -> Vec<(Token, RawFd)> {
@@ -501,15 +524,14 @@ impl VirtioDevice for Block {
     }
 
     fn handle_event(&mut self, token: Token, queues: &mut Queues) -> Result<(), NeedsReset> {
+        self.engine.begin();
         let mut result = Ok(());
         match token {
             COMPLETED => result = self.take_completions(queues),
             BUDGET => self.limiter.acknowledge(),
             _ => self.take_limits(),
         }
-        let served = result.and_then(|()| self.process_requests(queues));
-        self.commit(queues);
-        served
+        result.and_then(|()| self.work(queues))
     }
 
     fn quiesce(&mut self, queues: &mut Queues) -> Result<(), NeedsReset> {

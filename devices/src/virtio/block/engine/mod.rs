@@ -2,6 +2,7 @@
 //! is refused; other formats by threads.
 
 mod concat;
+mod inline;
 mod qcow2;
 mod threads;
 mod uring;
@@ -81,6 +82,15 @@ pub struct Operation {
 /// A completed operation: its token, and how many bytes or which error.
 pub type Completion = (u64, io::Result<usize>);
 
+/// What became of an operation that was to be started.
+#[derive(Debug)]
+pub enum Submitted {
+    /// It is under way, and will be among the completions.
+    Started,
+    /// It is done: how many bytes, or which error.
+    Done(io::Result<usize>),
+}
+
 /// Does I/O on one image.
 pub enum Engine {
     /// By the kernel.
@@ -115,19 +125,26 @@ impl Engine {
         threads.map(Engine::Threads)
     }
 
-    /// Starts an operation.
+    /// A turn of the device begins.
+    pub fn begin(&mut self) {
+        if let Engine::Uring(uring) = self {
+            uring.begin();
+        }
+    }
+
+    /// Starts an operation, or does it at once.
     ///
     /// # Safety
     ///
     /// The buffers must stay valid until the operation is completed.
-    pub unsafe fn submit(&mut self, token: u64, operation: &Operation) -> io::Result<()> {
+    pub unsafe fn submit(&mut self, token: u64, operation: &Operation) -> io::Result<Submitted> {
         match self {
             // SAFETY: the caller's promise.
             Engine::Uring(uring) => unsafe { uring.submit(token, operation) },
             Engine::Threads(threads) => {
                 // SAFETY: the caller's promise.
                 unsafe { threads.submit(token, operation) };
-                Ok(())
+                Ok(Submitted::Started)
             }
         }
     }

@@ -10,8 +10,9 @@ use io_uring::squeue::Flags;
 use io_uring::{IoUring, opcode, types};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::inline::InlineWrites;
 use super::threads::{Prepare, Threads};
-use super::{Completion, DEPTH, Kind, Operation, retry};
+use super::{Completion, DEPTH, Kind, Operation, Submitted, retry};
 
 /// The file's index among those that the kernel keeps for the ring: it need not
 /// look the descriptor up each time.
@@ -20,7 +21,8 @@ const FILE: types::Fixed = types::Fixed(0);
 /// A ring, and the file that its operations are on.
 pub struct Uring {
     ring: IoUring,
-    _file: File,
+    file: File,
+    inline: InlineWrites,
     event: EventFd,
     /// A thread that frees and zeroes ranges, if the file may be written to: a ring's
     /// `fallocate` would take any mode.
@@ -68,17 +70,31 @@ impl Uring {
         });
         Ok(Uring {
             ring,
-            _file: file,
+            inline: InlineWrites::new(&file)?,
+            file,
             allocator: allocator.transpose()?,
             allocating: 0,
             event,
         })
     }
 
+    /// A turn of the device begins.
+    pub(super) fn begin(&mut self) {
+        self.inline.begin();
+    }
+
     /// # Safety
     ///
     /// The buffers must stay valid until the operation is completed.
-    pub(super) unsafe fn submit(&mut self, token: u64, operation: &Operation) -> io::Result<()> {
+    pub(super) unsafe fn submit(
+        &mut self,
+        token: u64,
+        operation: &Operation,
+    ) -> io::Result<Submitted> {
+        // SAFETY: the caller's promise.
+        if let Some(written) = unsafe { self.inline.write(&self.file, operation) } {
+            return Ok(Submitted::Done(written));
+        }
         let iovecs = operation.iovecs.as_ptr();
         let count = u32::try_from(operation.iovecs.len()).map_err(io::Error::other)?;
         if operation.kind.allocation().is_some() {
@@ -87,7 +103,7 @@ impl Uring {
             // SAFETY: the caller's promise.
             unsafe { allocator.submit(token, operation) };
             self.allocating += 1;
-            return Ok(());
+            return Ok(Submitted::Started);
         }
         let entry = match operation.kind {
             // One buffer needs no copy of a list.
@@ -118,7 +134,8 @@ impl Uring {
         };
         // SAFETY: the caller keeps the buffers valid until the completion.
         unsafe { self.ring.submission().push(&entry.user_data(token)) }
-            .map_err(|_| io::Error::from(io::ErrorKind::WouldBlock))
+            .map_err(|_| io::Error::from(io::ErrorKind::WouldBlock))?;
+        Ok(Submitted::Started)
     }
 
     pub(super) fn commit(&mut self) -> io::Result<()> {
