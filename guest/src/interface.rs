@@ -9,6 +9,9 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use crate::system::check;
 
+/// The only network device of a machine with an agent, and the first.
+pub const FIRST: &str = "eth0";
+
 /// Gives a device addresses, with the lengths of their prefixes, and gateways.
 pub fn configure(
     device: &str,

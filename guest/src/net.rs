@@ -95,7 +95,6 @@ pub fn configure(config: &Config) -> Result<(), String> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

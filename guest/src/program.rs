@@ -66,7 +66,6 @@ fn number<const N: usize>(from: &[u8], at: usize) -> Option<[u8; N]> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

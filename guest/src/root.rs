@@ -221,7 +221,6 @@ fn remove_contents(directory: &Path, device: u64) {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

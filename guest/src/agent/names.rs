@@ -13,7 +13,7 @@ use std::path::Path;
 use mayfly_protocol::agent::{Net, Setup};
 
 use super::command::plain;
-use super::setup::make_folder;
+use super::directory::make_directory;
 use crate::system::check;
 
 /// As Docker writes it.
@@ -117,7 +117,7 @@ fn resolvers(net: &Net) -> String {
 /// Takes the place of what the image has there, be it a link to nowhere, or a folder that
 /// someone's `docker cp` or mount has left.
 fn write(path: &str, text: &str) -> Result<(), String> {
-    let written = make_folder(Path::new("/etc")).and_then(|()| {
+    let written = make_directory(Path::new("/etc")).and_then(|()| {
         if fs::remove_file(path).is_err() {
             let _ = fs::remove_dir(path);
         }
@@ -132,7 +132,6 @@ fn write(path: &str, text: &str) -> Result<(), String> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -181,7 +181,6 @@ fn find_in(text: &str, passwd: &str, group: &str) -> Result<User, String> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

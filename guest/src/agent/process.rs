@@ -16,8 +16,9 @@ use std::sync::Arc;
 
 use mayfly_protocol::agent::{Bytes, Failed, Limit, Process, Size};
 
+use super::directory::make_directory;
 use super::reaper::{Reaper, Started};
-use super::{command, passwd, setup};
+use super::{command, passwd};
 use crate::registers;
 
 const STATUS_NOT_STARTED: u8 = 125;
@@ -145,7 +146,7 @@ fn open_folder(path: &[u8]) -> Result<File, String> {
         [] => b"/",
         path => path,
     }));
-    let _ = setup::make_folder(path);
+    let _ = make_directory(path);
     File::options()
         .read(true)
         .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
@@ -243,7 +244,6 @@ fn check(result: libc::c_int) -> io::Result<()> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use std::os::unix::fs::MetadataExt;

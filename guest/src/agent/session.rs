@@ -529,7 +529,6 @@ impl Event {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use std::os::fd::OwnedFd;

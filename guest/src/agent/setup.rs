@@ -3,16 +3,17 @@
 #![allow(unsafe_code, reason = "a partition, and disks at the end")]
 
 use std::ffi::{CString, OsStr};
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, chown};
+use std::os::unix::fs::{MetadataExt, chown};
 use std::path::Path;
 
 use mayfly_protocol::agent::{Mount, Setup, Source};
 use mayfly_protocol::copy::{Files, Place, Walk, copy, xattrs};
 
+use super::directory::make_directory;
 use super::{copies, names, settings};
 use crate::interface;
 use crate::root;
@@ -31,15 +32,13 @@ const MOUNTS: [(&str, &str, &str); 3] = [
     ("mqueue", "/dev/mqueue", ""),
     ("cgroup2", "/sys/fs/cgroup", ""),
 ];
-const MODE: u32 = 0o755;
-/// The only network device, and the first.
-pub const DEVICE: &str = "eth0";
+
 /// Does all of it, and leaves the initramfs.
 pub fn prepare(setup: &Setup) -> Result<(), String> {
     mount_root(setup)?;
     root::enter(&["/dev", "/proc", "/sys"])?;
     for (kind, target, options) in MOUNTS {
-        let _ = make_folder(Path::new(target));
+        let _ = make_directory(Path::new(target));
         // A kernel may lack one, and few miss it.
         let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
         let _ = mount(kind, target, kind, flags, options);
@@ -49,7 +48,7 @@ pub fn prepare(setup: &Setup) -> Result<(), String> {
     // Without a loopback device nobody talks to itself.
     interface::turn_on("lo").map_err(|error| format!("the loopback device: {error}"))?;
     if let Some(net) = &setup.net {
-        interface::configure(DEVICE, &net.addresses, &net.gateways)?;
+        interface::configure(interface::FIRST, &net.addresses, &net.gateways)?;
         names::give_resolvers(net)?;
     }
     // Some are of the network's devices.
@@ -61,7 +60,7 @@ pub fn prepare(setup: &Setup) -> Result<(), String> {
     }
     if !setup.folder.is_empty() {
         // If that fails, so does the process's start, which tells why.
-        let _ = make_folder(Path::new(OsStr::from_bytes(&setup.folder)));
+        let _ = make_directory(Path::new(OsStr::from_bytes(&setup.folder)));
     }
     if setup.read_only {
         let flags = libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY;
@@ -84,14 +83,14 @@ fn mount_root(setup: &Setup) -> Result<(), String> {
         let folder = format!("{LAYERS}/{number}");
         let part = format!("{LAYERS_DISK}{number}");
         add_partition(&disk, number, start, len)
-            .and_then(|()| make_folder(Path::new(&folder)))
+            .and_then(|()| make_directory(Path::new(&folder)))
             .and_then(|()| mount(&part, &folder, "squashfs", libc::MS_RDONLY, ""))
             .map_err(|error| failed(&format!("layer {number}"), error))?;
         start += len;
         let rest = if folders.is_empty() { "" } else { ":" };
         folders = format!("{folder}/{}{rest}{folders}", setup.layer_root);
     }
-    let written = make_folder(Path::new(WRITTEN)).and_then(|()| match &setup.scratch {
+    let written = make_directory(Path::new(WRITTEN)).and_then(|()| match &setup.scratch {
         Some(disk) => mount(disk, WRITTEN, "ext4", 0, ""),
         None => mount("tmpfs", WRITTEN, "tmpfs", 0, "mode=755"),
     });
@@ -100,9 +99,9 @@ fn mount_root(setup: &Setup) -> Result<(), String> {
     // The root's mode and owner are those of the uppermost folder.
     let topmost = folders.split(':').next().unwrap_or_default().to_owned();
     written
-        .and_then(|()| make_folder(Path::new(&upper)))
+        .and_then(|()| make_directory(Path::new(&upper)))
         .and_then(|()| take_after(&topmost, &upper))
-        .and_then(|()| make_folder(Path::new(&work)))
+        .and_then(|()| make_directory(Path::new(&work)))
         .map_err(|error| failed("what is written", error))?;
     mount("overlay", root::NEW_ROOT, "overlay", 0, &options)
         .map_err(|error| failed("putting the layers together", error))
@@ -150,26 +149,6 @@ fn take_after(model: &str, folder: &str) -> io::Result<()> {
     fs::set_permissions(folder, model.permissions())
 }
 
-/// Makes a folder and those it is in; where a link leads to nothing, what it leads to, as
-/// in Docker.
-pub fn make_folder(path: &Path) -> io::Result<()> {
-    const LINKS_MAX: u32 = 8;
-    make_behind_links(path, LINKS_MAX)
-}
-
-fn make_behind_links(path: &Path, links: u32) -> io::Result<()> {
-    let made = DirBuilder::new().recursive(true).mode(MODE).create(path);
-    let leads_nowhere = |path: &&Path| path.is_symlink() && !path.exists();
-    let Err(error) = made else { return Ok(()) };
-    let link = path.ancestors().find(leads_nowhere);
-    let (Some(link), Some(links)) = (link, links.checked_sub(1)) else {
-        return Err(error);
-    };
-    let folder = link.parent().unwrap_or(Path::new("/"));
-    make_behind_links(&folder.join(fs::read_link(link)?), links)?;
-    make_behind_links(path, links)
-}
-
 /// The disks that are mounted beside the layers.
 pub struct Disks(Vec<CString>);
 
@@ -202,7 +181,7 @@ impl Disks {
 }
 
 fn mount_one(what: &Mount, target: &Path, root_is_read_only: bool) -> io::Result<()> {
-    make_folder(target)?;
+    make_directory(target)?;
     // What is there is beneath it then.
     let below = File::open(target)?;
     let path = target;
@@ -278,10 +257,9 @@ fn fill(from: File, volume: &Path) -> io::Result<()> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::os::unix::fs::PermissionsExt;
 
     fn names(folder: &Path) -> Vec<String> {
         let entries = fs::read_dir(folder).unwrap();
@@ -289,22 +267,6 @@ mod tests {
         let mut names: Vec<_> = names.collect();
         names.sort();
         names
-    }
-
-    #[test]
-    fn folders_are_made_behind_links_that_lead_nowhere() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = |name: &str| folder.path().join(name);
-        symlink("b/c", path("a")).unwrap();
-        symlink(path("d"), path("b")).unwrap();
-        make_folder(&path("a/x")).unwrap();
-        assert!(path("d/c/x").is_dir());
-        make_folder(&path("a/x")).unwrap();
-        symlink("loop", path("loop")).unwrap();
-        fs::write(path("file"), "").unwrap();
-        for bad in ["loop", "loop/x", "file", "file/x"] {
-            assert!(make_folder(&path(bad)).is_err(), "{bad}");
-        }
     }
 
     #[test]

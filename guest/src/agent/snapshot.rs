@@ -121,7 +121,7 @@ fn become_another(mail: &Mail) -> Result<(), String> {
         set_machine_id(Path::new(MACHINE_ID), id).map_err(|error| failed(MACHINE_ID, error))?;
     }
     if let Some(net) = &mail.net {
-        interface::configure(super::setup::DEVICE, &net.addresses, &net.gateways)?;
+        interface::configure(interface::FIRST, &net.addresses, &net.gateways)?;
         names::give_resolvers(net)?;
     }
     Ok(())
@@ -181,7 +181,6 @@ fn set_machine_id(path: &Path, id: &[u8; 16]) -> io::Result<()> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -15,6 +15,7 @@
 //! not have, so that it is found between other output: `\x1emayfly NONCE WORDS\n`.
 
 mod facts;
+mod repeat;
 mod steady;
 mod tcp;
 

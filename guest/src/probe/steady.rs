@@ -16,17 +16,15 @@ use std::time::{Duration, Instant};
 use mayfly_protocol::peer::Meeting;
 use mayfly_protocol::steady::{Figure, Steady};
 
+use super::repeat::{MIB, ROUNDS, WHILE, nanoseconds, repeated};
 use super::tcp;
 
-pub const ROUNDS: usize = 5;
-const WHILE: Duration = Duration::from_millis(100);
 /// A step of the CPU's loop, and what is read and written at once.
 const STEPS: u64 = 100_000;
 const BLOCK: usize = 256 << 10;
 const FILE_SIZE: usize = 8 << 20;
 const PAGES: usize = 2048;
 const PAGE_SIZE: usize = 4096;
-pub const MIB: f64 = 1_048_576.0;
 
 /// Does all of it, and returns a JSON object. Words: `root=DIR` is a folder of the root's
 /// file system, if not `/`; `volume=DIR` also measures files there; `tcp=…` also measures TCP
@@ -64,24 +62,6 @@ pub fn measure(words: &[String]) -> String {
 
 fn rounds(once: impl FnMut() -> f64) -> Vec<f64> {
     std::iter::repeat_with(once).take(ROUNDS).collect()
-}
-
-/// Repeats some work, and returns how often, and for how long.
-pub fn repeated(mut work: impl FnMut()) -> (f64, Duration) {
-    let start = Instant::now();
-    let mut count = 0.0;
-    loop {
-        work();
-        count += 1.0;
-        let elapsed = start.elapsed();
-        if elapsed >= WHILE {
-            return (count, elapsed);
-        }
-    }
-}
-
-pub fn nanoseconds(count: f64, time: Duration) -> f64 {
-    time.as_secs_f64() * 1e9 / count
 }
 
 /// Nanoseconds for 100 000 steps of a random number generator.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use mayfly_protocol::peer::{CHUNK, LAST, Meeting, SECRET, Secret, Task, Way};
 use mayfly_protocol::steady::Figure;
 
-use super::steady::{MIB, ROUNDS, nanoseconds, repeated};
+use super::repeat::{MIB, ROUNDS, nanoseconds, repeated};
 
 /// Bytes flow so long in a round: longer than TCP needs to find its speed.
 const WHILE: Duration = Duration::from_millis(200);
@@ -149,7 +149,6 @@ fn receive(mut stream: TcpStream) -> io::Result<f64> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use std::net::TcpListener;
     use std::thread;
