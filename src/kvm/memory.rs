@@ -57,6 +57,10 @@ pub enum MemoryError {
 /// How guest memory is mapped: a guest's code is not run from here.
 const PROTECTION: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
 
+/// How a file is mapped that guest memory begins as. As with pages of zeroes, the host need
+/// not have room for all of it: clones share most.
+const OVER: libc::c_int = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+
 /// What keeps a memory file's size.
 const SIZE_SEALS: libc::c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
 
@@ -103,7 +107,7 @@ pub fn memory_over(file: &File, size: u64) -> Result<GuestMemory, MemoryError> {
     if found != size {
         return Err(MemoryError::Length { found, size });
     }
-    let memory = map(size, Source::Private(file), ALIGNMENT)?;
+    let memory = map(size, Source::Over(file), ALIGNMENT)?;
     advise_huge(&memory);
     Ok(memory)
 }
@@ -118,16 +122,10 @@ pub fn freeze(memory: &GuestMemory, file: &File) -> Result<GuestMemory, MemoryEr
         let offset = region.file_offset().map_or(0, FileOffset::start);
         let file = file.try_clone().map_err(MemoryError::File)?;
         let file = FileOffset::new(file, offset);
-        remap(region, libc::MAP_PRIVATE, Some(&file))
+        remap(region, OVER, Some(&file))
             .map_err(|source| MemoryError::Map { size: len, source })?;
         let host = region.as_ptr();
-        regions.push(region_at(
-            host,
-            region.size(),
-            libc::MAP_PRIVATE,
-            Some(file),
-            start,
-        )?);
+        regions.push(region_at(host, region.size(), OVER, Some(file), start)?);
     }
     seal(file, libc::F_SEAL_WRITE).map_err(MemoryError::File)?;
     let memory = GuestMemory::from_regions(regions)?;
@@ -144,8 +142,10 @@ enum Source<'a> {
     Anonymous,
     /// A file that shows what the guest writes.
     Shared(&'a File),
-    /// A file that does not.
+    /// A pool of pages that are set aside for the guest.
     Private(&'a File),
+    /// A file that the guest's memory begins as.
+    Over(&'a File),
 }
 
 /// Maps all regions, which lie one after the other in a file.
@@ -157,6 +157,7 @@ fn map(size: u64, source: Source, alignment: usize) -> Result<GuestMemory, Memor
         ),
         Source::Shared(file) => (Some(file), libc::MAP_SHARED),
         Source::Private(file) => (Some(file), libc::MAP_PRIVATE),
+        Source::Over(file) => (Some(file), OVER),
     };
     let mut regions = Vec::new();
     let mut offset = 0;
