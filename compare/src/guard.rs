@@ -38,7 +38,7 @@ const MARK: &str = "MAYFLY_COMPARISON";
 
 /// A directory for one comparison, which its end removes with all that belongs to it.
 #[derive(Debug)]
-pub struct Scene {
+pub struct Workspace {
     /// Where it is.
     pub directory: PathBuf,
     /// The directory itself: once it is removed, another user may make one of that name.
@@ -53,7 +53,7 @@ pub struct Scene {
 /// What removes an instance: commands.
 pub type Undo = Vec<Vec<OsString>>;
 
-impl Scene {
+impl Workspace {
     /// Makes one, and removes those of comparisons that were killed.
     pub fn create() -> Result<Self, Error> {
         let mut places = places();
@@ -71,7 +71,7 @@ impl Scene {
             .keep();
         let handle = open(&directory).or_host(what())?;
         let lock = lock(&directory).or_host(what())?;
-        Ok(Scene {
+        Ok(Workspace {
             directory,
             handle,
             others: descendants(getpid()),
@@ -261,7 +261,7 @@ pub fn await_children() {
 
 /// Divides the process, while it has one thread. The second gets a descriptor that is closed
 /// when the first is gone, and goes on; the first returns the second's status.
-pub fn divide(scene: &Scene) -> Result<Result<OwnedFd, u8>, Error> {
+pub fn divide(workspace: &Workspace) -> Result<Result<OwnedFd, u8>, Error> {
     let what = "starting the comparison";
     let (theirs, ours) = io::pipe().or_host(what)?;
     set_child_subreaper(Some(getpid())).or_host(what)?;
@@ -279,7 +279,7 @@ pub fn divide(scene: &Scene) -> Result<Result<OwnedFd, u8>, Error> {
             drop(theirs);
             let status = follow(child);
             // What it left, if it was killed, is ours.
-            kill_descendants(&scene.others);
+            kill_descendants(&workspace.others);
             drop(ours);
             Ok(Err(status))
         }

@@ -41,7 +41,7 @@ pub use self::engines::NAMES as ENGINES;
 use self::error::Context;
 pub use self::error::{Error, ErrorKind};
 pub use self::guard::INTERRUPTED;
-use self::guard::Scene;
+use self::guard::Workspace;
 pub use self::options::{Guest, Mayfly, Measure, Options};
 use self::session::Session;
 
@@ -56,11 +56,11 @@ pub enum Outcome {
 /// Compares. To be called while there is one thread.
 pub fn compare(options: &Options, progress: &dyn Progress) -> Result<Outcome, Error> {
     guard::await_children();
-    let scene = Scene::create()?;
-    let other_half = match guard::divide(&scene)? {
+    let workspace = Workspace::create()?;
+    let other_half = match guard::divide(&workspace)? {
         Ok(other_half) => other_half,
         Err(status) => {
-            scene.clear();
+            workspace.clear();
             return Ok(Outcome::Status(status));
         }
     };
@@ -73,8 +73,8 @@ pub fn compare(options: &Options, progress: &dyn Progress) -> Result<Outcome, Er
             residents,
         })
     };
-    let session = Session::new(options, progress, &scene, begin);
+    let session = Session::new(options, progress, &workspace, begin);
     let report = session.and_then(|mut session| session.run());
-    scene.clear();
+    workspace.clear();
     report.map(|(report, failure)| Outcome::Report(Box::new(report), failure))
 }

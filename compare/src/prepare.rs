@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use mayfly_image::{Digest, Image, Progress, PullOptions, RunConfig, Store};
 
 use super::engines::{PROBE, Place};
-use super::guard::Scene;
+use super::guard::Workspace;
 use super::options::Options;
 use crate::error::{Context, Error};
 
@@ -26,7 +26,7 @@ const MOUNT_POINTS: [&str; 7] = ["proc", "sys", "dev", "run", "tmp", "etc", ".ma
 pub fn prepare<'a>(
     options: &'a Options,
     progress: &dyn Progress,
-    scene: &Scene,
+    workspace: &Workspace,
 ) -> Result<(Place<'a>, Image), Error> {
     let mayfly = &options.mayfly;
     let store = Store::open(&mayfly.store)?;
@@ -34,8 +34,8 @@ pub fn prepare<'a>(
     let size = image.size.saturating_mul(COPIES);
     // The host can only forget what is on a disk.
     let files = match options.drop_caches {
-        true => scene.disk_for(size)?,
-        false => scene.directory_for(size)?,
+        true => workspace.disk_for(size)?,
+        false => workspace.directory_for(size)?,
     };
     let root = files.join("root");
     image.unpack(&root)?;
@@ -75,7 +75,7 @@ pub fn prepare<'a>(
     let name = NAME.parse().or_internal(NAME)?;
     store.import(&root, Some(&name), config.clone(), progress)?;
     let place = Place {
-        directory: scene.directory.clone(),
+        directory: workspace.directory.clone(),
         program,
         root,
         probe,

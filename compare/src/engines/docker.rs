@@ -115,7 +115,7 @@ impl Engine for Docker {
         }
     }
 
-    fn can_be_weighed(&self) -> bool {
+    fn memory_is_ours(&self) -> bool {
         false
     }
 

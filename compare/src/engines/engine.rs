@@ -105,7 +105,7 @@ pub trait Engine {
     }
 
     /// Its processes are below ours.
-    fn can_be_weighed(&self) -> bool {
+    fn memory_is_ours(&self) -> bool {
         true
     }
 

@@ -4,12 +4,12 @@ mod csv;
 mod error;
 mod html;
 mod layout;
+mod prose;
 mod table;
 #[cfg(test)]
 mod testing;
 mod units;
 mod view;
-mod words;
 
 pub use csv::csv;
 pub use error::Error;

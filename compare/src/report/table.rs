@@ -1,9 +1,9 @@
 //! What a person reads in a terminal.
 
 use super::layout::{GAP, Grid, Page, Style, fitting};
+use super::prose::{headline, method, subject, warnings};
 use super::units::{self, Scale, columns, mib, printable, shorten};
 use super::view::{self, bar, further, memory, missing, ranked, ratio};
-use super::words::{headline, method, subject, warnings};
 use crate::model::{EngineReport, Isolation, Load, Mark, Report};
 use crate::statistics::Summary;
 

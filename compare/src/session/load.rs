@@ -10,7 +10,7 @@ use crate::statistics::Summary;
 
 impl Session<'_> {
     /// Starts many at once.
-    pub(super) fn load(&mut self) -> Result<(), Stop> {
+    pub(super) fn measure_load(&mut self) -> Result<(), Stop> {
         let at_once = self.options.parallel;
         for index in 0..self.parts.len() {
             let name = self.parts[index].report.name.clone();
@@ -22,7 +22,7 @@ impl Session<'_> {
             for _ in 0..at_once {
                 launches.push(self.prepare(index, &words, None)?);
             }
-            self.scene.note(&self.undo_of(&batch, &launches))?;
+            self.workspace.note(&self.undo_of(&batch, &launches))?;
             let mut launched = Ok(());
             for launch in launches {
                 launched = batch.launch(launch).map_err(BatchError::Io);

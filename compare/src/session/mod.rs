@@ -1,10 +1,10 @@
 //! A comparison, from its first instance to its last.
 
+mod isolation;
 mod load;
-mod look;
+mod memory;
+mod steady;
 mod verdict;
-mod weigh;
-mod work;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -19,7 +19,7 @@ use rustix::process::Pid;
 use serde_json::Value;
 
 use super::engines::{self, Engine, Job, Place};
-use super::guard::{self, Scene};
+use super::guard::{self, Workspace};
 use super::instance::batch::{Batch, BatchError, Ends};
 use super::instance::{Instance, Launch};
 use super::model::{EngineReport, FORMAT, PageCache, Report, Workload};
@@ -41,7 +41,7 @@ struct Part {
 /// A comparison.
 pub struct Session<'a> {
     options: &'a Options,
-    scene: &'a Scene,
+    workspace: &'a Workspace,
     ends: Ends,
     place: Place<'a>,
     parts: Vec<Part>,
@@ -83,11 +83,11 @@ impl<'a> Session<'a> {
     pub fn new(
         options: &'a Options,
         progress: &dyn Progress,
-        scene: &'a Scene,
+        workspace: &'a Workspace,
         begin: impl FnOnce(Vec<Pid>) -> Result<Ends, Error>,
     ) -> Result<Self, Error> {
-        let (place, image) = prepare::prepare(options, progress, scene)?;
-        let (parts, missing) = find(options, scene, &place)?;
+        let (place, image) = prepare::prepare(options, progress, workspace)?;
+        let (parts, missing) = find(options, workspace, &place)?;
         let residents = parts.iter().flat_map(|part| part.engine.residents());
         let ends = begin(residents.collect())?;
         let started = SystemTime::now()
@@ -125,7 +125,7 @@ impl<'a> Session<'a> {
         }
         Ok(Session {
             options,
-            scene,
+            workspace,
             ends,
             place,
             parts,
@@ -203,16 +203,16 @@ impl<'a> Session<'a> {
             self.take_starts()?;
         }
         if isolation {
-            self.look_around()?;
+            self.measure_isolation()?;
         }
         if memory {
-            self.weigh()?;
+            self.measure_memory()?;
         }
         if load {
-            self.load()?;
+            self.measure_load()?;
         }
         if steady {
-            self.work()?;
+            self.measure_steady()?;
         }
         Ok(())
     }
@@ -355,7 +355,7 @@ impl<'a> Session<'a> {
         batch: &mut Batch,
     ) -> Result<(), Stop> {
         let launch = self.prepare(index, words, volume)?;
-        self.scene.note(&self.undo_of(batch, [&launch]))?;
+        self.workspace.note(&self.undo_of(batch, [&launch]))?;
         let what = self.parts[index].report.name.clone();
         batch.launch(launch).or_host(what).map_err(Stop::Failed)
     }
@@ -382,7 +382,7 @@ impl<'a> Session<'a> {
         let number = self.launched;
         self.launched += 1;
         let id = format!("mayfly-compare-{}-{number}", std::process::id());
-        let directory = self.scene.directory.join(format!("instance-{number}"));
+        let directory = self.workspace.directory.join(format!("instance-{number}"));
         fs::create_dir(&directory).or_host(directory.display())?;
         let job = Job {
             nonce: format!(
@@ -396,7 +396,7 @@ impl<'a> Session<'a> {
         };
         let part = &mut self.parts[index];
         let mut launch = part.engine.launch(&self.place, &job)?;
-        launch.env.push(self.scene.mark());
+        launch.env.push(self.workspace.mark());
         if part.report.command_line.is_empty() {
             let general = |text: &str| {
                 text.replace(&job.id, ID)
@@ -419,8 +419,8 @@ impl<'a> Session<'a> {
 
     /// Nothing of instances is left: neither in the journal nor on disk.
     fn forget(&self) -> Result<(), Error> {
-        self.scene.note(&self.undo_of(&Batch::default(), []))?;
-        for entry in fs::read_dir(&self.scene.directory)
+        self.workspace.note(&self.undo_of(&Batch::default(), []))?;
+        for entry in fs::read_dir(&self.workspace.directory)
             .into_iter()
             .flatten()
             .flatten()
@@ -463,7 +463,7 @@ fn settings(directory: &Path, general: impl Fn(&str) -> String) -> BTreeMap<Stri
 /// Finds the engines that are wanted, has each prepare itself, and tells who is missing.
 fn find(
     options: &Options,
-    scene: &Scene,
+    workspace: &Workspace,
     place: &Place,
 ) -> Result<(Vec<Part>, Vec<EngineReport>), Error> {
     let wanted: Vec<&str> = match options.engines.is_empty() {
@@ -481,7 +481,7 @@ fn find(
             Ok(mut engine) => {
                 let undo = engine.undo();
                 kept.extend(undo.iter().cloned());
-                scene.note(&kept)?;
+                workspace.note(&kept)?;
                 let prepared = engine.prepare(place);
                 if prepared.is_err() {
                     super::undo::undo(&undo);

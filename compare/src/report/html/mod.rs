@@ -11,9 +11,9 @@ use maud::{DOCTYPE, Markup, PreEscaped, html as markup};
 use mayfly_text::date::date;
 
 use super::error::Error;
+use super::prose::{headline, limits, method, more, subject, warnings};
 use super::units::{Scale, digits, duration, printable, shell, times};
 use super::view::{self, fastest, missing, ranked, ratio};
-use super::words::{headline, limits, method, more, subject, warnings};
 use crate::model::{EngineReport, Host, Kind, PageCache, Report};
 
 const STYLE: &str = include_str!("../../../../resources/compare/page.css");

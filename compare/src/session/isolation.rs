@@ -10,7 +10,7 @@ use crate::model::{EngineReport, Kind};
 
 impl Session<'_> {
     /// Looks from inside of each.
-    pub(super) fn look_around(&mut self) -> Result<(), Stop> {
+    pub(super) fn measure_isolation(&mut self) -> Result<(), Stop> {
         let calls = self.options.mayfly.system_calls;
         let words = vec!["facts".to_owned()];
         let host = Part {

@@ -17,10 +17,10 @@ const SPARE_MIB: u64 = 512;
 
 impl Session<'_> {
     /// Weighs instances that idle.
-    pub(super) fn weigh(&mut self) -> Result<(), Stop> {
+    pub(super) fn measure_memory(&mut self) -> Result<(), Stop> {
         let words = vec!["hold".to_owned()];
         for index in 0..self.parts.len() {
-            if !self.parts[index].engine.can_be_weighed() {
+            if !self.parts[index].engine.memory_is_ours() {
                 continue;
             }
             let name = self.parts[index].report.name.clone();
@@ -73,7 +73,7 @@ impl Session<'_> {
                     self.parts[index].report.notes.push(note.into());
                     break;
                 };
-                // One that ended meanwhile was not weighed whole.
+                // One that ended meanwhile was not measured whole.
                 match batch.turn(&self.ends, Duration::ZERO) {
                     Err(BatchError::Interrupted) => {
                         batch.end(&self.ends);

@@ -382,9 +382,9 @@ mod tests {
             says(vec![absent("crun", "away")]),
             "No run counts, so there is nothing to compare."
         );
-        let mut weighed = engine("crun", Kind::Container, &[]);
-        weighed.memory = record().engines[1].memory.clone();
-        assert_eq!(says(vec![weighed]), "", "it was not asked for starts");
+        let mut measured = engine("crun", Kind::Container, &[]);
+        measured.memory = record().engines[1].memory.clone();
+        assert_eq!(says(vec![measured]), "", "it was not asked for starts");
         let alone = says(vec![starts("crun", Kind::Container, &[20])]);
         assert!(!alone.contains("VM") && !alone.contains("noise"), "{alone}");
     }

@@ -12,11 +12,11 @@ use crate::peer::Peer;
 
 impl Session<'_> {
     /// Lets each do usual work.
-    pub(super) fn work(&mut self) -> Result<(), Stop> {
+    pub(super) fn measure_steady(&mut self) -> Result<(), Stop> {
         for index in 0..self.parts.len() {
             self.tell(&format!("at work: {}", self.parts[index].report.name));
             // What one leaves there is nothing to another.
-            let volume = self.scene.directory.join(format!("volume-{index}"));
+            let volume = self.workspace.directory.join(format!("volume-{index}"));
             fs::create_dir(&volume).or_host(volume.display())?;
             let mut words = vec!["steady".to_owned()];
             let volume = self.parts[index]
