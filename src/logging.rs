@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use serde::{Deserialize, Serialize};
 
-use crate::config::{FromKeys, Keys};
+use crate::config::keys::{FromKeys, Keys};
 use crate::failure::{Failure, OrFail};
 
 const SYNTAX: &str = "error|warn|info|debug|trace[,file=F][,json]";

@@ -1,7 +1,7 @@
 //! How long each phase of a VM's life took, and the record of it all.
 
 use std::fmt;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
@@ -14,6 +14,12 @@ pub fn milliseconds(time: Duration) -> u64 {
 /// Of no time that anything here takes is it too small.
 fn number(parts: u128) -> u64 {
     u64::try_from(parts).unwrap_or(u64::MAX)
+}
+
+/// Milliseconds since 1970.
+pub fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, milliseconds)
 }
 
 /// `CLOCK_MONOTONIC` now.

@@ -16,6 +16,7 @@ use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
+use crate::acpi_table::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, SDT_HEADER_LEN, bytes_of};
 use crate::layout::{
     ACPI_END, ACPI_TABLES, APIC, GED_EVENTS, GED_IRQ, GED_POWER_BUTTON, GED_VM_GENERATION, IOAPIC,
     PVPANIC_PORT, RESET, RESET_VALUE, RSDP, RTC_PORT, RTC_PORT_LEN, RTC_PRESENT, SERIAL_IRQ,
@@ -24,12 +25,8 @@ use crate::layout::{
 };
 use crate::wdat::wdat;
 
-pub(crate) const OEM_ID: [u8; 6] = *b"MAYFLY";
-pub(crate) const OEM_TABLE_ID: [u8; 8] = *b"MAYFLYVM";
-pub(crate) const OEM_REVISION: u32 = 1;
 /// Integers are 64-bit from revision 2 on.
 const DSDT_REVISION: u8 = 2;
-pub(crate) const SDT_HEADER_LEN: u32 = 36;
 const IOAPIC_ID: u8 = 0;
 const GSI_BASE: u32 = 0;
 const TABLE_ALIGN: u64 = 16;
@@ -116,12 +113,6 @@ impl<M: GuestMemoryBackend> Area<'_, M> {
         self.next = end.next_multiple_of(TABLE_ALIGN);
         Ok(at)
     }
-}
-
-pub(crate) fn bytes_of(table: &dyn Aml) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    table.to_aml_bytes(&mut bytes);
-    bytes
 }
 
 fn fadt(dsdt: u64, rtc: bool) -> Vec<u8> {

@@ -8,8 +8,8 @@ use std::os::unix::fs::FileExt;
 use linux_loader::bootparam::{LOADED_HIGH, XLF_KERNEL_64, boot_params, setup_header};
 use vm_memory::{ByteValued, GuestMemoryBackend};
 
-use crate::kernel::{Kernel, KernelError, Protocol, check_fits, place_kernel, reading};
 use crate::layout::HIMEM_START;
+use crate::loaded::{Kernel, KernelError, Protocol, check_fits, place_kernel, reading};
 
 /// The setup header is at the same offset in the file as in `boot_params`.
 const HEADER_OFFSET: u64 = offset_of!(boot_params, hdr) as u64;

@@ -9,7 +9,8 @@ use crate::layout::{
     BOOT_STACK, GDT, PAGE_DIRECTORIES, PDPT, PML4, PVH_START_INFO, RESET, RESET_VALUE,
     RESET_VECTOR, ZERO_PAGE,
 };
-use crate::{BootError, Kernel, Protocol, writing};
+use crate::loaded::{Kernel, Protocol};
+use crate::machine::{BootError, writing};
 
 /// Linux' `__BOOT_CS`.
 const CODE_SELECTOR: u16 = 0x10;

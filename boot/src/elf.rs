@@ -9,8 +9,8 @@ use std::os::unix::fs::FileExt;
 use linux_loader::elf::{Elf64_Ehdr, Elf64_Nhdr, Elf64_Phdr, PT_LOAD, PT_NOTE};
 use vm_memory::{ByteValued, GuestMemoryBackend};
 
-use crate::kernel::{Kernel, KernelError, Protocol, check_fits, place_kernel, reading};
 use crate::layout::HIMEM_START;
+use crate::loaded::{Kernel, KernelError, Protocol, check_fits, place_kernel, reading};
 
 /// `e_ident`, System V gABI chapter 4: class, byte order.
 const EI_CLASS: usize = 4;

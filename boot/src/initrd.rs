@@ -7,8 +7,8 @@ use std::os::unix::fs::FileExt;
 
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::kernel::{PlaceError, place};
 use crate::layout::{HIMEM_START, MMIO_HOLE_START, PAGE_SIZE};
+use crate::loaded::{PlaceError, place};
 
 /// The highest byte that Linux on x86 accepts for an initial RAM disk (its
 /// `initrd_addr_max` since 2.6).

@@ -6,7 +6,7 @@ use linux_loader::start_info::{
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::layout::{self, CMDLINE, PVH_MEMORY_MAP, PVH_MODULES, PVH_START_INFO};
-use crate::{Boot, BootError, writing};
+use crate::machine::{Boot, BootError, writing};
 
 /// Version 1 adds the memory map.
 const VERSION: u32 = 1;

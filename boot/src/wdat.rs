@@ -4,7 +4,7 @@
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::sdt::Sdt;
 
-use crate::acpi::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, SDT_HEADER_LEN, bytes_of};
+use crate::acpi_table::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, SDT_HEADER_LEN, bytes_of};
 use crate::layout::{WATCHDOG_CONTROL, WATCHDOG_COUNT, WATCHDOG_FEED, WATCHDOG_RUN};
 
 const REVISION: u8 = 1;

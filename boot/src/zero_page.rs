@@ -5,7 +5,8 @@ use linux_loader::bootparam::{LOADED_HIGH, boot_e820_entry, boot_params, setup_h
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::layout::{self, ZERO_PAGE};
-use crate::{Boot, BootError, Kernel, writing};
+use crate::loaded::Kernel;
+use crate::machine::{Boot, BootError, writing};
 
 /// A boot loader without an assigned identifier.
 const LOADER_UNDEFINED: u8 = 0xff;

@@ -5,6 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use super::output;
 use crate::config::{GuestFiles, HostFacts, NetConfig, RawConfig};
 use crate::failure::{Class, Failure};
 use crate::link::{Ending, Outcome};
@@ -75,7 +76,7 @@ pub fn run(args: Args, timeline: Timeline) -> Result<ExitCode, Failure> {
             list.extend_from_slice(path.as_os_str().as_bytes());
             list.push(0);
         }
-        super::print_bytes(&list)?;
+        output::print_bytes(&list)?;
         return Ok(ExitCode::SUCCESS);
     }
     let ending = supervisor::run(&config, ports, timeline)?;
@@ -84,20 +85,20 @@ pub fn run(args: Args, timeline: Timeline) -> Result<ExitCode, Failure> {
     }
     let code = exit_code(&ending.outcome);
     if args.json {
-        super::print_json(&record(&ending, code))?;
+        output::print_json(&record(&ending, code))?;
     }
     match &ending.outcome {
-        Outcome::Panic => super::report(&"the guest's kernel panicked"),
-        Outcome::Hung(late) => super::report(&format!(
+        Outcome::Panic => output::report(&"the guest's kernel panicked"),
+        Outcome::Hung(late) => output::report(&format!(
             "the guest hung: its watchdog was not fed for {} s",
             late.as_secs()
         )),
-        Outcome::Crash(reason) => super::report(&format!("the guest crashed: {reason}")),
-        Outcome::Internal(reason) => super::report(reason),
+        Outcome::Crash(reason) => output::report(&format!("the guest crashed: {reason}")),
+        Outcome::Internal(reason) => output::report(reason),
         _ => {}
     }
     if matches!(code, GUEST_CRASH | GUEST_PANIC) && !ending.last_lines.is_empty() {
-        super::report(&"the guest's last lines:");
+        output::report(&"the guest's last lines:");
         for line in &ending.last_lines {
             let _ = writeln!(std::io::stderr(), "  {line}");
         }

@@ -13,6 +13,7 @@ use mayfly_compare::{self as compare, ENGINES, INTERRUPTED, Options, Outcome, re
 use mayfly_image::{PullOptions, Store};
 use mayfly_sandbox as sandbox;
 
+use super::output;
 use crate::config::{CMDLINE_QUICK, parse_size};
 use crate::data_folder::data_folder;
 use crate::failure::{Failure, OrFail};
@@ -172,7 +173,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let colour = terminal && std::env::var_os("NO_COLOR").is_none();
     let what = "the report";
     // It took minutes: what can be shown is, whatever cannot.
-    let mut shown = vec![super::print(
+    let mut shown = vec![output::print(
         report::table(&report, width, colour).trim_end(),
     )];
     if let Some(path) = &args.json {

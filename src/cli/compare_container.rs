@@ -4,9 +4,9 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use mayfly_compare::container::{self, NO_CONTAINER, Spec};
-
+use super::output;
 use crate::failure::{Failure, OrFail};
+use mayfly_compare::container::{self, NO_CONTAINER, Spec};
 
 /// Raw flags.
 #[derive(clap::Args)]
@@ -20,7 +20,7 @@ pub fn run(args: &Args, launched: u64) -> ExitCode {
     match status(args, launched) {
         Ok(status) => ExitCode::from(status),
         Err(failure) => {
-            super::report(&format_args!("compare-container: {failure}"));
+            output::report(&format_args!("compare-container: {failure}"));
             ExitCode::from(NO_CONTAINER)
         }
     }

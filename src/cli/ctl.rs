@@ -8,6 +8,7 @@ use clap::Subcommand;
 use mayfly_devices::rate_limiter::Limits;
 use mayfly_text::printable;
 
+use super::output;
 use crate::config::{Keys, parse_size, take_limits};
 use crate::control::{Client, ClientError, Command, Folder};
 use crate::failure::{Class, Failure, OrFail};
@@ -97,17 +98,17 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         }
         Verb::Info => {
             let info = client.ask(&Command::Info {}).map_err(refuse)?;
-            super::print_pretty_json(&info)?;
+            output::print_pretty_json(&info)?;
         }
         Verb::Metrics => {
             let metrics = client.ask(&Command::Metrics {}).map_err(refuse)?;
             let metrics = metrics.as_str().unwrap_or_default().trim_end();
-            super::print(&printable::lines(metrics.as_bytes()))?;
+            output::print(&printable::lines(metrics.as_bytes()))?;
         }
         Verb::Events => {
             client.ask(&Command::Events {}).map_err(refuse)?;
             while let Some(event) = client.event().map_err(refuse)? {
-                super::print_json(&event)?;
+                output::print_json(&event)?;
             }
         }
         Verb::Shutdown { deadline, no_wait } => {

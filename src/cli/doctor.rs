@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use super::output;
 use crate::doctor::{self, Verdict};
 use crate::failure::{Class, Failure};
 use crate::kvm::accept::AcceptKvm;
@@ -32,10 +33,10 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     }
     let checks = doctor::examine(args.accept_kvm);
     if args.json {
-        super::print_json(&checks)?;
+        output::print_json(&checks)?;
     } else {
         for check in &checks {
-            super::print(&check.to_string())?;
+            output::print(&check.to_string())?;
         }
     }
     let fatal = checks.iter().any(|check| check.verdict == Verdict::Fatal);

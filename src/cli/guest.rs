@@ -7,6 +7,7 @@ use clap::Subcommand;
 use serde_json::json;
 
 use super::image::bytes;
+use super::output;
 use crate::failure::Failure;
 use crate::guests::{Guest, Guests, MakeOptions};
 
@@ -89,16 +90,16 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
                 debian,
             };
             let guest = guests.make(&options)?;
-            super::print(&guest.name())?;
+            output::print(&guest.name())?;
         }
         Verb::Use { name } => {
             guests.choose(&name)?;
-            super::print(&name)?;
+            output::print(&name)?;
         }
         Verb::Rm { names } => {
             for name in names {
                 guests.remove(&name)?;
-                super::print(&name)?;
+                output::print(&name)?;
             }
         }
     }
@@ -121,13 +122,13 @@ fn list(guests: &Guests, json: bool, quiet: bool) -> Result<(), Failure> {
             })
         };
         let all: Vec<_> = all.iter().map(one).collect();
-        return super::print_json(&all);
+        return output::print_json(&all);
     }
     if !quiet {
-        super::print(&format!("{:<32} {:>10}  DEFAULT", "NAME", "SIZE"))?;
+        output::print(&format!("{:<32} {:>10}  DEFAULT", "NAME", "SIZE"))?;
     }
     for guest in all {
-        super::print(&match quiet {
+        output::print(&match quiet {
             true => guest.name(),
             false => format!(
                 "{:<32} {:>10}  {}",

@@ -8,6 +8,7 @@ use clap::Subcommand;
 use mayfly_image::{Image, Limits, PullOptions, Reference, RunConfig, Store};
 use serde_json::json;
 
+use super::output;
 use crate::config::parse_size;
 use crate::data_folder::data_folder;
 use crate::failure::{Failure, OrFail};
@@ -159,7 +160,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
             let limits = Limits::default().with_time(crate::run::time(&timeout)?);
             let store = size.limit(store, limits)?;
             let image = store.pull(&reference, &PullOptions { plain_http }, &Bars::new())?;
-            super::print(&image.id.to_string())?;
+            output::print(&image.id.to_string())?;
         }
         Verb::Import(args) => {
             let store = args.size.limit(store, Limits::default())?;
@@ -186,15 +187,15 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
                 store
                     .remove(&name)?
                     .iter()
-                    .try_for_each(|line| super::print(line))?;
+                    .try_for_each(|line| output::print(line))?;
             }
         }
         Verb::Prune {} => {
             let pruned = store.prune()?;
             for id in &pruned.images {
-                super::print(&format!("removed {id}"))?;
+                output::print(&format!("removed {id}"))?;
             }
-            super::print(&format!("freed {}", bytes(pruned.bytes)))?;
+            output::print(&format!("freed {}", bytes(pruned.bytes)))?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -249,23 +250,23 @@ fn import(store: &Store, args: Import) -> Result<(), Failure> {
 
 /// Tells of an image that came.
 fn added(image: &Image) -> Result<(), Failure> {
-    super::print(&image.id.to_string())?;
+    output::print(&image.id.to_string())?;
     let mut names = image.names.keys();
-    names.try_for_each(|name| super::print(&format!("named {}", name.familiar())))
+    names.try_for_each(|name| output::print(&format!("named {}", name.familiar())))
 }
 
 fn list(store: &Store, json: bool, quiet: bool) -> Result<(), Failure> {
     let images = store.list()?;
     if json {
         let all: Vec<_> = images.iter().map(brief).collect();
-        return super::print_json(&all);
+        return output::print_json(&all);
     }
     if quiet {
         return images
             .iter()
-            .try_for_each(|image| super::print(&image.id.to_string()));
+            .try_for_each(|image| output::print(&image.id.to_string()));
     }
-    super::print(&format!(
+    output::print(&format!(
         "{:<40} {:<12} {:>6} {:>10} {:>8}",
         "NAME", "ID", "LAYERS", "SIZE", "STORED"
     ))?;
@@ -278,7 +279,7 @@ fn list(store: &Store, json: bool, quiet: bool) -> Result<(), Failure> {
     }
     rows.sort_by(|one, other| one.0.cmp(&other.0));
     for (name, image) in rows {
-        super::print(&format!(
+        output::print(&format!(
             "{name:<40} {:<12} {:>6} {:>10} {:>8}",
             image.id.hex().get(..12).unwrap_or_default(),
             image.config.rootfs.diff_ids.len(),
@@ -324,7 +325,7 @@ fn inspect(store: &Store, names: &[String]) -> Result<(), Failure> {
         }
         all.push(value);
     }
-    super::print_pretty_json(&all)
+    output::print_pretty_json(&all)
 }
 
 /// An image that must be there.

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use mayfly_boot::initramfs::{DEFAULT_MODULES, Initramfs, LATER_MODULES, ModuleForm};
 
+use super::output;
 use crate::failure::{Failure, OrFail};
 
 const EXAMPLES: &str = "\
@@ -73,7 +74,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         archive.file(target, mode, &data).or_config(&flag)?;
     }
     let data = archive.finish().or_internal("initramfs")?;
-    super::replace(&args.output, &data)
+    output::replace(&args.output, &data)
         .or_host(format_args!("--output {}", args.output.display()))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::Subcommand;
 use mayfly_boot::payload;
 
+use super::output;
 use crate::failure::{Failure, OrFail};
 
 const EXAMPLES: &str = "\
@@ -37,6 +38,6 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let Verb::Extract { source, target } = args.verb;
     let image = fs::read(&source).or_config(source.display())?;
     let vmlinux = payload::extract_vmlinux(&image).or_config(source.display())?;
-    super::replace(&target, &vmlinux).or_host(target.display())?;
+    output::replace(&target, &vmlinux).or_host(target.display())?;
     Ok(ExitCode::SUCCESS)
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use mayfly_text::printable;
 use serde_json::{Value, json};
 
+use super::output;
 use crate::control::{Client, ClientError, Command, Folder};
 use crate::failure::Failure;
 
@@ -33,10 +34,10 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let about = |name: &String| about(&folder, name, PATIENCE);
     let all: Vec<Value> = names.iter().filter_map(about).collect();
     if args.json {
-        super::print_json(&all)?;
+        output::print_json(&all)?;
         return Ok(ExitCode::SUCCESS);
     }
-    super::print(&format!(
+    output::print(&format!(
         "{:<20} {:>8} {:<8} {:>4} {:>10} {:>10}",
         "NAME", "PID", "STATE", "CPUS", "MEMORY", "UPTIME"
     ))?;
@@ -46,7 +47,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
             None => "?".to_owned(),
         };
         let text = |key: &str| printable::text(vm[key].as_str().unwrap_or("?"));
-        super::print(&format!(
+        output::print(&format!(
             "{:<20} {:>8} {:<8} {:>4} {:>9}M {:>9}s",
             text("name"),
             number("pid", 1),

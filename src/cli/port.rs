@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::output;
 use crate::config::parse_ports;
 use crate::control::{Client, Command, Folder};
 use crate::failure::{Class, Failure, OrFail};
@@ -14,7 +15,7 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// Prints all ports, or those of the host that lead to one of the guest.
 pub fn port(vm: &str, wanted: Option<&str>) -> Result<(), Failure> {
     let lines = lines(vm, &published(vm)?, wanted)?;
-    lines.iter().try_for_each(|line| super::print(line))
+    lines.iter().try_for_each(|line| output::print(line))
 }
 
 /// Those of a VM of `run`, or of any that runs.

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::process::ExitCode;
 
+use super::output;
 use crate::run::{self, Options};
 use crate::timing::Timeline;
 
@@ -33,7 +34,7 @@ pub struct Args {
 /// `words` are those of the command line behind the verb.
 pub fn run(args: Args, words: &[OsString], timeline: Timeline) -> ExitCode {
     let status = run::run(args.options, words, timeline).unwrap_or_else(|failure| {
-        super::report(&failure);
+        output::report(&failure);
         failure.signal_status().unwrap_or(run::STATUS_FAILED)
     });
     ExitCode::from(status)

@@ -9,16 +9,18 @@ use std::thread;
 use std::time::Duration;
 
 use clap::Subcommand;
-use mayfly_text::printable;
 use serde_json::{Value, json};
 
 use super::logs;
+use super::output;
 use crate::control::{Client, Command, Folder};
 use crate::failure::Failure;
 use crate::run::detach::{self, DetachKeys};
-use crate::run::record::{Place, Record, State, now_ms};
+use crate::run::record::{Place, Record, State};
 use crate::run::{self, CopyOptions, ExecOptions, Usage, end, signal};
 use crate::supervisor::Status;
+use crate::timing::now_ms;
+use mayfly_text::printable;
 
 /// A machine that takes longer to tell of itself is left out.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -291,20 +293,20 @@ pub fn run(verb: Verb) -> Result<ExitCode, Failure> {
                 let said = || place.record().ok().and_then(|vm| vm.stop_timeout);
                 let time = time.or_else(said).unwrap_or(STOP_TIMEOUT);
                 end::stop(place, signal, Duration::from_secs(time))?;
-                super::print(&place.name())
+                output::print(&place.name())
             })?;
         }
         Verb::Kill { signal, vm } => {
             let number = signal_number(&signal)?;
             each(&vm, |place| {
                 end::kill(place, number)?;
-                super::print(&place.name())
+                output::print(&place.name())
             })?;
         }
         Verb::Wait { vm } => each(&vm, |place| {
             // Without one, its process was killed.
             let status = place.wait()?.unwrap_or(end::STATUS_KILLED);
-            super::print(&status.to_string())
+            output::print(&status.to_string())
         })?,
         Verb::Rm { force, vm, .. } => each(&vm, |place| {
             if force && place.state() == State::Running {
@@ -315,14 +317,14 @@ pub fn run(verb: Verb) -> Result<ExitCode, Failure> {
             if !force || Place::find(&place.name()).is_ok() {
                 place.remove()?;
             }
-            super::print(&place.name())
+            output::print(&place.name())
         })?,
         Verb::Inspect { vm } => {
             let all: Vec<Value> = vm
                 .iter()
                 .map(|name| Place::find(name).and_then(|place| inspect(&place)))
                 .collect::<Result<_, _>>()?;
-            super::print_pretty_json(&all)?;
+            output::print_pretty_json(&all)?;
         }
         Verb::Port { vm, port } => super::port::port(&vm, port.as_deref())?,
         Verb::Stats {
@@ -348,7 +350,7 @@ fn keys(text: &str) -> Result<Option<DetachKeys>, Failure> {
 
 fn exit_code(result: Result<u8, Failure>) -> ExitCode {
     ExitCode::from(result.unwrap_or_else(|failure| {
-        super::report(&failure);
+        output::report(&failure);
         run::STATUS_FAILED
     }))
 }
@@ -361,7 +363,7 @@ fn each(names: &[String], act: impl Fn(&Place) -> Result<(), Failure>) -> Result
         if done.is_err()
             && let Err(earlier) = std::mem::replace(&mut result, done)
         {
-            super::report(&earlier);
+            output::report(&earlier);
         }
     }
     result
@@ -376,18 +378,20 @@ fn ps(all: bool, quiet: bool, as_json: bool) -> Result<(), Failure> {
     if as_json {
         let all = vms.iter().map(|(state, vm, how)| describe(*state, vm, how));
         let all: Vec<Value> = all.collect();
-        return super::print_json(&all);
+        return output::print_json(&all);
     }
     if quiet {
-        return vms.iter().try_for_each(|(_, vm, _)| super::print(&vm.name));
+        return vms
+            .iter()
+            .try_for_each(|(_, vm, _)| output::print(&vm.name));
     }
-    super::print(&format!(
+    output::print(&format!(
         "{:<24} {:<20} {:<24} {:<12} {:<24} {}",
         "NAME", "IMAGE", "COMMAND", "CREATED", "STATUS", "PORTS"
     ))?;
     for (state, vm, how) in vms {
         let command = printable::text(&command_line(&vm));
-        super::print(&format!(
+        output::print(&format!(
             "{:<24} {:<20} {:<24} {:<12} {:<24} {}",
             vm.name,
             vm.image,
@@ -483,9 +487,9 @@ fn stats(names: &[String], as_json: bool, once: bool) -> Result<(), Failure> {
         if !as_json {
             if !once {
                 // The screen is this list's.
-                super::print_bytes(b"\x1b[2J\x1b[H")?;
+                output::print_bytes(b"\x1b[2J\x1b[H")?;
             }
-            super::print(&format!(
+            output::print(&format!(
                 "{:<24} {:>7} {:>20}",
                 "NAME", "CPU %", "MEMORY / OF"
             ))?;
@@ -498,12 +502,12 @@ fn stats(names: &[String], as_json: bool, once: bool) -> Result<(), Failure> {
             let percent = before.percent(&now, INTERVAL);
             let memory = now.resident >> 20;
             match as_json {
-                true => super::print_json(&json!({
+                true => output::print_json(&json!({
                     "name": vm.name, "cpu_percent": percent, "memory": now.resident, "of": vm.memory,
                 }))?,
                 false => {
                     let of = format!("{memory} MiB / {}", vm.memory);
-                    super::print(&format!("{:<24} {percent:>7.1} {of:>20}", vm.name))?;
+                    output::print(&format!("{:<24} {percent:>7.1} {of:>20}", vm.name))?;
                 }
             }
         }

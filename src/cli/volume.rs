@@ -6,6 +6,7 @@ use clap::Subcommand;
 use serde_json::json;
 
 use super::image::bytes;
+use super::output;
 use crate::config::parse_size;
 use crate::failure::Failure;
 use crate::volume::{SIZE, Volumes};
@@ -71,13 +72,13 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
                     "volume {name}: there is one of that name"
                 )));
             }
-            super::print(&name)?;
+            output::print(&name)?;
         }
         Verb::Ls { json, quiet } => list(&volumes, json, quiet)?,
         Verb::Rm { names } => {
             for name in names {
                 volumes.remove(&name)?;
-                super::print(&name)?;
+                output::print(&name)?;
             }
         }
     }
@@ -97,16 +98,16 @@ fn list(volumes: &Volumes, json: bool, quiet: bool) -> Result<(), Failure> {
             })
         };
         let all: Vec<_> = all.iter().map(one).collect();
-        return super::print_json(&all);
+        return output::print_json(&all);
     }
     if !quiet {
-        super::print(&format!(
+        output::print(&format!(
             "{:<24} {:>10} {:>10}  IN USE",
             "NAME", "SIZE", "ON DISK"
         ))?;
     }
     for volume in all {
-        super::print(&match quiet {
+        output::print(&match quiet {
             true => volume.name,
             false => format!(
                 "{:<24} {:>10} {:>10}  {}",

@@ -3,7 +3,9 @@
 use mayfly_boot::cmdline;
 use mayfly_protocol::init_words;
 
-use super::{Host, HostEnd, HostNet, MachineOptions};
+use super::console::HostEnd;
+use super::host_ends::{Host, HostNet};
+use super::options::MachineOptions;
 use crate::failure::{Failure, OrFail};
 
 /// For a quick and quiet boot of any VM: the clock is known and steady, a panic ends it.
@@ -74,7 +76,7 @@ fn for_init(cmdline: String, own_init: bool) -> Result<String, Failure> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{refusal, validate};
+    use super::super::machine::testing::{refusal, validate};
     use super::super::{ConsoleConfig, FromKeys, NetConfig};
     use super::*;
 

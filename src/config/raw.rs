@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 
 use super::keys::{FromKeys, Keys, Value};
-use super::{CPUS_MAX, MachineOptions};
+use super::options::{CPUS_MAX, MachineOptions};
 use crate::failure::{Failure, OrFail};
 use crate::kvm::accept::AcceptKvm;
 use crate::spec::BootProtocol;

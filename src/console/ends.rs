@@ -8,11 +8,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 use serde::{Deserialize, Serialize};
 
-use super::set_nonblocking;
 use super::terminal::RawTerminal;
 use crate::config::HostEnd;
 use crate::failure::{Failure, OrFail};
@@ -172,6 +172,11 @@ impl HostConsole {
             })
         })
     }
+}
+
+pub(super) fn set_nonblocking(file: &File) -> io::Result<()> {
+    let flags = fcntl_getfl(file)?;
+    Ok(fcntl_setfl(file, flags | OFlags::NONBLOCK)?)
 }
 
 fn duplicate(stream: impl AsFd) -> io::Result<File> {

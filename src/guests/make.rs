@@ -1,6 +1,7 @@
 //! Makes a guest from a kernel, its modules and mayfly's programs.
 
 use std::fs::{self, Permissions};
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -8,17 +9,17 @@ use mayfly_boot::initramfs::{
     DEFAULT_MODULES, Initramfs, InitramfsError, LATER_MODULES, ModuleForm,
 };
 use mayfly_boot::payload;
-use mayfly_process::programs::find_program;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::sources::{self, Source};
-use super::{
+use super::store::{
     BOOT_INITRD, COMPARE_INITRD, FileVersion, GUESTS, Guest, Guests, INIT_PROGRAM, KERNEL, KERNELS,
-    MANIFEST, Manifest, PROBE, PROBE_PROGRAM, RUN_INITRD, program, tell,
+    MANIFEST, Manifest, PROBE, PROBE_PROGRAM, RUN_INITRD, program,
 };
 use crate::control::valid_name;
 use crate::failure::{Failure, OrFail};
-use crate::run::record::now_ms;
+use crate::timing::now_ms;
+use mayfly_process::programs::find_program;
 
 /// What an image's VM needs beside mayfly's devices.
 const RUN_MODULES: [&str; 2] = ["squashfs", "overlay"];
@@ -301,6 +302,22 @@ fn is_static(path: &Path) -> bool {
     };
     data.starts_with(ELF_MAGIC)
         && headers().is_some_and(|kinds| !kinds.contains(&(PT_INTERP as usize)))
+}
+
+/// The default guest as it should be: made, or made anew after an upgrade, if need be.
+/// A line on standard error tells the user of it.
+pub fn ensure_default() -> Result<Guest, Failure> {
+    let guests = Guests::locate()?;
+    match guests.default_guest() {
+        Some(guest) if !guest.is_outdated() => Ok(guest),
+        Some(guest) => guests.renew(&guest),
+        None => guests.make_default(),
+    }
+}
+
+/// Tells the user what takes a while.
+fn tell(line: &str) {
+    let _ = writeln!(std::io::stderr(), "mayfly: {line}");
 }
 
 #[cfg(test)]

@@ -5,10 +5,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use mayfly_process::programs::find_program;
-
-use super::FETCHED;
+use super::store::FETCHED;
 use crate::failure::{Failure, OrFail};
+use mayfly_process::programs::find_program;
 
 /// The packages that depend on Debian's kernel for virtual machines, the newest first:
 /// Debian 12 has 6.12 beside its own 6.1, later ones have it under the plain name.

@@ -3,6 +3,7 @@
 pub mod accept;
 pub mod base;
 pub mod cpuid;
+mod error;
 pub mod gate;
 pub mod memory;
 pub mod msr;
@@ -13,18 +14,5 @@ pub mod state;
 pub mod vcpu;
 pub mod vm;
 
+pub use self::error::KvmError;
 pub use self::open::open;
-
-/// An ioctl that failed.
-#[derive(Debug, thiserror::Error)]
-#[error("KVM: {operation}")]
-pub struct KvmError {
-    operation: &'static str,
-    #[source]
-    source: kvm_ioctls::Error,
-}
-
-/// Names the operation that failed.
-fn doing(operation: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError {
-    move |source| KvmError { operation, source }
-}

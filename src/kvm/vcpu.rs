@@ -18,10 +18,11 @@ use mayfly_devices::bus::Bus;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::cpuid::{self, Topology};
+use super::error::{KvmError, doing};
 use super::gate::{Gate, Next};
+use super::msr;
 use super::state::{self, StateError, StateScope, TscAnchor, VcpuState};
 use super::vm::Vm;
-use super::{KvmError, doing, msr};
 
 /// How a vCPU came to its end.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -22,9 +22,9 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
+use super::error::{KvmError, doing};
 use super::memory::GuestMemory;
 use super::state::{self, StateError, VmState};
-use super::{KvmError, doing};
 
 /// Where Intel's KVM keeps pages of its own: in the hole, below the BIOS.
 const IDENTITY_MAP: u64 = 0xfffb_c000;

@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use super::Link;
+use super::socket::Link;
 
 /// What the VMM process asks its supervisor for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -56,6 +56,19 @@ pub enum ToVmm {
     End,
 }
 
+impl ToVmm {
+    /// The host's networks, in messages that are short enough.
+    pub fn host_networks(now: &HostNetworks) -> Vec<Self> {
+        let parts = now.parts();
+        let last = parts.len().saturating_sub(1);
+        let messages = parts.into_iter().enumerate().map(|(index, part)| {
+            let more = index < last;
+            ToVmm::HostNetworks { part, more }
+        });
+        messages.collect()
+    }
+}
+
 /// All that a VMM process needs to build its machine. With it come descriptors: KVM, the
 /// kernel, the initial RAM disk if there is one, and the link for requests to the broker.
 #[derive(Debug, Serialize, Deserialize)]

@@ -14,7 +14,7 @@ use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
 use super::process::started as start_time;
 use super::record::Place;
-use super::{STATUS_FAILED, signalled};
+use super::status::{STATUS_FAILED, signalled};
 use crate::arguments;
 use crate::failure::{Failure, OrFail};
 use crate::helper;

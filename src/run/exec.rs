@@ -7,14 +7,15 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use mayfly_protocol::agent::{HostMessage, Process, Size};
+use mayfly_protocol::agent::{HostMessage, Process};
 
 use super::agent::{Agent, AgentError, Link, Patient, Streams};
 use super::detach::DetachKeys;
 use super::environment::{self, Wishes};
+use super::force_quit::ForceQuit;
 use super::record::{Place, Record, State};
-use super::session::{Insistence, send_apart};
-use super::{SIGNALLED, standard};
+use super::standard::{send_apart, standard, terminal_size};
+use super::status::SIGNALLED;
 use crate::console::terminal::{self, RawTerminal};
 use crate::failure::{Failure, OrFail};
 use crate::signals::Signals;
@@ -69,7 +70,7 @@ pub fn exec(options: ExecOptions) -> Result<u8, Failure> {
         groups: record.groups,
         limits: record.limits,
         no_new_privileges: record.no_new_privileges,
-        terminal: options.terminal.then(here),
+        terminal: options.terminal.then(terminal_size),
         input: options.interactive && !options.detach,
     };
     if options.detach {
@@ -88,7 +89,7 @@ pub fn exec(options: ExecOptions) -> Result<u8, Failure> {
 pub fn attach(name: &str, input: bool, keys: Option<DetachKeys>) -> Result<u8, Failure> {
     let (place, record) = running(name)?;
     let terminal = record.terminal && input && io::stdin().is_terminal();
-    let size = record.terminal.then(here);
+    let size = record.terminal.then(terminal_size);
     follow(&place, HostMessage::Attach(size), terminal, input, keys)
 }
 
@@ -132,23 +133,6 @@ pub fn check_terminal(wanted: bool) -> Result<(), Failure> {
             "-i and -t: standard input is no terminal; leave one of them out",
         )),
         false => Ok(()),
-    }
-}
-
-/// The size of the terminal that this has: where it is typed, else where it is shown.
-pub fn here() -> Size {
-    let input = standard(io::stdin()).ok();
-    let output = standard(io::stdout()).ok();
-    let size = [input, output].iter().flatten().find_map(terminal::size);
-    match size {
-        Some(size) => Size {
-            rows: size.rows,
-            columns: size.columns,
-        },
-        None => Size {
-            rows: 24,
-            columns: 80,
-        },
     }
 }
 
@@ -209,12 +193,12 @@ fn follow(
 
 /// Passes signals on to the process, once there is one.
 fn pass_on(signals: &Signals, link: &Mutex<Option<Link>>, terminal: bool) {
-    let mut insistence = Insistence::default();
+    let mut insistence = ForceQuit::default();
     let mut sender = None;
     while let Some(signal) = signals.wait() {
         let message = match signal {
             libc::SIGWINCH if !terminal => continue,
-            libc::SIGWINCH => HostMessage::Resize(here()),
+            libc::SIGWINCH => HostMessage::Resize(terminal_size()),
             signal => HostMessage::Signal(signal),
         };
         let link = link.lock().unwrap_or_else(PoisonError::into_inner).clone();

@@ -12,6 +12,7 @@ mod docker;
 pub mod end;
 mod environment;
 mod exec;
+mod force_quit;
 mod limits;
 pub mod log;
 mod mount;
@@ -22,16 +23,20 @@ mod process;
 pub mod record;
 mod resolver;
 mod session;
+mod standard;
+mod status;
 mod sysctl;
 mod text;
+mod tmpfs;
 mod usage;
 mod volumes;
+mod wish;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -44,13 +49,15 @@ pub use self::copy::{CopyOptions, cp};
 pub use self::exec::{ExecOptions, attach, exec};
 pub use self::options::Options;
 pub use self::plan::{Plan, signal, time};
+pub use self::status::{STATUS_FAILED, STATUS_TIMEOUT};
 pub use self::usage::Usage;
 
 use self::cidfile::CidFile;
 use self::log::Log;
 use self::options::{Mode, Pull};
-use self::record::{Ended, NotCreated, Owned, Place, Record, now_ms};
+use self::record::{Ended, NotCreated, Owned, Place, Record};
 use self::session::{Session, SessionEnd};
+use self::status::signalled;
 use self::text::Text;
 use self::volumes::Volumes;
 use crate::arguments;
@@ -67,20 +74,10 @@ use crate::progress_bars::Bars;
 use crate::signals::StartSignals;
 use crate::spec::MemorySpec;
 use crate::supervisor::Supervisor;
-use crate::timing::{Timeline, TimingUs};
+use crate::timing::{Timeline, TimingUs, now_ms};
 use crate::unix_socket;
 use crate::volume::{Journal, make_ext4};
 
-/// mayfly itself failed, or the command could not be started.
-pub const STATUS_FAILED: u8 = 125;
-/// The time was over.
-pub const STATUS_TIMEOUT: u8 = 124;
-const SIGNALLED: u8 = 128;
-
-/// The status of what a signal ended.
-fn signalled(signal: i32) -> u8 {
-    u8::try_from(signal).map_or(u8::MAX, |signal| SIGNALLED.saturating_add(signal))
-}
 /// What init's lines on the console begin with.
 const INIT_SAYS: &str = "mayfly-init: ";
 /// Every guest is the only one on its device.
@@ -519,11 +516,6 @@ fn make_scratch(size: u64, options: &Options) -> Result<File, Failure> {
     let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
     make_ext4(Path::new(&path), size, Journal::No, &what)?;
     Ok(file)
-}
-
-/// A standard stream as a file of its own.
-fn standard(stream: impl AsFd) -> io::Result<File> {
-    stream.as_fd().try_clone_to_owned().map(File::from)
 }
 
 #[cfg(test)]

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 
 use mayfly_protocol::agent::Mount;
 
-use super::plan;
-use super::volumes::{Wanted, Wish, target, volume_name};
+use super::tmpfs;
+use super::wish::{Wanted, Wish, target, volume_name};
 
 const SYNTAX: &str = "write type=bind|volume|tmpfs[,src=SRC],dst=DIR[,ro]";
 
@@ -56,7 +56,7 @@ pub fn parse(text: &OsStr) -> Result<Kind, String> {
         (b"tmpfs", None) => {
             let mut options = fields.memory;
             options.extend(fields.read_only.then(|| "ro".to_owned()));
-            plan::memory(&target(to)?, &options.join(",")).map(Kind::Memory)
+            tmpfs::memory(&target(to)?, &options.join(",")).map(Kind::Memory)
         }
         (b"tmpfs", Some(_)) => Err("type=tmpfs is memory, and has no src=".into()),
         (kind, _) => Err(format!(

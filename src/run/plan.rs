@@ -1,6 +1,6 @@
 //! From an image and the user's wishes to a machine, its setup and its process.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fs;
 use std::io::Read;
 use std::net::IpAddr;
@@ -15,7 +15,7 @@ use super::limits;
 use super::log;
 use super::options::Options;
 use super::sysctl;
-use super::volumes;
+use super::tmpfs::tmpfs;
 use crate::config::parse_size;
 use crate::failure::Failure;
 
@@ -231,56 +231,6 @@ fn arguments(options: &Options, image: &RunConfig) -> Result<Vec<Vec<u8>>, Failu
         ))),
         false => Ok(all.into_iter().map(OsString::into_vec).collect()),
     }
-}
-
-/// `DIR[:OPTIONS]`.
-pub fn tmpfs(text: &OsStr) -> Result<Mount, Failure> {
-    let bytes = text.as_bytes();
-    let failed = |reason: &str| Failure::config(format!("--tmpfs {}: {reason}", text.display()));
-    let (target, options) = match bytes.iter().position(|&byte| byte == b':') {
-        Some(at) => (&bytes[..at], &bytes[at + 1..]),
-        None => (bytes, &[][..]),
-    };
-    let target = volumes::target(target).map_err(|why| failed(&why))?;
-    let options = std::str::from_utf8(options).unwrap_or("?");
-    memory(&target, options).map_err(|why| failed(&why))
-}
-
-/// Memory as a folder, with options of tmpfs(5).
-pub fn memory(target: &[u8], options: &str) -> Result<Mount, String> {
-    let mut data = vec!["mode=1777".to_owned()];
-    let (mut read_only, mut no_exec) = (false, false);
-    for option in options.split(',').filter(|option| !option.is_empty()) {
-        match option.split_once('=') {
-            Some(("size", size)) => {
-                let size = parse_size(size, 0)?;
-                data.push(format!("size={size}"));
-            }
-            Some(("mode", mode)) if u32::from_str_radix(mode, 8).is_ok() => {
-                data.push(option.to_owned());
-            }
-            Some(("uid" | "gid", number)) if number.parse::<u32>().is_ok() => {
-                data.push(option.to_owned());
-            }
-            None if option == "ro" => read_only = true,
-            None if option == "noexec" => no_exec = true,
-            // As it is anyway.
-            None if ["rw", "exec", "nosuid", "nodev"].contains(&option) => {}
-            _ => {
-                return Err(
-                    "write size=64M, mode=1777, uid=0, gid=0, ro, noexec, nosuid, nodev".into(),
-                );
-            }
-        }
-    }
-    Ok(Mount {
-        target: target.into(),
-        source: Source::Tmpfs {
-            options: data.join(","),
-            no_exec,
-        },
-        read_only,
-    })
 }
 
 /// A signal, by its number or its name with or without `SIG`, as Docker knows them:

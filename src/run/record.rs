@@ -7,7 +7,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use mayfly_protocol::agent::Limit;
 use mayfly_sandbox::Cgroup;
@@ -21,7 +21,6 @@ use crate::control::Folder;
 use crate::failure::{Failure, OrFail};
 use crate::signals::StartSignals;
 use crate::supervisor::Status;
-use crate::timing::milliseconds;
 use crate::unix_socket;
 
 const RECORD: &str = "vm.json";
@@ -125,12 +124,6 @@ pub struct Ended {
     /// What had failed before.
     #[serde(default)]
     pub problems: Vec<String>,
-}
-
-/// Milliseconds since 1970.
-pub fn now_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, milliseconds)
 }
 
 /// A VM's folder.

@@ -7,18 +7,19 @@ use std::os::unix::net::UnixListener;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use mayfly_protocol::agent::{Exit, HostMessage};
 use rustix::net::{Shutdown, shutdown};
 
 use super::agent::{Agent, AgentError, Link, Patient, Streams};
 use super::background::tell_started;
-use super::exec::here;
+use super::force_quit::ForceQuit;
 use super::log::Log;
 use super::options::{Mode, Options};
 use super::plan::Plan;
-use super::{STATUS_FAILED, standard};
+use super::standard::{send_apart, standard, terminal_size};
+use super::status::STATUS_FAILED;
 use crate::console::terminal::RawTerminal;
 use crate::failure::{Failure, OrFail};
 use crate::signals::Signals;
@@ -31,27 +32,6 @@ const FAREWELL: Duration = Duration::from_secs(10);
 /// looked at.
 const LATE: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(100);
-
-/// Counts those that ask for the end, each soon after the other: a user who asks
-/// three times does not want to wait for the command.
-#[derive(Default)]
-pub struct Insistence(Option<(Instant, u32)>);
-
-impl Insistence {
-    /// True if it is enough.
-    pub fn heard(&mut self, signal: i32) -> bool {
-        const SOON: Duration = Duration::from_secs(2);
-        const ENOUGH: u32 = 3;
-        if ![libc::SIGINT, libc::SIGTERM].contains(&signal) {
-            return false;
-        }
-        let now = Instant::now();
-        let before = self.0.filter(|(last, _)| now.duration_since(*last) < SOON);
-        let count = before.map_or(1, |(_, count)| count + 1);
-        self.0 = Some((now, count));
-        count >= ENOUGH
-    }
-}
 
 /// How a session ended.
 #[derive(Clone, Debug)]
@@ -191,7 +171,7 @@ fn work(
     let detached = options.mode() == Mode::Background;
     let result = (|| {
         agent.ask(&HostMessage::Setup(Box::new(plan.setup)))?;
-        plan.process.terminal = options.terminal.then(here);
+        plan.process.terminal = options.terminal.then(terminal_size);
         agent.start(plan.process)?;
         *shared.link.lock().unwrap_or_else(PoisonError::into_inner) = Some(link.clone());
         // Without input its keys stay the host's: Ctrl-C ends the command.
@@ -239,7 +219,7 @@ fn streams(options: &Options, log: &Log) -> io::Result<Streams> {
 
 /// Passes signals on to the command, as if it were here.
 fn pass_on(signals: &Signals, shared: &Shared, detached: bool) {
-    let mut insistence = Insistence::default();
+    let mut insistence = ForceQuit::default();
     let mut sender: Option<Sender<HostMessage>> = None;
     while let Some(signal) = signals.wait() {
         let Some(link) = shared.link() else {
@@ -250,7 +230,7 @@ fn pass_on(signals: &Signals, shared: &Shared, detached: bool) {
         };
         let message = match signal {
             libc::SIGWINCH if detached => continue,
-            libc::SIGWINCH => HostMessage::Resize(here()),
+            libc::SIGWINCH => HostMessage::Resize(terminal_size()),
             signal => HostMessage::Signal(signal),
         };
         if insistence.heard(signal) {
@@ -259,21 +239,6 @@ fn pass_on(signals: &Signals, shared: &Shared, detached: bool) {
         let sender = sender.get_or_insert_with(|| send_apart(link));
         let _ = sender.send(message);
     }
-}
-
-/// Sends on a thread of its own: a guest that does not listen holds up nobody else.
-pub fn send_apart(link: Link) -> Sender<HostMessage> {
-    let (sender, messages) = mpsc::channel();
-    let send = move || {
-        for message in messages {
-            if link.send(&message).is_err() {
-                return;
-            }
-        }
-    };
-    // Without a thread, nothing is sent.
-    let _ = thread::Builder::new().name("sender".into()).spawn(send);
-    sender
 }
 
 /// Ends the machine when its time is over.

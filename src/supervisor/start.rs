@@ -14,8 +14,8 @@ use serde::Serialize;
 
 use super::resources::{OpenedEnd, Resources};
 use super::status::StatusBoard;
+use super::supervise::{LINK, START_TIMEOUT, Supervisor, has_hung_up, pass_on_lines, too_late};
 use super::vmm_process::{STOP_TIMEOUT, StopHandle, VmmProcess};
-use super::{LINK, START_TIMEOUT, Supervisor, has_hung_up, pass_on_lines};
 use crate::config::MachineConfig;
 use crate::failure::{Class, Failure, OrFail};
 use crate::kvm::vm;
@@ -136,12 +136,6 @@ fn confine(child: &Child, cgroup: &mut Cgroup, mode: Mode) -> Result<(), Failure
     }
 }
 
-/// The VMM process said nothing for so long.
-pub(super) fn too_late(what: &str, timeout: Duration) -> Failure {
-    let seconds = timeout.as_secs_f32();
-    Failure::host(format!("the VMM process did not {what} in {seconds} s"))
-}
-
 impl<'a> Supervisor<'a> {
     /// Executes the VMM process, opens what the machine needs, and has the process build it.
     /// May only be called while this process has one thread. Nothing of the host is changed.
@@ -240,7 +234,7 @@ impl<'a> Supervisor<'a> {
         }
         if is_filtered(self.config) {
             let now = HostNetworks::list().or_host("--net user: listing the host's addresses")?;
-            for message in network_messages(&now) {
+            for message in ToVmm::host_networks(&now) {
                 self.tell(signals, &message, &[])?;
             }
         }
@@ -287,15 +281,4 @@ impl<'a> Supervisor<'a> {
             _ => Err(Failure::new(Class::Internal, self.why_died())),
         }
     }
-}
-
-/// The host's networks, in messages that are short enough.
-pub(super) fn network_messages(now: &HostNetworks) -> Vec<ToVmm> {
-    let parts = now.parts();
-    let last = parts.len().saturating_sub(1);
-    let messages = parts.into_iter().enumerate().map(|(index, part)| {
-        let more = index < last;
-        ToVmm::HostNetworks { part, more }
-    });
-    messages.collect()
 }

@@ -3,64 +3,29 @@
 use std::fs::File;
 use std::mem;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
 
 use kvm_ioctls::Kvm;
 use mayfly_boot::{Boot, KernelError, MmioDevice, Protocol, initrd, kernel, layout};
 use mayfly_devices::mailbox::Mailbox;
-use mayfly_devices::platform::PlatformEvent;
-use mayfly_devices::pvpanic::GuestPanic;
 use mayfly_devices::serial::{Serial, SerialState};
 use mayfly_devices::virtio::balloon::BalloonHandle;
 use mayfly_devices::virtio::block::Prepare;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::devices::{self, AttachedDevice, AttachedDevices, DeviceEnds, Surroundings};
+use super::events::{Notifier, VmEvent, duplicate, event};
 use super::platform::{self, PlatformHandle};
 use crate::console::Connection;
 use crate::failure::{Failure, OrFail};
 use crate::kvm::cpuid;
 use crate::kvm::gate::Gate;
 use crate::kvm::memory::{GuestMemory, exclude_from_dumps, guest_memory, prefault};
-use crate::kvm::vcpu::{Buses, Vcpu, VcpuEnd};
+use crate::kvm::vcpu::{Buses, Vcpu};
 use crate::kvm::vm::Vm;
 use crate::link::{BlamePart, Broker, Part, VmmFailure};
 use crate::net::host::KnownHost;
 use crate::spec::{BootProtocol, MachineSpec};
 use crate::timing::Timeline;
-
-/// What the vCPUs' threads tell the event loop.
-#[derive(Debug)]
-pub enum VmEvent {
-    /// A vCPU will not run any more.
-    Vcpu(VcpuEnd),
-    /// The guest asks its platform for something.
-    Platform(PlatformEvent, Instant),
-    /// The guest's kernel panicked.
-    Panic(GuestPanic),
-}
-
-/// Sends [`VmEvent`]s.
-pub struct Notifier {
-    events: Mailbox<VmEvent>,
-    wake: EventFd,
-}
-
-impl Notifier {
-    /// Sends, and wakes the event loop up.
-    pub fn send(&self, event: VmEvent) {
-        self.events.put(event);
-        let _ = self.wake.write(1);
-    }
-
-    /// Another sender.
-    pub fn try_clone(&self) -> std::io::Result<Self> {
-        Ok(Notifier {
-            events: self.events.clone(),
-            wake: self.wake.try_clone()?,
-        })
-    }
-}
 
 /// What a machine is built from, beside its specification.
 pub struct Parts {
@@ -121,10 +86,7 @@ pub fn build(
 
     let events = Mailbox::default();
     let wake = event()?;
-    let notifier = Notifier {
-        events: events.clone(),
-        wake: duplicate(&wake)?,
-    };
+    let notifier = Notifier::new(&events, &wake)?;
 
     let mut buses = Buses::default();
     let serial = attach_serial(&vm, &mut buses)?;
@@ -225,16 +187,6 @@ fn load(
         ram_size: spec.memory.size,
     };
     Ok(mayfly_boot::finish(memory, &kernel, &boot).or_config("--kernel, --cmdline")?)
-}
-
-/// An event descriptor that does not block.
-pub fn event() -> Result<EventFd, Failure> {
-    EventFd::new(EFD_NONBLOCK).or_host("creating an event descriptor")
-}
-
-/// The same event descriptor once more.
-pub fn duplicate(event: &EventFd) -> Result<EventFd, Failure> {
-    event.try_clone().or_host("duplicating an event descriptor")
 }
 
 /// Returns the port, and what it signals when the host's side is to look.

@@ -16,8 +16,8 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::build::VmEvent;
 use super::commands::CommandHandler;
+use super::events::VmEvent;
 use crate::console::{Console, Pumped};
 use crate::control::Reply;
 use crate::kvm::vcpu::VcpuEnd;

@@ -4,29 +4,31 @@
 
 mod build;
 mod commands;
+mod confinement;
 mod devices;
 mod event_loop;
+mod events;
 mod platform;
 mod request;
 mod vcpus;
 
 use std::cell::RefCell;
 use std::fs::File;
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use mayfly_devices::virtio::block::Prepare;
 use mayfly_sandbox::{self as sandbox, Keep, Limits, Role, SandboxSetup, ThreadConfinement};
 use vmm_sys_util::timerfd::TimerFd;
 
 pub use self::request::{NAME, is_vmm};
 
-use self::build::{VmEvent, build, duplicate};
+use self::build::build;
 use self::commands::{CommandHandler, Handles};
+use self::confinement::confined;
 use self::event_loop::{ConsolePump, Control, EventLoop, VirtioWorker};
-use self::request::{Inherited, Request};
+use self::events::{VmEvent, duplicate};
+use self::request::{Inherited, LINK, Request, unexpected};
 use self::vcpus::VcpuControl;
 use crate::console::{Connection, Console, ConsoleFds};
 use crate::failure::{Class, Failure, OrFail};
@@ -40,7 +42,6 @@ use crate::vsock;
 const OPEN_FILES: u64 = vsock::OPEN_FILES;
 /// How much memory a running machine may still allocate, in bytes.
 const MEMORY: u64 = 256 << 20;
-const LINK: &str = "talking to the supervisor";
 
 /// Builds a machine and runs it to its end, as the supervisor says, and ends the process. The
 /// supervisor knows more than its status tells.
@@ -180,15 +181,6 @@ impl Start {
     }
 }
 
-/// The supervisor said something else than what comes next.
-fn unexpected() -> VmmFailure {
-    Failure::new(
-        Class::Internal,
-        "the supervisor did not keep to the protocol",
-    )
-    .into()
-}
-
 fn is_regular(fd: BorrowedFd) -> bool {
     let file = fd.try_clone_to_owned().map(File::from);
     let metadata = file.and_then(|file| file.metadata());
@@ -228,26 +220,4 @@ fn close(
     let closed = FromVmm::Closed(confinement.report());
     link.send(&closed, &[]).or_internal(LINK)?;
     Ok(confinement)
-}
-
-/// Threads of disks start before the sandbox is closed, and wait for that.
-struct AtGate(sandbox::Gate);
-
-impl Prepare for AtGate {
-    fn first(&self) -> Box<dyn FnOnce() + Send> {
-        let place = self.0.pending();
-        Box::new(move || confined(place.confine(Role::Io)))
-    }
-
-    fn give_up(&self) {
-        self.0.give_up();
-    }
-}
-
-/// A thread that is not confined must not go on.
-fn confined(result: io::Result<()>) {
-    if let Err(error) = result {
-        log::error!("confining a thread: {error}");
-        std::process::exit(sandbox::PANIC.into());
-    }
 }

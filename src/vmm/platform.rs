@@ -15,7 +15,7 @@ use mayfly_devices::pvpanic::{GuestPanic, Pvpanic};
 use mayfly_devices::vmgenid::{GenerationError, GenerationId};
 use mayfly_devices::watchdog::{Watchdog, WatchdogPorts, WatchdogState};
 
-use super::build::{Notifier, VmEvent, event};
+use super::events::{Notifier, VmEvent, event};
 use crate::failure::{Failure, OrFail};
 use crate::kvm::gate::Gate;
 use crate::kvm::memory::GuestMemory;

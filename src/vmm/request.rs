@@ -12,8 +12,8 @@ use rustix::net::SocketType;
 use rustix::net::sockopt::socket_type;
 
 use super::build::Parts;
+use super::confinement::AtGate;
 use super::devices::DeviceEnds;
-use super::{AtGate, LINK, unexpected};
 use crate::failure::{Class, Failure, OrFail};
 use crate::kvm::vm;
 use crate::link::{Broker, BuildRequest, Link, ToVmm, VmmFailure};
@@ -24,6 +24,8 @@ use crate::timing::Timeline;
 
 /// The name of the process, its only argument.
 pub const NAME: &str = "mayfly-vmm";
+/// What is being done when the link fails.
+pub const LINK: &str = "talking to the supervisor";
 /// Behind the standard streams: the link …
 const LINK_FD: RawFd = 3;
 /// … and the lifeline.
@@ -144,4 +146,13 @@ impl Request {
             timeline: Timeline::since(started_us),
         })
     }
+}
+
+/// The supervisor said something else than what comes next.
+pub fn unexpected() -> VmmFailure {
+    Failure::new(
+        Class::Internal,
+        "the supervisor did not keep to the protocol",
+    )
+    .into()
 }

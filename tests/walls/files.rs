@@ -42,7 +42,7 @@ fn code(text: &str) -> String {
     let mut lines = Vec::new();
     let mut rest = text.lines().peekable();
     while let Some(line) = rest.next() {
-        let tests = |next: &&str| next.starts_with("mod ") && next.ends_with('{');
+        let tests = |next: &&str| next.contains("mod ") && next.ends_with('{');
         if line == "#[cfg(test)]" && rest.peek().is_some_and(tests) {
             break;
         }

@@ -11,7 +11,7 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::GuestMemory;
-use super::device::NeedsReset;
+use super::needs_reset::NeedsReset;
 
 /// A part of guest memory, known to lie in one region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,16 +5,11 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 pub use super::device_id::DeviceId;
+pub use super::needs_reset::NeedsReset;
 
 use super::GuestMemory;
 use super::queues::{Queues, Ring};
 use super::state::{DeviceState, RestoreError, SaveError};
-
-/// The guest broke the rules, or a backend failed, in a way that the device cannot
-/// go on: it needs to be reset (virtio 1.2, 2.1.1, `DEVICE_NEEDS_RESET`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("needs a reset: {0}")]
-pub struct NeedsReset(pub &'static str);
 
 /// Names one of a device's sources of events.
 pub type Token = u32;

@@ -9,6 +9,7 @@ mod device_id;
 pub mod fs;
 pub mod interrupt;
 pub mod mmio;
+mod needs_reset;
 pub mod net;
 pub mod queues;
 pub mod registers;

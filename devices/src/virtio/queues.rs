@@ -9,8 +9,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::GuestMemory;
 use super::chain::Chain;
-use super::device::NeedsReset;
 use super::interrupt::{Interrupt, Interrupter};
+use super::needs_reset::NeedsReset;
 use crate::number;
 
 struct Active {

@@ -1,7 +1,8 @@
 //! A vCPU is restored as it was, or not at all: its CPUID must be what this host's KVM and
 //! this mayfly would give it. So no snapshot turns on what a guest is not to have.
 
-use super::{CpuidLeaf, StateError};
+use super::error::StateError;
+use super::registers::CpuidLeaf;
 
 const FEATURES: u32 = 0x1;
 const ECX_MONITOR: u32 = 1 << 3;

@@ -5,8 +5,10 @@ use std::ops::RangeInclusive;
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 
-use super::{Msr, StateError, StateScope};
-use crate::kvm::{KvmError, doing};
+use super::error::StateError;
+use super::registers::Msr;
+use super::scope::StateScope;
+use crate::kvm::error::{KvmError, doing};
 
 /// The time stamp counter, which goes on meanwhile: see `tsc.rs`.
 pub(super) const IA32_TSC: u32 = 0x10;

@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 
 use kvm_ioctls::{Cap, Kvm};
 
-use crate::kvm::{KvmError, doing};
+use crate::kvm::error::{KvmError, doing};
 
 /// Hyper-V's registers: a guest whose CPUID does not offer Hyper-V has none, and asking for
 /// them makes KVM set Hyper-V up.

@@ -81,7 +81,7 @@ impl Machine {
 
     fn restored(kvm: &Kvm, scope: &StateScope, saved: &Saved) -> Result<Self, StateError> {
         let machine = Machine::new(kvm, saved.vcpus.len().try_into().unwrap());
-        let anchor = TscAnchor::new(&saved.vm);
+        let anchor = TscAnchor::new(saved.vm.clock.host_tsc);
         for (vcpu, state) in machine.vcpus.iter().zip(&saved.vcpus) {
             vcpu.restore(state, scope, anchor)?;
         }

@@ -12,9 +12,9 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
+use super::error::StateError;
 use super::msrs::{self, IA32_TSC};
-use super::{StateError, VmState};
-use crate::kvm::doing;
+use crate::kvm::error::doing;
 
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
@@ -46,10 +46,11 @@ pub struct TscAnchor {
 }
 
 impl TscAnchor {
-    /// From the moment when the VM was saved to now.
-    pub fn new(state: &VmState) -> Self {
+    /// From the moment when the VM was saved, on the host's counter
+    /// ([`ClockState::host_tsc`](super::ClockState)), to now.
+    pub fn new(saved: u64) -> Self {
         TscAnchor {
-            saved: state.clock.host_tsc,
+            saved,
             now: host_tsc(),
         }
     }

@@ -15,12 +15,14 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
-use super::tsc::{self, TscAnchor, TscState};
-use super::{
-    CpuidLeaf, DebugRegisters, Events, GeneralRegisters, Msr, StateError, StateScope,
-    SystemRegisters, VERSION, Xcr, check_version, cpuid, msrs,
+use super::error::{StateError, VERSION, check_version};
+use super::registers::{
+    CpuidLeaf, DebugRegisters, Events, GeneralRegisters, Msr, SystemRegisters, Xcr,
 };
-use crate::kvm::{KvmError, doing};
+use super::scope::StateScope;
+use super::tsc::{self, TscAnchor, TscState};
+use super::{cpuid, msrs};
+use crate::kvm::error::{KvmError, doing};
 
 /// How long the registers of a local APIC are (`KVM_APIC_REG_SIZE`).
 const LAPIC_SIZE: usize = 1024;
@@ -65,7 +67,7 @@ pub struct VcpuState {
 }
 
 /// Reads the state of a vCPU at rest.
-pub(in crate::kvm) fn save(fd: &VcpuFd, scope: &StateScope) -> Result<VcpuState, StateError> {
+pub(crate) fn save(fd: &VcpuFd, scope: &StateScope) -> Result<VcpuState, StateError> {
     refuse_nested(fd, scope)?;
     // First of all: KVM lets the vCPU take a start that is pending.
     let mp_state = fd
@@ -108,7 +110,7 @@ pub(in crate::kvm) fn save(fd: &VcpuFd, scope: &StateScope) -> Result<VcpuState,
 }
 
 /// Puts a vCPU that never ran into a state.
-pub(in crate::kvm) fn restore(
+pub(crate) fn restore(
     fd: &VcpuFd,
     state: &VcpuState,
     scope: &StateScope,

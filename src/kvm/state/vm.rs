@@ -10,8 +10,10 @@ use kvm_bindings::{
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 
-use super::{IoapicState, PicState, PitChannel, PitState, StateError, VERSION, check_version, tsc};
-use crate::kvm::{KvmError, doing};
+use super::error::{StateError, VERSION, check_version};
+use super::registers::{IoapicState, PicState, PitChannel, PitState};
+use super::tsc;
+use crate::kvm::error::{KvmError, doing};
 
 const CHIPS: [u32; 2] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE];
 /// The modes of a timer's channel (Intel 8254, control word) have three bits; one that was
@@ -48,7 +50,7 @@ pub struct ClockState {
 }
 
 /// Reads the state of a VM whose vCPUs are at rest.
-pub(in crate::kvm) fn save(fd: &VmFd) -> Result<VmState, StateError> {
+pub(crate) fn save(fd: &VmFd) -> Result<VmState, StateError> {
     let mut pics = [PicState::default(); CHIPS.len()];
     for (pic, chip) in pics.iter_mut().zip(CHIPS) {
         let read = chip_state(fd, chip)?;
@@ -85,7 +87,7 @@ pub(in crate::kvm) fn save(fd: &VmFd) -> Result<VmState, StateError> {
 }
 
 /// Puts a VM into a state, whose vCPUs are in theirs already.
-pub(in crate::kvm) fn restore(fd: &VmFd, state: &VmState) -> Result<(), StateError> {
+pub(crate) fn restore(fd: &VmFd, state: &VmState) -> Result<(), StateError> {
     state.check()?;
     for (pic, chip_id) in state.pics.iter().zip(CHIPS) {
         let mut chip = kvm_irqchip {

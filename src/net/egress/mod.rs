@@ -27,6 +27,7 @@
 
 mod answer;
 mod dns;
+mod flow;
 mod frame;
 mod kind;
 mod resend;
@@ -43,6 +44,7 @@ use mayfly_devices::virtio::net::{FrameFilter, Verdict};
 use serde::{Deserialize, Serialize};
 
 use self::dns::Question;
+use self::flow::{End, Flow};
 use self::frame::{Frame, Packet, Segment, Upper, icmp};
 use self::kind::Kind;
 use self::resend::Requests;
@@ -68,23 +70,6 @@ const TCP_IDLE: Duration = Duration::from_secs(7200);
 const UDP_IDLE: Duration = Duration::from_secs(180);
 /// Denials are told of so often.
 const TELL_EVERY: Duration = Duration::from_secs(1);
-
-/// An end of a conversation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum End {
-    Guest,
-    Peer,
-}
-
-/// A conversation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Flow {
-    begun_by: End,
-    protocol: Protocol,
-    guest_port: u16,
-    peer: IpAddr,
-    peer_port: u16,
-}
 
 /// A query that a resolver was sent.
 struct Asked {

@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use super::Flow;
+use super::flow::Flow;
 
 /// How long a request waits for its answer before it is sent again: what Linux waits.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -111,8 +111,9 @@ impl Requests {
 mod tests {
     use std::net::{IpAddr, Ipv4Addr};
 
-    use super::super::{End, Protocol};
+    use super::super::flow::End;
     use super::*;
+    use crate::net::publish::Protocol;
 
     fn flow(peer_port: u16) -> Flow {
         Flow {

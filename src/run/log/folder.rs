@@ -9,7 +9,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::NAME;
+use super::piece::NAME;
 use crate::data_folder::data_folder;
 use crate::failure::{Failure, OrFail};
 

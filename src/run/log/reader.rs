@@ -5,7 +5,7 @@ use std::io::{self, BufReader, ErrorKind, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::{CONTINUES, HEADER, PIECE_MAX, Piece, earlier};
+use super::piece::{CONTINUES, HEADER, PIECE_MAX, Piece, earlier};
 
 /// What there is in a log.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use mayfly_text::date::date;
 
-use super::Piece;
+use super::piece::Piece;
 
 /// The last lines of a log.
 pub struct Tail {

@@ -2,7 +2,7 @@
 
 use mayfly_devices::virtio::balloon::{Abilities, Balloon, BalloonHandle};
 
-use super::PendingDevice;
+use super::pending::PendingDevice;
 use crate::failure::OrFail;
 use crate::kvm::memory::GuestMemory;
 use crate::kvm::reclaim::Reclaimer;

@@ -8,7 +8,7 @@ use mayfly_devices::virtio::block::{
     Block, Concat, Disk, ID_LEN, Image, ImageError, Prepare, Qcow2, SECTOR,
 };
 
-use super::PendingDevice;
+use super::pending::{PendingDevice, unfit};
 use crate::failure::Failure;
 use crate::link::{BlamePart, ImageLayout, Part, VmmFailure};
 use crate::spec::BlockSpec;
@@ -25,7 +25,7 @@ pub fn make(
     let mut files = files.into_iter().map(File::from);
     let image = image(layout, !spec.read_only, &mut files);
     let Some((image, size)) = image.or_config_of(part())? else {
-        return Err(super::unfit(name));
+        return Err(unfit(name));
     };
     let mut id = [0; ID_LEN];
     for (target, source) in id.iter_mut().zip(spec.id.bytes()) {

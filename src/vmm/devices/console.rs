@@ -6,11 +6,11 @@ use mayfly_devices::serial::Serial;
 use mayfly_devices::virtio::console::{Channels, Console};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::PendingDevice;
+use super::pending::PendingDevice;
 use crate::console::Connection;
 use crate::failure::OrFail;
 use crate::link::VmmFailure;
-use crate::vmm::build::{duplicate, event};
+use crate::vmm::events::{duplicate, event};
 
 /// The console on the serial port, which signals when the host's side is to look.
 pub fn on_serial((serial, attention): (Arc<Mutex<Serial>>, EventFd)) -> Connection {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use mayfly_devices::virtio::fs::{Frontend, Fs};
 
-use super::{PendingDevice, first};
+use super::pending::{PendingDevice, first};
 use crate::link::{BlamePart, Broker, Part, VmmFailure};
 
 /// A device whose backend was greeted, and offered features.

@@ -6,6 +6,7 @@ mod block;
 mod console;
 mod fs;
 mod net;
+mod pending;
 mod vsock;
 
 use std::collections::BTreeMap;
@@ -18,22 +19,23 @@ use mayfly_devices::rate_limiter::LimitHandle;
 use mayfly_devices::serial::Serial;
 use mayfly_devices::virtio::balloon::BalloonHandle;
 use mayfly_devices::virtio::block::Prepare;
-use mayfly_devices::virtio::device::{DeviceId, VirtioDevice};
+use mayfly_devices::virtio::device::DeviceId;
 use mayfly_devices::virtio::mmio::{
     INTERRUPT_ACK_OFFSET, NOTIFY_OFFSET, QUEUES_ACKNOWLEDGED, VirtioMmio,
 };
 use mayfly_devices::virtio::rng::Rng;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::build::event;
+use self::pending::{PendingDevice, first, unfit};
 use crate::console::Connection;
-use crate::failure::{Class, Failure, OrFail};
+use crate::failure::{Failure, OrFail};
 use crate::kvm::memory::GuestMemory;
 use crate::kvm::vcpu::Buses;
 use crate::kvm::vm::Vm;
 use crate::link::{BlamePart, Broker, DeviceEnd, Part, VmmFailure};
 use crate::net::host::KnownHost;
 use crate::spec::{DeviceKind, MachineSpec};
+use crate::vmm::events::event;
 
 /// The host's ends of devices, with their descriptors, by the devices' names.
 pub type DeviceEnds = BTreeMap<String, (DeviceEnd, Vec<OwnedFd>)>;
@@ -50,28 +52,6 @@ pub struct AttachedDevice {
     pub transport: Arc<Mutex<VirtioMmio>>,
     /// Changes its limits, if it can have some.
     pub limits: Option<LimitHandle>,
-}
-
-/// A device without a place.
-struct PendingDevice {
-    device: Box<dyn VirtioDevice>,
-    limits: Option<LimitHandle>,
-}
-
-impl PendingDevice {
-    fn new(device: impl VirtioDevice + 'static) -> Self {
-        PendingDevice {
-            device: Box::new(device),
-            limits: None,
-        }
-    }
-
-    fn limited(device: impl VirtioDevice + 'static, limits: LimitHandle) -> Self {
-        PendingDevice {
-            device: Box::new(device),
-            limits: Some(limits),
-        }
-    }
 }
 
 /// What devices have of the machine and of its process.
@@ -165,17 +145,6 @@ fn make(
         }
         _ => Err(unfit(name)),
     }
-}
-
-/// The supervisor sent another end than the device has.
-fn unfit(name: &str) -> VmmFailure {
-    let what = format!("the host's end of the device {name} is missing, or another device's");
-    Failure::new(Class::Internal, what).into()
-}
-
-/// The only descriptor of a device's end.
-fn first(name: &str, files: Vec<OwnedFd>) -> Result<OwnedFd, VmmFailure> {
-    files.into_iter().next().ok_or_else(|| unfit(name))
 }
 
 /// Gives a device its address, its interrupt and its notifications.

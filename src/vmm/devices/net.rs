@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 
 use mayfly_devices::virtio::net::{Backend, Net};
 
-use super::{PendingDevice, first};
+use super::pending::{PendingDevice, first};
 use crate::link::{BlamePart, Part, VmmFailure};
 use crate::net::egress::{Egress, EgressPolicy};
 use crate::net::host::KnownHost;

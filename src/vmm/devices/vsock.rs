@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use mayfly_devices::virtio::vsock::{Vsock, VsockState};
 
-use super::{PendingDevice, first};
+use super::pending::{PendingDevice, first};
 use crate::link::{BlamePart, Broker, Part, VmmFailure};
 
 /// A device of an address, where clients come by a listening socket, and which connects the

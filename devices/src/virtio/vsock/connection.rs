@@ -12,8 +12,8 @@ use rustix::io::retry_on_intr;
 use rustix::net::SendFlags;
 use vmm_sys_util::epoll::EventSet;
 
-use super::PACKET_MAX;
 use super::backlog::Backlog;
+use super::limits::PACKET_MAX;
 use super::packet::{HEADER, Header, Op, Shutdown};
 use crate::number;
 use crate::virtio::chain::Buffer;

@@ -12,6 +12,7 @@
 mod backlog;
 mod connection;
 mod greeting;
+mod limits;
 mod muxer;
 mod packet;
 #[cfg(test)]
@@ -19,9 +20,10 @@ mod tests;
 
 use std::io;
 use std::os::fd::RawFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-use std::time::Duration;
+
+pub use self::limits::{Connector, Limits};
 
 use self::muxer::Muxer;
 use self::packet::{HEADER, Header};
@@ -39,49 +41,9 @@ const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 const F_STREAM: u32 = 0;
 /// Connections do not exist any more (virtio 1.2, 5.10.6.7).
 const EVENT_TRANSPORT_RESET: u32 = 0;
-/// How much a connection holds of what the guest sent: the guest's credit …
-const BUFFER: usize = 128 << 10;
-/// … unless all of them may hold this much already …
-const BUFFERS: usize = 16 << 20;
-/// … and then.
-const BUFFER_MIN: usize = 4 << 10;
-/// The most data in a packet to the guest.
-const PACKET_MAX: usize = 64 << 10;
-
 /// The guest's identifiers that are no guest's: below are the hypervisor, the
 /// guest itself and the host, above is the one that stands for any.
 pub const CIDS: std::ops::Range<u32> = 3..u32::MAX;
-
-/// Connects to what listens on a port, without blocking.
-pub type Connector = Box<dyn FnMut(u32) -> io::Result<UnixStream> + Send>;
-
-/// How much, and how long, at most.
-#[derive(Clone, Copy, Debug)]
-pub struct Limits {
-    /// Connections at once, with clients that have none yet.
-    pub connections: usize,
-    /// Resets that wait for the guest. When there are more, it must take some
-    /// before it can send.
-    pub resets: usize,
-    /// For a client to say what it wants.
-    pub greeting: Duration,
-    /// For the guest to accept.
-    pub request: Duration,
-    /// For what is over on one side to be taken by the other.
-    pub linger: Duration,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Limits {
-            connections: 4096,
-            resets: 256,
-            greeting: Duration::from_secs(5),
-            request: Duration::from_secs(10),
-            linger: Duration::from_secs(30),
-        }
-    }
-}
 
 /// The device.
 pub struct Vsock {

@@ -12,8 +12,8 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::connection::{Connection, End};
 use super::greeting::{Greeting, Heard};
+use super::limits::{BUFFER, BUFFER_MIN, BUFFERS, Connector, Limits};
 use super::packet::{HEADER, HOST_CID, Header, Op, PORT_ANY, STREAM, Shutdown};
-use super::{BUFFER, BUFFER_MIN, BUFFERS, Connector, Limits};
 use crate::number::halves;
 use crate::virtio::chain::Buffer;
 

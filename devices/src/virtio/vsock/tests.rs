@@ -1,11 +1,13 @@
 //! The device with a driver and real Unix sockets.
 
 use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
+use super::limits::{BUFFER, BUFFER_MIN, BUFFERS};
 use super::packet::{HOST_CID, Op, PORT_ANY, STREAM, Shutdown};
 use super::*;
 use crate::virtio::mmio::Status;
