@@ -54,7 +54,7 @@ pub enum AcpiError {
     /// More devices than interrupts.
     #[error("{count} virtio devices were asked for; at most {VIRTIO_MAX} are possible")]
     TooManyDevices {
-        /// How many.
+        /// The number that was asked for.
         count: usize,
     },
     /// A device above 4 GiB.

@@ -64,7 +64,7 @@ pub struct Segment {
     pub l: bool,
     /// The descriptor's limit counts pages.
     pub g: bool,
-    /// For software to use.
+    /// Available for use by system software (Intel SDM, volume 3, 3.4.5).
     pub avl: bool,
 }
 

@@ -92,12 +92,12 @@ pub enum InitramfsError {
     Write(#[from] io::Error),
 }
 
-/// How modules are packed.
+/// The form in which modules are packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ModuleForm {
-    /// With what is needed to load them only: see [`module::slim`].
+    /// Without what is not needed to load them: see [`module::slim`].
     Slim,
-    /// As they are, for a kernel that insists on signatures.
+    /// As they are, for a kernel that requires signatures.
     Signed,
 }
 

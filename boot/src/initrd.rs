@@ -17,7 +17,7 @@ pub const INITRD_ADDR_MAX: u64 = 0x7fff_ffff;
 /// An initial RAM disk in guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Initrd {
-    /// Where it lies.
+    /// The guest-physical address.
     pub addr: u64,
     /// Its size in bytes.
     pub size: u64,

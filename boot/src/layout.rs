@@ -96,7 +96,7 @@ pub const SERIAL_PORT: u16 = 0x3f8;
 pub const SERIAL_PORT_LEN: u8 = 8;
 /// The clock's index port; its data port follows.
 pub const RTC_PORT: u16 = 0x70;
-/// How many ports the clock has.
+/// The number of the clock's I/O ports.
 pub const RTC_PORT_LEN: u8 = 2;
 /// The machine answers as a CMOS clock at [`RTC_PORT`], and ACPI says so.
 pub const RTC_PRESENT: bool = true;
@@ -187,7 +187,7 @@ pub struct Range {
     pub addr: u64,
     /// The length in bytes.
     pub size: u64,
-    /// What it is.
+    /// The kind of the range.
     pub kind: RangeKind,
 }
 

@@ -6,7 +6,7 @@ use std::io::{self, Seek, SeekFrom};
 use linux_loader::bootparam::setup_header;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-/// How a kernel is entered.
+/// The protocol by which a kernel is entered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protocol {
     /// Linux' 64-bit boot protocol: long mode, `boot_params` in RSI.
@@ -20,7 +20,7 @@ pub enum Protocol {
 pub struct Kernel {
     /// The physical address of the first instruction.
     pub entry: u64,
-    /// How it is entered.
+    /// The protocol by which it is entered.
     pub protocol: Protocol,
     /// The start of the memory that the kernel needs for itself.
     pub start: u64,
@@ -39,11 +39,11 @@ pub enum KernelError {
     /// The file ends too early.
     #[error("the kernel file is truncated: {what} needs {need} bytes, the file has {have}")]
     Truncated {
-        /// What does not fit in the file.
+        /// The part that does not fit in the file.
         what: &'static str,
-        /// How long the file would have to be.
+        /// The bytes that the file would have to have.
         need: u64,
-        /// How long it is.
+        /// The bytes that it has.
         have: u64,
     },
     /// The ELF file is for another machine, or of another kind.
@@ -76,7 +76,7 @@ pub enum KernelError {
     /// The file could not be read.
     #[error("reading the kernel's {what}")]
     Read {
-        /// What was being read.
+        /// The part that was being read.
         what: &'static str,
         /// The cause.
         #[source]
@@ -97,7 +97,7 @@ pub(crate) fn reading(what: &'static str) -> impl FnOnce(io::Error) -> KernelErr
     move |source| KernelError::Read { what, source }
 }
 
-/// Why [`place`] failed.
+/// The error of [`place`].
 pub(crate) enum PlaceError {
     Seek(io::Error),
     Copy(vm_memory::GuestMemoryError),

@@ -4,7 +4,7 @@ use crate::acpi::{AcpiError, MmioDevice};
 use crate::cmdline::CmdlineError;
 use crate::initrd::Initrd;
 
-/// What the guest is told about its machine.
+/// The machine as the guest's firmware tables describe it.
 #[derive(Clone, Copy, Debug)]
 pub struct Boot<'a> {
     /// The kernel's command line.

@@ -124,10 +124,10 @@ mod tests {
     use proptest::prelude::*;
 
     /// Type, flags, data, and the section that relocations are for.
-    type Given<'a> = (u32, u64, &'a [u8], usize);
+    type TestSection<'a> = (u32, u64, &'a [u8], usize);
 
-    const TEXT: Given = (SHT_PROGBITS, SHF_ALLOC, b"code", 0);
-    const ALL: [Given; 8] = [
+    const TEXT: TestSection = (SHT_PROGBITS, SHF_ALLOC, b"code", 0);
+    const ALL: [TestSection; 8] = [
         (SHT_NULL, 0, b"", 0),
         TEXT,
         (SHT_RELA, 0, b"of code", 1),
@@ -138,7 +138,7 @@ mod tests {
         (SHT_STRTAB, 0, b"names", 0),
     ];
 
-    fn module(sections: &[Given]) -> Vec<u8> {
+    fn module(sections: &[TestSection]) -> Vec<u8> {
         let mut header = Elf64_Ehdr {
             e_type: ET_REL,
             e_shentsize: SECTION as u16,

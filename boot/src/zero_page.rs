@@ -12,7 +12,7 @@ use crate::machine::{Boot, BootError, writing};
 const LOADER_UNDEFINED: u8 = 0xff;
 const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: u32 = u32::from_le_bytes(*b"HdrS");
-/// The protocol that an ELF kernel, which has no header, is told.
+/// The boot protocol's version for an ELF kernel, which has no header.
 const PROTOCOL_VERSION: u16 = 0x20c;
 const KERNEL_ALIGNMENT: u32 = 0x100_0000;
 

@@ -32,7 +32,7 @@ pub struct Overlap {
     len: u64,
 }
 
-struct Slot {
+struct MappedDevice {
     len: u64,
     device: Arc<Mutex<dyn BusDevice>>,
     shared: Option<Arc<dyn SharedRegisters>>,
@@ -41,7 +41,7 @@ struct Slot {
 /// An address space.
 #[derive(Default)]
 pub struct Bus {
-    slots: BTreeMap<u64, Slot>,
+    devices: BTreeMap<u64, MappedDevice>,
 }
 
 impl Bus {
@@ -56,46 +56,46 @@ impl Bus {
         let Some(end) = base.checked_add(len).filter(|_| len > 0) else {
             return Err(overlap);
         };
-        let below = self.slots.range(..end).next_back();
-        if below.is_some_and(|(&start, slot)| start + slot.len > base) {
+        let below = self.devices.range(..end).next_back();
+        if below.is_some_and(|(&start, mapped)| start + mapped.len > base) {
             return Err(overlap);
         }
         let shared = lock(&device).shared();
-        let slot = Slot {
+        let mapped = MappedDevice {
             len,
             device,
             shared,
         };
-        self.slots.insert(base, slot);
+        self.devices.insert(base, mapped);
         Ok(())
     }
 
     /// Where nothing answers, a read yields ones, as on a PC.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         data.fill(0xff);
-        if let Some((offset, slot)) = self.find(address, data.len()) {
-            let shared = slot.shared.as_ref();
+        if let Some((offset, mapped)) = self.find(address, data.len()) {
+            let shared = mapped.shared.as_ref();
             if !shared.is_some_and(|shared| shared.read(offset, data)) {
-                lock(&slot.device).read(offset, data);
+                lock(&mapped.device).read(offset, data);
             }
         }
     }
 
     /// Where nothing answers, a write is lost.
     pub fn write(&self, address: u64, data: &[u8]) {
-        if let Some((offset, slot)) = self.find(address, data.len()) {
-            let shared = slot.shared.as_ref();
+        if let Some((offset, mapped)) = self.find(address, data.len()) {
+            let shared = mapped.shared.as_ref();
             if !shared.is_some_and(|shared| shared.write(offset, data)) {
-                lock(&slot.device).write(offset, data);
+                lock(&mapped.device).write(offset, data);
             }
         }
     }
 
-    fn find(&self, address: u64, len: usize) -> Option<(u64, &Slot)> {
-        let (base, slot) = self.slots.range(..=address).next_back()?;
+    fn find(&self, address: u64, len: usize) -> Option<(u64, &MappedDevice)> {
+        let (base, mapped) = self.devices.range(..=address).next_back()?;
         let offset = address - base;
         let end = offset.checked_add(len as u64)?;
-        (end <= slot.len).then_some((offset, slot))
+        (end <= mapped.len).then_some((offset, mapped))
     }
 }
 

@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::{BusDevice, lock};
 
-/// What the guest sees.
+/// The device as the guest sees it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GedState {
     /// A bit for each event that the guest has not read.
@@ -47,7 +47,7 @@ impl GedHandle {
         let _ = self.0.interrupt.write(1);
     }
 
-    /// What the guest sees.
+    /// Saves the device as the guest sees it.
     pub fn save(&self) -> GedState {
         *lock(&self.0.state)
     }

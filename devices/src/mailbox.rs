@@ -1,4 +1,4 @@
-//! What threads leave for another, which is told by an event descriptor.
+//! A mailbox in which threads leave values for another, which an event descriptor wakes.
 
 use std::sync::{Arc, Mutex};
 

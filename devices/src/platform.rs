@@ -8,7 +8,7 @@ use crate::bus::BusDevice;
 pub enum PlatformEvent {
     /// Turn off.
     PowerOff,
-    /// Restart.
+    /// Restart the machine.
     Reset,
     /// The guest's init was reached.
     BootMark,
@@ -25,7 +25,7 @@ pub struct PlatformPorts {
     pub soft_off: u8,
     /// Reset register.
     pub reset: u64,
-    /// What resets.
+    /// The value that resets the machine when written to the reset register.
     pub reset_value: u8,
     /// Boot mark.
     pub boot_mark: u64,

@@ -3,7 +3,7 @@
 
 use crate::bus::BusDevice;
 
-/// What a guest's kernel says.
+/// The event that a guest's kernel reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GuestPanic {
     /// It panicked, and nobody inside sees to it.
@@ -21,7 +21,7 @@ pub struct Pvpanic<F> {
 }
 
 impl<F: FnMut(GuestPanic) + Send> Pvpanic<F> {
-    /// A device that passes on what it is told, on the vCPU's thread.
+    /// A device that calls `tell` for each event, on the vCPU's thread.
     pub fn new(tell: F) -> Self {
         Pvpanic { tell }
     }

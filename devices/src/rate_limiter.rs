@@ -24,7 +24,7 @@ const SAVED: i128 = NANOS / 10;
 /// small requests do not cost a timer each.
 const QUANTUM: i128 = NANOS / 100;
 
-/// So much a second.
+/// A rate: a number a second, and a burst.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Rate {
@@ -35,7 +35,7 @@ pub struct Rate {
     pub burst: u64,
 }
 
-/// What a device is limited to.
+/// The limits of a device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct Limits {
@@ -54,7 +54,7 @@ struct Bucket {
     /// What may be spent, in billionths: exact, as a nanosecond adds `rate` of
     /// them. Negative is debt.
     level: i128,
-    /// What is left of the burst.
+    /// The rest of the burst, in bytes or operations.
     burst: u64,
     filled: Instant,
 }

@@ -10,7 +10,7 @@ const ADDRESS: u64 = 0;
 /// A write here says that the guest may be saved.
 const POINT: u64 = 1;
 
-/// What the guest has told.
+/// The address register, as the guest has written it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotPortState {
     /// The last eight bytes of the address register.

@@ -23,12 +23,12 @@ pub struct WatchdogPorts {
     pub count: u64,
 }
 
-/// What the guest sees.
+/// The watchdog as the guest sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WatchdogState {
-    /// It counts.
+    /// The watchdog is counting.
     pub running: bool,
-    /// From how many seconds.
+    /// The seconds from which it counts down.
     pub count: u16,
 }
 
@@ -46,7 +46,7 @@ pub struct Watchdog {
     ports: WatchdogPorts,
     state: WatchdogState,
     timer: TimerFd,
-    /// When the counting began.
+    /// When the watchdog was fed last.
     fed: Instant,
     /// How often it was not fed in time since.
     misses: u32,
@@ -68,7 +68,7 @@ impl Watchdog {
         Ok(watchdog)
     }
 
-    /// What the guest sees.
+    /// Saves the watchdog as the guest sees it.
     pub fn save(&self) -> WatchdogState {
         self.state
     }

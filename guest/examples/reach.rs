@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketType, ipproto, socket};
 
-/// Where datagrams are sent.
+/// The UDP port that datagrams are sent to.
 const PORT: u16 = 8001;
 /// For an answer; a refusal comes at once.
 const TIMEOUT: Duration = Duration::from_secs(10);

@@ -180,7 +180,7 @@ fn hold(out: u32, inward: u32, count: usize) -> io::Result<()> {
         socket.write_all(&heard)?;
     }
     println!("echoed: {}", 2 * count);
-    // Until the host hangs up on all.
+    // Until the host has closed all connections.
     for socket in ours.iter_mut().chain(&mut theirs) {
         if socket.read(&mut [0])? != 0 {
             return Err(ErrorKind::InvalidData.into());

@@ -13,14 +13,14 @@ const VIRTIO_DEVICES: &str = "/sys/bus/virtio/devices";
 const CONSOLE_ID: &str = "0x0003";
 const F_MULTIPORT: usize = 1;
 const CHANNELS: &str = "/dev/virtio-ports";
-/// How long a port's name may take, or the port: the kernel is told by the device.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// How long the device may take to announce a port and its name to the kernel.
+const PORT_TIMEOUT: Duration = Duration::from_secs(2);
 const NAP: Duration = Duration::from_millis(1);
 
 /// Opens the console anew, for this and all that it starts: when the kernel
 /// opened it, it was another one, or none.
 pub fn adopt_console() {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + PORT_TIMEOUT;
     let console = loop {
         let console = fs::OpenOptions::new()
             .read(true)
@@ -56,7 +56,7 @@ pub fn link_channels() {
                 && features.as_bytes().get(F_MULTIPORT) == Some(&b'1')
         })
         .collect();
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + PORT_TIMEOUT;
     for device in devices {
         // All ports are there before the first has a name.
         let ports = loop {

@@ -15,7 +15,7 @@
 //! | `reboot`  | restarts                                                 |
 //! | `panic`   | ends, which makes the kernel panic                       |
 //!
-//! When the power button is pressed, processes are told to end before the
+//! When the power button is pressed, processes get SIGTERM before the
 //! machine is turned off.
 //!
 //! The exit status (125 when init itself failed, 126 and 127 as a shell's,

@@ -28,7 +28,7 @@ use crate::system::{self, mount};
 pub const NEW_ROOT: &str = "/mnt";
 const DEFAULT_INIT: &str = "/sbin/init";
 /// Drivers may still be looking at their devices.
-const DEVICE_PATIENCE: Duration = Duration::from_secs(5);
+const DEVICE_TIMEOUT: Duration = Duration::from_secs(5);
 const DEVICE_PAUSE: Duration = Duration::from_millis(10);
 
 /// A root file system, and who runs on it.
@@ -121,7 +121,7 @@ fn device(source: &str) -> Result<PathBuf, String> {
             "root={source}: write root=/dev/NAME, root=UUID=… or root=LABEL=…"
         ));
     }
-    let deadline = Instant::now() + DEVICE_PATIENCE;
+    let deadline = Instant::now() + DEVICE_TIMEOUT;
     loop {
         let path = match tagged {
             true => find(source),

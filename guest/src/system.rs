@@ -29,7 +29,7 @@ pub const MOUNTS: [(&str, &str, &str, &str); 6] = [
 ];
 const VIRTIO_DEVICES: &str = "/sys/bus/virtio/devices";
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 const DRAIN_NAP: Duration = Duration::from_millis(1);
 const STATUS_NOT_EXECUTABLE: i32 = 126;
 const STATUS_NOT_FOUND: i32 = 127;
@@ -258,14 +258,14 @@ static INTERACTIVE: AtomicBool = AtomicBool::new(false);
 /// Tells all processes to end, and turns the machine off: at once when they
 /// have, else after their time. PID 1's other thread waits for them.
 pub fn shut_down() -> ! {
-    const PATIENCE: Duration = Duration::from_secs(5);
+    const GRACE_PERIOD: Duration = Duration::from_secs(5);
     SHUTTING_DOWN.store(true, Ordering::SeqCst);
     signal_all(libc::SIGTERM);
     if INTERACTIVE.load(Ordering::SeqCst) {
         signal_all(libc::SIGHUP); // such a shell heeds nothing else
     }
     signal_all(libc::SIGCONT); // those that are stopped heed nothing before
-    thread::sleep(PATIENCE);
+    thread::sleep(GRACE_PERIOD);
     signal_all(libc::SIGKILL);
     thread::sleep(Duration::from_secs(1));
     end(libc::RB_POWER_OFF)
@@ -289,7 +289,7 @@ pub fn power_off() -> ! {
 /// Waits until the terminal's driver has passed on what was written, as the machine's end
 /// does not; but not for one whom nobody reads.
 fn drain_console() {
-    let deadline = Instant::now() + DRAIN_PATIENCE;
+    let deadline = Instant::now() + DRAIN_TIMEOUT;
     loop {
         let mut left: libc::c_int = 0;
         // SAFETY: writes a number to a live one; a descriptor that is no terminal is refused.

@@ -20,7 +20,7 @@ use std::net::IpAddr;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-/// What both ends must agree on.
+/// The protocol's version, which must be the same on both ends.
 pub const VERSION: u16 = 4;
 /// The vsock port, of the host and of the guest.
 pub const PORT: u32 = 1024;
@@ -45,7 +45,7 @@ pub enum Stream {
     Err,
 }
 
-/// What the host says.
+/// A message from the host to the agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HostMessage {
     /// Makes the machine what its image says.
@@ -71,11 +71,11 @@ pub enum HostMessage {
     /// Sends a file or folder on this connection: pieces of [`crate::copy`] follow
     /// the answer.
     Pack {
-        /// Which.
+        /// The path of the file or directory.
         path: Bytes,
         /// If it is a symbolic link, what that leads to.
         follow: bool,
-        /// Holes of files are told; else they are zeroes.
+        /// Holes of files are sent as such; else as zeroes.
         holes: bool,
     },
     /// Takes a file or folder from this connection: its pieces follow the answer.
@@ -85,7 +85,7 @@ pub enum HostMessage {
     SnapshotPoint,
 }
 
-/// Where a file or folder goes.
+/// The destination of a file or directory.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unpack {
     /// A folder that is there, or the path of what is to be.
@@ -99,7 +99,7 @@ pub struct Unpack {
     pub must_exist: bool,
 }
 
-/// What the agent says.
+/// A message from the agent to the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum GuestMessage {
     /// The first word.
@@ -110,7 +110,7 @@ pub enum GuestMessage {
     /// Done: the machine is set up, the signal is sent, the process runs, or is
     /// followed no longer.
     Done,
-    /// So many bytes of standard input, or of pieces, were taken.
+    /// The number of bytes of standard input, or of pieces, that were taken.
     Taken(u32),
     /// The process ended, and all of its output was sent.
     Exited(Exit),
@@ -118,7 +118,7 @@ pub enum GuestMessage {
     Failed(Failed),
 }
 
-/// How a process ended.
+/// The end of a process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exit {
     /// As a shell's: its own, or 128 and the signal's number.
@@ -140,7 +140,7 @@ pub struct Failed {
 /// A terminal's size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Size {
-    /// Lines.
+    /// The number of lines.
     pub rows: u16,
     /// Characters in a line.
     pub columns: u16,
@@ -164,7 +164,7 @@ pub struct Setup {
     pub hosts: Vec<(String, IpAddr)>,
     /// Its network, if it has one.
     pub net: Option<Net>,
-    /// What else is mounted, in order.
+    /// The other mounts, in order.
     pub mounts: Vec<Mount>,
     /// The main process's folder, made if it is missing.
     pub folder: Bytes,
@@ -179,7 +179,7 @@ pub struct Sysctl {
     pub name: String,
     /// Its file below `/proc/sys`.
     pub path: String,
-    /// What it becomes.
+    /// The value to be written.
     pub value: Bytes,
 }
 
@@ -188,7 +188,7 @@ pub struct Sysctl {
 pub struct Net {
     /// Addresses, with the lengths of their networks' prefixes.
     pub addresses: Vec<(IpAddr, u8)>,
-    /// Where everything else is.
+    /// The gateways for all other addresses.
     pub gateways: Vec<IpAddr>,
     /// Name servers.
     pub dns: Vec<IpAddr>,
@@ -201,18 +201,18 @@ pub struct Net {
 /// Something that is mounted in the machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mount {
-    /// Where: an absolute path.
+    /// The mount point: an absolute path.
     pub target: Bytes,
-    /// What.
+    /// The source of the mount.
     pub source: Source,
     /// Nothing may be written there.
     pub read_only: bool,
 }
 
-/// What is mounted.
+/// The source of a mount.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Source {
-    /// Memory.
+    /// A tmpfs.
     Tmpfs {
         /// Such as `size=64m`.
         options: String,
@@ -225,8 +225,8 @@ pub enum Source {
     Disk(String),
     /// The same; if it is empty, it gets what the image has there.
     Volume(String),
-    /// What is there, which can be written to in a machine that can't.
-    Own,
+    /// The image's directory itself, which stays writable in a machine whose root is not.
+    AnonymousVolume,
 }
 
 /// A process to start.
@@ -242,7 +242,7 @@ pub struct Process {
     pub user: String,
     /// Groups that it is in beside the user's, by names or numbers.
     pub groups: Vec<String>,
-    /// What it may have.
+    /// Its resource limits.
     pub limits: Vec<Limit>,
     /// No program that it executes gives it privileges.
     pub no_new_privileges: bool,
@@ -255,15 +255,15 @@ pub struct Process {
 /// A limit of a process (`setrlimit(2)`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limit {
-    /// What is limited, by Linux' number.
+    /// The resource, by Linux' number.
     pub resource: u8,
-    /// What holds; the largest number is no limit.
+    /// The limit that holds; the largest number is no limit.
     pub soft: u64,
-    /// What the process may set it to.
+    /// The most that the process may set it to.
     pub hard: u64,
 }
 
-/// What came over a connection.
+/// A frame that came over a connection.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Frame<'a, M> {
     /// A message.
@@ -327,7 +327,7 @@ impl<R: Read> Frames<R> {
         }
     }
 
-    /// Where they come from.
+    /// The connection that they come from.
     pub fn source(&mut self) -> &mut R {
         &mut self.from
     }

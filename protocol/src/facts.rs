@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// What there is to see.
+/// What isolation leaves visible of the host.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Facts {
     /// `uname -r`
@@ -21,13 +21,13 @@ pub struct Facts {
     pub devices: Vec<String>,
     /// All there is, in KiB.
     pub memory_kib: u64,
-    /// How many.
+    /// The number of CPUs.
     pub cpus: u32,
     /// The kernel's.
     pub command_line: String,
-    /// How many are loaded.
+    /// The number of loaded kernel modules.
     pub modules: u32,
-    /// How many can be seen.
+    /// The number of visible processes.
     pub processes: u32,
     /// How many kinds of system calls no filter refuses.
     pub syscalls: Option<u32>,

@@ -95,7 +95,7 @@ fn invalid(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
-/// What a machine is told when it goes on.
+/// The message to a machine that is restored: what it becomes.
 #[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mail {
     /// A random number that no other run of this state has.
@@ -128,7 +128,7 @@ impl fmt::Debug for Mail {
 }
 
 impl Mail {
-    /// What goes into the pages.
+    /// The bytes for the mailbox's pages.
     pub fn to_bytes(&self) -> io::Result<Vec<u8>> {
         postcard::to_stdvec(self).map_err(io::Error::other)
     }

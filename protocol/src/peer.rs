@@ -1,7 +1,7 @@
 //! What a comparison's probe and its peer, on the host, say to each other by TCP.
 //!
-//! The probe is told by a word where the peer listens, and two secrets. On each connection
-//! it sends the first one and a [`Task`]; the peer, which hangs up on all others, answers
+//! The probe gets the peer's addresses and two secrets in an argument. On each connection
+//! it sends the first one and a [`Task`]; the peer, which disconnects all others, answers
 //! with the second: only then does the probe know that it talks to its own host. What
 //! follows depends on the task:
 //!
@@ -9,7 +9,7 @@
 //! |--------|-----------------------------------------|-----------------------------------|
 //! | echo   | bytes                                   | the same bytes                    |
 //! | sink   | chunks, of which the last says so       | a byte, once it has all of them   |
-//! | source | nothing; it hangs up when it has enough | chunks                            |
+//! | source | nothing; it closes when it has enough   | chunks                            |
 //!
 //! Nobody closes a connection in one direction only: Debian 12's passt stalls then.
 
@@ -19,13 +19,13 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// What the word begins with.
+/// The start of the probe's argument.
 pub const WORD: &str = "tcp=";
 /// A secret's bytes.
 pub const SECRET: usize = 16;
-/// What is sent at once.
+/// The bytes that are sent at once.
 pub const CHUNK: usize = 128 << 10;
-/// What the last chunk begins with; others begin with zero.
+/// The first byte of the last chunk; others begin with zero.
 pub const LAST: u8 = 1;
 /// A word has no more addresses.
 pub const ADDRESSES_MAX: usize = 4;
@@ -33,7 +33,7 @@ pub const ADDRESSES_MAX: usize = 4;
 /// A random number that two know.
 pub type Secret = [u8; SECRET];
 
-/// What a connection is for.
+/// The task of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Task {
@@ -60,9 +60,9 @@ pub struct Meeting {
     pub port: u16,
     /// which are these, beside loopback.
     pub addresses: Vec<Ipv4Addr>,
-    /// What the probe says.
+    /// The secret that the probe sends.
     pub question: Secret,
-    /// What the peer answers.
+    /// The secret that the peer answers with.
     pub answer: Secret,
 }
 

@@ -1,10 +1,10 @@
-//! What usual work costs: the probe of a comparison says it, as JSON.
+//! The steady state of an engine, as the probe of a comparison reports it in JSON.
 
 use serde::{Deserialize, Serialize};
 
 use crate::peer::Way;
 
-/// What was found.
+/// The figures of the steady state.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Steady {
     /// In the order in which they were taken.
@@ -16,7 +16,7 @@ pub struct Steady {
 /// One figure.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Figure {
-    /// What was done: `cpu`, `syscall`, `fault`, `root_write`, `root_read`, `volume_write`,
+    /// The task: `cpu`, `syscall`, `fault`, `root_write`, `root_read`, `volume_write`,
     /// `volume_read`, `tcp_send`, `tcp_receive`, `tcp_round_trip`.
     pub name: String,
     /// The median of the rounds.

@@ -104,7 +104,7 @@ impl Volumes {
                         disk => disk,
                     }
                 }
-                Found::Own => Source::Own,
+                Found::Own => Source::AnonymousVolume,
             };
             volumes.mounts.push(Mount {
                 target: wish.target,
@@ -192,7 +192,7 @@ pub fn of_image<'a>(
         if taken.insert(target.clone()) {
             all.push(Mount {
                 target,
-                source: Source::Own,
+                source: Source::AnonymousVolume,
                 read_only: false,
             });
         }

@@ -30,7 +30,7 @@ const DEFLATE: usize = 1;
 const STATISTICS: usize = 2;
 /// The queue of reports is the last of five. Linux before 6.11 does not count
 /// queues that are not there, such as the one before it: then it is the fourth.
-/// Reports have a size of their own: Linux insists on it.
+/// Reports have a size of their own: Linux requires it.
 const QUEUE_SIZES: [u16; 5] = [16, 16, 16, 32, 32];
 const QUEUES_WITHOUT_REPORTING: usize = 3;
 
@@ -77,7 +77,7 @@ pub trait Reclaim: Send {
 /// What the driver last said of the guest's memory.
 #[derive(Clone, Debug)]
 pub struct Statistics {
-    /// When it said so.
+    /// When the driver said it.
     pub when: Instant,
     /// By name, in no order.
     pub values: Vec<(&'static str, u64)>,
@@ -134,7 +134,7 @@ impl BalloonHandle {
     }
 }
 
-/// What a balloon can do.
+/// The optional features of a balloon.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Abilities {
@@ -180,7 +180,7 @@ impl<R: Reclaim> Balloon<R> {
         })
     }
 
-    /// What commands it.
+    /// A handle by which the host commands it.
     pub fn handle(&self) -> BalloonHandle {
         self.handle.clone()
     }

@@ -33,9 +33,9 @@ pub struct Buffer {
 pub struct Chain {
     /// Where it starts, which names it in the used ring.
     pub head: u16,
-    /// What the device may read.
+    /// The device-readable part.
     pub readable: Buffer,
-    /// What the device may write.
+    /// The device-writable part.
     pub writable: Buffer,
 }
 
@@ -102,7 +102,7 @@ impl Buffer {
         Ok(())
     }
 
-    /// How many bytes it has.
+    /// The length in bytes.
     pub fn len(&self) -> usize {
         self.len
     }

@@ -10,7 +10,7 @@ pub enum DeviceId {
     Net = virtio_ids::VIRTIO_ID_NET,
     /// Block device.
     Block = virtio_ids::VIRTIO_ID_BLOCK,
-    /// Console.
+    /// Console (virtio 1.2, 5.3).
     Console = virtio_ids::VIRTIO_ID_CONSOLE,
     /// Entropy source.
     Rng = virtio_ids::VIRTIO_ID_RNG,

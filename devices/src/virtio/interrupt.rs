@@ -61,7 +61,7 @@ impl Interrupter {
         self.line.pulse();
     }
 
-    /// How often it was interrupted.
+    /// The number of interrupts so far.
     pub fn raised(&self) -> u64 {
         self.raised.load(Ordering::Relaxed)
     }

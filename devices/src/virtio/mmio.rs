@@ -147,7 +147,7 @@ impl VirtioMmio {
         self.device.sources()
     }
 
-    /// What the driver reads.
+    /// The registers that the driver reads without the device's lock.
     pub fn registers(&self) -> &Arc<RegisterPage> {
         &self.page
     }

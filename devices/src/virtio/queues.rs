@@ -88,7 +88,7 @@ impl Active {
 /// A queue for another process: its parts' addresses in this process, each in one
 /// piece of the guest's memory.
 pub struct Ring<'a> {
-    /// How many chains it holds.
+    /// The number of descriptors (virtio 1.2, 2.6).
     pub size: u16,
     /// The table of descriptors.
     pub descriptors: u64,

@@ -99,7 +99,7 @@ impl RegisterPage {
         status.map_or(0, |status| u32::from_le(status.load(Ordering::Acquire)))
     }
 
-    /// Adds bits to the interrupt status. What the driver is told of was done before.
+    /// Adds bits to the interrupt status. What the driver is notified of was done before.
     pub(super) fn raise(&self, bits: u32) {
         if let Some(status) = self.interrupts() {
             status.fetch_or(bits.to_le(), Ordering::SeqCst);

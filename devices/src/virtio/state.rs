@@ -93,7 +93,7 @@ pub struct ConsoleState {
     pub size: [u8; 4],
     /// The guest was notified of its first size.
     pub notified: bool,
-    /// What passes through it.
+    /// The bytes on their way through it.
     pub port: PortState,
 }
 
@@ -108,7 +108,7 @@ pub struct ChannelState {
     pub(super) ready: bool,
     /// When the guest has got all messages, it knows the host's side as connected.
     pub(super) connected: bool,
-    /// What passes through it.
+    /// The bytes on their way through it.
     pub port: PortState,
 }
 
@@ -151,7 +151,7 @@ impl VsockState {
     }
 }
 
-/// Why a device cannot be saved.
+/// A device that cannot be saved, and the reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a virtio device of kind {device:?} cannot be saved: {reason}")]
 pub struct SaveError {

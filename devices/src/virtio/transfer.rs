@@ -1,7 +1,7 @@
 //! System calls on guest memory, which move bytes between a buffer and the host
 //! without a copy on the way.
 
-#![allow(unsafe_code, reason = "the kernel is told where guest memory lies")]
+#![allow(unsafe_code, reason = "the kernel gets addresses of guest memory")]
 
 use std::io;
 use std::os::fd::AsRawFd;

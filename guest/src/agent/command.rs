@@ -24,7 +24,7 @@ const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:
 /// A program, its arguments and its environment.
 pub struct Command {
     name: Bytes,
-    /// Where it may be, in order.
+    /// The paths at which the program may be, in the order of the search.
     paths: Vec<CString>,
     arguments: Strings,
     environment: Strings,

@@ -1,4 +1,4 @@
-//! Who is who: the files that a machine has of its own in an image's `/etc`.
+//! The host name, `/etc/hosts` and `/etc/resolv.conf`, which each machine has of its own.
 
 #![allow(unsafe_code, reason = "the machine's name")]
 
@@ -26,7 +26,7 @@ const HOSTS: &str = "127.0.0.1\tlocalhost\n\
 /// The address of a name without a network, as Debian has it.
 const OWN_LOOPBACK: &str = "127.0.1.1";
 
-/// Tells the machine its name, and the image who is who.
+/// Sets the host name, and writes it with its addresses to the image's files.
 pub fn give(setup: &Setup) -> Result<(), String> {
     let name = &setup.hostname;
     set_name(name)?;
@@ -38,8 +38,7 @@ pub fn give(setup: &Setup) -> Result<(), String> {
     Ok(())
 }
 
-/// Tells a machine that goes on its new name, and the image, in which that has the addresses
-/// of the old one.
+/// Renames a restored machine: the new name has the addresses of the old one.
 pub fn rename(name: &str) -> Result<(), String> {
     let old = fs::read_to_string("/etc/hostname").unwrap_or_default();
     set_name(name)?;
@@ -47,7 +46,7 @@ pub fn rename(name: &str) -> Result<(), String> {
     write("/etc/hosts", &renamed(&hosts, old.trim(), name))
 }
 
-/// Who is who, once a machine has another name: its lines end with its names.
+/// `/etc/hosts` with the machine's names replaced: its lines end with them.
 fn renamed(hosts: &str, old: &str, new: &str) -> String {
     let (old, new) = (own_names(old), own_names(new));
     let mut text = String::new();
@@ -69,7 +68,7 @@ fn set_name(name: &str) -> Result<(), String> {
     write("/etc/hostname", &format!("{name}\n"))
 }
 
-/// Tells the image where names are looked up, if the host says so.
+/// Writes `/etc/resolv.conf`, if the host has name servers or options for it.
 pub fn give_resolvers(net: &Net) -> Result<(), String> {
     let text = resolvers(net);
     match text.is_empty() {
@@ -114,7 +113,7 @@ fn resolvers(net: &Net) -> String {
     text
 }
 
-/// Takes the place of what the image has there, be it a link to nowhere, or a folder that
+/// Takes the place of what the image has there, be it a link to nowhere, or a directory that
 /// someone's `docker cp` or mount has left.
 fn write(path: &str, text: &str) -> Result<(), String> {
     let written = make_directory(Path::new("/etc")).and_then(|()| {

@@ -5,12 +5,12 @@ use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 
-/// Who a process is.
+/// The credentials of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct User {
-    /// User.
+    /// The user's number.
     pub uid: u32,
-    /// Group.
+    /// The primary group's number.
     pub gid: u32,
     /// All groups, that one first.
     pub groups: Vec<u32>,

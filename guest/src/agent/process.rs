@@ -27,11 +27,11 @@ const STATUS_NOT_STARTED: u8 = 125;
 pub struct Running {
     /// The process.
     pub started: Started,
-    /// What it reads.
+    /// The pipe or terminal to its standard input.
     pub input: Option<File>,
-    /// What it writes.
+    /// The pipe or terminal of its standard output.
     pub output: File,
-    /// What it complains.
+    /// The pipe of its standard error, unless it has a terminal.
     pub errors: Option<File>,
     /// Its terminal.
     pub terminal: Option<File>,

@@ -33,7 +33,7 @@ struct Processes {
 pub struct Started {
     /// With its pipes.
     pub child: Child,
-    /// How it ends, when it does.
+    /// Receives how the process ended.
     pub exit: Receiver<Exit>,
 }
 
@@ -91,8 +91,8 @@ impl Reaper {
     /// for a folder whose server died.
     pub fn end_all(&self) {
         const PAUSE: Duration = Duration::from_millis(10);
-        const PATIENCE: Duration = Duration::from_secs(30);
-        let deadline = Instant::now() + PATIENCE;
+        const END_TIMEOUT: Duration = Duration::from_secs(30);
+        let deadline = Instant::now() + END_TIMEOUT;
         let mut processes = self.lock();
         while processes.some && Instant::now() < deadline {
             // Again and again: they may be starting others.

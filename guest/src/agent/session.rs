@@ -55,10 +55,10 @@ impl HostConnection {
     }
 
     /// Waits no longer than this for a host that does not read.
-    fn limit(&self, patience: Duration) -> io::Result<()> {
+    fn set_send_timeout(&self, timeout: Duration) -> io::Result<()> {
         let time = libc::timeval {
-            tv_sec: patience.as_secs().cast_signed(),
-            tv_usec: patience.subsec_micros().into(),
+            tv_sec: timeout.as_secs().cast_signed(),
+            tv_usec: timeout.subsec_micros().into(),
         };
         let len = size_of::<libc::timeval>() as libc::socklen_t;
         let host = lock(&self.0);
@@ -93,25 +93,26 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[derive(Clone)]
 struct Handle {
     pid: u32,
-    /// Data, and who is told that they were taken; none are the end.
+    /// Sends data, with the connection that is notified once they were written; no data are
+    /// the end of the input.
     input: Option<Sender<(Vec<u8>, HostConnection)>>,
     terminal: Option<Arc<File>>,
     out: Output,
     err: Option<Output>,
     /// Those that get its output.
-    hosts: Arc<Mutex<Audience>>,
+    hosts: Arc<Mutex<Subscribers>>,
 }
 
-/// Those that get what a process writes.
-struct Audience {
+/// The connections that get what a process writes.
+struct Subscribers {
     hosts: Vec<HostConnection>,
     /// Its host has left it: its terminal and its input stay open.
     left: bool,
 }
 
-impl Audience {
+impl Subscribers {
     fn of(hosts: Vec<HostConnection>) -> Arc<Mutex<Self>> {
-        Arc::new(Mutex::new(Audience { hosts, left: false }))
+        Arc::new(Mutex::new(Subscribers { hosts, left: false }))
     }
 }
 
@@ -120,7 +121,7 @@ pub struct AgentState {
     /// Starts them, and hears of their ends.
     pub reaper: Arc<Reaper>,
     main: Mutex<Option<Handle>>,
-    /// What is to be whole at the end.
+    /// The disks that are unmounted when the main process has ended.
     disks: Disks,
     /// The host's connections beside the first.
     others: Mutex<usize>,
@@ -158,12 +159,12 @@ impl AgentState {
     }
 
     /// Gives the others a moment to hear how their processes ended.
-    fn farewell(&self) {
-        const PATIENCE: Duration = Duration::from_secs(1);
+    fn wait_for_others(&self) {
+        const GRACE_PERIOD: Duration = Duration::from_secs(1);
         let some = |others: &mut usize| *others > 0;
         drop(
             self.fewer
-                .wait_timeout_while(lock(&self.others), PATIENCE, some),
+                .wait_timeout_while(lock(&self.others), GRACE_PERIOD, some),
         );
     }
 }
@@ -220,7 +221,7 @@ impl Session {
             terminal: terminal.map(Arc::new),
             out: Output::new(output)?,
             err: errors.map(Output::new).transpose()?,
-            hosts: Audience::of(vec![self.host.clone()]),
+            hosts: Subscribers::of(vec![self.host.clone()]),
         };
         let ended = Arc::new(Event::new()?);
         let mut pumps = vec![pump(&handle.out, Stream::Out, &handle.hosts, &ended)?];
@@ -241,7 +242,7 @@ impl Session {
             };
             if main {
                 state.reaper.end_all();
-                // However long it takes: afterwards the host has no patience.
+                // However long it takes: the host waits only briefly once it knows of the end.
                 state.disks.leave();
             }
             ended.tell();
@@ -259,7 +260,7 @@ impl Session {
         if main {
             // Whoever asked for it has gone.
             self.state.reaper.end_all();
-            self.state.farewell();
+            self.state.wait_for_others();
         }
         result
     }
@@ -280,7 +281,7 @@ impl Session {
                 },
             );
         };
-        self.host.limit(ATTACHED_TIMEOUT)?;
+        self.host.set_send_timeout(ATTACHED_TIMEOUT)?;
         self.host.say(&GuestMessage::Done)?;
         if let (Some(terminal), Some(size)) = (&handle.terminal, size) {
             process::resize(terminal, size);
@@ -343,7 +344,7 @@ impl Session {
                     (Stream::Err, Some(err)) => err.close(),
                     _ => process.out.close(),
                 },
-                Some(_) => return Err(io::Error::other("no business of a process")),
+                Some(_) => return Err(io::Error::other("not a request to a process")),
             }
         }
     }
@@ -351,7 +352,7 @@ impl Session {
 
 /// Tells how a process ended. Whoever asked for it comes last: when it has heard of
 /// the main one's end, the machine is turned off.
-fn say_to_all(hosts: &Mutex<Audience>, message: &GuestMessage) {
+fn say_to_all(hosts: &Mutex<Subscribers>, message: &GuestMessage) {
     let now = lock(hosts).hosts.clone();
     for host in now.iter().rev() {
         let _ = host.say(message);
@@ -364,7 +365,7 @@ fn say_to_all(hosts: &Mutex<Audience>, message: &GuestMessage) {
 fn pump(
     output: &Output,
     stream: Stream,
-    hosts: &Arc<Mutex<Audience>>,
+    hosts: &Arc<Mutex<Subscribers>>,
     ended: &Arc<Event>,
 ) -> io::Result<JoinHandle<()>> {
     let (output, hosts, ended) = (output.clone(), hosts.clone(), ended.clone());
@@ -385,9 +386,9 @@ fn pump(
             let now = lock(&hosts).hosts.clone();
             let gone = |host: &HostConnection| host.write(stream, data).is_err();
             let gone: Vec<HostConnection> = now.into_iter().filter(gone).collect();
-            let mut audience = lock(&hosts);
+            let mut subscribers = lock(&hosts);
             let here = |host: &HostConnection| !gone.iter().any(|it| it.is(host));
-            audience.hosts.retain(here);
+            subscribers.hosts.retain(here);
         }
     })
 }
@@ -409,7 +410,7 @@ fn feed(mut input: File, terminal: bool) -> io::Result<Sender<(Vec<u8>, HostConn
             // A process that reads no more needs no more.
             alive = alive && input.write_all(&data).is_ok();
             let taken = u32::try_from(data.len()).unwrap_or(u32::MAX);
-            // Who has gone types no more.
+            // A host that has disconnected needs no answer.
             let _ = host.say(&GuestMessage::Taken(taken));
         }
     })?;
@@ -452,7 +453,7 @@ impl Output {
     /// Reads on a thread of its own, for nobody, until nobody writes.
     fn drain_apart(&self) {
         let output = self.clone();
-        // Without a thread, those that write are told.
+        // Without a thread, those that write get an error.
         let drain = move || {
             let mut buffer = vec![0; DATA_MAX];
             // What has ended is behind it.
@@ -537,7 +538,7 @@ mod tests {
 
     use mayfly_protocol::agent::Exit;
 
-    const PATIENCE: Duration = Duration::from_millis(100);
+    const SEND_TIMEOUT: Duration = Duration::from_millis(100);
 
     fn host() -> (HostConnection, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
@@ -545,11 +546,11 @@ mod tests {
     }
 
     #[test]
-    fn who_does_not_read_is_hung_up_on() {
+    fn a_host_that_does_not_read_is_disconnected() {
         let (owner, reads) = host();
         let (attached, stalls) = host();
-        attached.limit(PATIENCE).unwrap();
-        let hosts = Audience::of(vec![owner, attached]);
+        attached.set_send_timeout(SEND_TIMEOUT).unwrap();
+        let hosts = Subscribers::of(vec![owner, attached]);
         let (reader, mut writer) = io::pipe().unwrap();
         let output = Output::new(OwnedFd::from(reader).into()).unwrap();
         let ended = Arc::new(Event::new().unwrap());
@@ -564,7 +565,7 @@ mod tests {
         io::copy(&mut &stalls, &mut io::sink()).unwrap();
     }
 
-    /// Reads so much of what a process wrote, as its host.
+    /// Reads `len` bytes of what a process wrote, as its host.
     fn pumped(reads: UnixStream, len: usize) {
         let mut frames = Frames::new(reads);
         let mut read = 0;
@@ -579,7 +580,7 @@ mod tests {
     #[test]
     fn what_a_process_left_behind_may_write_on() {
         let (owner, reads) = host();
-        let hosts = Audience::of(vec![owner]);
+        let hosts = Subscribers::of(vec![owner]);
         let (reader, mut writer) = io::pipe().unwrap();
         let output = Output::new(OwnedFd::from(reader).into()).unwrap();
         let ended = Arc::new(Event::new().unwrap());
@@ -597,7 +598,7 @@ mod tests {
     fn a_process_whose_host_has_gone_goes_on() {
         let (owner, reads) = host();
         drop(reads);
-        let hosts = Audience::of(vec![owner]);
+        let hosts = Subscribers::of(vec![owner]);
         let (reader, mut writer) = io::pipe().unwrap();
         let output = Output::new(OwnedFd::from(reader).into()).unwrap();
         let ended = Arc::new(Event::new().unwrap());
@@ -616,9 +617,9 @@ mod tests {
     fn who_asked_for_a_process_hears_of_its_end_last() {
         let (owner, reads) = host();
         let (attached, _stalls) = host();
-        attached.limit(PATIENCE).unwrap();
+        attached.set_send_timeout(SEND_TIMEOUT).unwrap();
         while attached.0.lock().unwrap().write(&[0; DATA_MAX]).is_ok() {}
-        let hosts = Audience::of(vec![owner, attached]);
+        let hosts = Subscribers::of(vec![owner, attached]);
         let message = GuestMessage::Exited(Exit {
             status: 3,
             out_of_memory: false,
@@ -628,7 +629,7 @@ mod tests {
         let speaker = thread::spawn(move || say_to_all(&theirs, &said));
         let heard: GuestMessage = Frames::new(reads).message().unwrap();
         assert_eq!(heard, message);
-        assert!(start.elapsed() >= PATIENCE / 2);
+        assert!(start.elapsed() >= SEND_TIMEOUT / 2);
         speaker.join().unwrap();
     }
 }

@@ -24,7 +24,7 @@ const LAYERS_DISK: &str = "/dev/vda";
 /// Where they are mounted, by their numbers: short, as all of them are named in
 /// one page of options.
 const LAYERS: &str = "/l";
-/// Where what is written goes.
+/// The mount point of what the machine writes: overlayfs' upper directory.
 const WRITTEN: &str = "/w";
 /// What every machine has beside what the initramfs mounted.
 const MOUNTS: [(&str, &str, &str); 3] = [
@@ -157,7 +157,7 @@ impl Disks {
     pub fn of(setup: &Setup) -> Self {
         let disks = setup.mounts.iter().filter(|mount| match mount.source {
             Source::Disk(_) | Source::Volume(_) => !mount.read_only,
-            Source::Tmpfs { .. } | Source::Folder(_) | Source::Own => false,
+            Source::Tmpfs { .. } | Source::Folder(_) | Source::AnonymousVolume => false,
         });
         // What was mounted has no NUL in its name.
         let names = disks.filter_map(|mount| CString::new(mount.target.as_slice()).ok());
@@ -206,8 +206,10 @@ fn mount_one(what: &Mount, target: &Path, root_is_read_only: bool) -> io::Result
             fill(below, path)
         }
         // Beside the root, it does not become read-only with it.
-        Source::Own if root_is_read_only => mount(target, target, "", libc::MS_BIND, ""),
-        Source::Own => Ok(()),
+        Source::AnonymousVolume if root_is_read_only => {
+            mount(target, target, "", libc::MS_BIND, "")
+        }
+        Source::AnonymousVolume => Ok(()),
     }
 }
 

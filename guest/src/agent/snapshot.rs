@@ -187,7 +187,7 @@ mod tests {
     #[test]
     fn nobody_at_the_mailbox_is_an_error() {
         let mailbox = Mailbox::new().unwrap();
-        // Root is told its pages' addresses; nobody else would be PID 1.
+        // Only root can read its pages' addresses, and PID 1 is root.
         if mailbox.addresses().is_err() {
             return;
         }

@@ -21,7 +21,7 @@ const MAGIC: u32 = 0x6d61_7966;
 /// What a call that was let through returns.
 const REACHED: i32 = 3999;
 
-/// Looks around, and returns a JSON object.
+/// Collects what isolation leaves visible, and returns it as a JSON object.
 pub fn collect() -> String {
     let status = read("/proc/self/status");
     let field = |name: &str| {

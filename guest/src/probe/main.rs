@@ -1,12 +1,12 @@
 //! The program that `mayfly compare` runs in all engines alike: it marks its first
-//! instruction and its command's end, and looks around.
+//! instruction and its command's end, and reports what it measures and finds.
 //!
 //! | words             | what it says                                              |
 //! |-------------------|-----------------------------------------------------------|
 //! | `NONCE run [CMD]` | `started`, then `ended STATUS` of the command, if any     |
 //! | `NONCE hold`      | `started`, then nothing until SIGTERM                     |
-//! | `NONCE steady`    | `data JSON`: what usual work costs (see `steady.rs`)      |
-//! | `NONCE facts`     | `data JSON`: what there is to see (see `facts.rs`)        |
+//! | `NONCE steady`    | `data JSON`: the steady state (see `steady.rs`)           |
+//! | `NONCE facts`     | `data JSON`: what isolation leaves visible (`facts.rs`)   |
 //!
 //! With `restart` or `off` before the verb it is a machine's first process, and ends the
 //! machine so.

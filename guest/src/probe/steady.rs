@@ -1,4 +1,4 @@
-//! What usual work costs: CPU, system calls, page faults, files, TCP.
+//! The steady state: what CPU, system calls, page faults, files and TCP cost.
 //!
 //! Each is done again and again for a while, in five rounds; the median counts. A while is
 //! long beside what the clock and the scheduler do, on slow machines and on fast ones; only
@@ -26,7 +26,7 @@ const FILE_SIZE: usize = 8 << 20;
 const PAGES: usize = 2048;
 const PAGE_SIZE: usize = 4096;
 
-/// Does all of it, and returns a JSON object. Words: `root=DIR` is a folder of the root's
+/// Takes all figures, and returns them as a JSON object. Words: `root=DIR` is a directory of the root's
 /// file system, if not `/`; `volume=DIR` also measures files there; `tcp=…` also measures TCP
 /// (see `mayfly_protocol::peer`).
 pub fn measure(words: &[String]) -> String {
@@ -38,9 +38,9 @@ pub fn measure(words: &[String]) -> String {
     .into_iter()
     .flatten()
     .collect();
-    // A folder that can't be written to has no figures.
-    let mut files = |prefix: &str, folder: &Path| {
-        let path = folder.join(".mayfly-trial");
+    // A directory that can't be written to has no figures.
+    let mut files = |prefix: &str, directory: &Path| {
+        let path = directory.join(".mayfly-trial");
         if let Ok((writes, reads)) = file_rates(&path) {
             figures.extend(Figure::of(&format!("{prefix}_write"), "MiB/s", writes));
             figures.extend(Figure::of(&format!("{prefix}_read"), "MiB/s", reads));
@@ -48,8 +48,8 @@ pub fn measure(words: &[String]) -> String {
     };
     let word = |name: &str| words.iter().find_map(|word| word.strip_prefix(name));
     files("root", Path::new(word("root=").unwrap_or("/")));
-    if let Some(folder) = word("volume=") {
-        files("volume", Path::new(folder));
+    if let Some(directory) = word("volume=") {
+        files("volume", Path::new(directory));
     }
     let meeting: Option<Meeting> = words.iter().find_map(|word| word.parse().ok());
     let tcp = meeting.map(|meeting| {

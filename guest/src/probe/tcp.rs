@@ -11,10 +11,10 @@ use mayfly_protocol::steady::Figure;
 
 use super::repeat::{MIB, ROUNDS, nanoseconds, repeated};
 
-/// Bytes flow so long in a round: longer than TCP needs to find its speed.
+/// How long bytes flow in a round: longer than TCP needs to find its speed.
 const WHILE: Duration = Duration::from_millis(200);
-/// Who is there answers in this time, also where a helper starts with the first packet.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the peer may take to answer, also where a helper starts with the first packet.
+const PEER_TIMEOUT: Duration = Duration::from_secs(10);
 /// The kernel's IPv4 routes; those of loopback are not among them.
 const ROUTES: &str = "/proc/net/route";
 /// `RTF_UP` of `linux/route.h`
@@ -62,11 +62,11 @@ fn has_routes(text: &str) -> bool {
     lines.any(|line| flags(line).is_some_and(|flags| flags & UP != 0))
 }
 
-/// Connects, and makes sure of who is there.
+/// Connects, and checks that the peer knows the second secret.
 fn call(address: SocketAddr, meeting: &Meeting, task: Task) -> io::Result<TcpStream> {
-    let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+    let mut stream = TcpStream::connect_timeout(&address, PEER_TIMEOUT)?;
+    stream.set_read_timeout(Some(PEER_TIMEOUT))?;
+    stream.set_write_timeout(Some(PEER_TIMEOUT))?;
     stream.set_nodelay(true)?;
     let mut greeting = [0; SECRET + 1];
     let [question @ .., last] = &mut greeting;
@@ -77,7 +77,7 @@ fn call(address: SocketAddr, meeting: &Meeting, task: Task) -> io::Result<TcpStr
     stream.read_exact(&mut answer)?;
     match answer == meeting.answer {
         true => Ok(stream),
-        false => Err(io::Error::other("somebody else answers")),
+        false => Err(io::Error::other("the answer is not our peer's")),
     }
 }
 
@@ -188,7 +188,7 @@ mod tests {
             let (mut stream, _) = listener.accept().unwrap();
             let mut greeting = [0; SECRET + 1];
             stream.read_exact(&mut greeting).unwrap();
-            // It knows what it was told, and no more.
+            // It knows what it received, and no more.
             stream.write_all(&greeting).unwrap();
             greeting
         });

@@ -11,9 +11,9 @@ use crate::agent::Bytes;
 /// What an entry is, apart from its data.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Kind {
-    /// Data: at most so many bytes.
+    /// A file, with at most this number of bytes.
     File(u64),
-    /// Names.
+    /// A directory.
     Folder,
     /// Another name, as it is written.
     Symlink(Bytes),
@@ -32,7 +32,7 @@ pub enum Kind {
 pub struct Entry {
     /// Below what is copied, which is the empty path.
     pub path: Bytes,
-    /// What it is.
+    /// The kind of the entry.
     pub kind: Kind,
     /// The lowest 12 bits of the mode.
     pub mode: u32,
@@ -85,7 +85,7 @@ pub trait Source: Data {
     fn next(&mut self) -> io::Result<Option<Entry>>;
 }
 
-/// Where entries go to.
+/// A receiver of entries.
 pub trait Sink {
     /// Makes an entry; a file's data come from `data`.
     fn put(&mut self, entry: &Entry, data: &mut dyn Data) -> io::Result<()>;

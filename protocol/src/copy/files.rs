@@ -82,7 +82,7 @@ impl Files {
         Ok(())
     }
 
-    /// Leaves all folders but so many.
+    /// Leaves all open directories but the first `but`.
     fn leave(&mut self, but: usize) -> io::Result<()> {
         while self.open.len() > but {
             if let Some(Folder {

@@ -68,7 +68,7 @@ impl Place {
         }
     }
 
-    /// What a path leads to.
+    /// The place that a path leads to, links followed.
     fn there(path: &[u8]) -> io::Result<Self> {
         let real = fs::canonicalize(OsStr::from_bytes(path))?;
         let (folder, name) = match (real.parent(), real.file_name()) {

@@ -122,7 +122,7 @@ fn a_tree_arrives_as_it_was() {
     assert_eq!(fs::read_link(to.join("a/link")).unwrap(), Path::new("/etc"));
 }
 
-/// What a party sends of a tree.
+/// The bytes that a sender makes of a tree.
 fn sent(from: &Path) -> Vec<u8> {
     let mut wire = Vec::new();
     let mut out = Outgoing::new(&mut wire, Stream::Out, |_| Ok(()));
@@ -130,7 +130,7 @@ fn sent(from: &Path) -> Vec<u8> {
     wire
 }
 
-/// What is made of it.
+/// Unpacks such bytes to a directory.
 fn made(wire: &[u8], to: &Path, keep: Keep) -> io::Result<()> {
     let mut frames = Frames::new(wire);
     let mut source = Incoming::new(&mut frames, Stream::Out, |_| Ok(()));
@@ -184,7 +184,7 @@ fn holes_stay_holes_and_cost_nothing_on_the_way() {
     assert!(fs::metadata(&file).unwrap().blocks() < 512);
     assert!(fs::read(&file).unwrap() == data);
 
-    // One who has no use for holes gets zeroes.
+    // A receiver that does not know holes gets zeroes.
     fs::File::create(from.join("disk"))
         .unwrap()
         .set_len(300_000)

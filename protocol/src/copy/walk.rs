@@ -19,7 +19,7 @@ use crate::agent::Bytes;
 /// for each name.
 const LINKS_MAX: usize = 1 << 16;
 /// File systems of the kernel's own (Linux' `linux/magic.h`): proc, sysfs, cgroup2,
-/// devpts, mqueue. Their files have no end, or none that is told.
+/// devpts, mqueue. Their files have no end, or none that their size shows.
 const KERNEL_S: [i64; 5] = [0x9fa0, 0x6265_6572, 0x6367_7270, 0x1cd1, 0x1980_0202];
 
 /// A file or folder, and all that is in it. Symbolic links are not followed.
@@ -44,7 +44,7 @@ struct Current {
     left: u64,
 }
 
-/// What is in a file.
+/// The content of a file.
 enum Content {
     /// On a disk; up to which offset there is no hole, and where it is read.
     OnDisk { file: File, solid: u64, at: u64 },
@@ -52,7 +52,7 @@ enum Content {
     Read(Cursor<Vec<u8>>),
 }
 
-/// What is behind an entry.
+/// The opened object of an entry.
 enum Found {
     File(Content),
     Folder(OwnedFd),
@@ -61,7 +61,7 @@ enum Found {
 }
 
 impl Walk {
-    /// Of what is at a place.
+    /// A walk of the file or directory at a place.
     pub fn new(place: &Place) -> io::Result<Self> {
         let name = CString::new(place.name.as_slice())?;
         let (entry, found, stat) = look(&place.folder, &name, Vec::new(), true)

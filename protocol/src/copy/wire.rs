@@ -12,7 +12,7 @@ use crate::agent::{DATA_MAX, Frame, Frames, Stream, send, send_data};
 /// How many bytes of the window an entry counts for, without its attributes, or a hole.
 pub const ENTRY_WEIGHT: usize = 1024;
 
-/// What is said of what is copied.
+/// A message of a copy in progress.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Piece {
     /// The next entry.
@@ -25,7 +25,7 @@ pub enum Piece {
     Failed(String),
 }
 
-/// Sends entries. `before` is asked for each frame, and told its weight.
+/// Sends entries. `before` is called for each frame, with its weight.
 pub struct Outgoing<W, F> {
     to: W,
     stream: Stream,
@@ -51,8 +51,8 @@ impl<W: Write, F: FnMut(usize) -> io::Result<()>> Outgoing<W, F> {
         }
     }
 
-    /// Holes go as zeroes, to one who has no use for them, or would take what is a word
-    /// for more than can be written.
+    /// Sends holes as zeroes: to a receiver that does not know them, or that would write
+    /// more for one message than it has room for.
     pub fn without_holes(self) -> Self {
         Outgoing {
             holes: false,
@@ -101,8 +101,8 @@ impl<W: Write, F: FnMut(usize) -> io::Result<()>> Sink for Outgoing<W, F> {
     }
 }
 
-/// Takes entries from a party that may be hostile. `taken` is told the weight of
-/// each frame.
+/// Takes entries from a party that may be hostile. `taken` is called with the
+/// weight of each frame.
 pub struct Incoming<'a, R, F> {
     frames: &'a mut Frames<R>,
     stream: Stream,

@@ -36,7 +36,7 @@ pub fn without_owners(mut xattrs: Xattrs) -> Xattrs {
     xattrs
 }
 
-/// How much they are together.
+/// The bytes of all names and values together.
 pub fn len(xattrs: &[(Bytes, Bytes)]) -> usize {
     let lens = xattrs.iter().map(|(name, value)| name.len() + value.len());
     lens.sum()

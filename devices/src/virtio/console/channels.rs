@@ -123,7 +123,7 @@ pub struct Channels {
     wake: EventFd,
 }
 
-/// What a queue is for.
+/// The role of a queue (virtio 1.2, 5.3.2).
 enum Role {
     Unused,
     ControlReceive,

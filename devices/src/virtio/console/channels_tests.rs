@@ -61,7 +61,7 @@ impl Bench {
         self.driver.kick(CONTROL_TRANSMIT);
     }
 
-    /// What the guest is told, given that many buffers at most.
+    /// The control messages that the guest gets, given at most `buffers` buffers.
     fn told_in(&mut self, buffers: usize) -> Vec<(u32, u16, u16, String)> {
         for _ in 0..buffers {
             let at = REPLIES + self.replies % 16 * 0x100;

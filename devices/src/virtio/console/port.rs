@@ -145,7 +145,7 @@ impl DevicePort {
         }
     }
 
-    /// What the host's side sees.
+    /// The port as the host's side shares it.
     pub fn shared(&self) -> &Arc<Mutex<Port>> {
         &self.port
     }
@@ -179,7 +179,7 @@ impl DevicePort {
         }
     }
 
-    /// What is on its way.
+    /// The bytes that are on their way.
     pub fn save(&self) -> PortState {
         lock(&self.port).state.clone()
     }

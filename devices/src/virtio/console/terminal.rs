@@ -22,15 +22,15 @@ const QUEUE_SIZES: [u16; 2] = [QUEUE_SIZE; 2];
 /// The device.
 ///
 /// Linux' driver loses what it is given before the terminal is set up, and does
-/// not say when that is. But then it looks at the configuration if it was told
-/// of a change: it is told of one at the start, and input waits until it looks.
+/// not say when that is. But then it reads the configuration if it was notified
+/// of a change: it is notified of one at the start, and input waits until it reads.
 pub struct Console {
     port: DevicePort,
     /// Columns and rows (virtio 1.2, 5.3.4).
     config: [u8; 4],
     /// The driver is interested in the size.
     sized: bool,
-    /// It was told that the configuration changed.
+    /// It was notified that the configuration changed.
     told: bool,
     wake: EventFd,
 }

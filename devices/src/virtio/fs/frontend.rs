@@ -57,7 +57,7 @@ pub enum BackendError {
     /// It closed its socket.
     #[error("the backend has ended")]
     Ended,
-    /// It says nothing.
+    /// The backend sent no answer in time.
     #[error("the backend does not answer")]
     Silent,
     /// Whoever waited was told to wait no longer.
@@ -104,7 +104,7 @@ impl Frontend {
     /// Should a descriptor become readable meanwhile, that is over.
     pub fn greet(
         socket: UnixStream,
-        patience: Duration,
+        timeout: Duration,
         interrupt: Option<BorrowedFd>,
     ) -> Result<Self, BackendError> {
         socket.set_nonblocking(true)?;
@@ -112,7 +112,7 @@ impl Frontend {
             answers: OwnedFd::from(socket.try_clone()?).into(),
             socket,
             features: 0,
-            deadline: Instant::now() + patience,
+            deadline: Instant::now() + timeout,
             interrupt: interrupt.map(|fd| fd.as_raw_fd()),
         };
         let features = frontend.ask(Request::GetFeatures, &[])?;
@@ -160,8 +160,8 @@ impl Frontend {
     }
 
     /// From now on, all answers must come within this time.
-    pub fn give_time(&mut self, patience: Duration) {
-        self.deadline = Instant::now() + patience;
+    pub fn give_time(&mut self, timeout: Duration) {
+        self.deadline = Instant::now() + timeout;
     }
 
     /// Tells what the driver chose, and where the guest's memory is.
@@ -251,7 +251,7 @@ impl Frontend {
         let sent = self.socket.send_with_fds(&[&message[..]], fds);
         match sent.map_err(io::Error::from)? {
             sent if sent == message.len() => Ok(()),
-            // One that leaves so much unread does not listen.
+            // A backend that has left a whole buffer unread does not answer.
             _ => Err(BackendError::Silent),
         }
     }
@@ -299,7 +299,7 @@ impl Frontend {
         }
     }
 
-    /// How long an answer may take.
+    /// The time left for an answer.
     fn left(&self) -> Result<Duration, BackendError> {
         let left = self.deadline.checked_duration_since(Instant::now());
         // None at all would be for ever.

@@ -30,7 +30,7 @@ const REQUEST_QUEUES: u32 = 1;
 const HUNG_UP: Token = 2;
 const _: () = assert!(HUNG_UP as usize == QUEUE_SIZES.len());
 /// What the guest waits for at most when it starts or resets the device.
-const PATIENCE: Duration = Duration::from_secs(3);
+const BACKEND_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Ends a backend, without its help.
 pub type End = Box<dyn FnMut() + Send>;
@@ -87,7 +87,7 @@ impl Fs {
         let Some(backend) = &mut self.backend else {
             return Err(NeedsReset("the backend has ended"));
         };
-        backend.give_time(PATIENCE);
+        backend.give_time(BACKEND_TIMEOUT);
         work(backend).map_err(|error| self.fail(error))
     }
 

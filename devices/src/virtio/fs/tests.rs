@@ -127,7 +127,7 @@ fn always_good() -> Answer {
 fn driver(socket: UnixStream) -> (Driver, Arc<AtomicU32>) {
     let ends = Arc::new(AtomicU32::new(0));
     let count = ends.clone();
-    let frontend = Frontend::greet(socket, PATIENCE, None).unwrap();
+    let frontend = Frontend::greet(socket, BACKEND_TIMEOUT, None).unwrap();
     let end = Box::new(move || {
         count.fetch_add(1, Ordering::Relaxed);
     });
@@ -267,7 +267,7 @@ fn a_backend_that_is_silent_is_not_waited_for() {
     let (mut driver, ends) = driver(socket);
     let begun = Instant::now();
     start(&mut driver);
-    assert!(begun.elapsed() < PATIENCE * 2);
+    assert!(begun.elapsed() < BACKEND_TIMEOUT * 2);
     assert!(driver.status().contains(Status::NEEDS_RESET));
     assert_eq!(ends.load(Ordering::Relaxed), 1);
 }
@@ -324,7 +324,7 @@ fn a_backend_never_hears_of_queues_outside_of_memory() {
 #[test]
 fn memory_must_be_shared() {
     let (socket, _fake) = Fake::new(always_good());
-    let frontend = Frontend::greet(socket, PATIENCE, None).unwrap();
+    let frontend = Frontend::greet(socket, BACKEND_TIMEOUT, None).unwrap();
     let device = Fs::new(frontend, "v0", Box::new(|| {})).unwrap();
     let mut driver = Driver::new(Box::new(device));
     start(&mut driver);
@@ -353,7 +353,7 @@ fn what_is_no_backend_is_refused() {
         assert_eq!(greeted.err(), Some(error), "{at:?}");
     }
     let (socket, _fake) = Fake::new(always_good());
-    let frontend = Frontend::greet(socket, PATIENCE, None).unwrap();
+    let frontend = Frontend::greet(socket, BACKEND_TIMEOUT, None).unwrap();
     assert!(Fs::new(frontend, &"v".repeat(37), Box::new(|| {})).is_err());
 }
 
@@ -364,7 +364,7 @@ proptest! {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.write_all(&garbage).unwrap();
         theirs.shutdown(Shutdown::Write).unwrap();
-        prop_assert!(Frontend::greet(ours, PATIENCE, None).is_err());
+        prop_assert!(Frontend::greet(ours, BACKEND_TIMEOUT, None).is_err());
     }
 }
 

@@ -27,12 +27,12 @@ impl Backlog {
         }
     }
 
-    /// How many bytes it can hold.
+    /// The most bytes that it can hold.
     pub fn capacity(&self) -> usize {
         self.capacity
     }
 
-    /// How many bytes it holds.
+    /// The number of bytes that it holds.
     pub fn len(&self) -> usize {
         self.len
     }
@@ -42,7 +42,7 @@ impl Backlog {
         self.len == 0
     }
 
-    /// How many more it can hold.
+    /// The number of bytes that it can still take.
     pub fn room(&self) -> usize {
         self.capacity - self.len
     }

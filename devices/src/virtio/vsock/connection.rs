@@ -19,7 +19,7 @@ use crate::number;
 use crate::virtio::chain::Buffer;
 use crate::virtio::transfer;
 
-/// The guest is told its credit once it is behind by this part of it.
+/// A credit update is sent once the guest is behind by this fraction of its credit.
 const CREDIT_STEP: usize = 4;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,10 +32,10 @@ enum State {
     Orphan,
 }
 
-/// How a connection ends.
+/// Whether the guest is notified of a connection's end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// The guest is told.
+    /// The guest gets a reset.
     Reset,
     /// The guest knows, or never heard of it.
     Silent,
@@ -54,7 +54,7 @@ bitflags! {
 /// A packet for the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packet {
-    /// What it is for.
+    /// The operation.
     pub op: Op,
     /// With [`Op::Shutdown`].
     pub flags: Shutdown,
@@ -78,7 +78,7 @@ pub struct Connection {
     state: State,
     pending: Pending,
     over: Option<End>,
-    /// When patience is over, if it has a limit.
+    /// When the connection is ended, if nothing happens before.
     deadline: Option<Instant>,
 
     /// What the guest can hold, and says to have passed on, of what it was sent.
@@ -177,7 +177,7 @@ impl Connection {
         !self.backlog.is_empty()
     }
 
-    /// When patience is over. One that only waits to be over has some.
+    /// When the connection is ended: one that only waits for the other side has `linger`.
     pub fn deadline(&mut self, linger: Duration) -> Option<Instant> {
         let lingers = self.is_orphan() || self.guest_shut.is_all() || self.told_shut.is_all();
         if lingers && self.deadline.is_none() {
@@ -186,7 +186,7 @@ impl Connection {
         self.deadline
     }
 
-    /// Ends it if its patience is over.
+    /// Ends it if its deadline has passed.
     pub fn expire(&mut self, now: Instant) {
         if self.deadline.is_some_and(|deadline| deadline <= now) {
             self.abort();
@@ -217,7 +217,7 @@ impl Connection {
         self.guest_buffer.saturating_sub(held)
     }
 
-    /// The guest accepts; the client is told the host's port.
+    /// The guest accepts: the client gets the host's port.
     pub fn response(&mut self, port: u32) {
         if self.state != State::Requested || self.pending.contains(Pending::REQUEST) {
             return self.abort();
@@ -342,7 +342,7 @@ impl Connection {
                 Ok(0) => return,
                 Ok(sent) => {
                     self.forward(sent);
-                    self.deadline = None; // if it lingers, patience begins anew
+                    self.deadline = None; // if it lingers, the time begins anew
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) => {

@@ -10,14 +10,14 @@ use rustix::net::{RecvFlags, recv};
 const LINE_MAX: usize = 32;
 const COMMAND: &str = "CONNECT ";
 
-/// A client that did not say yet what it wants.
+/// A client that has not sent its request yet.
 pub struct Greeting {
     stream: UnixStream,
-    /// When patience is over.
+    /// When the client is disconnected without a request.
     pub deadline: Instant,
 }
 
-/// What a client said.
+/// The part of a request that a client has sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Heard {
     /// The port it wants.

@@ -24,11 +24,11 @@ pub struct Limits {
     /// Resets that wait for the guest. When there are more, it must take some
     /// before it can send.
     pub resets: usize,
-    /// For a client to say what it wants.
+    /// How long a client may take to send its request.
     pub greeting: Duration,
-    /// For the guest to accept.
+    /// How long the guest may take to accept a connection.
     pub request: Duration,
-    /// For what is over on one side to be taken by the other.
+    /// How long a connection that one side has ended waits for the other.
     pub linger: Duration,
 }
 

@@ -221,7 +221,7 @@ impl VirtioDevice for Vsock {
             ("connections", counters.connections),
             ("refused_connections", counters.refused),
             ("resets", counters.resets),
-            ("stray_packets", counters.strays),
+            ("stray_packets", counters.foreign_packets),
             ("received_bytes", counters.received),
             ("sent_bytes", counters.sent),
         ]

@@ -1,4 +1,4 @@
-//! All connections, the clients that want one, and who is next.
+//! All connections, the clients that ask for one, and the order in which they are served.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -22,7 +22,7 @@ const HOST_PORTS: std::ops::Range<u32> = 1 << 30..1 << 31;
 /// How many events are fetched at once, and how often before others have a turn.
 const EVENTS: usize = 128;
 const ROUNDS: usize = 64;
-/// How exact deadlines are.
+/// The resolution of deadlines.
 const TICK: Duration = Duration::from_millis(500);
 
 /// A connection's ports. As a number, it names an event.
@@ -57,7 +57,7 @@ const AGAIN: Key = Key::special(2);
 /// Clients that are being listened to have this number and above.
 const GREETINGS: u32 = 3;
 
-/// What was counted.
+/// Counters of the device, for `info`.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counters {
     /// Connections that were begun, by either side.
@@ -67,7 +67,7 @@ pub struct Counters {
     /// Resets that the guest was sent.
     pub resets: u64,
     /// Packets that were not for the host, or not from the guest.
-    pub strays: u64,
+    pub foreign_packets: u64,
     /// Bytes from the host to the guest.
     pub received: u64,
     /// Bytes from the guest to the host.
@@ -103,7 +103,7 @@ pub struct Muxer {
     next_greeting: u32,
     /// Clients may wait at the listener.
     clients: bool,
-    /// What was counted.
+    /// The counters so far.
     pub counters: Counters,
 }
 
@@ -165,7 +165,7 @@ impl Muxer {
             .ctl(operation, fd, EpollEvent::new(events, key.number()))
     }
 
-    /// Hangs up on everybody; the guest is forgotten.
+    /// Closes all connections; the guest is forgotten.
     pub fn reset(&mut self) {
         // A new hash table would need random numbers, which a vCPU's thread may not ask for.
         self.connections.clear();
@@ -385,7 +385,7 @@ impl Muxer {
     /// Takes a packet: its header, and the buffer that begins with it.
     pub fn packet(&mut self, header: &Header, buffer: &Buffer) {
         if header.src_cid != self.cid || header.dst_cid != HOST_CID {
-            self.counters.strays += 1;
+            self.counters.foreign_packets += 1;
             return;
         }
         let key = Key {

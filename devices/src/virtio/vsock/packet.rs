@@ -11,7 +11,7 @@ pub const STREAM: u16 = 1;
 /// Stands for any port, and is none.
 pub const PORT_ANY: u32 = u32::MAX;
 
-/// What a packet is for.
+/// The operation of a packet (virtio 1.2, 5.10.6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum Op {
@@ -52,9 +52,9 @@ bitflags! {
     /// What the sender of [`Op::Shutdown`] will not do any more.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     pub struct Shutdown: u32 {
-        /// Receive.
+        /// The sender will receive no more.
         const RECEIVE = 1;
-        /// Send.
+        /// The sender will send no more.
         const SEND = 2;
     }
 }
@@ -62,9 +62,9 @@ bitflags! {
 /// A packet's header.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Header {
-    /// Who sends it.
+    /// The context ID of the sender.
     pub src_cid: u64,
-    /// Who is to have it.
+    /// The context ID of the receiver.
     pub dst_cid: u64,
     /// The sender's port.
     pub src_port: u32,
@@ -78,7 +78,7 @@ pub struct Header {
     pub op: u16,
     /// [`Shutdown`].
     pub flags: u32,
-    /// How much the sender can hold.
+    /// The size of the sender's receive buffer, in bytes.
     pub buf_alloc: u32,
     /// How much it has passed on since the connection began; it wraps around.
     pub fwd_cnt: u32,

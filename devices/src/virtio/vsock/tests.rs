@@ -411,12 +411,12 @@ fn what_is_unknown_or_wrong_is_reset() {
         (u64::from(CID) | 1 << 32, HOST_CID),
         (CID.into(), 3),
     ] {
-        let stray = Header {
+        let foreign = Header {
             src_cid,
             dst_cid,
             ..header
         };
-        guest.send(stray, &[]);
+        guest.send(foreign, &[]);
         guest.quiet();
     }
     assert_eq!(guest.counter("stray_packets"), 3);
@@ -499,7 +499,7 @@ fn without_credit_nothing_is_sent_and_the_guest_is_asked_once() {
     guest.quiet();
     update(ROOM, 13)(&mut guest);
     assert_eq!(guest.expect(Op::Data).1, pattern(30)[13..]);
-    // It is told the device's credit when it asks.
+    // It gets the device's credit when it asks for it.
     guest.send_op(Op::CreditRequest);
     guest.expect(Op::CreditUpdate);
 }
@@ -693,7 +693,7 @@ fn what_the_guest_sent_is_delivered_after_it_left() {
     let sent = fill(&mut guest, header);
     guest.send_shutdown(Shutdown::all());
     guest.quiet(); // not before all is delivered
-    guest.send_op(Op::Reset); // it has no patience, and knows
+    guest.send_op(Op::Reset); // the guest has timed out, and knows
     // Its ports are taken until then.
     guest.send_op(Op::Request);
     guest.expect(Op::Reset);
@@ -712,7 +712,7 @@ fn what_the_guest_sent_is_delivered_after_it_left() {
 }
 
 #[test]
-fn patience_with_what_is_over_ends() {
+fn connections_that_are_over_time_out() {
     let mut guest = Guest::new();
     let _lazy = guest.connect();
     let header = guest.header(Op::Data);
