@@ -12,6 +12,7 @@ mod copies;
 mod disks;
 mod distro;
 mod endings;
+mod examples;
 mod flags;
 mod hostile;
 mod limits;

@@ -2,7 +2,8 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::iter;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -134,6 +135,24 @@ impl User {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
+        command
+    }
+
+    /// A program that root runs, and that finds the binary under test as `mayfly`.
+    pub fn program(&self, program: impl AsRef<OsStr>) -> Command {
+        let bin = self.path("bin");
+        fs::create_dir_all(&bin).unwrap();
+        let link = bin.join("mayfly");
+        if fs::symlink_metadata(&link).is_err() {
+            symlink(mayfly(), link).unwrap();
+        }
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let folders = iter::once(bin).chain(std::env::split_paths(&path));
+        let mut command = Command::new(program);
+        self.surround(&mut command);
+        command
+            .env("PATH", std::env::join_paths(folders).unwrap())
+            .stdin(Stdio::null());
         command
     }
 
