@@ -15,6 +15,7 @@ mod endings;
 mod examples;
 mod flags;
 mod hostile;
+mod installed;
 mod limits;
 mod memory;
 mod nets;
