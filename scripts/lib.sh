@@ -161,10 +161,12 @@ build_guest() {
         --target x86_64-unknown-linux-gnu --target-dir "$GUEST_TARGET" || die "the build failed"
 }
 
+# What the binary and the guest's programs are made of.
+SOURCES=("$ROOT"/{Cargo.toml,Cargo.lock,build.rs,resources,src,boot,compare,devices,guest,image,process,protocol,sandbox,text})
+
 # The binary and the guest's init, built when their sources changed.
 build_mayfly() {
-    local sources=("$ROOT"/{Cargo.toml,Cargo.lock,build.rs,resources,src,boot,compare,devices,guest,image,process,protocol,sandbox,text})
-    newer "$MAYFLY" "${sources[@]}" || newer "$GUEST_INIT" "${sources[@]}" || return 0
+    newer "$MAYFLY" "${SOURCES[@]}" || newer "$GUEST_INIT" "${SOURCES[@]}" || return 0
     need_rust
     [ -e "$MAYFLY" ] || say "building mayfly"
     (

@@ -20,6 +20,7 @@ mod limits;
 mod memory;
 mod nets;
 mod platform;
+mod readme;
 mod real;
 mod refusals;
 mod run;
