@@ -16,10 +16,10 @@ use crate::error::{Context, Error};
 use crate::instance::{Launch, Sign};
 use crate::model::Mark;
 
-/// Where the image's files are.
+/// The kernel's parameters for the disk with the image's files.
 const ROOT: &str = "root=/dev/vda rootfstype=squashfs ro";
 
-/// What QEMU's user network has for its guest, by default.
+/// The kernel's parameter for the network that QEMU's user network has by default.
 const SLIRP: &str = "ip=10.0.2.15::10.0.2.2:255.255.255.0::eth0:off";
 
 pub struct Machine {
@@ -44,8 +44,8 @@ enum Monitor {
 }
 
 impl Monitor {
-    /// What a kernel is told of its devices: the console and the restart that the monitor's
-    /// own documentation recommends, and not to look for what is not there.
+    /// The kernel's parameters for a monitor's devices: the console and the restart that its
+    /// documentation recommends, and no probing for devices that are not there.
     fn devices(self) -> &'static str {
         match self {
             // docs/system/i386/microvm.rst, with all legacy devices off but the clock
@@ -81,6 +81,35 @@ impl Machine {
             network: kind == Monitor::Qemu,
             only_path: place.env.iter().any(|it| !it.starts_with("PATH=")),
         })
+    }
+
+    /// The kernel's command line: the same for all monitors, and mayfly's as well, but for
+    /// what each has.
+    fn cmdline(&self, place: &Place, job: &Job) -> Result<String, Error> {
+        let mut cmdline = format!(
+            "{} {} {ROOT} init={PROBE}",
+            place.mayfly.cmdline,
+            self.kind.devices()
+        );
+        if self.network {
+            cmdline.extend([" ", SLIRP]);
+        }
+        // The kernel gives its init what it does not know itself.
+        let path = place.env.iter().find(|it| it.starts_with("PATH="));
+        if let Some(path) = path {
+            cmdline.extend([" ".to_owned(), quoted(path)?]);
+        }
+        // The probe is the first process there, and ends the machine.
+        let end = match self.kind {
+            // Here a machine that restarts does not end.
+            Monitor::CloudHypervisor => "off",
+            Monitor::Qemu | Monitor::Firecracker => "restart",
+        };
+        let probe = ["--", &job.nonce, end].into_iter();
+        for word in probe.chain(job.words.iter().map(String::as_str)) {
+            cmdline.extend([" ".to_owned(), quoted(word)?]);
+        }
+        Ok(cmdline)
     }
 }
 
@@ -142,123 +171,27 @@ impl Engine for Machine {
     }
 
     fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Error> {
-        // All kernels are told the same, mayfly's as well, but for what each monitor has.
-        let mut cmdline = format!(
-            "{} {} {ROOT} init={PROBE}",
-            place.mayfly.cmdline,
-            self.kind.devices()
-        );
-        if self.network {
-            cmdline.extend([" ", SLIRP]);
-        }
-        // The kernel gives its init what it does not know itself.
-        let path = place.env.iter().find(|it| it.starts_with("PATH="));
-        if let Some(path) = path {
-            cmdline.extend([" ".to_owned(), quoted(path)?]);
-        }
-        // The probe is the first process there, and ends the machine.
-        let end = match self.kind {
-            // Here a machine that restarts does not end.
-            Monitor::CloudHypervisor => "off",
-            Monitor::Qemu | Monitor::Firecracker => "restart",
+        let machine = Description {
+            kernel: text(&self.kernel),
+            initrd: text(&self.initrd),
+            disk: text(&self.disk),
+            cmdline: self.cmdline(place, job)?,
+            cpus: place.cpus,
+            memory_mib: place.memory_mib,
         };
-        let guest_words = [job.nonce.as_str(), end].into_iter();
-        for word in ["--"]
-            .into_iter()
-            .chain(guest_words)
-            .chain(job.words.iter().map(String::as_str))
-        {
-            cmdline.extend([" ".to_owned(), quoted(word)?]);
-        }
-        let text = |path: &PathBuf| path.to_string_lossy().into_owned();
-        let (kernel, initrd, disk) = (text(&self.kernel), text(&self.initrd), text(&self.disk));
-        let mut command: Vec<OsString> = vec![self.program.clone().into_os_string()];
-        let (cpus, memory) = (place.cpus.to_string(), place.memory_mib.to_string());
         let mut signs = Vec::new();
-        match self.kind {
+        let arguments = match self.kind {
             Monitor::Qemu => {
                 // Our init writes a byte to a port.
                 let mark = job.directory.join("mark");
                 signs.push(Sign::Byte(fifo(&mark)?, Mark::Init));
-                // The clock stays, as Debian's kernel waits for one, for seconds.
-                command.extend(words([
-                    "-M",
-                    "microvm,x-option-roms=off,pit=off,pic=off,isa-serial=off,rtc=on",
-                    "-accel",
-                    "kvm",
-                    "-cpu",
-                    "host",
-                    "-smp",
-                    &cpus,
-                    "-m",
-                    &memory,
-                    "-nodefaults",
-                    "-no-user-config",
-                    "-display",
-                    "none",
-                    "-no-reboot",
-                    "-global",
-                    "virtio-mmio.force-legacy=false",
-                ]));
-                command.extend(words([
-                    "-kernel", &kernel, "-initrd", &initrd, "-append", &cmdline,
-                ]));
-                command.extend(words([
-                    "-chardev",
-                    "stdio,id=console",
-                    "-device",
-                    "virtio-serial-device",
-                    "-device",
-                    "virtconsole,chardev=console",
-                    "-chardev",
-                    &format!("file,id=mark,path={}", mark.display()),
-                    "-device",
-                    "isa-debugcon,iobase=0xb04,chardev=mark",
-                    "-drive",
-                    &format!("id=root,file={disk},format=raw,readonly=on,if=none"),
-                    "-device",
-                    "virtio-blk-device,drive=root",
-                ]));
-                if self.network {
-                    command.extend(words(["-netdev", "user,id=net"]));
-                    command.extend(words(["-device", "virtio-net-device,netdev=net"]));
-                }
+                qemu(&machine, &mark, self.network)
             }
-            Monitor::Firecracker => {
-                let config = json!({
-                    "boot-source": {
-                        "kernel_image_path": kernel, "initrd_path": initrd, "boot_args": cmdline,
-                    },
-                    "drives": [{
-                        "drive_id": "root", "path_on_host": disk,
-                        "is_root_device": false, "is_read_only": true,
-                    }],
-                    "machine-config": {
-                        "vcpu_count": place.cpus, "mem_size_mib": place.memory_mib,
-                    },
-                });
-                let path = job.directory.join("firecracker.json");
-                fs::write(&path, config.to_string()).or_host(path.display())?;
-                // Its log goes where the console does.
-                command.extend(words([
-                    "--no-api",
-                    "--level",
-                    "Error",
-                    "--id",
-                    &job.id,
-                    "--config-file",
-                    &path.to_string_lossy(),
-                ]));
-            }
-            Monitor::CloudHypervisor => {
-                command.extend(words(["--kernel", &kernel, "--initramfs", &initrd]));
-                command.extend(words(["--cmdline", &cmdline]));
-                command.extend(words(["--cpus", &format!("boot={cpus}")]));
-                command.extend(words(["--memory", &format!("size={memory}M")]));
-                command.extend(words(["--disk", &format!("path={disk},readonly=on")]));
-                command.extend(words(["--console", "tty", "--serial", "off"]));
-            }
-        }
+            Monitor::Firecracker => firecracker(&machine, job)?,
+            Monitor::CloudHypervisor => cloud_hypervisor(&machine),
+        };
+        let mut command = vec![self.program.clone().into_os_string()];
+        command.extend(arguments);
         Ok(Launch {
             command,
             nonce: job.nonce.clone(),
@@ -267,6 +200,124 @@ impl Engine for Machine {
             ..Launch::default()
         })
     }
+}
+
+/// The machine that a monitor is asked for.
+struct Description {
+    kernel: String,
+    initrd: String,
+    disk: String,
+    cmdline: String,
+    cpus: u32,
+    memory_mib: u64,
+}
+
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+/// The arguments of QEMU, whose debug console writes init's byte to `mark`.
+fn qemu(machine: &Description, mark: &Path, network: bool) -> Vec<OsString> {
+    let (cpus, memory) = (machine.cpus.to_string(), machine.memory_mib.to_string());
+    // The clock stays, as Debian's kernel waits for one, for seconds.
+    let mut arguments = words([
+        "-M",
+        "microvm,x-option-roms=off,pit=off,pic=off,isa-serial=off,rtc=on",
+        "-accel",
+        "kvm",
+        "-cpu",
+        "host",
+        "-smp",
+        &cpus,
+        "-m",
+        &memory,
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+        "-global",
+        "virtio-mmio.force-legacy=false",
+    ]);
+    arguments.extend(words(["-kernel", &machine.kernel]));
+    arguments.extend(words(["-initrd", &machine.initrd]));
+    arguments.extend(words(["-append", &machine.cmdline]));
+    arguments.extend(words([
+        "-chardev",
+        "stdio,id=console",
+        "-device",
+        "virtio-serial-device",
+        "-device",
+        "virtconsole,chardev=console",
+        "-chardev",
+        &format!("file,id=mark,path={}", mark.display()),
+        "-device",
+        "isa-debugcon,iobase=0xb04,chardev=mark",
+        "-drive",
+        &format!(
+            "id=root,file={},format=raw,readonly=on,if=none",
+            machine.disk
+        ),
+        "-device",
+        "virtio-blk-device,drive=root",
+    ]));
+    if network {
+        arguments.extend(words(["-netdev", "user,id=net"]));
+        arguments.extend(words(["-device", "virtio-net-device,netdev=net"]));
+    }
+    arguments
+}
+
+/// The arguments of Firecracker, and its configuration in the job's directory.
+fn firecracker(machine: &Description, job: &Job) -> Result<Vec<OsString>, Error> {
+    let config = json!({
+        "boot-source": {
+            "kernel_image_path": machine.kernel,
+            "initrd_path": machine.initrd,
+            "boot_args": machine.cmdline,
+        },
+        "drives": [{
+            "drive_id": "root", "path_on_host": machine.disk,
+            "is_root_device": false, "is_read_only": true,
+        }],
+        "machine-config": {
+            "vcpu_count": machine.cpus, "mem_size_mib": machine.memory_mib,
+        },
+    });
+    let path = job.directory.join("firecracker.json");
+    fs::write(&path, config.to_string()).or_host(path.display())?;
+    // Its log goes where the console does.
+    Ok(words([
+        "--no-api",
+        "--level",
+        "Error",
+        "--id",
+        &job.id,
+        "--config-file",
+        &path.to_string_lossy(),
+    ]))
+}
+
+/// The arguments of Cloud Hypervisor.
+fn cloud_hypervisor(machine: &Description) -> Vec<OsString> {
+    words([
+        "--kernel",
+        &machine.kernel,
+        "--initramfs",
+        &machine.initrd,
+        "--cmdline",
+        &machine.cmdline,
+        "--cpus",
+        &format!("boot={}", machine.cpus),
+        "--memory",
+        &format!("size={}M", machine.memory_mib),
+        "--disk",
+        &format!("path={},readonly=on", machine.disk),
+        "--console",
+        "tty",
+        "--serial",
+        "off",
+    ])
 }
 
 /// A word as a kernel's command line has it.

@@ -5,6 +5,7 @@
 mod axis;
 mod charts;
 mod memory;
+mod method;
 mod tables;
 
 use maud::{DOCTYPE, Markup, PreEscaped, html as markup};
@@ -12,9 +13,9 @@ use mayfly_text::date::date;
 
 use super::error::Error;
 use super::prose::{headline, limits, method, more, subject, warnings};
-use super::units::{Scale, digits, duration, printable, shell, times};
-use super::view::{self, fastest, missing, ranked, ratio};
-use crate::model::{EngineReport, Host, Kind, PageCache, Report};
+use super::units::{Scale, duration, printable, times};
+use super::view::{fastest, missing, ranked, ratio};
+use crate::model::{EngineReport, Kind, Report};
 
 const STYLE: &str = include_str!("../../../../resources/compare/page.css");
 /// Nothing is fetched, and no script runs, whatever the record holds.
@@ -68,7 +69,7 @@ pub fn html(report: &Report) -> Result<String, Error> {
                 footer {
                     p {
                         "Written by mayfly " (printable(&report.mayfly)) " on "
-                        time datetime=(date(report.started_ms)) { (day(report)) }
+                        time datetime=(date(report.started_ms)) { (method::day(report)) }
                         ". The whole record, every raw sample included, is in this file as JSON: "
                         "the element " code { "#record" } "."
                     }
@@ -155,7 +156,7 @@ fn sections(report: &Report, engines: &[&EngineReport]) -> Vec<Section> {
         absentees(report)
     });
     add(true, "how", "Method", "How it was measured", &|| {
-        how(report, engines)
+        method::how(report, engines)
     });
     sections
 }
@@ -302,141 +303,6 @@ fn absentees(report: &Report) -> Markup {
         dl.facts {
             @for (engine, why) in missing(report) {
                 div { dt { (printable(&engine.name)) } dd { (printable(why)) } }
-            }
-        }
-    }
-}
-
-fn day(report: &Report) -> String {
-    let date = date(report.started_ms);
-    match (date.split_once('T'), date.get(11..16)) {
-        (Some((day, _)), Some(time)) => format!("{day}, {time} UTC"),
-        _ => date,
-    }
-}
-
-fn clock_rate(host: &Host) -> String {
-    let governor = host.governor.as_deref().map_or_else(
-        || "not the host's to decide".to_owned(),
-        |it| format!("by the governor {}", printable(it)),
-    );
-    match host.turbo {
-        Some(true) => format!("{governor}; turbo on"),
-        Some(false) => format!("{governor}; turbo off"),
-        None => governor,
-    }
-}
-
-/// JSON for people, line by line.
-fn pretty(value: &serde_json::Value) -> String {
-    let text = format!("{value:#}");
-    let lines: Vec<String> = text.lines().map(printable).collect();
-    lines.join("\n")
-}
-
-fn how(report: &Report, engines: &[&EngineReport]) -> Markup {
-    let (host, workload) = (&report.host, &report.workload);
-    let page_cache = match report.page_cache {
-        PageCache::Warm => "warm: files were in the host's memory",
-        PageCache::Dropped => "dropped before each run",
-    };
-    let facts = [
-        (
-            "Host",
-            format!(
-                "{}, kernel {}",
-                printable(&host.system),
-                printable(&host.kernel)
-            ),
-        ),
-        (
-            "CPU",
-            format!("{}, {} online", printable(&host.cpu), host.cpus),
-        ),
-        ("Memory", format!("{} MiB", host.memory_mib)),
-        (
-            "Virtual",
-            host.virtualised
-                .as_deref()
-                .map_or("no, as far as can be seen".to_owned(), printable),
-        ),
-        (
-            "Started by",
-            if host.root {
-                "root"
-            } else {
-                "an ordinary user"
-            }
-            .to_owned(),
-        ),
-        ("Image", printable(&workload.image)),
-        ("Its configuration", printable(&workload.image_id)),
-        (
-            "Command",
-            match workload.command.as_slice() {
-                [] => "none: the marker alone".to_owned(),
-                words => shell(words),
-            },
-        ),
-        (
-            "Each has",
-            format!("{} CPUs, {} MiB", workload.cpus, workload.memory_mib),
-        ),
-        (
-            "Runs",
-            format!(
-                "{} of each engine, after {} that do not count",
-                report.runs, report.warmup
-            ),
-        ),
-        (
-            "Order",
-            format!(
-                "random, from seed {}, so that a drift hits all alike",
-                report.seed
-            ),
-        ),
-        ("Page cache", page_cache.to_owned()),
-        ("Clock rate", clock_rate(host)),
-        (
-            "Load",
-            format!(
-                "{} before, {} at the end; {} % of CPU time went to other machines",
-                digits(host.load_before),
-                digits(host.load_after),
-                digits(100.0 * host.stolen)
-            ),
-        ),
-        ("Begun", day(report)),
-    ];
-    let booted = workload.guest.iter();
-    let booted: Vec<String> = booted
-        .map(|(name, digest)| format!("{}: {}", printable(name), printable(digest)))
-        .collect();
-    markup! {
-        dl.facts {
-            @for (name, value) in &facts { div { dt { (name) } dd { (value) } } }
-            @if !booted.is_empty() {
-                div { dt { "VMs boot" } dd { @for it in &booted { (it) " " } } }
-            }
-        }
-        h3 { "What was launched" }
-        p.about { "Word by word; what stands in braces differs from run to run." }
-        @for engine in engines {
-            article.engine {
-                h4 {
-                    (printable(&engine.name)) " "
-                    span.kind {
-                        (view::kind(engine))
-                        @if let Some(version) = &engine.version { " " (printable(version)) }
-                    }
-                }
-                @if !engine.command_line.is_empty() { pre tabindex="0" { code { (shell(&engine.command_line)) } } }
-                @for (name, held) in &engine.settings {
-                    details { summary { (printable(name)) } pre tabindex="0" { code { (pretty(held)) } } }
-                }
-                @if !engine.network.is_empty() { p { "Network: " (printable(&engine.network)) "." } }
-                @for note in &engine.notes { p { (tables::capital(&printable(note))) } }
             }
         }
     }
