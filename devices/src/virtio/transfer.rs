@@ -30,30 +30,6 @@ pub fn send(
     unsafe { send_vectors(socket, buffer.vectors(offset, len, &mut room)) }
 }
 
-/// The same behind a prefix. Nothing is sent of a range of too many parts.
-pub fn send_behind(
-    prefix: &[u8],
-    socket: &impl AsRawFd,
-    buffer: &Buffer,
-    offset: usize,
-    len: usize,
-) -> io::Result<usize> {
-    let mut vectors = [NO_PART; PARTS + 1];
-    let (first, room) = vectors.split_at_mut(1);
-    first.fill(libc::iovec {
-        iov_base: prefix.as_ptr().cast_mut().cast(),
-        iov_len: prefix.len(),
-    });
-    let parts = buffer.vectors(offset, len, room);
-    if parts.iter().map(|part| part.iov_len).sum::<usize>() != len {
-        return Ok(0);
-    }
-    let count = parts.len() + 1;
-    // SAFETY: the vectors point to a live prefix, and to guest memory that `buffer`
-    // holds.
-    unsafe { send_vectors(socket, vectors.get(..count).unwrap_or_default()) }
-}
-
 /// Receives into a range of a buffer, without blocking; returns how many bytes came.
 pub fn receive(
     socket: &impl AsRawFd,

@@ -193,6 +193,13 @@ impl Backend {
         }
     }
 
+    /// The guest has no more packets for now: those that it took are sent.
+    pub(super) fn flush(&mut self) {
+        if let Kind::Stream(stream) = &mut self.0 {
+            stream.flush();
+        }
+    }
+
     /// It has packets for the guest that its source does not tell of.
     pub(super) fn has_answers(&self) -> bool {
         match &self.0 {

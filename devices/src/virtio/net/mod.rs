@@ -278,7 +278,9 @@ impl Net {
         if std::mem::take(&mut self.link_changed) {
             queues.config_changed();
         }
-        self.transmit(queues)?;
+        let transmitted = self.transmit(queues);
+        self.pairs.iter_mut().for_each(|pair| pair.end.flush());
+        transmitted?;
         self.receive(queues)?;
         for pair in &mut self.pairs {
             if let Some(reason) = pair.end.take_loss() {

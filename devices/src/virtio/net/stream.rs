@@ -2,9 +2,9 @@
 //! big end first: QEMU's and passt's framing. There are no packet headers, and
 //! so no offloads.
 //!
-//! What the guest sends goes to the socket straight from its memory; what the
-//! socket does not take of a frame is copied, and the next frame waits until it
-//! is gone. With a filter, each frame is copied before it is judged.
+//! The guest's frames are copied, judged if there is a filter, and sent together when
+//! the guest has no more for now, or there are many. When the socket does not take them,
+//! the next ones wait in the guest.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
@@ -20,7 +20,6 @@ use super::filter::{FrameFilter, Verdict};
 use super::{HEADER, PACKET_MAX};
 use crate::number;
 use crate::virtio::chain::Chain;
-use crate::virtio::transfer;
 
 /// The length in front of a frame.
 const PREFIX: usize = 4;
@@ -32,6 +31,10 @@ const FRAME_MIN: usize = 14;
 const SLACK: usize = HEADER - PREFIX;
 /// Frames of several sizes are read at once.
 const INBOX: usize = SLACK + 2 * (PREFIX + FRAME_MAX);
+/// Frames that are sent together, and one more.
+const OUTBOX: usize = BATCH + PREFIX + FRAME_MAX;
+/// So many bytes are sent without waiting for the end of the guest's frames.
+const BATCH: usize = 64 << 10;
 /// Answers of a filter that may wait for the guest.
 const ANSWERS_MAX: usize = 64;
 
@@ -106,10 +109,10 @@ impl Inbox {
     }
 }
 
-/// A frame, with its length in front, of which a part may be sent.
+/// Frames, each with its length in front, that are sent together.
 #[derive(Default)]
 struct Outbox {
-    /// Room for a frame, from the first that needs it on.
+    /// [`OUTBOX`] bytes, from the first frame on.
     bytes: Vec<u8>,
     start: usize,
     end: usize,
@@ -120,22 +123,36 @@ impl Outbox {
         self.start == self.end
     }
 
-    /// Copies a frame, all but what was `sent` of it.
-    fn fill(&mut self, chain: &Chain, len: usize, sent: usize) {
-        self.bytes.resize(PREFIX + FRAME_MAX, 0);
-        if let Some((prefix, frame)) = self.bytes.split_first_chunk_mut::<PREFIX>() {
-            *prefix = number::length(len).to_be_bytes();
-            // What the guest takes away meanwhile is sent as it was before.
-            let from = sent.saturating_sub(PREFIX);
-            let rest = frame.get_mut(from..len).unwrap_or_default();
-            chain.readable.read_at(HEADER + from, rest);
-        }
-        (self.start, self.end) = (sent, PREFIX + len);
+    fn len(&self) -> usize {
+        self.end - self.start
     }
 
-    /// The frame, when nothing of it was sent.
-    fn frame(&self) -> &[u8] {
-        self.bytes.get(PREFIX..self.end).unwrap_or_default()
+    /// It has room for a frame, however large.
+    fn has_room(&self) -> bool {
+        self.len() <= OUTBOX - (PREFIX + FRAME_MAX)
+    }
+
+    /// Copies a frame of the guest's to the end, and returns it; none without room.
+    fn push(&mut self, chain: &Chain, len: usize) -> Option<&[u8]> {
+        if self.bytes.is_empty() {
+            self.bytes.resize(OUTBOX, 0);
+        }
+        if self.end + PREFIX + len > OUTBOX {
+            self.bytes.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.len());
+        }
+        let room = self.bytes.get_mut(self.end..self.end + PREFIX + len)?;
+        let (prefix, frame) = room.split_first_chunk_mut::<PREFIX>()?;
+        *prefix = number::length(len).to_be_bytes();
+        // What the guest takes away meanwhile is sent as it was before.
+        chain.readable.read_at(HEADER, frame);
+        self.end += PREFIX + len;
+        Some(frame)
+    }
+
+    /// Takes the last frame, of a length, away again.
+    fn pop(&mut self, len: usize) {
+        self.end -= PREFIX + len;
     }
 
     fn clear(&mut self) {
@@ -321,13 +338,13 @@ impl Stream {
         !self.answers.is_empty()
     }
 
-    /// Sends what is left of the last frame. If that takes longer, the source
-    /// of room tells when to come again.
+    /// Makes room for another frame, if there is none. If that takes longer, the source of
+    /// room tells when to come again.
     pub fn has_room(&mut self) -> bool {
-        if self.is_up() && !self.outbox.is_empty() {
+        if self.is_up() && !self.outbox.has_room() {
             self.flush();
         }
-        !self.is_up() || self.outbox.is_empty()
+        !self.is_up() || self.outbox.has_room()
     }
 
     pub fn send(&mut self, chain: &Chain) -> bool {
@@ -335,28 +352,21 @@ impl Stream {
         if !self.is_up() || !(FRAME_MIN..=FRAME_MAX).contains(&len) {
             return false;
         }
-        match self.filter.take() {
-            Some(mut filter) => {
-                self.outbox.fill(chain, len, 0);
-                let verdict = filter.outgoing(self.outbox.frame(), Instant::now());
-                self.filter = Some(filter);
-                self.set_timer();
-                if verdict != Verdict::Pass {
-                    self.outbox.clear();
-                    self.answer(verdict);
-                    return false;
-                }
-            }
-            None => match send_in_place(&self.socket, chain, len) {
-                Ok(sent) if sent == PREFIX + len => return true,
-                Ok(sent) => self.outbox.fill(chain, len, sent),
-                Err(error) => {
-                    self.lose(format!("sending: {error}"));
-                    return false;
-                }
-            },
+        let Some(frame) = self.outbox.push(chain, len) else {
+            return false;
+        };
+        let verdict = match &mut self.filter {
+            Some(filter) => filter.outgoing(frame, Instant::now()),
+            None => Verdict::Pass,
+        };
+        if verdict != Verdict::Pass {
+            self.outbox.pop(len);
+            self.answer(verdict);
+            return false;
         }
-        self.flush();
+        if self.outbox.len() >= BATCH {
+            self.flush();
+        }
         self.is_up()
     }
 
@@ -371,7 +381,11 @@ impl Stream {
         }
     }
 
-    fn flush(&mut self) {
+    /// Sends what was collected.
+    pub fn flush(&mut self) {
+        if self.outbox.is_empty() || !self.is_up() {
+            return;
+        }
         if let Err(error) = self.outbox.flush(&self.socket) {
             return self.lose(format!("sending: {error}"));
         }
@@ -412,15 +426,5 @@ impl Stream {
         let filter = self.filter.as_ref().map(|filter| filter.counters());
         let filter = filter.unwrap_or_default().into_iter();
         filter.chain([("link_losses", lost)]).collect()
-    }
-}
-
-/// Sends a frame from guest memory, and its length; returns how many bytes the
-/// socket took.
-fn send_in_place(socket: &UnixStream, chain: &Chain, len: usize) -> io::Result<usize> {
-    let prefix = number::length(len).to_be_bytes();
-    match transfer::send_behind(&prefix, socket, &chain.readable, HEADER, len) {
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
-        sent => sent,
     }
 }

@@ -4,6 +4,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
+use rustix::net::{AddressFamily, SocketType};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 
 use super::*;
@@ -133,6 +134,32 @@ fn frames_go_both_ways_behind_their_length() {
 
 /// However the socket divides it, each byte arrives once and in order, and of
 /// what does not fit no more than a frame is held.
+#[test]
+fn frames_are_sent_together() {
+    // Each of its reads gives what one call wrote.
+    let flags = rustix::net::SocketFlags::NONBLOCK;
+    let (kind, family) = (SocketType::SEQPACKET, AddressFamily::UNIX);
+    let (ours, theirs) = rustix::net::socketpair(family, kind, flags, None).unwrap();
+    let end = Backend::stream(UnixStream::from(theirs), None).unwrap();
+    let net = Net::new(vec![end], MAC, Limits::default()).unwrap();
+    let mut driver = Driver::new(Box::new(net));
+    driver.start(0);
+    let mut peer = UnixStream::from(ours);
+    for count in [3, 1] {
+        let frame = frame(7, 60);
+        driver.write(0x20000 + HEADER as u64, &frame);
+        for _ in 0..count {
+            driver.add(TRANSMIT, &[Descriptor::readable(0x20000, 72)]);
+        }
+        driver.kick(TRANSMIT);
+        assert_eq!(driver.used(TRANSMIT).len(), count);
+        let mut read = [0; 4096];
+        let len = peer.read(&mut read).unwrap();
+        assert_eq!(read[..len], framed(&frame).repeat(count));
+        assert!(peer.read(&mut read).is_err());
+    }
+}
+
 #[test]
 fn a_peer_that_reads_late_holds_the_guest_back() {
     let (mut driver, mut peer) = driver(None);
