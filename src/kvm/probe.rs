@@ -63,7 +63,8 @@ fn run_loop(kvm: &Kvm) -> Option<Duration> {
     .ok()?;
     memory.write_slice(&PROGRAM, GuestAddress(CODE)).ok()?;
     let mut vm = Vm::new(kvm).ok()?;
-    vm.set_memory(&memory).ok()?;
+    vm.add_memory(&memory);
+    vm.set_memory().ok()?;
     let mut vcpu = vm.create_vcpu(0).ok()?;
     let mut sregs = vcpu.get_sregs().ok()?;
     (sregs.cs.base, sregs.cs.selector) = (0, 0);

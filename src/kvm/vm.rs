@@ -7,7 +7,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY,
@@ -15,7 +15,6 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use mayfly_boot::layout;
-use mayfly_devices::bus::lock;
 use mayfly_devices::virtio::interrupt::InterruptLine;
 use mayfly_devices::virtio::registers::RegisterPage;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
@@ -134,7 +133,7 @@ pub struct Vm {
     // Behind `fd`, so that it is unmapped only when the machine is gone.
     memory: Option<GuestMemory>,
     /// Registers that the guest reads by itself, if KVM can let it.
-    shown: Mutex<Vec<Arc<RegisterPage>>>,
+    shown: Vec<(Arc<RegisterPage>, u64)>,
     read_only_memory: bool,
     /// What KVM lets CPUID say.
     pub supported_cpuid: CpuId,
@@ -162,60 +161,47 @@ impl Vm {
         Ok(Vm {
             fd,
             memory: None,
-            shown: Mutex::default(),
+            shown: Vec::new(),
             read_only_memory: kvm.check_extension(Cap::ReadonlyMem),
             supported_cpuid,
             tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
         })
     }
 
-    /// Makes memory the guest's, once.
-    pub fn set_memory(&mut self, memory: &GuestMemory) -> Result<(), KvmError> {
-        for (slot, region) in (0..).zip(memory.iter()) {
-            let description = kvm_userspace_memory_region {
-                slot,
-                guest_phys_addr: region.start_addr().raw_value(),
-                memory_size: region.len(),
-                userspace_addr: region.as_ptr() as u64,
-                flags: 0,
-            };
-            // SAFETY: a mapping of that size, which is kept mapped below.
-            // Its content is only ever accessed as guest memory.
+    /// Memory that is to be the guest's, once.
+    pub fn add_memory(&mut self, memory: &GuestMemory) {
+        self.memory = Some(memory.clone());
+    }
+
+    /// Transports' registers that the guest is to read by itself, each at its address; what it
+    /// writes there is an exit as ever. Those of devices that hear of reads are left out, and
+    /// all of them where KVM cannot do it.
+    pub fn add_registers(&mut self, registers: Vec<(Arc<RegisterPage>, u64)>) {
+        if self.read_only_memory {
+            self.shown.extend(registers);
+        }
+    }
+
+    /// Gives the guest what was added. KVM waits some milliseconds for each piece, with
+    /// nothing to compute: so registers that lie in a row are one, and the caller may have
+    /// other things done meanwhile.
+    pub fn set_memory(&self) -> Result<(), KvmError> {
+        let memory = self.memory.iter().flat_map(|memory| memory.iter());
+        let memory = memory.map(|region| kvm_userspace_memory_region {
+            slot: 0,
+            guest_phys_addr: region.start_addr().raw_value(),
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+            flags: 0,
+        });
+        let pieces: Vec<_> = memory.chain(rows(&self.shown)).collect();
+        for (slot, piece) in (0..).zip(pieces) {
+            let description = kvm_userspace_memory_region { slot, ..piece };
+            // SAFETY: a mapping, or pages, of that size, which this keeps. Guest memory is only
+            // ever accessed as such, and the guest cannot write to the pages.
             unsafe { self.fd.set_user_memory_region(description) }
                 .map_err(doing("giving the guest memory"))?;
         }
-        self.memory = Some(memory.clone());
-        Ok(())
-    }
-
-    /// Lets the guest read a transport's registers by itself, at an address; what it
-    /// writes there is an exit as ever. Does nothing where KVM cannot do it, or the device
-    /// hears of reads.
-    pub fn show_registers(
-        &self,
-        registers: &Arc<RegisterPage>,
-        address: u64,
-    ) -> Result<(), KvmError> {
-        let Some(start) = registers.address().filter(|_| self.read_only_memory) else {
-            return Ok(());
-        };
-        let mut shown = lock(&self.shown);
-        let memory = self
-            .memory
-            .as_ref()
-            .map_or(0, |memory| memory.num_regions());
-        let slot = u32::try_from(memory + shown.len()).unwrap_or(u32::MAX);
-        let description = kvm_userspace_memory_region {
-            slot,
-            guest_phys_addr: address,
-            memory_size: layout::VIRTIO_MMIO_SIZE.into(),
-            userspace_addr: start as u64,
-            flags: KVM_MEM_READONLY,
-        };
-        // SAFETY: a page of that size, kept below, which the guest cannot write to.
-        unsafe { self.fd.set_user_memory_region(description) }
-            .map_err(doing("letting the guest read registers"))?;
-        shown.push(registers.clone());
         Ok(())
     }
 
@@ -271,3 +257,30 @@ impl Vm {
 // The pages of KVM's own must lie where no device and no RAM is.
 const _: () =
     assert!(IDENTITY_MAP > layout::APIC as u64 && TSS as u64 + 0x3000 < layout::MMIO_HOLE_END);
+
+/// Pages of registers that lie in a row both here and in the guest, as one piece each.
+fn rows(registers: &[(Arc<RegisterPage>, u64)]) -> Vec<kvm_userspace_memory_region> {
+    const PAGE: u64 = layout::VIRTIO_MMIO_SIZE as u64;
+    let mut rows: Vec<kvm_userspace_memory_region> = Vec::new();
+    for (page, address) in registers {
+        let Some(start) = page.address() else {
+            continue;
+        };
+        match rows.last_mut() {
+            Some(row)
+                if row.guest_phys_addr + row.memory_size == *address
+                    && row.userspace_addr + row.memory_size == start as u64 =>
+            {
+                row.memory_size += PAGE;
+            }
+            _ => rows.push(kvm_userspace_memory_region {
+                slot: 0,
+                guest_phys_addr: *address,
+                memory_size: PAGE,
+                userspace_addr: start as u64,
+                flags: KVM_MEM_READONLY,
+            }),
+        }
+    }
+    rows
+}

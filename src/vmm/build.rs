@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::mem;
 use std::sync::{Arc, Mutex};
+use std::thread;
 
 use kvm_ioctls::Kvm;
 use mayfly_boot::{Boot, KernelError, MmioDevice, Protocol, initrd, kernel, layout};
@@ -16,7 +17,7 @@ use super::devices::{self, AttachedDevice, AttachedDevices, DeviceEnds, Surround
 use super::events::{Notifier, VmEvent, duplicate, event};
 use super::platform::{self, PlatformHandle};
 use crate::console::Connection;
-use crate::failure::{Failure, OrFail};
+use crate::failure::{Class, Failure, OrFail};
 use crate::kvm::cpuid;
 use crate::kvm::gate::Gate;
 use crate::kvm::memory::{GuestMemory, exclude_from_dumps, guest_memory, prefault};
@@ -81,7 +82,7 @@ pub fn build(
     timeline.kvm_ready = timeline.now();
 
     let memory = guest_memory(&spec.memory).or_host(memory_flag(spec))?;
-    vm.set_memory(&memory).or_host("--memory")?;
+    vm.add_memory(&memory);
     timeline.memory_mapped = timeline.now();
 
     let events = Mailbox::default();
@@ -106,13 +107,24 @@ pub fn build(
         devices,
         connections,
         balloon,
+        registers,
     } = attached;
+    vm.add_registers(registers);
     let virtio: Vec<MmioDevice> = devices.iter().map(|device| device.place).collect();
 
-    let entry = load(spec, &mut parts, &memory, &virtio)?;
-    if spec.memory.prefault {
-        prefault(&memory).or_host(memory_flag(spec))?;
-    }
+    // KVM waits while it is given memory; meanwhile that is filled.
+    let entry = thread::scope(|scope| {
+        let given = scope.spawn(|| vm.set_memory());
+        let entry = load(spec, &mut parts, &memory, &virtio)?;
+        if spec.memory.prefault {
+            prefault(&memory).or_host(memory_flag(spec))?;
+        }
+        match given.join() {
+            Ok(given) => given.or_host("--memory")?,
+            Err(_) => return Err(Failure::new(Class::Internal, "a thread failed").into()),
+        }
+        Ok::<_, VmmFailure>(entry)
+    })?;
     exclude_from_dumps(&memory).or_host(memory_flag(spec))?;
     timeline.kernel_loaded = timeline.now();
 

@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::device::{DeviceId, NeedsReset, Token, VirtioDevice};
 use super::interrupt::{Interrupt, InterruptLine, Interrupter};
 use super::queues::Queues;
-use super::registers::{CONFIG, RegisterPage};
+use super::registers::{CONFIG, RegisterPage, RegisterPages};
 use super::state::{
     QueueSetup, RestoreError, SaveError, TransportState, VERSION as STATE_VERSION, VirtioState,
 };
@@ -111,12 +111,22 @@ impl VirtioMmio {
         memory: Arc<GuestMemory>,
         interrupt: impl InterruptLine + 'static,
     ) -> std::io::Result<Self> {
+        VirtioMmio::with_registers(device, memory, interrupt, (&RegisterPages::new(1), 0))
+    }
+
+    /// The same, whose registers are in one of several pages.
+    pub fn with_registers(
+        device: Box<dyn VirtioDevice>,
+        memory: Arc<GuestMemory>,
+        interrupt: impl InterruptLine + 'static,
+        (pages, index): (&RegisterPages, usize),
+    ) -> std::io::Result<Self> {
         let kicks = device
             .queue_sizes()
             .iter()
             .map(|_| EventFd::new(EFD_NONBLOCK))
             .collect::<Result<_, _>>()?;
-        let page = RegisterPage::new(device.hears_config_reads());
+        let page = RegisterPage::at(pages, index, device.hears_config_reads());
         let interrupter = Arc::new(Interrupter::new(page.clone(), interrupt));
         let mut transport = VirtioMmio {
             page,

@@ -23,18 +23,34 @@ pub(super) const CONFIG: u64 = reg::VIRTIO_MMIO_CONFIG as u64;
 #[repr(C, align(4096))]
 struct Words([AtomicU32; WORDS]);
 
+/// The pages of several devices' registers, one behind the other: KVM takes as long for one
+/// page as for many in a row.
+#[derive(Clone)]
+pub struct RegisterPages(Arc<[Words]>);
+
+impl RegisterPages {
+    /// As many pages, of registers that are all zero.
+    pub fn new(count: usize) -> Self {
+        let zero = |_| Words([const { AtomicU32::new(0) }; WORDS]);
+        RegisterPages((0..count).map(zero).collect())
+    }
+}
+
 /// The registers, as the driver reads them.
 pub struct RegisterPage {
-    words: Box<Words>,
+    pages: RegisterPages,
+    /// Which of the pages.
+    index: usize,
     /// The device hears of reads of its configuration space.
     config_read_heard: bool,
 }
 
 impl RegisterPage {
-    /// Registers that are all zero.
-    pub(super) fn new(config_read_heard: bool) -> Arc<Self> {
+    /// Registers in one of several pages.
+    pub(super) fn at(pages: &RegisterPages, index: usize, config_read_heard: bool) -> Arc<Self> {
         Arc::new(RegisterPage {
-            words: Box::new(Words([const { AtomicU32::new(0) }; WORDS])),
+            pages: pages.clone(),
+            index,
             config_read_heard,
         })
     }
@@ -43,8 +59,8 @@ impl RegisterPage {
     /// this changes. None if the device hears of reads: the guest must not do them by
     /// itself.
     pub fn address(&self) -> Option<*const u8> {
-        let start = std::ptr::from_ref(&*self.words).cast();
-        (!self.config_read_heard).then_some(start)
+        let words = self.pages.0.get(self.index)?;
+        (!self.config_read_heard).then_some(std::ptr::from_ref(words).cast())
     }
 
     /// Fills `data` with what the driver reads at an offset, which is any number.
@@ -61,8 +77,13 @@ impl RegisterPage {
         }
     }
 
+    fn words(&self) -> &[AtomicU32] {
+        let words = self.pages.0.get(self.index);
+        words.map_or(&[], |words| &words.0)
+    }
+
     fn word(&self, offset: usize) -> Option<&AtomicU32> {
-        self.words.0.get(offset / WORD)
+        self.words().get(offset / WORD)
     }
 
     /// Sets the register at an offset.
@@ -75,8 +96,7 @@ impl RegisterPage {
     /// Sets the configuration space.
     pub(super) fn set_config(&self, config: &[u8]) {
         let words = self
-            .words
-            .0
+            .words()
             .iter()
             .skip(reg::VIRTIO_MMIO_CONFIG as usize / WORD);
         for (word, bytes) in words.zip(config.chunks(WORD)) {

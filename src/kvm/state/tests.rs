@@ -64,7 +64,8 @@ impl Machine {
         .unwrap();
         memory.write_slice(&PROGRAM, GuestAddress(CODE)).unwrap();
         let mut vm = Vm::new(kvm).unwrap();
-        vm.set_memory(&memory).unwrap();
+        vm.add_memory(&memory);
+        vm.set_memory().unwrap();
         let vcpus = (0..cpus)
             .map(|index| Vcpu::new(&vm, index, cpus, false).unwrap())
             .collect();

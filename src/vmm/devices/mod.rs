@@ -23,6 +23,7 @@ use mayfly_devices::virtio::device::DeviceId;
 use mayfly_devices::virtio::mmio::{
     INTERRUPT_ACK_OFFSET, NOTIFY_OFFSET, QUEUES_ACKNOWLEDGED, VirtioMmio,
 };
+use mayfly_devices::virtio::registers::{RegisterPage, RegisterPages};
 use mayfly_devices::virtio::rng::Rng;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -77,6 +78,8 @@ pub struct AttachedDevices {
     pub connections: Vec<Connection>,
     /// Commands the balloon.
     pub balloon: Option<BalloonHandle>,
+    /// What drivers read of the transports, and where.
+    pub registers: Vec<(Arc<RegisterPage>, u64)>,
 }
 
 /// Makes all devices of a specification, and places them in its order.
@@ -87,14 +90,19 @@ pub fn attach(
     surroundings: &Surroundings,
     buses: &mut Buses,
 ) -> Result<AttachedDevices, VmmFailure> {
-    let memory = Arc::new(surroundings.memory.clone());
+    let common = Common {
+        vm: surroundings.vm,
+        memory: Arc::new(surroundings.memory.clone()),
+        registers: RegisterPages::new(spec.devices.len()),
+    };
     let mut attached = AttachedDevices::default();
     attached.connections.push(console::on_serial(serial));
     for (index, device) in spec.devices.iter().enumerate() {
         let name = device.name.as_str();
         let end = ends.remove(name);
         let pending = make(spec, name, &device.kind, end, surroundings, &mut attached)?;
-        let device = place(index, name, pending, surroundings.vm, &memory, buses)?;
+        let (device, registers) = place(index, name, pending, &common, buses)?;
+        attached.registers.push((registers, device.place.addr));
         attached.devices.push(device);
     }
     Ok(attached)
@@ -147,23 +155,34 @@ fn make(
     }
 }
 
-/// Gives a device its address, its interrupt and its notifications.
+/// What all transports have in common.
+struct Common<'a> {
+    vm: &'a Vm,
+    memory: Arc<GuestMemory>,
+    registers: RegisterPages,
+}
+
+/// Gives a device its address, its interrupt and its notifications. Returns what its driver
+/// reads of the transport, too.
 fn place(
     index: usize,
     name: &str,
     pending: PendingDevice,
-    vm: &Vm,
-    memory: &Arc<GuestMemory>,
+    common: &Common,
     buses: &mut Buses,
-) -> Result<AttachedDevice, VmmFailure> {
+) -> Result<(AttachedDevice, Arc<RegisterPage>), VmmFailure> {
     let PendingDevice { device, limits } = pending;
+    let (vm, memory) = (common.vm, common.memory.clone());
+    let registers = (&common.registers, index);
     let part = || Part::Device(name.to_owned());
     let kind = device.id();
     let (Some(addr), Some(irq)) = (layout::virtio_address(index), layout::virtio_irq(index)) else {
         return Err(Failure::config(format!("{name}: too many devices")).into());
     };
     let interrupt = vm.interrupt_line(irq).or_host_of(part())?;
-    let transport = VirtioMmio::new(device, memory.clone(), interrupt).or_host_of(part())?;
+    let transport =
+        VirtioMmio::with_registers(device, memory, interrupt, registers).or_host_of(part())?;
+    let registers = transport.registers().clone();
     for (queue, kick) in (0..).zip(transport.kicks()) {
         vm.connect_notification(kick, addr + NOTIFY_OFFSET, queue)
             .or_host_of(part())?;
@@ -171,18 +190,17 @@ fn place(
     // KVM keeps the event, which nobody waits for.
     vm.connect_notification(&event()?, addr + INTERRUPT_ACK_OFFSET, QUEUES_ACKNOWLEDGED)
         .or_host_of(part())?;
-    vm.show_registers(transport.registers(), addr)
-        .or_host_of(part())?;
     let transport = Arc::new(Mutex::new(transport));
     buses
         .mmio
         .insert(addr, layout::VIRTIO_MMIO_SIZE.into(), transport.clone())
         .or_internal(name)?;
-    Ok(AttachedDevice {
+    let device = AttachedDevice {
         name: name.to_owned(),
         kind,
         place: MmioDevice { addr, irq },
         transport,
         limits,
-    })
+    };
+    Ok((device, registers))
 }

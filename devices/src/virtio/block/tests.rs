@@ -8,7 +8,7 @@ use super::*;
 use crate::rate_limiter::Rate;
 use crate::virtio::interrupt::Interrupter;
 use crate::virtio::mmio;
-use crate::virtio::registers::RegisterPage;
+use crate::virtio::registers::{RegisterPage, RegisterPages};
 use crate::virtio::testing::{Descriptor, Driver};
 use proptest::prelude::*;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -273,7 +273,10 @@ fn chain_of(driver: &mut Driver) -> crate::virtio::chain::Chain {
         ..Default::default()
     };
     let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
-    let interrupter = Arc::new(Interrupter::new(RegisterPage::new(false), interrupt));
+    let interrupter = Arc::new(Interrupter::new(
+        RegisterPage::at(&RegisterPages::new(1), 0, false),
+        interrupt,
+    ));
     let mut queues = Queues::new(&driver.memory, &[state], &interrupter).unwrap();
     queues.begin();
     queues.pop(0).unwrap().unwrap()
