@@ -23,7 +23,7 @@ use crate::failure::{Failure, OrFail};
 use crate::signals::StartSignals;
 
 /// When it is told to end, this is plenty.
-const FAREWELL: Duration = Duration::from_secs(2);
+const GRACE_PERIOD: Duration = Duration::from_secs(2);
 const STACK: usize = 64 << 10;
 /// Of what it says, so much is taken at once, and told when it fails.
 const LINE_MAX: u64 = 1000;
@@ -243,7 +243,7 @@ impl Helper {
     pub fn complaint(&mut self) -> String {
         self.kill();
         let mut text = Vec::new();
-        let deadline = Instant::now() + FAREWELL;
+        let deadline = Instant::now() + GRACE_PERIOD;
         // A child of its own in another session may have it open for longer.
         while let Some(stderr) = &mut self.stderr
             && text.len() < COMPLAINT_MAX
@@ -390,7 +390,7 @@ impl Life {
         let over = lock(&self.over);
         let waited = self
             .ended
-            .wait_timeout_while(over, FAREWELL, |over| !*over)
+            .wait_timeout_while(over, GRACE_PERIOD, |over| !*over)
             .unwrap_or_else(PoisonError::into_inner);
         *waited.0
     }
@@ -547,7 +547,7 @@ mod tests {
         assert!(running.life.wait());
         let begun = Instant::now();
         // Whoever adopted it may take a while to notice.
-        while alive(group) && begun.elapsed() < FAREWELL {
+        while alive(group) && begun.elapsed() < GRACE_PERIOD {
             thread::sleep(Duration::from_millis(10));
         }
         assert!(!alive(group));

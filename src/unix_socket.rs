@@ -21,7 +21,7 @@ const BACKLOG: i32 = 1024;
 
 /// A folder is locked only for as long as a name is given; but anybody who may
 /// read it can lock it.
-const LOCK_PATIENCE: Duration = Duration::from_secs(3);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// A socket without a name, that does not block.
 pub fn socket() -> io::Result<OwnedFd> {
@@ -164,7 +164,7 @@ impl Name {
     /// Gives a socket its name, and listens.
     pub fn give(socket: &UnixListener, path: &Path, flag: &str) -> Result<Self, Failure> {
         // Who looks whether a socket is a leftover must not see a new one.
-        let _lock = lock(folder_of(path), LOCK_PATIENCE, flag)?;
+        let _lock = lock(folder_of(path), LOCK_TIMEOUT, flag)?;
         if check_free(path, flag)? {
             fs::remove_file(path).or_host(flag)?;
         }

@@ -50,7 +50,7 @@ const NO_NAMESPACES: &str = "virtiofsd's sandbox needs namespaces, which this ho
                              make; see the sysctls kernel.unprivileged_userns_clone and \
                              kernel.apparmor_restrict_unprivileged_userns";
 /// It starts in this time, or not at all.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 /// What it says when all is well, and when the VM ends.
 const CHATTER: Chatter = &["virtio_loop: Unexpected poll revents"];
 
@@ -141,7 +141,7 @@ impl Starting {
         let what = format!("{}: {PROGRAM}", self.flag);
         let own = self.socket.try_clone().or_host(&what)?;
         let interrupt = Some(signals.as_fd());
-        let frontend = match Frontend::greet(self.socket, PATIENCE, interrupt) {
+        let frontend = match Frontend::greet(self.socket, TIMEOUT, interrupt) {
             Ok(frontend) => frontend,
             Err(error @ BackendError::Interrupted) => {
                 signals.check()?;
@@ -178,7 +178,7 @@ pub fn find() -> Option<PathBuf> {
 fn make(program: &Path, what: &str, signals: &StartSignals) -> Result<Make, Failure> {
     let mut command = helper::command(program).or_host(what)?;
     command.arg("--version");
-    let said = helper::output(command, what, PATIENCE, signals)?;
+    let said = helper::output(command, what, TIMEOUT, signals)?;
     let said = String::from_utf8_lossy(&said);
     // QEMU's says nothing to an ordinary user, as it cannot give up its groups.
     Ok(

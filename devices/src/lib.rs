@@ -17,10 +17,10 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
 pub mod bus;
+pub mod char_device;
 pub mod cmos;
 pub mod ged;
 pub mod i8042;
-pub mod line;
 pub mod mailbox;
 mod number;
 pub mod platform;

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
-use crate::line::Line;
+use crate::char_device::CharDevice;
 
 /// How much output waits at most, in bytes.
 const OUTPUT_MAX: usize = 64 << 10;
@@ -124,19 +124,19 @@ impl Default for SerialState {
 pub struct Serial {
     state: SerialState,
     interrupt: EventFd,
-    attention: EventFd,
+    host_event: EventFd,
 }
 
 impl Serial {
     /// A port in the given state. `interrupt` is signalled for the guest, on a
-    /// rising edge; `attention` when there is output after there was none, or
+    /// rising edge; `host_event` when there is output after there was none, or
     /// there is room for input after there was
     /// none.
-    pub fn new(state: SerialState, interrupt: EventFd, attention: EventFd) -> Self {
+    pub fn new(state: SerialState, interrupt: EventFd, host_event: EventFd) -> Self {
         Serial {
             state,
             interrupt,
-            attention,
+            host_event,
         }
     }
 
@@ -168,7 +168,7 @@ impl Serial {
             }
         } else if self.state.output.len() < OUTPUT_MAX {
             if self.state.output.is_empty() {
-                signal(&self.attention);
+                signal(&self.host_event);
             }
             self.state.output.push_back(byte);
         } // else lost: the guest was told to wait
@@ -179,7 +179,7 @@ impl Serial {
         let was_full = self.fifo_room() == 0;
         let byte = self.state.input.pop_front().unwrap_or(0);
         if was_full {
-            signal(&self.attention);
+            signal(&self.host_event);
         }
         byte
     }
@@ -270,7 +270,7 @@ impl Serial {
                     self.state.thre_pending = !self.busy();
                 }
                 if self.listening() && !listened {
-                    signal(&self.attention);
+                    signal(&self.host_event);
                 }
             }
             IIR_FCR => {
@@ -278,7 +278,7 @@ impl Serial {
                 self.state.fifo = control.contains(Fcr::ENABLE);
                 if control.contains(Fcr::CLEAR_INPUT) {
                     if self.fifo_room() == 0 {
-                        signal(&self.attention);
+                        signal(&self.host_event);
                     }
                     self.state.input.clear();
                 }
@@ -291,7 +291,7 @@ impl Serial {
     }
 }
 
-impl Line for Serial {
+impl CharDevice for Serial {
     fn output(&self) -> &[u8] {
         self.state.output.as_slices().0
     }
@@ -361,21 +361,21 @@ mod tests {
     struct Bench {
         port: Serial,
         interrupt: EventFd,
-        attention: EventFd,
+        host_event: EventFd,
     }
 
     fn bench() -> Bench {
         let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let (interrupt, attention) = (event(), event());
+        let (interrupt, host_event) = (event(), event());
         let port = Serial::new(
             SerialState::default(),
             interrupt.try_clone().unwrap(),
-            attention.try_clone().unwrap(),
+            host_event.try_clone().unwrap(),
         );
         Bench {
             port,
             interrupt,
-            attention,
+            host_event,
         }
     }
 
@@ -392,7 +392,7 @@ mod tests {
             self.interrupt.read().unwrap_or(0)
         }
         fn attentions(&self) -> u64 {
-            self.attention.read().unwrap_or(0)
+            self.host_event.read().unwrap_or(0)
         }
         fn enable(&mut self, interrupts: Ier) {
             self.write(IER, interrupts.bits());

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use arbitrary::Arbitrary;
 use mayfly_devices::bus::lock;
-use mayfly_devices::line::{Line, TerminalSize};
+use mayfly_devices::char_device::{CharDevice, TerminalSize};
 use mayfly_devices::rate_limiter::Limits;
 use mayfly_devices::virtio::balloon::{Abilities, Balloon, Reclaim};
 use mayfly_devices::virtio::block::{Block, Disk, Image, Qcow2};

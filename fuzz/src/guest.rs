@@ -70,7 +70,7 @@ pub enum Piece {
 }
 
 /// A chain that the device has.
-struct Given {
+struct Offered {
     descriptors: Vec<u16>,
     room: u64,
 }
@@ -80,7 +80,7 @@ pub struct Guest {
     /// The device behind its registers.
     pub driver: Driver,
     free: Vec<Vec<u16>>,
-    given: Vec<BTreeMap<u16, Given>>,
+    given: Vec<BTreeMap<u16, Offered>>,
     /// Where the next buffer is.
     next: u64,
     fair: bool,
@@ -225,7 +225,7 @@ impl Guest {
 
     fn give(&mut self, queue: usize, descriptors: Vec<u16>, room: u64) {
         let head = descriptors[0];
-        self.given[queue].insert(head, Given { descriptors, room });
+        self.given[queue].insert(head, Offered { descriptors, room });
         self.driver.offer(queue, head);
     }
 

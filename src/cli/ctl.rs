@@ -22,7 +22,7 @@ Examples:
   mayfly ctl web shutdown --deadline 10";
 
 /// Longer than a VM takes to say that its event loop is stuck.
-const PATIENCE: Duration = Duration::from_secs(40);
+const TIMEOUT: Duration = Duration::from_secs(40);
 
 /// Raw flags.
 #[derive(clap::Args)]
@@ -79,7 +79,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         false => Folder::open()?.socket(&args.vm),
     };
     let refuse = |error| refusal(error, &args.vm);
-    let mut client = Client::connect(&path, PATIENCE).map_err(refuse)?;
+    let mut client = Client::connect(&path, TIMEOUT).map_err(refuse)?;
     match args.verb {
         Verb::Pause => drop(client.ask(&Command::Pause {}).map_err(refuse)?),
         Verb::Resume => drop(client.ask(&Command::Resume {}).map_err(refuse)?),
@@ -113,7 +113,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         }
         Verb::Shutdown { deadline, no_wait } => {
             // Asked for first, so that the end is not missed.
-            let mut end = Client::connect(&path, PATIENCE).map_err(refuse)?;
+            let mut end = Client::connect(&path, TIMEOUT).map_err(refuse)?;
             end.ask(&Command::Events {}).map_err(refuse)?;
             client
                 .ask(&Command::Shutdown { deadline })

@@ -16,7 +16,7 @@ Examples:
   mayfly list --json";
 
 /// A VM answers at once, unless its process is stopped.
-const PATIENCE: Duration = Duration::from_secs(2);
+const TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Raw flags.
 #[derive(clap::Args)]
@@ -31,7 +31,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let folder = Folder::open()?;
     let names = folder.names();
-    let about = |name: &String| about(&folder, name, PATIENCE);
+    let about = |name: &String| about(&folder, name, TIMEOUT);
     let all: Vec<Value> = names.iter().filter_map(about).collect();
     if args.json {
         output::print_json(&all)?;

@@ -6,19 +6,19 @@ use std::time::Duration;
 
 use crate::failure::{Failure, OrFail};
 use crate::run::log::{Item, Piece, Reader, Stamps, Tail};
-use crate::run::record::{Place, State};
+use crate::run::record::{State, VmDir};
 
 /// How often a log is looked at that is followed.
 const INTERVAL: Duration = Duration::from_millis(100);
 
 /// Prints a VM's log; a line on standard error says what is missing in it.
 pub fn print(
-    place: &Place,
+    vm_dir: &VmDir,
     follow: bool,
     tail: Option<usize>,
     timestamps: bool,
 ) -> Result<(), Failure> {
-    let (name, path) = (place.name(), place.log());
+    let (name, path) = (vm_dir.name(), vm_dir.log());
     let mut reader = Reader::open(&path, follow).or_host(path.display())?;
     let mut tail = tail.map(Tail::new);
     let mut stamps = timestamps.then(Stamps::default);
@@ -35,7 +35,7 @@ pub fn print(
     };
     loop {
         // Asked before: what is written until it ends must not be missed.
-        let running = place.state() == State::Running;
+        let running = vm_dir.state() == State::Running;
         while let Some(item) = reader.item().or_host(path.display())? {
             match (&mut tail, item) {
                 (Some(tail), Item::Piece(piece)) => tail.push(piece),
@@ -62,9 +62,9 @@ pub fn print(
         }
         thread::sleep(INTERVAL);
     }
-    for problem in place.problems() {
+    for problem in vm_dir.problems() {
         if problem.starts_with("log:") {
-            let _ = writeln!(io::stderr(), "mayfly: {}: {problem}", place.name());
+            let _ = writeln!(io::stderr(), "mayfly: {}: {problem}", vm_dir.name());
         }
     }
     Ok(())

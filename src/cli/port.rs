@@ -7,7 +7,7 @@ use crate::config::parse_ports;
 use crate::control::{Client, Command, Folder};
 use crate::failure::{Class, Failure, OrFail};
 use crate::net::publish::Publish;
-use crate::run::record::Place;
+use crate::run::record::VmDir;
 
 /// A VM answers in this time.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -20,8 +20,8 @@ pub fn port(vm: &str, wanted: Option<&str>) -> Result<(), Failure> {
 
 /// Those of a VM of `run`, or of any that runs.
 fn published(vm: &str) -> Result<Vec<Publish>, Failure> {
-    let texts: Vec<String> = match Place::find(vm) {
-        Ok(place) => place.record()?.ports,
+    let texts: Vec<String> = match VmDir::find(vm) {
+        Ok(vm_dir) => vm_dir.record()?.ports,
         Err(none) => {
             let client = Client::connect(&Folder::locate().socket(vm), TIMEOUT);
             let info = client.and_then(|mut client| client.ask(&Command::Info {}));

@@ -16,14 +16,14 @@ use super::output;
 use crate::control::{Client, Command, Folder};
 use crate::failure::Failure;
 use crate::run::detach::{self, DetachKeys};
-use crate::run::record::{Place, Record, State};
+use crate::run::record::{Record, State, VmDir};
 use crate::run::{self, CopyOptions, ExecOptions, Usage, end, signal};
 use crate::supervisor::Status;
 use crate::timing::now_ms;
 use mayfly_text::printable;
 
 /// A machine that takes longer to tell of itself is left out.
-const PATIENCE: Duration = Duration::from_secs(2);
+const TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How many seconds a command has to end, if nobody says how many.
 const STOP_TIMEOUT: u64 = 10;
@@ -262,7 +262,7 @@ pub fn run(verb: Verb) -> Result<ExitCode, Failure> {
             timestamps,
             vm,
         } => logs::print(
-            &Place::find(&vm)?,
+            &VmDir::find(&vm)?,
             follow,
             tail.and_then(|lines| lines.0),
             timestamps,
@@ -289,40 +289,40 @@ pub fn run(verb: Verb) -> Result<ExitCode, Failure> {
         })?,
         Verb::Stop { time, signal, vm } => {
             let signal = signal.as_deref().map(signal_number).transpose()?;
-            each(&vm, |place| {
-                let said = || place.record().ok().and_then(|vm| vm.stop_timeout);
+            each(&vm, |vm_dir| {
+                let said = || vm_dir.record().ok().and_then(|vm| vm.stop_timeout);
                 let time = time.or_else(said).unwrap_or(STOP_TIMEOUT);
-                end::stop(place, signal, Duration::from_secs(time))?;
-                output::print(&place.name())
+                end::stop(vm_dir, signal, Duration::from_secs(time))?;
+                output::print(&vm_dir.name())
             })?;
         }
         Verb::Kill { signal, vm } => {
             let number = signal_number(&signal)?;
-            each(&vm, |place| {
-                end::kill(place, number)?;
-                output::print(&place.name())
+            each(&vm, |vm_dir| {
+                end::kill(vm_dir, number)?;
+                output::print(&vm_dir.name())
             })?;
         }
-        Verb::Wait { vm } => each(&vm, |place| {
+        Verb::Wait { vm } => each(&vm, |vm_dir| {
             // Without one, its process was killed.
-            let status = place.wait()?.unwrap_or(end::STATUS_KILLED);
+            let status = vm_dir.wait()?.unwrap_or(end::STATUS_KILLED);
             output::print(&status.to_string())
         })?,
-        Verb::Rm { force, vm, .. } => each(&vm, |place| {
-            if force && place.state() == State::Running {
-                end::kill(place, libc::SIGKILL)?;
-                place.wait()?;
+        Verb::Rm { force, vm, .. } => each(&vm, |vm_dir| {
+            if force && vm_dir.state() == State::Running {
+                end::kill(vm_dir, libc::SIGKILL)?;
+                vm_dir.wait()?;
             }
             // One with --rm has removed itself.
-            if !force || Place::find(&place.name()).is_ok() {
-                place.remove()?;
+            if !force || VmDir::find(&vm_dir.name()).is_ok() {
+                vm_dir.remove()?;
             }
-            output::print(&place.name())
+            output::print(&vm_dir.name())
         })?,
         Verb::Inspect { vm } => {
             let all: Vec<Value> = vm
                 .iter()
-                .map(|name| Place::find(name).and_then(|place| inspect(&place)))
+                .map(|name| VmDir::find(name).and_then(|vm_dir| inspect(&vm_dir)))
                 .collect::<Result<_, _>>()?;
             output::print_pretty_json(&all)?;
         }
@@ -356,10 +356,10 @@ fn exit_code(result: Result<u8, Failure>) -> ExitCode {
 }
 
 /// Does something to each VM; one that is not there does not spare the others.
-fn each(names: &[String], act: impl Fn(&Place) -> Result<(), Failure>) -> Result<(), Failure> {
+fn each(names: &[String], act: impl Fn(&VmDir) -> Result<(), Failure>) -> Result<(), Failure> {
     let mut result = Ok(());
     for name in names {
-        let done = Place::find(name).and_then(|place| act(&place));
+        let done = VmDir::find(name).and_then(|vm_dir| act(&vm_dir));
         if done.is_err()
             && let Err(earlier) = std::mem::replace(&mut result, done)
         {
@@ -370,9 +370,9 @@ fn each(names: &[String], act: impl Fn(&Place) -> Result<(), Failure>) -> Result
 }
 
 fn ps(all: bool, quiet: bool, as_json: bool) -> Result<(), Failure> {
-    let vms: Vec<(State, Record, Status)> = Place::all()?
+    let vms: Vec<(State, Record, Status)> = VmDir::all()?
         .into_iter()
-        .filter_map(|place| Some((place.state(), place.record().ok()?, place.status())))
+        .filter_map(|vm_dir| Some((vm_dir.state(), vm_dir.record().ok()?, vm_dir.status())))
         .filter(|(state, ..)| all || *state == State::Running)
         .collect();
     if as_json {
@@ -455,10 +455,10 @@ fn describe(state: State, vm: &Record, how: &Status) -> Value {
     value
 }
 
-fn inspect(place: &Place) -> Result<Value, Failure> {
-    let mut value = describe(place.state(), &place.record()?, &place.status());
-    let socket = Folder::locate().socket(&place.name());
-    let client = Client::connect(&socket, PATIENCE);
+fn inspect(vm_dir: &VmDir) -> Result<Value, Failure> {
+    let mut value = describe(vm_dir.state(), &vm_dir.record()?, &vm_dir.status());
+    let socket = Folder::locate().socket(&vm_dir.name());
+    let client = Client::connect(&socket, TIMEOUT);
     let machine = client.and_then(|mut client| client.ask(&Command::Info {}));
     if let (Value::Object(map), Ok(machine)) = (&mut value, machine) {
         map.insert("machine".into(), machine);
@@ -468,19 +468,19 @@ fn inspect(place: &Place) -> Result<Value, Failure> {
 
 fn stats(names: &[String], as_json: bool, once: bool) -> Result<(), Failure> {
     const INTERVAL: Duration = Duration::from_secs(1);
-    let places = || -> Result<Vec<Place>, Failure> {
+    let places = || -> Result<Vec<VmDir>, Failure> {
         match names {
-            [] => Place::all(),
-            names => names.iter().map(|name| Place::find(name)).collect(),
+            [] => VmDir::all(),
+            names => names.iter().map(|name| VmDir::find(name)).collect(),
         }
     };
     loop {
-        let before: Vec<(Place, Usage)> = places()?
+        let before: Vec<(VmDir, Usage)> = places()?
             .into_iter()
-            .filter(|place| place.state() == State::Running)
-            .filter_map(|place| {
-                let usage = Usage::of(place.record().ok()?.pid)?;
-                Some((place, usage))
+            .filter(|vm_dir| vm_dir.state() == State::Running)
+            .filter_map(|vm_dir| {
+                let usage = Usage::of(vm_dir.record().ok()?.pid)?;
+                Some((vm_dir, usage))
             })
             .collect();
         thread::sleep(INTERVAL);
@@ -494,8 +494,8 @@ fn stats(names: &[String], as_json: bool, once: bool) -> Result<(), Failure> {
                 "NAME", "CPU %", "MEMORY / OF"
             ))?;
         }
-        for (place, before) in before {
-            let Ok(vm) = place.record() else { continue };
+        for (vm_dir, before) in before {
+            let Ok(vm) = vm_dir.record() else { continue };
             let Some(now) = Usage::of(vm.pid) else {
                 continue;
             };

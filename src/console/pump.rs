@@ -9,7 +9,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex};
 
 use mayfly_devices::bus::lock;
-use mayfly_devices::line::{Line, TerminalSize};
+use mayfly_devices::char_device::{CharDevice, TerminalSize};
 use mayfly_devices::poll::ready;
 use rustix::net::{RecvFlags, recv};
 use vmm_sys_util::eventfd::EventFd;
@@ -58,15 +58,15 @@ pub struct Connection {
     pub name: String,
     /// The guest's ends. In this order they give output; the last takes
     /// the input.
-    pub lines: Vec<Arc<Mutex<dyn Line>>>,
+    pub lines: Vec<Arc<Mutex<dyn CharDevice>>>,
     /// They have output, or room for input.
-    pub attention: EventFd,
+    pub host_event: EventFd,
 }
 
 /// The host's side: where output goes, where input comes from.
 #[derive(Default)]
 pub struct Console {
-    lines: Vec<Arc<Mutex<dyn Line>>>,
+    lines: Vec<Arc<Mutex<dyn CharDevice>>>,
     /// What the guest's side was told: that there is somebody, and its size.
     connected: bool,
     size: Option<TerminalSize>,
@@ -220,7 +220,7 @@ impl Console {
     }
 
     /// True if it stopped though there may be more.
-    fn pump_output(&mut self, line: &Mutex<dyn Line>) -> bool {
+    fn pump_output(&mut self, line: &Mutex<dyn CharDevice>) -> bool {
         let mut chunk = [0; CHUNK];
         let mut moved = 0;
         while moved < TURN {
@@ -269,7 +269,7 @@ impl Console {
         true
     }
 
-    fn pump_input(&mut self, line: &Mutex<dyn Line>) -> bool {
+    fn pump_input(&mut self, line: &Mutex<dyn CharDevice>) -> bool {
         loop {
             let room = lock(line).input_room();
             let deliver: Vec<u8> = self.held.drain(..room.min(self.held.len())).collect();
@@ -324,13 +324,13 @@ impl Console {
 
     /// Passes on what is left at the end; waits for a slow reader, not for ever.
     pub fn flush(&mut self) {
-        const PATIENCE_MS: i32 = 2000;
+        const TIMEOUT_MS: i32 = 2000;
         for line in self.lines.clone() {
             loop {
                 let _ = self.pump_output(&*line);
                 let Some(file) = &self.output else { return };
                 if lock(&line).output().is_empty()
-                    || !ready(file.as_raw_fd(), libc::POLLOUT, PATIENCE_MS)
+                    || !ready(file.as_raw_fd(), libc::POLLOUT, TIMEOUT_MS)
                 {
                     break;
                 }
@@ -357,7 +357,7 @@ mod tests {
     /// A guest that always has more to say.
     struct Endless;
 
-    impl Line for Endless {
+    impl CharDevice for Endless {
         fn output(&self) -> &[u8] {
             &[b'x'; CHUNK]
         }
@@ -385,7 +385,7 @@ mod tests {
         }
     }
 
-    impl Line for Slow {
+    impl CharDevice for Slow {
         fn output(&self) -> &[u8] {
             &self.says
         }
@@ -568,7 +568,7 @@ mod tests {
         let connection = Connection {
             name: "console".into(),
             lines: Vec::new(),
-            attention: EventFd::new(0).unwrap(),
+            host_event: EventFd::new(0).unwrap(),
         };
         let mut console = endless(Console::new(&connection, opened.fds.unwrap()));
         for _ in 0..10 {

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex, Once, PoisonError};
 
-use mayfly_devices::line::TerminalSize;
+use mayfly_devices::char_device::TerminalSize;
 use rustix::termios::{OptionalActions, OutputModes, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 
 /// The terminal to restore, where a panic finds it too. It has a descriptor of its

@@ -19,15 +19,15 @@ const CLIENTS_MAX: usize = 16;
 /// A longer line is no command.
 const LINE_MAX: u64 = 16 << 10;
 /// A client that takes longer to read a line loses its connection …
-const WRITE_PATIENCE: Duration = Duration::from_secs(10);
+const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 /// … as does one that takes longer to say what it wants.
-const FIRST_PATIENCE: Duration = Duration::from_secs(10);
+const FIRST_TIMEOUT: Duration = Duration::from_secs(10);
 /// The event loop answers at once, unless it is stuck.
-const ANSWER_PATIENCE: Duration = Duration::from_secs(30);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Events that a slow client may lag behind; then it is let go.
 const EVENTS_MAX: usize = 256;
 /// What the end of the VM waits for clients to be told of it.
-const FAREWELL: Duration = Duration::from_millis(500);
+const GRACE_PERIOD: Duration = Duration::from_millis(500);
 const STACK: usize = 256 << 10;
 
 /// A command, and where its answer goes.
@@ -174,7 +174,7 @@ impl Server {
                 let ask = ask.clone();
                 // Without a thread, the client is hung up on.
                 let _ = spawn(move || {
-                    let _ = serve(&client, &entry, &*ask, FIRST_PATIENCE);
+                    let _ = serve(&client, &entry, &*ask, FIRST_TIMEOUT);
                 });
             }
         })?;
@@ -186,12 +186,12 @@ impl Server {
 
     /// Gives clients a moment to be told of the end. What they wait for must
     /// be answered or dropped already.
-    pub fn farewell(self) {
+    pub fn close(self) {
         let waiting = |counts: &mut Counts| counts.waiting > 0;
         let clients = &self.clients;
         let _ = clients
             .fewer
-            .wait_timeout_while(clients.lock(), FAREWELL, waiting);
+            .wait_timeout_while(clients.lock(), GRACE_PERIOD, waiting);
     }
 }
 
@@ -208,7 +208,7 @@ fn say(client: &UnixStream, line: &impl serde::Serialize) -> io::Result<()> {
 }
 
 fn serve(client: &UnixStream, entry: &Entry, ask: &dyn Fn(Ask), first: Duration) -> io::Result<()> {
-    client.set_write_timeout(Some(WRITE_PATIENCE))?;
+    client.set_write_timeout(Some(WRITE_TIMEOUT))?;
     client.set_read_timeout(Some(first))?;
     let mut reader = BufReader::new(client);
     loop {
@@ -242,7 +242,7 @@ fn serve(client: &UnixStream, entry: &Entry, ask: &dyn Fn(Ask), first: Duration)
             reply,
             subscriber,
         });
-        let answer = match answer.recv_timeout(ANSWER_PATIENCE) {
+        let answer = match answer.recv_timeout(ANSWER_TIMEOUT) {
             Ok(answer) => answer,
             Err(RecvTimeoutError::Disconnected) => Reply::Error("the VM has ended".into()),
             Err(RecvTimeoutError::Timeout) => Reply::Error("the VM does not answer".into()),
@@ -400,7 +400,7 @@ mod tests {
         assert_eq!(got[0], r#"{"ok":null}"#);
         let event: Event = serde_json::from_str(&got[1]).unwrap();
         assert_eq!((event.event.as_str(), got.len()), ("one", 2));
-        server.farewell();
+        server.close();
         assert!(!place.exists());
     }
 }

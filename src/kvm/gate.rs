@@ -82,7 +82,7 @@ pub struct Gate {
     state: Mutex<State>,
     changed: Condvar,
     /// Something else than running is asked for: cheap to look at.
-    attention: AtomicBool,
+    host_event: AtomicBool,
 }
 
 impl Gate {
@@ -97,7 +97,7 @@ impl Gate {
                 saves: None,
             }),
             changed: Condvar::new(),
-            attention: AtomicBool::new(true),
+            host_event: AtomicBool::new(true),
         }
     }
 
@@ -110,7 +110,7 @@ impl Gate {
         if state.order != Order::Stop {
             state.order = order;
         }
-        self.attention.store(true, Ordering::Release);
+        self.host_event.store(true, Ordering::Release);
         self.changed.notify_all();
     }
 
@@ -134,7 +134,7 @@ impl Gate {
     pub fn interrupt(&self) {
         let mut state = self.lock();
         state.nmi.fill(true);
-        self.attention.store(true, Ordering::Release);
+        self.host_event.store(true, Ordering::Release);
     }
 
     /// Waits until all vCPUs that live wait; false if that takes too long.
@@ -189,8 +189,8 @@ impl Gate {
 
     /// There may be an order. False is certain only for what was ordered
     /// before this thread was kicked.
-    pub fn attention(&self) -> bool {
-        self.attention.load(Ordering::Acquire)
+    pub fn host_event(&self) -> bool {
+        self.host_event.load(Ordering::Acquire)
     }
 
     /// Passes, for the vCPU with an index: waits while the gate is closed.
@@ -204,7 +204,7 @@ impl Gate {
                 Order::Run => {
                     let nmi = state.nmi.get_mut(index).is_some_and(std::mem::take);
                     if !state.nmi.contains(&true) {
-                        self.attention.store(false, Ordering::Release);
+                        self.host_event.store(false, Ordering::Release);
                     }
                     return Next::Run { nmi };
                 }
@@ -244,7 +244,7 @@ mod tests {
     use std::sync::Arc;
     use std::thread;
 
-    const PATIENCE: Duration = Duration::from_secs(20);
+    const TIMEOUT: Duration = Duration::from_secs(20);
 
     #[test]
     fn vcpus_wait_run_and_stop_as_ordered() {
@@ -255,7 +255,7 @@ mod tests {
                 thread::spawn(move || {
                     let (mut interrupts, mut parks) = (0, 0);
                     loop {
-                        if gate.attention() {
+                        if gate.host_event() {
                             match gate.pass(index, || parks += 1) {
                                 Next::Stop => break,
                                 Next::Save(_) => panic!("nobody asked"),
@@ -269,14 +269,14 @@ mod tests {
                 })
             })
             .collect();
-        assert!(gate.closed(PATIENCE));
+        assert!(gate.closed(TIMEOUT));
         gate.interrupt();
         gate.open();
-        while gate.attention() {
+        while gate.host_event() {
             thread::yield_now();
         }
         gate.close();
-        assert!(gate.closed(PATIENCE));
+        assert!(gate.closed(TIMEOUT));
         gate.stop();
         for thread in threads {
             assert_eq!(thread.join().unwrap(), (1, 2));
@@ -284,7 +284,7 @@ mod tests {
         // Nobody is left to wait for, and nothing opens it again.
         gate.open();
         assert_eq!(gate.pass(0, || ()), Next::Stop);
-        assert!(gate.closed(PATIENCE));
+        assert!(gate.closed(TIMEOUT));
     }
 
     #[test]
@@ -302,10 +302,10 @@ mod tests {
                 next
             })
         };
-        assert!(gate.closed(PATIENCE));
-        assert!(gate.save(Arc::new(scope.clone()), PATIENCE).is_none());
+        assert!(gate.closed(TIMEOUT));
+        assert!(gate.save(Arc::new(scope.clone()), TIMEOUT).is_none());
         assert_eq!(vcpu.join().unwrap(), Next::Save(Arc::new(scope.clone())));
-        assert!(gate.save(Arc::new(scope), PATIENCE).is_none());
+        assert!(gate.save(Arc::new(scope), TIMEOUT).is_none());
     }
 
     #[test]

@@ -239,7 +239,7 @@ impl Vcpu {
         let _running = Running::new(&mut self.fd);
         loop {
             // A kick between this test and KVM_RUN makes KVM_RUN return.
-            if gate.attention() {
+            if gate.host_event() {
                 let mut end = None;
                 match gate.pass(self.index.into(), || end = self.settle(buses)) {
                     Next::Stop => return end.unwrap_or(VcpuEnd::Stopped),

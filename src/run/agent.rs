@@ -24,7 +24,7 @@ use super::detach::DetachKeys;
 use crate::unix_socket;
 
 /// A guest has so long to let a user go.
-const FAREWELL: Duration = Duration::from_secs(2);
+const GRACE_PERIOD: Duration = Duration::from_secs(2);
 /// Enough for what these threads call, with their buffers.
 const STACK: usize = 256 << 10;
 
@@ -64,15 +64,15 @@ fn harmless(failed: Failed) -> Failed {
 }
 
 /// A file that others may have made not to block: then it is waited for.
-pub struct Patient(pub File);
+pub struct BlockingFile(pub File);
 
-impl Patient {
+impl BlockingFile {
     fn wait(&self, events: libc::c_short) {
         ready(self.0.as_raw_fd(), events, -1);
     }
 }
 
-impl Read for Patient {
+impl Read for BlockingFile {
     fn read(&mut self, data: &mut [u8]) -> io::Result<usize> {
         loop {
             match self.0.read(data) {
@@ -83,7 +83,7 @@ impl Read for Patient {
     }
 }
 
-impl Write for Patient {
+impl Write for BlockingFile {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         loop {
             match self.0.write(data) {
@@ -101,7 +101,7 @@ impl Write for Patient {
 /// Where a process's streams are on the host.
 pub struct Streams {
     /// What it reads, if anything.
-    pub input: Option<Patient>,
+    pub input: Option<BlockingFile>,
     /// What a user types there to leave it.
     pub detach: Option<DetachKeys>,
     /// Where its output goes.
@@ -205,10 +205,10 @@ impl Agent {
 
     /// Connects to the agent of a machine that runs, by its vsock's socket.
     pub fn connect(socket: &Path) -> Result<Self, AgentError> {
-        const PATIENCE: Duration = Duration::from_secs(10);
+        const TIMEOUT: Duration = Duration::from_secs(10);
         const ANSWER_MAX: usize = 64;
         let stream = unix_socket::connect_blocking(socket)?;
-        let mut timed = Timed::new(stream.try_clone()?, Some(PATIENCE))?;
+        let mut timed = Timed::new(stream.try_clone()?, Some(TIMEOUT))?;
         (&stream).write_all(format!("CONNECT {PORT}\n").as_bytes())?;
         let mut answer = Vec::new();
         // Byte by byte: what follows is the agent's.
@@ -221,7 +221,7 @@ impl Agent {
             return Err(io::Error::from(io::ErrorKind::ConnectionRefused).into());
         }
         // It has the same time for what it is asked; not for a process.
-        Agent::hear(timed, stream, Some(PATIENCE))
+        Agent::hear(timed, stream, Some(TIMEOUT))
     }
 
     /// Sends a message, from which on the answer has its time.
@@ -368,7 +368,7 @@ impl Agent {
 }
 
 /// Sends what the host's side types, as far as the guest takes it.
-fn feed(mut input: Patient, mut keys: Option<DetachKeys>, link: &Link, window: &Window) {
+fn feed(mut input: BlockingFile, mut keys: Option<DetachKeys>, link: &Link, window: &Window) {
     let mut buffer = vec![0; DATA_MAX];
     let mut passed = Vec::new();
     loop {
@@ -397,7 +397,7 @@ fn feed(mut input: Patient, mut keys: Option<DetachKeys>, link: &Link, window: &
         if leave {
             let _ = link.send(&HostMessage::Detach);
             // The answer ends this process, or a guest that gives none is hung up on.
-            thread::sleep(FAREWELL);
+            thread::sleep(GRACE_PERIOD);
             let _ = link.lock().shutdown(Shutdown::Both);
             return;
         }
@@ -545,7 +545,7 @@ mod tests {
         let full = File::options().write(true).open("/dev/full").unwrap();
         let lost = agent
             .unwrap()
-            .follow(streams(Patient(full), Sink::default()));
+            .follow(streams(BlockingFile(full), Sink::default()));
         assert!(matches!(lost, Err(AgentError::Lost(_))), "{lost:?}");
         guest.join().unwrap();
     }
@@ -574,7 +574,7 @@ mod tests {
                 assert_eq!(frames.frame::<HostMessage>().unwrap(), None);
             });
             let mut streams = streams(io::sink(), io::sink());
-            streams.input = Some(Patient(std::os::fd::OwnedFd::from(reader).into()));
+            streams.input = Some(BlockingFile(std::os::fd::OwnedFd::from(reader).into()));
             streams.detach = DetachKeys::parse("ctrl-p,q").unwrap();
             writer.write_all(b"a\x10qrest").unwrap();
             let left = agent.unwrap().follow(streams);
@@ -703,7 +703,7 @@ mod tests {
         });
         let feeder = thread::spawn(move || writer.write_all(&vec![7; WINDOW + 1000]));
         let mut streams = streams(Sink::default(), Sink::default());
-        streams.input = Some(Patient(File::from(std::os::fd::OwnedFd::from(reader))));
+        streams.input = Some(BlockingFile(File::from(std::os::fd::OwnedFd::from(reader))));
         agent.unwrap().follow(streams).unwrap();
         feeder.join().unwrap().unwrap();
         assert_eq!(got.recv().unwrap(), WINDOW + 1000);

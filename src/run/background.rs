@@ -13,7 +13,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
 use super::process::started as start_time;
-use super::record::Place;
+use super::record::VmDir;
 use super::status::{STATUS_FAILED, signalled};
 use crate::arguments;
 use crate::failure::{Failure, OrFail};
@@ -190,7 +190,7 @@ fn failed(
         let _ = writeln!(io::stderr(), "mayfly: {name}: {why}");
     }
     if let Some(since) = since {
-        Place::remove_of(pid, since);
+        VmDir::remove_of(pid, since);
     }
     sent.map_or(STATUS_FAILED, signalled)
 }

@@ -86,7 +86,7 @@ pub fn cp(options: &CopyOptions) -> Result<(), Failure> {
 }
 
 fn connect(vm: &str) -> Result<Agent, Failure> {
-    let place = record::Place::find(vm)?;
+    let place = record::VmDir::find(vm)?;
     if place.state() == State::Ended {
         return Err(Failure::config(format!(
             "{vm}: has ended, and its files with it; a volume outlives its VM"

@@ -9,7 +9,7 @@ use rustix::process::Signal;
 
 use super::agent::Agent;
 use super::process::Process;
-use super::record::{Place, Record, State};
+use super::record::{Record, State, VmDir};
 use crate::control::{Client, Command, Folder};
 use crate::failure::{Failure, OrFail};
 
@@ -36,47 +36,47 @@ impl Deadline {
 }
 
 /// Asks a VM's command to end, and ends the VM when its time is over.
-pub fn stop(place: &Place, signal: Option<i32>, time: Duration) -> Result<(), Failure> {
-    if place.state() == State::Ended {
+pub fn stop(vm_dir: &VmDir, signal: Option<i32>, time: Duration) -> Result<(), Failure> {
+    if vm_dir.state() == State::Ended {
         return Ok(());
     }
     let deadline = Deadline::after(time);
-    let record = place.record()?;
-    wake(place, &record, deadline.left())?;
+    let record = vm_dir.record()?;
+    wake(vm_dir, &record, deadline.left())?;
     let timeout = deadline.left().min(END_TIMEOUT);
     let signal = signal.unwrap_or(record.stop_signal);
-    let told = signal_main(place, signal, timeout);
-    if told.is_ok() && wait(place, deadline.left())? {
+    let told = signal_main(vm_dir, signal, timeout);
+    if told.is_ok() && wait(vm_dir, deadline.left())? {
         return Ok(());
     }
-    force(place)
+    force(vm_dir)
 }
 
 /// Signals a VM's command; one that can't be reached is ended, if that is what
 /// is wanted.
-pub fn kill(place: &Place, signal: i32) -> Result<(), Failure> {
-    if place.state() == State::Ended {
-        return Err(Failure::config(format!("{}: has ended", place.name())));
+pub fn kill(vm_dir: &VmDir, signal: i32) -> Result<(), Failure> {
+    if vm_dir.state() == State::Ended {
+        return Err(Failure::config(format!("{}: has ended", vm_dir.name())));
     }
     if signal != libc::SIGKILL {
-        place.need_unpaused()?;
-        return signal_main(place, signal, END_TIMEOUT);
+        vm_dir.need_unpaused()?;
+        return signal_main(vm_dir, signal, END_TIMEOUT);
     }
     let deadline = Deadline::after(END_TIMEOUT);
-    wake(place, &place.record()?, deadline.left())?;
-    let told = signal_main(place, signal, deadline.left());
-    match told.is_ok() && wait(place, deadline.left())? {
+    wake(vm_dir, &vm_dir.record()?, deadline.left())?;
+    let told = signal_main(vm_dir, signal, deadline.left());
+    match told.is_ok() && wait(vm_dir, deadline.left())? {
         true => Ok(()),
-        false => force(place),
+        false => force(vm_dir),
     }
 }
 
 /// Lets go on what could not hear that it is to end: processes that a signal has
 /// stopped, and a guest that is paused.
-fn wake(place: &Place, record: &Record, time: Duration) -> Result<(), Failure> {
+fn wake(vm_dir: &VmDir, record: &Record, time: Duration) -> Result<(), Failure> {
     continue_processes(record);
-    if place.status().paused {
-        let socket = Folder::locate().socket(&place.name());
+    if vm_dir.status().paused {
+        let socket = Folder::locate().socket(&vm_dir.name());
         let resume = move || Client::connect(&socket, END_TIMEOUT)?.ask(&Command::Resume {});
         // One that does not go on is ended by force.
         within(time.min(END_TIMEOUT), resume)?;
@@ -97,14 +97,14 @@ fn continue_processes(record: &Record) {
 }
 
 /// Its guest may say anything, or nothing.
-fn signal_main(place: &Place, signal: i32, time: Duration) -> Result<(), Failure> {
-    let socket = place.vsock();
+fn signal_main(vm_dir: &VmDir, signal: i32, time: Duration) -> Result<(), Failure> {
+    let socket = vm_dir.vsock();
     let ask = move || Agent::connect(&socket)?.ask(&HostMessage::SignalMain(signal));
     match within(time, ask)? {
-        Some(result) => result.or_host(place.name()),
+        Some(result) => result.or_host(vm_dir.name()),
         None => Err(Failure::host(format!(
             "{}: its guest does not answer",
-            place.name()
+            vm_dir.name()
         ))),
     }
 }
@@ -122,31 +122,31 @@ fn within<T: Send + 'static>(
 }
 
 /// Ends a VM, whatever its guest does; its processes, if they do not answer.
-fn force(place: &Place) -> Result<(), Failure> {
+fn force(vm_dir: &VmDir) -> Result<(), Failure> {
     let deadline = Deadline::after(END_TIMEOUT);
-    let record = place.record()?;
+    let record = vm_dir.record()?;
     continue_processes(&record);
-    let socket = Folder::locate().socket(&place.name());
+    let socket = Folder::locate().socket(&vm_dir.name());
     let end =
         move || Client::connect(&socket, END_TIMEOUT)?.ask(&Command::Shutdown { deadline: 0 });
     let told = within(deadline.left(), end)?;
-    if matches!(told, Some(Ok(_))) && wait(place, deadline.left())? {
+    if matches!(told, Some(Ok(_))) && wait(vm_dir, deadline.left())? {
         return Ok(());
     }
     // Who removes a VM has its lock, too: then there is none to be killed, and another process
     // may have the number.
-    if let State::Running = place.state()
+    if let State::Running = vm_dir.state()
         && let Some(supervisor) = Process::find(record.pid, record.pid_started)
     {
-        supervisor.signal(Signal::KILL).or_host(place.name())?;
+        supervisor.signal(Signal::KILL).or_host(vm_dir.name())?;
     }
-    place.wait().map(drop)
+    vm_dir.wait().map(drop)
 }
 
 /// Waits for the end of a VM's process, but not for ever; true if it came.
-fn wait(place: &Place, time: Duration) -> Result<bool, Failure> {
-    let place = place.clone();
-    match within(time, move || place.wait())? {
+fn wait(vm_dir: &VmDir, time: Duration) -> Result<bool, Failure> {
+    let vm_dir = vm_dir.clone();
+    match within(time, move || vm_dir.wait())? {
         Some(result) => result.map(|_| true),
         None => Ok(false),
     }

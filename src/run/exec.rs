@@ -9,11 +9,11 @@ use std::thread;
 
 use mayfly_protocol::agent::{HostMessage, Process};
 
-use super::agent::{Agent, AgentError, Link, Patient, Streams};
+use super::agent::{Agent, AgentError, BlockingFile, Link, Streams};
 use super::detach::DetachKeys;
 use super::environment::{self, Wishes};
 use super::force_quit::ForceQuit;
-use super::record::{Place, Record, State};
+use super::record::{Record, State, VmDir};
 use super::standard::{send_apart, standard, terminal_size};
 use super::status::SIGNALLED;
 use crate::console::terminal::{self, RawTerminal};
@@ -48,7 +48,7 @@ pub struct ExecOptions {
 /// Runs a command in a VM, and returns its status.
 pub fn exec(options: ExecOptions) -> Result<u8, Failure> {
     check_terminal(options.terminal && options.interactive && !options.detach)?;
-    let (place, record) = running(&options.name)?;
+    let (vm_dir, record) = running(&options.name)?;
     let from_files = environment::of_files(&options.environment_files)?;
     let wishes = Wishes {
         flags: &options.environment,
@@ -74,10 +74,10 @@ pub fn exec(options: ExecOptions) -> Result<u8, Failure> {
         input: options.interactive && !options.detach,
     };
     if options.detach {
-        return start_only(&place, process);
+        return start_only(&vm_dir, process);
     }
     follow(
-        &place,
+        &vm_dir,
         HostMessage::Start(Box::new(process)),
         options.terminal,
         options.interactive,
@@ -87,41 +87,41 @@ pub fn exec(options: ExecOptions) -> Result<u8, Failure> {
 
 /// Connects to a VM's main process, and returns its status.
 pub fn attach(name: &str, input: bool, keys: Option<DetachKeys>) -> Result<u8, Failure> {
-    let (place, record) = running(name)?;
+    let (vm_dir, record) = running(name)?;
     let terminal = record.terminal && input && io::stdin().is_terminal();
     let size = record.terminal.then(terminal_size);
-    follow(&place, HostMessage::Attach(size), terminal, input, keys)
+    follow(&vm_dir, HostMessage::Attach(size), terminal, input, keys)
 }
 
-fn running(name: &str) -> Result<(Place, Record), Failure> {
-    let place = Place::find(name)?;
-    if place.state() == State::Ended {
+fn running(name: &str) -> Result<(VmDir, Record), Failure> {
+    let vm_dir = VmDir::find(name)?;
+    if vm_dir.state() == State::Ended {
         return Err(Failure::config(format!(
             "{name}: has ended; see mayfly logs {name}"
         )));
     }
-    place.need_unpaused()?;
-    let record = place.record()?;
-    Ok((place, record))
+    vm_dir.need_unpaused()?;
+    let record = vm_dir.record()?;
+    Ok((vm_dir, record))
 }
 
 /// Starts a process that goes on when nobody follows it.
-fn start_only(place: &Place, process: Process) -> Result<u8, Failure> {
-    let mut agent = Agent::connect(&place.vsock()).or_host(place.name())?;
+fn start_only(vm_dir: &VmDir, process: Process) -> Result<u8, Failure> {
+    let mut agent = Agent::connect(&vm_dir.vsock()).or_host(vm_dir.name())?;
     match agent.start(process).and_then(|()| agent.leave()) {
         Ok(()) => Ok(0),
-        Err(error) => tell(place, error),
+        Err(error) => tell(vm_dir, error),
     }
 }
 
 /// Tells why a command did not start; what that comes to as a status.
-fn tell(place: &Place, error: AgentError) -> Result<u8, Failure> {
+fn tell(vm_dir: &VmDir, error: AgentError) -> Result<u8, Failure> {
     match error {
         AgentError::Failed(failed) => {
-            let _ = writeln!(io::stderr(), "mayfly: {}: {}", place.name(), failed.reason);
+            let _ = writeln!(io::stderr(), "mayfly: {}: {}", vm_dir.name(), failed.reason);
             Ok(failed.status)
         }
-        error => Err(error).or_host(place.name()),
+        error => Err(error).or_host(vm_dir.name()),
     }
 }
 
@@ -137,7 +137,7 @@ pub fn check_terminal(wanted: bool) -> Result<(), Failure> {
 }
 
 fn follow(
-    place: &Place,
+    vm_dir: &VmDir,
     request: HostMessage,
     terminal: bool,
     input: bool,
@@ -150,8 +150,8 @@ fn follow(
         .name("signals".into())
         .spawn(move || pass_on(&signals, &link, terminal))
         .or_host("starting a thread")?;
-    let mut agent = Agent::connect(&place.vsock()).or_host(place.name())?;
-    let failed = |error| tell(place, error);
+    let mut agent = Agent::connect(&vm_dir.vsock()).or_host(vm_dir.name())?;
+    let failed = |error| tell(vm_dir, error);
     if let Err(error) = agent.ask(&request) {
         return failed(error);
     }
@@ -164,12 +164,12 @@ fn follow(
     let streams = (|| {
         Ok(Streams {
             input: input
-                .then(|| standard(io::stdin()).map(Patient))
+                .then(|| standard(io::stdin()).map(BlockingFile))
                 .transpose()?,
             // Elsewhere nobody types them.
             detach: keys.filter(|_| raw.is_some()),
-            output: Box::new(Patient(standard(io::stdout())?)),
-            errors: Box::new(Patient(standard(io::stderr())?)),
+            output: Box::new(BlockingFile(standard(io::stdout())?)),
+            errors: Box::new(BlockingFile(standard(io::stderr())?)),
         })
     })();
     let streams = streams
@@ -183,7 +183,7 @@ fn follow(
             let _ = writeln!(
                 io::stderr(),
                 "\nmayfly: left {}, which goes on",
-                place.name()
+                vm_dir.name()
             );
             Ok(0)
         }

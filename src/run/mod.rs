@@ -55,7 +55,7 @@ pub use self::usage::Usage;
 use self::cidfile::CidFile;
 use self::log::Log;
 use self::options::{Mode, Pull};
-use self::record::{Ended, NotCreated, Owned, Place, Record};
+use self::record::{Ended, NotCreated, Record, VmDir, VmDirGuard};
 use self::session::{Session, SessionEnd};
 use self::status::signalled;
 use self::text::Text;
@@ -147,25 +147,25 @@ fn obtain(options: &Options) -> Result<Image, Failure> {
 
 /// Makes the VM's folder. A name that the user did not choose may be another VM's: then there
 /// is another.
-fn create_place(
+fn create_vm_dir(
     options: &Options,
     plan: &mut Plan,
     (image, ports): (&Image, &[String]),
     signals: &StartSignals,
-) -> Result<Owned, Failure> {
+) -> Result<VmDirGuard, Failure> {
     const TRIES: usize = 16;
     let mut unnamed = options.clone();
     unnamed.detached = None;
     for _ in 1..TRIES {
-        match Place::create(&record(options, plan, image, ports), signals) {
+        match VmDir::create(&record(options, plan, image, ports), signals) {
             Err(NotCreated::Taken(_)) if options.name.is_none() => {
                 *plan = Plan::new(&unnamed, &image.config.config)?;
             }
             created => return created.map_err(NotCreated::into_failure),
         }
     }
-    let place = Place::create(&record(options, plan, image, ports), signals);
-    place.map_err(NotCreated::into_failure)
+    let vm_dir = VmDir::create(&record(options, plan, image, ports), signals);
+    vm_dir.map_err(NotCreated::into_failure)
 }
 
 fn run_here(
@@ -194,7 +194,7 @@ fn run_here(
     let network = network.transpose()?;
     let ports = network.as_ref();
     let ports = ports.map_or(Vec::new(), |(device, ..)| summary(device.ports()));
-    let owned = create_place(options, &mut plan, (image, &ports), &signals)?;
+    let owned = create_vm_dir(options, &mut plan, (image, &ports), &signals)?;
     for layer in &image.layers {
         let len = layer.metadata().or_host(layer.display())?.len();
         plan.setup.layers.push(len);
@@ -209,7 +209,7 @@ fn run_here(
     machine.name = Some(plan.name.clone());
     machine.vsock = Some(VsockConfig {
         cid: CID,
-        path: owned.place.vsock(),
+        path: owned.vm_dir.vsock(),
     });
     machine.layers = image.layers.clone();
     if let Some(file) = &scratch {
@@ -273,25 +273,25 @@ fn run_machine(
     options: &Options,
     plan: Plan,
     (config, reserved): (&MachineConfig, Option<Reserved>),
-    owned: &Owned,
+    owned: &VmDirGuard,
     (timeline, signals): (Timeline, &StartSignals),
 ) -> Result<End, Failure> {
     let started_us = timeline.started_us();
-    let place = &owned.place;
+    let vm_dir = &owned.vm_dir;
     let name = plan.name.clone();
     let memory = memory_text(options);
-    let mut agent_socket = place.vsock().into_os_string();
+    let mut agent_socket = vm_dir.vsock().into_os_string();
     agent_socket.push(format!("_{PORT}"));
     let (listener, socket) =
         unix_socket::listen(&PathBuf::from(agent_socket), "the agent's socket")?;
-    let (log, _written) = place.make_log()?;
+    let (log, _written) = vm_dir.make_log()?;
     let log = Log::create(&log, plan.log_size).or_host("the log")?;
     // Before there are other threads.
     let supervisor = Supervisor::start(config, timeline, signals)?;
     drop(reserved);
-    let (board, place) = (supervisor.board(), place.clone());
+    let (board, vm_dir) = (supervisor.board(), vm_dir.clone());
     board.observe(move |status| {
-        if let Err(error) = place.set_status(status) {
+        if let Err(error) = vm_dir.set_status(status) {
             ::log::warn!("writing down how the VM does: {error}");
         }
     });

@@ -128,7 +128,7 @@ pub struct Ended {
 
 /// A VM's folder.
 #[derive(Clone, Debug)]
-pub struct Place(PathBuf);
+pub struct VmDir(PathBuf);
 
 /// What a folder tells about its VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,12 +139,12 @@ pub enum State {
     Ended,
 }
 
-impl Place {
+impl VmDir {
     /// The folder of a VM that there is.
     pub fn find(name: &str) -> Result<Self, Failure> {
-        let place = Place(Folder::open()?.of(name));
-        match crate::control::valid_name(name) && place.0.join(RECORD).exists() {
-            true => Ok(place),
+        let vm_dir = VmDir(Folder::open()?.of(name));
+        match crate::control::valid_name(name) && vm_dir.0.join(RECORD).exists() {
+            true => Ok(vm_dir),
             false => Err(Failure::config(format!(
                 "{name}: no such VM; see mayfly ps --all"
             ))),
@@ -155,10 +155,10 @@ impl Place {
     /// others than it was given, if VMs had that.
     pub fn remove_of(pid: u32, started: u64) {
         // The VMM process ends with it, and may have the lock for a moment.
-        for place in Place::all().unwrap_or_default() {
-            let record = place.record();
+        for vm_dir in VmDir::all().unwrap_or_default() {
+            let record = vm_dir.record();
             if record.is_ok_and(|record| record.is_left_by(pid, started)) {
-                let _ = place.remove();
+                let _ = vm_dir.remove();
             }
         }
     }
@@ -176,39 +176,39 @@ impl Place {
                     .to_str()
                     .is_some_and(crate::control::valid_name)
             })
-            .map(|entry| Place(entry.path()))
-            .filter(|place| place.0.join(RECORD).exists())
+            .map(|entry| VmDir(entry.path()))
+            .filter(|vm_dir| vm_dir.0.join(RECORD).exists())
             .collect();
         all.sort_by(|a, b| a.0.cmp(&b.0));
         Ok(all)
     }
 
     /// Makes the folder of a new VM, whole and locked from the start.
-    pub fn create(record: &Record, signals: &StartSignals) -> Result<Owned, NotCreated> {
+    pub fn create(record: &Record, signals: &StartSignals) -> Result<VmDirGuard, NotCreated> {
         let folder = Folder::locate();
         folder.make()?;
         let what = || format!("keeping the VM's record in {}", folder.path().display());
         sweep(folder.path());
         let (fresh, mut lock) = make_new(folder.path(), &what(), signals)?;
-        Place(fresh.path().to_owned())
+        VmDir(fresh.path().to_owned())
             .begin(&mut lock, record)
             .or_host(what())?;
         let path = folder.of(&record.name);
         let mut renamed = rename_new(fresh.path(), &path);
-        if renamed.is_err() && Place(path.clone()).is_left_over() {
-            Place(path.clone()).remove()?;
+        if renamed.is_err() && VmDir(path.clone()).is_left_over() {
+            VmDir(path.clone()).remove()?;
             renamed = rename_new(fresh.path(), &path);
         }
         match renamed {
             Ok(()) => {}
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                return Err(NotCreated::Taken(Place(path)));
+                return Err(NotCreated::Taken(VmDir(path)));
             }
             Err(error) => return Err(error).or_host(what())?,
         }
         let _ = fresh.keep();
-        Ok(Owned {
-            place: Place(path),
+        Ok(VmDirGuard {
+            vm_dir: VmDir(path),
             lock,
             record: record.clone(),
             stays: false,
@@ -389,7 +389,7 @@ impl Place {
 /// Why a VM's folder was not made.
 pub enum NotCreated {
     /// A VM has that name, or had it.
-    Taken(Place),
+    Taken(VmDir),
     /// Another reason.
     Failed(Failure),
 }
@@ -403,12 +403,12 @@ impl From<Failure> for NotCreated {
 impl NotCreated {
     /// What to say of it.
     pub fn into_failure(self) -> Failure {
-        let place = match self {
-            NotCreated::Taken(place) => place,
+        let vm_dir = match self {
+            NotCreated::Taken(vm_dir) => vm_dir,
             NotCreated::Failed(failure) => return failure,
         };
-        let name = place.name();
-        Failure::config(match place.state() {
+        let name = vm_dir.name();
+        Failure::config(match vm_dir.state() {
             State::Running => format!("--name {name}: a VM of that name runs; choose another"),
             State::Ended => format!(
                 "--name {name}: a VM of that name has ended; remove it with mayfly rm {name}, or \
@@ -420,23 +420,23 @@ impl NotCreated {
 
 /// The folder of the VM that this process runs. Unless the VM's end is written down, it goes
 /// with this: what never ran leaves nothing behind, as there is nothing to see.
-pub struct Owned {
+pub struct VmDirGuard {
     /// Where it is.
-    pub place: Place,
+    pub vm_dir: VmDir,
     lock: File,
     record: Record,
     /// The folder stays, or is gone already.
     stays: bool,
 }
 
-impl Owned {
+impl VmDirGuard {
     /// Removes it.
     pub fn remove(mut self) -> Result<(), Failure> {
         self.stays = true;
-        log::remove_folder(&self.place.0);
+        log::remove_folder(&self.vm_dir.0);
         // Those that wait for the lock find it gone.
-        fs::remove_dir_all(&self.place.0)
-            .or_host(format_args!("removing {}", self.place.0.display()))
+        fs::remove_dir_all(&self.vm_dir.0)
+            .or_host(format_args!("removing {}", self.vm_dir.0.display()))
     }
 
     /// Writes down how it ended; removes it, if nothing is to stay.
@@ -449,17 +449,17 @@ impl Owned {
         }
         self.stays = true;
         self.record.ended = Some(ended);
-        self.place
+        self.vm_dir
             .finish(&mut self.record)
             .or_host("writing down how the VM ended")
     }
 }
 
-impl Drop for Owned {
+impl Drop for VmDirGuard {
     fn drop(&mut self) {
         if !self.stays {
-            log::remove_folder(&self.place.0);
-            let _ = fs::remove_dir_all(&self.place.0);
+            log::remove_folder(&self.vm_dir.0);
+            let _ = fs::remove_dir_all(&self.vm_dir.0);
         }
     }
 }
@@ -507,14 +507,14 @@ fn sweep_alone(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let name = name.to_str().unwrap_or_default();
-        let place = Place(entry.path());
+        let vm_dir = VmDir(entry.path());
         if name.starts_with(NEW) {
-            if place.state() == State::Ended {
+            if vm_dir.state() == State::Ended {
                 let _ = fs::remove_dir_all(entry.path());
             }
-        } else if crate::control::valid_name(name) && place.is_left_over() {
+        } else if crate::control::valid_name(name) && vm_dir.is_left_over() {
             // Others wait for this. Whom it would have to wait for the next sweep finds.
-            let _ = place.remove_if_free(false);
+            let _ = vm_dir.remove_if_free(false);
         }
     }
 }
@@ -554,8 +554,8 @@ mod tests {
                     for _ in 0..EACH {
                         sweep(folder.path());
                         let (fresh, mut lock) = make_new(folder.path(), "", &signals).unwrap();
-                        let place = Place(fresh.path().to_owned());
-                        place.begin(&mut lock, &Record::default()).unwrap();
+                        let vm_dir = VmDir(fresh.path().to_owned());
+                        vm_dir.begin(&mut lock, &Record::default()).unwrap();
                         assert!(fresh.path().join(RECORD).exists());
                     }
                 });
@@ -573,8 +573,8 @@ mod tests {
                 remove,
                 ..Record::default()
             };
-            let place = Place(fresh.path().to_owned());
-            place.begin(&mut lock, &record).unwrap();
+            let vm_dir = VmDir(fresh.path().to_owned());
+            vm_dir.begin(&mut lock, &record).unwrap();
             fs::rename(fresh.keep(), folder.path().join(name)).unwrap();
             lock
         };
@@ -623,15 +623,15 @@ mod tests {
             let (fresh, lock) = make_new(folder.path(), "", &signals).unwrap();
             let path = folder.path().join(name);
             fs::rename(fresh.keep(), &path).unwrap();
-            Owned {
-                place: Place(path),
+            VmDirGuard {
+                vm_dir: VmDir(path),
                 lock,
                 record: Record::default(),
                 stays: false,
             }
         };
         let ran = owned("ran");
-        ran.place
+        ran.vm_dir
             .begin(
                 &mut File::create(folder.path().join("x")).unwrap(),
                 &ran.record,
@@ -665,9 +665,9 @@ mod tests {
         // It is replaced while somebody waits to remove it.
         let new = File::create(path.join("new")).unwrap();
         new.lock().unwrap();
-        let place = Place(path.clone());
+        let vm_dir = VmDir(path.clone());
         thread::scope(|scope| {
-            let removes = scope.spawn(|| place.remove());
+            let removes = scope.spawn(|| vm_dir.remove());
             thread::sleep(LOOK / 4);
             fs::rename(path.join("new"), path.join(LOCK)).unwrap();
             old.unlock().unwrap();

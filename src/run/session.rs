@@ -12,7 +12,7 @@ use std::time::Duration;
 use mayfly_protocol::agent::{Exit, HostMessage};
 use rustix::net::{Shutdown, shutdown};
 
-use super::agent::{Agent, AgentError, Link, Patient, Streams};
+use super::agent::{Agent, AgentError, BlockingFile, Link, Streams};
 use super::background::tell_started;
 use super::force_quit::ForceQuit;
 use super::log::Log;
@@ -27,10 +27,10 @@ use crate::supervisor::StopHandle;
 use crate::unix_socket::Name;
 
 /// The guest has so long to turn off when all was said.
-const FAREWELL: Duration = Duration::from_secs(10);
+const GRACE_PERIOD: Duration = Duration::from_secs(10);
 /// How long output may take when the machine was ended, and how often that is
 /// looked at.
-const LATE: Duration = Duration::from_secs(1);
+const END_TIMEOUT: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// How a session ended.
@@ -136,7 +136,7 @@ impl Session {
             return match (result, why.clone()) {
                 (Ok(Ok(exit)), _) => SessionEnd::Exited(exit),
                 (Err(RecvTimeoutError::Timeout), None) => continue,
-                (Err(RecvTimeoutError::Timeout), Some(_)) if late < LATE => {
+                (Err(RecvTimeoutError::Timeout), Some(_)) if late < END_TIMEOUT => {
                     late += PAUSE;
                     continue;
                 }
@@ -191,7 +191,7 @@ fn work(
     // A guest that does not turn off is turned off; the process's end ends this.
     let machine = shared.machine.clone();
     thread::Builder::new().spawn(move || {
-        thread::sleep(FAREWELL);
+        thread::sleep(GRACE_PERIOD);
         machine.stop();
     })?;
     let _ = link.send(&HostMessage::Bye);
@@ -203,13 +203,13 @@ fn streams(options: &Options, log: &Log) -> io::Result<Streams> {
     let target = |stream: io::Result<File>| -> io::Result<Box<dyn Write + Send>> {
         match detached {
             true => Ok(Box::new(io::sink())),
-            false => Ok(Box::new(Patient(stream?))),
+            false => Ok(Box::new(BlockingFile(stream?))),
         }
     };
     let input = options.interactive && !detached;
     Ok(Streams {
         input: input
-            .then(|| standard(io::stdin()).map(Patient))
+            .then(|| standard(io::stdin()).map(BlockingFile))
             .transpose()?,
         detach: None,
         output: log.tee(1, target(standard(io::stdout()))?),

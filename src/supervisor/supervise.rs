@@ -198,7 +198,7 @@ impl Supervisor<'_> {
         let ending = self.attend(&clients);
         clients.forget();
         drop(opened);
-        server.farewell();
+        server.close();
         ending
     }
 

@@ -203,11 +203,11 @@ fn load(
 
 /// Returns the port, and what it signals when the host's side is to look.
 fn attach_serial(vm: &Vm, buses: &mut Buses) -> Result<(Arc<Mutex<Serial>>, EventFd), Failure> {
-    let (interrupt, attention) = (event()?, event()?);
+    let (interrupt, host_event) = (event()?, event()?);
     vm.connect_interrupt(&interrupt, layout::SERIAL_IRQ)
         .or_host("serial port")?;
-    let listener = duplicate(&attention)?;
-    let serial = Serial::new(SerialState::default(), interrupt, attention);
+    let listener = duplicate(&host_event)?;
+    let serial = Serial::new(SerialState::default(), interrupt, host_event);
     let serial = Arc::new(Mutex::new(serial));
     buses
         .io

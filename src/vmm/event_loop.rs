@@ -215,7 +215,7 @@ pub struct ConsolePump {
     /// Both sides.
     pub console: Rc<RefCell<Console>>,
     /// Signalled by the guest's side.
-    pub attention: EventFd,
+    pub host_event: EventFd,
     /// Where a wish to quit goes.
     pub state: Shared,
 }
@@ -238,7 +238,7 @@ impl ConsolePump {
         let mut console = self.console.borrow_mut();
         match console.pump() {
             Pumped::All => {}
-            Pumped::More => drop(self.attention.write(1)),
+            Pumped::More => drop(self.host_event.write(1)),
             Pumped::Quit => {
                 let mut state = self.state.borrow_mut();
                 state.outcome.get_or_insert(Outcome::Quit);
@@ -250,27 +250,31 @@ impl ConsolePump {
         }
         if !left.is_empty() {
             // For who waits for a client to leave.
-            let _ = self.attention.write(1);
+            let _ = self.host_event.write(1);
         }
     }
 }
 
 impl MutEventSubscriber for ConsolePump {
     fn init(&mut self, ops: &mut EventOps) {
-        add(ops, Events::new(&self.attention, EventSet::IN), &self.state);
+        add(
+            ops,
+            Events::new(&self.host_event, EventSet::IN),
+            &self.state,
+        );
         self.watch_sources(ops);
         self.pump(ops);
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
-        if events.fd() == self.attention.as_raw_fd() {
-            let _ = self.attention.read();
+        if events.fd() == self.host_event.as_raw_fd() {
+            let _ = self.host_event.read();
         }
         self.pump(ops);
         // Whether one left is known by now.
         let accepted = self.console.borrow_mut().accept();
         if accepted.more {
-            let _ = self.attention.write(1);
+            let _ = self.host_event.write(1);
         }
         if accepted.client {
             self.watch_sources(ops);
@@ -332,7 +336,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
     use std::path::{Path, PathBuf};
 
-    use mayfly_devices::line::Line;
+    use mayfly_devices::char_device::CharDevice;
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     use super::*;
@@ -343,7 +347,7 @@ mod tests {
     #[derive(Default)]
     struct Guest(Vec<u8>);
 
-    impl Line for Guest {
+    impl CharDevice for Guest {
         fn output(&self) -> &[u8] {
             &[]
         }
@@ -373,7 +377,7 @@ mod tests {
             let connection = Connection {
                 name: "channel agent".into(),
                 lines: vec![guest.clone()],
-                attention: EventFd::new(EFD_NONBLOCK).unwrap(),
+                host_event: EventFd::new(EFD_NONBLOCK).unwrap(),
             };
             let end = HostEnd::Unix(path.clone());
             let mut opened = HostConsole::open(&end, "agent", "--channel").unwrap();
@@ -382,7 +386,7 @@ mod tests {
             let state = events.state();
             events.add(ConsolePump {
                 console: Rc::new(RefCell::new(Console::new(&connection, ends))),
-                attention: connection.attention,
+                host_event: connection.host_event,
                 state,
             });
             Bench {

@@ -84,7 +84,7 @@ fn live(inherited: Inherited) -> Result<Ending, VmmFailure> {
     let mut events = EventLoop::new(request.timeline).or_internal("event loop")?;
     let state = events.state();
     let resized = machine.connections.first();
-    let resized = resized.map(|console| duplicate(&console.attention));
+    let resized = resized.map(|console| duplicate(&console.host_event));
     let consoles = connect(&mut events, machine.connections, start.consoles)?;
     for device in machine.devices.iter() {
         events.add(VirtioWorker::new(device.transport.clone(), state.clone()));
@@ -201,7 +201,7 @@ fn connect(
         let console = Rc::new(RefCell::new(Console::new(&connection, fds)));
         events.add(ConsolePump {
             console: console.clone(),
-            attention: connection.attention,
+            host_event: connection.host_event,
             state: state.clone(),
         });
         all.push(console);

@@ -33,7 +33,7 @@ const NOBODY: u32 = 65534;
 const OUT: u8 = 0;
 /// The sandbox did not close, or a thread did not start.
 const BROKEN: u8 = 250;
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// What an attempt is surrounded by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,7 +85,7 @@ fn main() -> ExitCode {
         ),
         (
             "a killed supervisor takes it along",
-            whole::a_killed_keeper_takes_it_along(),
+            whole::a_killed_supervisor_takes_it_along(),
         ),
         (
             "what is missing is named",
@@ -233,7 +233,7 @@ impl Attempt {
         let status = loop {
             match child.try_wait() {
                 Ok(Some(status)) => break status,
-                Ok(None) if begun.elapsed() < PATIENCE => {
+                Ok(None) if begun.elapsed() < TIMEOUT => {
                     std::thread::sleep(Duration::from_micros(500));
                 }
                 other => return Result::Broken(format!("it does not end: {other:?}")),

@@ -17,7 +17,7 @@ const ON: Policy = Policy {
     ..POLICY
 };
 
-const PATIENCE_MS: libc::c_int = 10_000;
+const TIMEOUT_MS: libc::c_int = 10_000;
 
 /// A VMM of three threads, one of which started before the sandbox closed. It says when
 /// they are confined, and lives until it is told to end.
@@ -87,7 +87,7 @@ pub fn every_thread_is_confined(root: bool) -> Result<(), String> {
 }
 
 /// A supervisor that is killed leaves no VMM behind.
-pub fn a_killed_keeper_takes_it_along() -> Result<(), String> {
+pub fn a_killed_supervisor_takes_it_along() -> Result<(), String> {
     let (mut told, _tell) = io::pipe().map_err(text)?;
     let (mut said, mut say) = io::pipe().map_err(text)?;
     // SAFETY: this process has one thread.
@@ -118,7 +118,7 @@ pub fn a_killed_keeper_takes_it_along() -> Result<(), String> {
         revents: 0,
     };
     // SAFETY: one live entry.
-    match unsafe { libc::poll(&mut entry, 1, PATIENCE_MS) } {
+    match unsafe { libc::poll(&mut entry, 1, TIMEOUT_MS) } {
         1 => Ok(()),
         _ => Err("it lives".to_owned()),
     }

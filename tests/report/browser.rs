@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 /// Debian's package is called so, too.
 const PROGRAM: &str = "chromium-headless-shell";
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 pub struct Browser {
     child: Child,
@@ -131,7 +131,7 @@ impl Browser {
     }
 
     fn next(&mut self) -> Value {
-        match self.messages.recv_timeout(PATIENCE) {
+        match self.messages.recv_timeout(TIMEOUT) {
             Ok(message) => message,
             Err(_) => self.absent(),
         }

@@ -15,7 +15,7 @@ use super::watch::Watch;
 use super::{Instance, Launch, SIGNALLED, Sign, now};
 
 /// One that is told to end has so long.
-const FAREWELL: Duration = Duration::from_secs(10);
+const GRACE_PERIOD: Duration = Duration::from_secs(10);
 /// What a launcher leaves running may take so long to end after it.
 const LINGER: Duration = Duration::from_secs(10);
 
@@ -245,7 +245,7 @@ impl Batch {
     /// Ends all, whatever they do, and removes what they leave.
     pub fn end(mut self, ends: &Ends) {
         self.ask_to_end();
-        let orderly = self.wait_for_end(ends, FAREWELL);
+        let orderly = self.wait_for_end(ends, GRACE_PERIOD);
         if orderly.is_err() {
             self.end_by_force(ends);
         }

@@ -31,7 +31,7 @@ use crate::error::{Context, Error};
 /// Where the registry of names that say none answers.
 const DEFAULT_HOST: &str = "registry-1.docker.io";
 /// Without a byte for so long, a connection is over.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 /// How long an answer may take to begin, and one of JSON to end.
 const ANSWER_TIME: Duration = Duration::from_secs(60);
 /// How often something is tried again that brought nothing new.
@@ -98,11 +98,11 @@ fn agent(https_only: bool, proxy: Option<Proxy>) -> Agent {
         .https_only(https_only)
         .proxy(proxy)
         .user_agent(concat!("mayfly/", env!("CARGO_PKG_VERSION")))
-        .timeout_resolve(Some(PATIENCE))
-        .timeout_connect(Some(PATIENCE))
+        .timeout_resolve(Some(TIMEOUT))
+        .timeout_connect(Some(TIMEOUT))
         .timeout_recv_response(Some(ANSWER_TIME))
-        .timeout_per_read(Some(PATIENCE))
-        .timeout_per_write(Some(PATIENCE))
+        .timeout_per_read(Some(TIMEOUT))
+        .timeout_per_write(Some(TIMEOUT))
         .tls_config(tls)
         .build()
         .new_agent()

@@ -260,7 +260,7 @@ fn has_own_counter(kvm: &Kvm) -> bool {
 /// As a machine runs: its vCPUs are saved by their threads, and go on.
 #[test]
 fn vcpus_are_saved_at_the_gate_and_go_on() {
-    const PATIENCE: Duration = Duration::from_secs(20);
+    const TIMEOUT: Duration = Duration::from_secs(20);
     /// Counts what the program says.
     #[derive(Default)]
     struct Listener(Vec<u8>);
@@ -294,7 +294,7 @@ fn vcpus_are_saved_at_the_gate_and_go_on() {
         threads.iter().for_each(|thread| {
             thread.kill(kick_signal()).unwrap();
         });
-        assert!(gate.closed(PATIENCE));
+        assert!(gate.closed(TIMEOUT));
     };
     for round in 0..5 {
         gate.open();
@@ -303,7 +303,7 @@ fn vcpus_are_saved_at_the_gate_and_go_on() {
             thread::yield_now();
         }
         close();
-        let states = gate.save(scope.clone(), PATIENCE).unwrap();
+        let states = gate.save(scope.clone(), TIMEOUT).unwrap();
         let vcpus = states.into_iter().map(Result::unwrap).collect();
         let saved = Saved {
             vcpus,
@@ -322,7 +322,7 @@ fn vcpus_are_saved_at_the_gate_and_go_on() {
     threads.into_iter().for_each(|thread| {
         thread.join().unwrap();
     });
-    assert!(gate.save(scope, PATIENCE).is_none());
+    assert!(gate.save(scope, TIMEOUT).is_none());
 }
 
 #[test]

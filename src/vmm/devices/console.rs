@@ -13,17 +13,17 @@ use crate::link::VmmFailure;
 use crate::vmm::events::{duplicate, event};
 
 /// The console on the serial port, which signals when the host's side is to look.
-pub fn on_serial((serial, attention): (Arc<Mutex<Serial>>, EventFd)) -> Connection {
+pub fn on_serial((serial, host_event): (Arc<Mutex<Serial>>, EventFd)) -> Connection {
     Connection {
         name: "console".to_owned(),
         lines: vec![serial],
-        attention,
+        host_event,
     }
 }
 
 /// A device of its own for the console: the serial port has the guest's first words.
 pub fn make(console: &mut Connection) -> Result<PendingDevice, VmmFailure> {
-    let device = Console::new(duplicate(&console.attention)?).or_host("the console")?;
+    let device = Console::new(duplicate(&console.host_event)?).or_host("the console")?;
     console.lines.push(device.port());
     Ok(PendingDevice::new(device))
 }
@@ -32,12 +32,12 @@ pub fn make(console: &mut Connection) -> Result<PendingDevice, VmmFailure> {
 pub fn make_channels(names: &[String]) -> Result<(PendingDevice, Vec<Connection>), VmmFailure> {
     let (mut ports, mut connections) = (Vec::new(), Vec::new());
     for name in names {
-        let attention = event()?;
-        ports.push((name.clone(), duplicate(&attention)?));
+        let host_event = event()?;
+        ports.push((name.clone(), duplicate(&host_event)?));
         connections.push(Connection {
             name: format!("channel {name}"),
             lines: Vec::new(),
-            attention,
+            host_event,
         });
     }
     let device = Channels::new(ports).or_host("the channels")?;

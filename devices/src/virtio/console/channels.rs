@@ -154,11 +154,11 @@ impl Channels {
         let wake = EventFd::new(EFD_NONBLOCK)?;
         let channels = channels
             .into_iter()
-            .map(|(name, attention)| {
+            .map(|(name, host_event)| {
                 Ok(Channel {
                     name,
                     state: Progress::default(),
-                    port: DevicePort::new(attention, wake.try_clone()?),
+                    port: DevicePort::new(host_event, wake.try_clone()?),
                 })
             })
             .collect::<io::Result<Vec<_>>>()?;

@@ -1,6 +1,6 @@
 use super::super::port::RING_MAX;
 use super::*;
-use crate::line::Line;
+use crate::char_device::CharDevice;
 use crate::virtio::mmio::Status;
 use crate::virtio::testing::{Descriptor, Driver};
 use proptest::prelude::*;
@@ -17,8 +17,8 @@ struct Bench {
 
 impl Bench {
     fn new(names: &[&str]) -> Self {
-        let attention = || EventFd::new(EFD_NONBLOCK).unwrap();
-        let channels = names.iter().map(|name| (name.to_string(), attention()));
+        let host_event = || EventFd::new(EFD_NONBLOCK).unwrap();
+        let channels = names.iter().map(|name| (name.to_string(), host_event()));
         let channels = Channels::new(channels.collect()).unwrap();
         let ports = channels.ports();
         let driver = Driver::new(Box::new(channels));
@@ -317,9 +317,9 @@ fn restored_channels_know_that_their_clients_left() {
     bench.host(0).input(b"before");
     let state = bench.driver.save();
 
-    let attention = || EventFd::new(EFD_NONBLOCK).unwrap();
+    let host_event = || EventFd::new(EFD_NONBLOCK).unwrap();
     let channels = |names: [&str; 2]| {
-        let channels = names.map(|name| (name.to_owned(), attention()));
+        let channels = names.map(|name| (name.to_owned(), host_event()));
         Channels::new(channels.into()).unwrap()
     };
     let other = channels(["a", "b"]);

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::lock;
-use crate::line::{Line, TerminalSize};
+use crate::char_device::{CharDevice, TerminalSize};
 use crate::virtio::chain::Buffer;
 use crate::virtio::device::NeedsReset;
 use crate::virtio::queues::Queues;
@@ -29,7 +29,7 @@ pub struct Port {
     /// The host's side left, and the device does not know yet.
     hung_up: bool,
     size: Option<TerminalSize>,
-    attention: EventFd,
+    host_event: EventFd,
     wake: EventFd,
 }
 
@@ -54,13 +54,13 @@ impl Port {
         let now = self.hung_up && self.state.input.is_empty();
         if now {
             self.hung_up = false;
-            signal(&self.attention);
+            signal(&self.host_event);
         }
         now
     }
 }
 
-impl Line for Port {
+impl CharDevice for Port {
     fn output(&self) -> &[u8] {
         self.state.output.as_slices().0
     }
@@ -124,17 +124,17 @@ pub(super) struct DevicePort {
 }
 
 impl DevicePort {
-    /// A port. `attention` tells the host's side that there is output after
+    /// A port. `host_event` tells the host's side that there is output after
     /// there was none, or room for input after there was none; `wake` tells the
     /// device that the host's side did something.
-    pub fn new(attention: EventFd, wake: EventFd) -> Self {
+    pub fn new(host_event: EventFd, wake: EventFd) -> Self {
         let port = Port {
             state: PortState::default(),
             stalled: false,
             connected: false,
             hung_up: false,
             size: None,
-            attention,
+            host_event,
             wake,
         };
         DevicePort {
@@ -158,7 +158,7 @@ impl DevicePort {
         }
         if open != port.state.open {
             port.state.open = open;
-            signal(&port.attention);
+            signal(&port.host_event);
         }
     }
 
@@ -194,7 +194,7 @@ impl DevicePort {
         let mut port = lock(&self.port);
         port.state = state;
         // The host's side looks for what is there.
-        signal(&port.attention);
+        signal(&port.host_event);
         Ok(())
     }
 
@@ -228,7 +228,7 @@ impl DevicePort {
             let mut data = vec![0; now.len()];
             let len = now.read(&mut data);
             if port.state.output.is_empty() && len > 0 {
-                signal(&port.attention);
+                signal(&port.host_event);
             }
             port.state.output.extend(data.iter().take(len));
             self.output_bytes += len as u64;
@@ -263,7 +263,7 @@ impl DevicePort {
             self.input_bytes += len as u64;
             queues.complete(queue, chain.head, len)?;
             if was_full && port.input_room() > 0 {
-                signal(&port.attention);
+                signal(&port.host_event);
             }
         }
         port.state.input = VecDeque::new();

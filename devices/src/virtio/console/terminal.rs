@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::port::{DevicePort, Port};
 use super::{F_SIZE, QUEUE_SIZE};
 use crate::bus::lock;
-use crate::line::TerminalSize;
+use crate::char_device::TerminalSize;
 use crate::virtio::device::{DeviceId, NeedsReset, Token, VirtioDevice};
 use crate::virtio::queues::Queues;
 use crate::virtio::state::{ConsoleState, DeviceState, RestoreError, SaveError};
@@ -36,12 +36,12 @@ pub struct Console {
 }
 
 impl Console {
-    /// A terminal. `attention` is signalled when there is output after there
+    /// A terminal. `host_event` is signalled when there is output after there
     /// was none, or room for input after there was none.
-    pub fn new(attention: EventFd) -> io::Result<Self> {
+    pub fn new(host_event: EventFd) -> io::Result<Self> {
         let wake = EventFd::new(EFD_NONBLOCK)?;
         Ok(Console {
-            port: DevicePort::new(attention, wake.try_clone()?),
+            port: DevicePort::new(host_event, wake.try_clone()?),
             config: [0; 4],
             sized: false,
             told: false,

@@ -1,7 +1,7 @@
 use super::super::port::RING_MAX;
 use super::*;
 use crate::bus::BusDevice;
-use crate::line::Line;
+use crate::char_device::CharDevice;
 use crate::virtio::mmio::Status;
 use crate::virtio::testing::{Descriptor, Driver, MEMORY, SIZE};
 use proptest::prelude::*;
@@ -12,19 +12,19 @@ const CONFIG: u64 = 0x100;
 struct Bench {
     driver: Driver,
     port: Arc<Mutex<Port>>,
-    attention: EventFd,
+    host_event: EventFd,
 }
 
 impl Bench {
     fn new() -> Self {
-        let attention = EventFd::new(EFD_NONBLOCK).unwrap();
-        let console = Console::new(attention.try_clone().unwrap()).unwrap();
+        let host_event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let console = Console::new(host_event.try_clone().unwrap()).unwrap();
         let port = console.port();
         let driver = Driver::new(Box::new(console));
         Bench {
             driver,
             port,
-            attention,
+            host_event,
         }
     }
 
@@ -47,7 +47,7 @@ impl Bench {
     }
 
     fn attentions(&self) -> u64 {
-        self.attention.read().unwrap_or(0)
+        self.host_event.read().unwrap_or(0)
     }
 
     fn send(&mut self, data: &[u8]) {
@@ -314,15 +314,15 @@ fn what_is_on_its_way_survives_a_restore() {
         }
         seen
     };
-    let attention = EventFd::new(EFD_NONBLOCK).unwrap();
-    let other = Console::new(attention.try_clone().unwrap()).unwrap();
+    let host_event = EventFd::new(EFD_NONBLOCK).unwrap();
+    let other = Console::new(host_event.try_clone().unwrap()).unwrap();
     let port = other.port();
     bench
         .driver
         .restore(Box::new(other), state.clone())
         .unwrap();
     assert_eq!(bench.driver.save(), state);
-    assert_eq!(attention.read().unwrap(), 1);
+    assert_eq!(host_event.read().unwrap(), 1);
     assert_eq!(bench.size(), (80, 24));
     let mut seen = drain(&port);
     bench.driver.process_pending();
@@ -340,6 +340,6 @@ fn what_is_on_its_way_survives_a_restore() {
         panic!();
     };
     console.port.input = vec![0; RING_MAX + 1].into();
-    let other = Console::new(attention).unwrap();
+    let other = Console::new(host_event).unwrap();
     assert!(bench.driver.restore(Box::new(other), foreign).is_err());
 }

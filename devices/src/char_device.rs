@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 /// The guest's end of a line.
-pub trait Line: Send {
+pub trait CharDevice: Send {
     /// The first part of what the guest has sent.
     fn output(&self) -> &[u8];
 
