@@ -10,6 +10,8 @@ mod balloon;
 mod cmdline;
 mod console;
 mod disk;
+#[cfg(test)]
+mod equal_tests;
 mod folder;
 mod guest;
 mod host;
