@@ -336,13 +336,14 @@ mod tests {
             unpacked(&[fine.clone(), fine.clone()].concat()).unwrap(),
             b"finefine"
         );
-        // Of 144 MiB, and of 1 TiB, with blocks of 128 KiB of zeroes.
+        // Of 144 MiB, and of 1 TiB, with blocks of 128 KiB of zeroes: few, so that they are
+        // soon unpacked where the window is not what is refused.
         let zero = ((128 << 10) << 3 | 1 << 1, &b"\0"[..]);
         for window in [0x89, 0xf0] {
-            let bomb = frame(window, &vec![zero; 24_000]);
+            let bomb = frame(window, &[zero; 16]);
             for archive in [bomb.clone(), [fine.clone(), bomb].concat()] {
-                let error = unpacked(&archive).unwrap_err().to_string();
-                assert_eq!(error, WINDOW_TOO_LARGE);
+                let error = unpacked(&archive).err().map(|error| error.to_string());
+                assert_eq!(error.as_deref(), Some(WINDOW_TOO_LARGE));
             }
         }
         let mut large = xz(b"text");

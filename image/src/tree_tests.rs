@@ -190,7 +190,10 @@ impl Read for Repeated {
 fn targets_of_symbolic_links_count() {
     let mut one = archive(&[(b"x", Kind::Symlink(vec![b'x'; PATH_MAX]), 0o777)]);
     one.truncate(one.len() - 1024);
-    let all: Box<dyn Read> = Box::new(Repeated { data: one, at: 0 });
+    // A few more than make 256 MiB, so that it ends where they do not count.
+    let len = one.len() as u64 * ((256 << 20) / PATH_MAX as u64 + 100);
+    let all = Repeated { data: one, at: 0 }.take(len);
+    let all: Box<dyn Read> = Box::new(all);
     let read = Tree::read(&mut Entries::new(all), &Limits::default());
     let error = read.err().unwrap().to_string();
     assert!(error.contains("names of more than 256 MiB"), "{error}");

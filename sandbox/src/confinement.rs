@@ -165,7 +165,9 @@ impl Drop for Pending {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
     use std::thread;
+    use std::time::Duration;
 
     use super::*;
 
@@ -173,9 +175,11 @@ mod tests {
     fn threads_that_wait_go_on_when_it_is_given_up() {
         let gate = Gate::default();
         let place = gate.pending();
-        let waits = thread::spawn(move || place.confine(Role::Io));
+        let (sender, confined) = mpsc::channel();
+        thread::spawn(move || sender.send(place.confine(Role::Io)));
         gate.give_up();
-        waits.join().unwrap().unwrap();
+        let confined = confined.recv_timeout(Duration::from_secs(10));
+        confined.expect("the thread waits on").unwrap();
         // Nothing may run in a sandbox whose threads went on without one.
         assert!(ThreadConfinement::new(Mode::On, None, Report::default(), gate).is_none());
     }

@@ -6,11 +6,11 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Output};
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mayfly_testing::processes::{children, kill, name, runs};
 use mayfly_testing::user::User;
-use mayfly_testing::{eventually, text};
+use mayfly_testing::{TIMEOUT, eventually, eventually_within, many_times, text};
 
 /// So often a process is killed.
 const KILLS: u64 = 50;
@@ -236,18 +236,22 @@ fn a_killed_supervisor_takes_its_vm_along() {
 fn a_killed_passt_is_told() {
     let user = User::tiny();
     let reason = "was ended by signal 9";
-    let mut told = 0;
+    let (mut told, mut timeout) = (0, TIMEOUT);
     for number in 0..KILLS {
+        let begun = Instant::now();
         let mut vm = Vm::with_network(&user, "vm", &["-p", "127.0.0.1::80"]);
         // On a busy host it may start for longer than any moment.
         match number % 2 {
-            0 => vm.wait_until_up(&user),
+            0 => {
+                vm.wait_until_up(&user);
+                timeout = many_times(begun.elapsed());
+            }
             _ => moment(number),
         }
         let passt = vm.process("passt");
         let passt = passt.unwrap_or_else(|| panic!("{number}: it has no passt"));
         kill(passt, libc::SIGKILL);
-        let problem = eventually("nobody is told", || {
+        let problem = eventually_within(timeout, "nobody is told", || {
             let vm_now = user.vm("vm");
             let problem = vm_now.and_then(|it| it["problems"][0].as_str().map(str::to_owned));
             match (problem, vm.child.try_wait().unwrap()) {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use mayfly_testing::processes::{kill, kill_if_there, with_variable};
 use mayfly_testing::user::User;
-use mayfly_testing::{TIMEOUT, eventually, mayfly, text};
+use mayfly_testing::{TIMEOUT, eventually_within, many_times, mayfly, text};
 use tempfile::TempDir;
 
 /// Marks the processes of a start, to be found when they should be gone.
@@ -48,6 +48,8 @@ pub struct Host {
     pub user: User,
     /// And so after one that failed.
     before: BTreeSet<PathBuf>,
+    /// How long a start may take, and its traces may stay.
+    timeout: Duration,
 }
 
 impl Host {
@@ -55,12 +57,15 @@ impl Host {
         let mut host = Host {
             user: User::tiny(),
             before: BTreeSet::new(),
+            timeout: TIMEOUT,
         };
         symlink(mayfly(), host.path("mayfly")).unwrap();
         // What one start makes for all.
         let first = host.command(Verb::Run, "turns-off", &["--rm", "--net", "none"]);
+        let begun = Instant::now();
         let ended = host.start(first).wait();
         assert!(ended.is_off(Verb::Run), "{ended:?}");
+        host.timeout = many_times(begun.elapsed());
         host.before = host.files();
         host
     }
@@ -169,9 +174,10 @@ impl Host {
     /// Waits for its end, and looks that nothing is left of it.
     pub fn finish(&self, start: Start) -> Ended {
         let said = start.said.path().to_owned();
-        let (mut ended, _said) = start.end();
+        let (mut ended, _said) = start.end(self.timeout);
         // Who was killed may end a moment later.
-        eventually(&format!("nothing is left of {ended:?}"), || {
+        let what = format!("nothing is left of {ended:?}");
+        eventually_within(self.timeout, &what, || {
             let nothing = self.left().is_empty() && with_variable(&ended.mark).is_empty();
             nothing.then_some(())
         });
@@ -212,11 +218,11 @@ impl Start {
     }
 
     pub fn wait(self) -> Ended {
-        self.end().0
+        self.end(TIMEOUT).0
     }
 
-    fn end(mut self) -> (Ended, TempDir) {
-        let deadline = Instant::now() + TIMEOUT;
+    fn end(mut self, timeout: Duration) -> (Ended, TempDir) {
+        let deadline = Instant::now() + timeout;
         let status = loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 break status;

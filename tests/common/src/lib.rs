@@ -69,8 +69,27 @@ pub fn text(bytes: &[u8]) -> String {
 /// # Panics
 ///
 /// After [`TIMEOUT`], with what was waited for.
-pub fn eventually<T>(what: &str, mut get: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + TIMEOUT;
+pub fn eventually<T>(what: &str, get: impl FnMut() -> Option<T>) -> T {
+    eventually_within(TIMEOUT, what, get)
+}
+
+/// The time in which all that is like something that `took` its time has happened, on a CPU
+/// as in the lab: a test that waits for it in vain fails that soon.
+pub fn many_times(took: Duration) -> Duration {
+    (Duration::from_secs(30) + took * 50).min(TIMEOUT)
+}
+
+/// Waits until there is something, but not for as long as [`eventually`].
+///
+/// # Panics
+///
+/// After `timeout`, with what was waited for.
+pub fn eventually_within<T>(
+    timeout: Duration,
+    what: &str,
+    mut get: impl FnMut() -> Option<T>,
+) -> T {
+    let deadline = Instant::now() + timeout;
     let [mut pause, longest] = LOOKS;
     loop {
         if let Some(got) = get() {
