@@ -4,10 +4,10 @@ use std::sync::{Arc, Mutex};
 
 use arbitrary::Arbitrary;
 use mayfly_devices::bus::{Bus, lock};
+use mayfly_devices::char_device::CharDevice;
 use mayfly_devices::cmos::Cmos;
 use mayfly_devices::ged::{Ged, GedState};
 use mayfly_devices::i8042::I8042;
-use mayfly_devices::char_device::CharDevice;
 use mayfly_devices::platform::{Platform, PlatformPorts};
 use mayfly_devices::pvpanic::Pvpanic;
 use mayfly_devices::serial::{Serial, SerialState};
