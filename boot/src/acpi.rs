@@ -31,7 +31,7 @@ const IOAPIC_ID: u8 = 0;
 const GSI_BASE: u32 = 0;
 const TABLE_ALIGN: u64 = 16;
 
-/// FADT `IAPC_BOOT_ARCH` (ACPI table 5.11). Legacy devices, an 8042, and
+/// FADT `IAPC_BOOT_ARCH` (ACPI table 5.11). ISA devices, an 8042, and
 /// absent MSI would be bits 0, 1 and 3.
 const VGA_NOT_PRESENT: u16 = 1 << 2;
 const CMOS_RTC_NOT_PRESENT: u16 = 1 << 5;

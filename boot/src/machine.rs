@@ -1,4 +1,4 @@
-//! What a guest is told about its machine, and why that could not be written.
+//! The description of a machine for its guest's firmware tables, and the errors of writing it.
 
 use crate::acpi::{AcpiError, MmioDevice};
 use crate::cmdline::CmdlineError;

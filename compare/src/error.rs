@@ -45,7 +45,7 @@ impl Error {
         }
     }
 
-    /// What was asked for cannot be.
+    /// An error of what the user asked for.
     pub(crate) fn invalid(what: impl Into<String>) -> Self {
         Error::new(ErrorKind::Invalid, what)
     }
@@ -73,7 +73,7 @@ pub(crate) trait Context<T>: Sized {
     /// Fails with an error of a kind, of which this is the cause.
     fn context(self, kind: ErrorKind, what: impl fmt::Display) -> Result<T, Error>;
 
-    /// What was asked for is at fault.
+    /// Blames what the user asked for.
     fn or_invalid(self, what: impl fmt::Display) -> Result<T, Error> {
         self.context(ErrorKind::Invalid, what)
     }

@@ -39,7 +39,7 @@ const MARK: &str = "MAYFLY_COMPARISON";
 /// A directory for one comparison, which its end removes with all that belongs to it.
 #[derive(Debug)]
 pub struct Workspace {
-    /// Where it is.
+    /// Its path.
     pub directory: PathBuf,
     /// The directory itself: once it is removed, another user may make one of that name.
     handle: OwnedFd,
@@ -61,7 +61,7 @@ impl Workspace {
         sweep(Path::new(DISK));
         places.retain(|place| may_execute(place));
         let above = places.first().ok_or_else(|| {
-            Error::host("there is no folder for temporary files whose programs may run")
+            Error::host("there is no directory for temporary files whose programs may run")
         })?;
         let what = || above.display().to_string();
         let directory = tempfile::Builder::new()
@@ -80,7 +80,7 @@ impl Workspace {
         })
     }
 
-    /// A directory on a disk that is removed with this, and has room for so many bytes.
+    /// A directory on a disk that is removed with this, and has room for `bytes`.
     pub fn disk_for(&self, bytes: u64) -> Result<PathBuf, Error> {
         let spare = room(Path::new(DISK));
         if bytes > spare {
@@ -93,7 +93,7 @@ impl Workspace {
         self.on_disk()
     }
 
-    /// A directory that is removed with this, and has room for so many bytes: in memory or, so
+    /// A directory that is removed with this, and has room for `bytes`: in memory or, so
     /// that they do not fill it, on a disk.
     pub fn directory_for(&self, bytes: u64) -> Result<PathBuf, Error> {
         if bytes <= room(&self.directory) {

@@ -6,11 +6,11 @@ use std::fs;
 use super::model::Host;
 
 const KIB_A_MIB: u64 = 1024;
-/// So much of the CPUs' time taken by other machines makes times doubtful.
+/// The part of the CPUs' time taken by other machines that makes times doubtful.
 const MUCH_STOLEN: f64 = 0.01;
 
-/// Looks.
-pub fn look() -> Host {
+/// Describes this host.
+pub fn describe() -> Host {
     let cpus = read("/proc/cpuinfo");
     let below = cpus
         .lines()
@@ -95,7 +95,7 @@ fn memory_mib(name: &str) -> u64 {
     kib / KIB_A_MIB
 }
 
-/// Of the last minute.
+/// The load average of the last minute.
 fn load() -> f64 {
     let text = read("/proc/loadavg");
     let first = text.split_whitespace().next();

@@ -93,7 +93,7 @@ pub struct Sample {
     /// The command's exit status; 128 and more for signals. A run counts only with 0.
     #[serde(default)]
     pub command_status: Option<i32>,
-    /// Why it does not count.
+    /// The reason why it does not count.
     pub error: Option<String>,
 }
 
@@ -128,7 +128,7 @@ impl Sample {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
-    /// Nothing.
+    /// A process of the host, without isolation.
     Process,
     /// Namespaces, on the host's kernel.
     Container,
@@ -156,7 +156,7 @@ impl Kind {
 /// Memory of instances that idle, all together, in KiB.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MemoryPoint {
-    /// How many instances.
+    /// The number of instances.
     pub instances: u32,
     /// Theirs alone.
     pub private_kib: u64,
@@ -180,11 +180,11 @@ pub struct Load {
     pub start: Option<Summary>,
     /// Instances that came to their command, by the time until the last one did.
     pub starts_per_second: f64,
-    /// How many failed.
+    /// The number of instances that failed.
     pub failed: u32,
 }
 
-/// What can be seen from inside.
+/// Isolation: what can be seen of the host from inside.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Isolation {
     /// `uname -r` inside.
@@ -217,7 +217,7 @@ pub struct Isolation {
 pub struct EngineReport {
     /// As `--engines` takes it.
     pub name: String,
-    /// What it is.
+    /// The kind of the engine.
     pub kind: Kind,
     /// As it says itself.
     pub version: Option<String>,
@@ -247,11 +247,11 @@ pub struct EngineReport {
     pub memory: Vec<MemoryPoint>,
     /// Many at once.
     pub load: Option<Load>,
-    /// What it costs while it runs.
+    /// The figures of its steady state.
     pub steady: Vec<Figure>,
     /// By which way its TCP went to the host, if that was looked at.
     pub tcp: Option<Way>,
-    /// What can be seen from inside.
+    /// Its isolation.
     pub isolation: Option<Isolation>,
 }
 
@@ -304,7 +304,7 @@ pub struct Host {
     pub kernel: String,
     /// The CPU's name.
     pub cpu: String,
-    /// How many are online.
+    /// The number of CPUs that are online.
     pub cpus: u32,
     /// In MiB.
     pub memory_mib: u64,
@@ -334,7 +334,7 @@ pub struct Host {
     pub namespaces: BTreeMap<String, String>,
 }
 
-/// What ran everywhere.
+/// The workload that ran in all engines.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Workload {
     /// As it was named.
@@ -372,25 +372,25 @@ pub struct Report {
     pub mayfly: String,
     /// When it began, in milliseconds since 1970.
     pub started_ms: u64,
-    /// What decides the order of runs.
+    /// The seed of the order of runs.
     pub seed: u64,
     /// Runs of each engine that were wanted.
     pub runs: u32,
     /// Runs of each engine before those, which do not count.
     pub warmup: u32,
-    /// What was in memory.
+    /// The state of the page cache.
     pub page_cache: PageCache,
     /// It was ended before it was through.
     pub interrupted: bool,
-    /// Where.
+    /// The host.
     pub host: Host,
-    /// What.
+    /// The workload.
     pub workload: Workload,
-    /// Who.
+    /// The engines.
     pub engines: Vec<EngineReport>,
     /// The order of the runs that count: places in `engines`.
     pub order: Vec<u32>,
-    /// What makes figures doubtful.
+    /// Warnings about what makes figures doubtful.
     pub warnings: Vec<String>,
 }
 

@@ -3,47 +3,47 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// What is looked at.
+/// A part of a comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Measure {
     /// Starts, in phases.
     Start,
-    /// What instances that idle have in memory.
+    /// The memory of instances that idle.
     Memory,
-    /// Many at once.
+    /// The load of many starts at once.
     Load,
-    /// What usual work costs.
+    /// The steady state: what CPU, system calls, files and TCP cost.
     Steady,
-    /// What can be seen from inside.
+    /// Isolation: what can be seen of the host from inside.
     Isolation,
 }
 
-/// What is to be compared.
+/// The options of a comparison.
 pub struct Options {
     /// As `mayfly run` takes it.
     pub image: String,
     /// Empty: only the marker.
     pub command: Vec<String>,
-    /// Of each engine.
+    /// The runs of each engine that count.
     pub runs: u32,
-    /// Of each engine, before those.
+    /// The runs of each engine before those.
     pub warmup: u32,
     /// Names, or none for all.
     pub engines: Vec<String>,
-    /// What is looked at.
+    /// The parts that are wanted.
     pub measures: Vec<Measure>,
-    /// How many at once.
+    /// The number of starts at once.
     pub parallel: u32,
-    /// Of each instance.
+    /// The CPUs of each instance.
     pub cpus: u32,
-    /// Of each instance, in MiB.
+    /// The memory of each instance, in MiB.
     pub memory_mib: u64,
     /// Decides the order.
     pub seed: u64,
     /// Let the host forget files before each run.
     pub drop_caches: bool,
-    /// How long an instance may take.
-    pub patience: Duration,
+    /// The time that an instance may take.
+    pub timeout: Duration,
     /// One of those that are compared.
     pub mayfly: Mayfly,
 }
@@ -52,15 +52,15 @@ pub struct Options {
 pub struct Mayfly {
     /// Its version.
     pub version: String,
-    /// Where its images are.
+    /// The directory of its images.
     pub store: PathBuf,
-    /// What VMs boot.
+    /// The guest that VMs boot.
     pub guest: Guest,
     /// The start of the kernel's command line, for all VMs.
     pub cmdline: String,
     /// Tells why VMs cannot run on this host, if that is so.
     pub check_kvm: Box<dyn Fn() -> Result<(), String>>,
-    /// What `mayfly run` is told beside what is compared.
+    /// The arguments of `mayfly run` beside what is compared.
     pub flags: Vec<String>,
     /// `passt`, if there is one: without it, its VMs have no network.
     pub passt: Option<PathBuf>,
@@ -68,7 +68,7 @@ pub struct Mayfly {
     pub system_calls: Option<u32>,
 }
 
-/// What VMs boot.
+/// The files of a guest that VMs boot.
 pub struct Guest {
     /// Its name.
     pub name: String,

@@ -12,7 +12,7 @@ impl Random {
         value ^ (value >> 31)
     }
 
-    /// One of so many, each alike as far as 64 bits go.
+    /// A number below `bound`, all equally likely as far as 64 bits go.
     fn below(&mut self, bound: usize) -> usize {
         let product = u128::from(self.next()) * bound as u128;
         usize::try_from(product >> 64).unwrap_or(0)

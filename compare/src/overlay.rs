@@ -10,11 +10,11 @@ use std::path::{Path, PathBuf};
 
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 
-/// What the layer lies in.
+/// The directory that takes what is written.
 const UPPER: &str = "upper";
 const WORK: &str = "work";
 
-/// What overlayfs is told of a directory, and of one that holds `upper` and `work`.
+/// The options of overlayfs for a directory, and for one that holds `upper` and `work`.
 pub fn options(lower: &Path, writable: &Path) -> io::Result<CString> {
     let mut options = Vec::new();
     let mut add = |name: &str, path: &Path| {
@@ -40,7 +40,7 @@ pub fn options(lower: &Path, writable: &Path) -> io::Result<CString> {
 #[derive(Debug)]
 pub struct Overlay {
     options: CString,
-    /// Where the files are seen.
+    /// The mount point.
     target: CString,
 }
 

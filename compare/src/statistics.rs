@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 /// What a set of times has in common, in nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
-    /// How many there are.
+    /// The number of samples.
     pub count: u32,
     /// The middle one, or the mean of both.
     pub median: u64,
@@ -100,18 +100,18 @@ fn rank(sorted: &[u64], percent: usize) -> Option<u64> {
 
 /// Fewer times say nothing of how noisy the machine was.
 const ENOUGH: usize = 5;
-/// More outliers than one of so many are many.
+/// More outliers than one in this number of samples are many.
 const MANY_OUTLIERS: u32 = 10;
 /// A deviation is large from this part of the median on.
 const LARGE_DEVIATION: f64 = 0.25;
-/// A drift is told from this part of the median on,
+/// A drift is reported from this part of the median on,
 const LARGE_DRIFT: f64 = 0.1;
 /// and only if chance would rarely bring it about, in standard errors.
 const SURE: f64 = 4.0;
-/// So many times on each side have an error that can be told.
+/// The least samples on each side whose error can be estimated.
 const ENOUGH_FOR_ERRORS: usize = 8;
-/// Of so many, all of one side must be beyond all of the other: by chance, as rarely as 2 in
-/// 252.
+/// With this number of samples, all of one side must be beyond all of the other: by chance,
+/// as rarely as 2 in 252.
 const ENOUGH_TO_PART: usize = 5;
 /// The standard error of a median, by that of a mean.
 const MEDIAN_BY_MEAN: f64 = 1.2533;

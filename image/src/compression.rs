@@ -19,7 +19,7 @@ const XZ_MEMORY_KIB: u32 = (1 << (WINDOW_LOG_MAX - 10)) + 1024;
 /// How many first bytes tell the format.
 const START: usize = 10;
 
-/// How an archive is compressed.
+/// The compression of an archive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Format {
     Plain,
@@ -115,7 +115,7 @@ impl Section {
 
 /// A decoder of one member, that stops behind it.
 trait Decoder<R>: Read {
-    /// What follows the member.
+    /// The input behind the member.
     fn into_input(self) -> io::Result<R>;
 }
 

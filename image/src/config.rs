@@ -17,16 +17,16 @@ pub const JSON_MAX: u64 = 8 << 20;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ImageConfig {
-    /// When it was made.
+    /// The time at which it was made.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub created: Option<String>,
     /// `amd64`, …
     pub architecture: String,
     /// `linux`, …
     pub os: String,
-    /// How it is run.
+    /// The configuration of its containers.
     pub config: RunConfig,
-    /// What it is made of.
+    /// The layers that it is made of.
     pub rootfs: RootFs,
 }
 
@@ -50,7 +50,7 @@ pub struct RunConfig {
     /// `NAME=VALUE`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub env: Vec<String>,
-    /// What always runs.
+    /// The program that always runs, with its first arguments.
     #[serde(deserialize_with = "words", skip_serializing_if = "Vec::is_empty")]
     pub entrypoint: Vec<String>,
     /// Its arguments, or what runs.
@@ -63,7 +63,7 @@ pub struct RunConfig {
         skip_serializing_if = "Vec::is_empty"
     )]
     pub volumes: Vec<String>,
-    /// Where it runs; empty for `/`.
+    /// The working directory; empty for `/`.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub working_dir: String,
     /// What the image's makers say of it.
@@ -98,7 +98,7 @@ fn as_keys<S: serde::Serializer>(keys: &[String], serializer: S) -> Result<S::Ok
     serializer.collect_map(keys.iter().map(|key| (key, BTreeMap::<u8, u8>::new())))
 }
 
-/// What an image is made of.
+/// The layers that an image is made of.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct RootFs {
@@ -109,11 +109,11 @@ pub struct RootFs {
     pub diff_ids: Vec<Digest>,
 }
 
-/// What a manifest says of a blob.
+/// A manifest's descriptor of a blob.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Descriptor {
-    /// What it is.
+    /// The media type.
     #[serde(default)]
     pub media_type: String,
     /// Its name.
@@ -131,7 +131,7 @@ pub struct Descriptor {
     pub annotations: BTreeMap<String, String>,
 }
 
-/// What an image runs on.
+/// The platform that an image runs on.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Platform {
     /// `amd64`, …
@@ -219,7 +219,7 @@ pub enum Manifest {
     Artifact(String),
 }
 
-/// Why a document is no manifest.
+/// The reason why a document is no manifest.
 #[derive(Debug, thiserror::Error)]
 pub enum NotAManifest {
     /// It is no JSON, or has something where something else should be.

@@ -85,7 +85,7 @@ impl<'de> Deserialize<'de> for Digest {
 pub struct Hasher(Context);
 
 impl Hasher {
-    /// Of nothing yet.
+    /// A hasher without data yet.
     #[allow(clippy::new_without_default)]
     pub fn new() -> Self {
         Hasher(Context::new(&SHA256))

@@ -30,7 +30,7 @@ pub struct Error {
 }
 
 impl Error {
-    /// What kind of failure it is.
+    /// The kind of the failure.
     pub fn kind(&self) -> ErrorKind {
         self.kind
     }

@@ -249,7 +249,7 @@ fn pieces(file: &File, size: u64) -> io::Result<Vec<(u64, u64)>> {
 struct Pieces<'a> {
     file: &'a File,
     left: &'a [(u64, u64)],
-    /// How much of the first is read.
+    /// The bytes of the first that are read.
     position: u64,
 }
 

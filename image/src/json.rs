@@ -119,7 +119,7 @@ impl Value {
     fn then(&mut self, later: Value) {
         match (self, later) {
             (Value::Object(members), Value::Object(more)) => members.extend(more),
-            // For what cannot be nothing, nothing says nothing.
+            // As in Go, null leaves a value as it is that cannot be null.
             (Value::Bool(_) | Value::Number(_) | Value::Text(_), Value::Null) => {}
             (before, later) => *before = later,
         }

@@ -28,7 +28,7 @@ pub const LAYER_ROOT: &str = "root";
 /// The file with the file system.
 pub const IMAGE_FILE: &str = "layer.squashfs";
 
-/// Why there is no layer.
+/// The reason why a layer could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum LayerError {
     /// The archive is refused.
@@ -37,9 +37,9 @@ pub enum LayerError {
     /// It is not what it should be.
     #[error("it is {found}, not {expected}")]
     Digest {
-        /// What was meant.
+        /// The digest that the image names.
         expected: Digest,
-        /// What came.
+        /// The digest of the data.
         found: Digest,
     },
     /// Debian's tool is not there.
@@ -57,9 +57,9 @@ pub enum LayerError {
 pub struct Checked<'a> {
     source: &'a Section,
     limits: Limits,
-    /// What is left in the end.
+    /// The tree of the files that are left in the end.
     pub tree: Tree,
-    /// What there is to know of it.
+    /// The record that the store keeps of it.
     pub record: Record,
 }
 

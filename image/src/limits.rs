@@ -3,7 +3,7 @@
 use std::io::{self, Read};
 use std::time::Duration;
 
-/// What an image may unpack to, if the user says nothing.
+/// The bytes that an image may unpack to by default.
 pub const SIZE: u64 = 64 << 30;
 /// What any archive may unpack to, however small it is.
 const RATIO_FROM: u64 = 1 << 30;
@@ -21,7 +21,7 @@ pub struct Limits {
     used: u64,
     /// The user said so, and trusts the archive with it.
     chosen: bool,
-    /// How long a download may take.
+    /// The time that a download may take.
     pub(super) time: Duration,
 }
 
@@ -52,7 +52,7 @@ impl Limits {
         Limits { time, ..self }
     }
 
-    /// What is left of them for the next layer of an image whose layers have so many
+    /// What is left of them for the next layer of an image whose layers have `used`
     /// bytes by now.
     pub fn less(self, used: u64) -> Self {
         Limits { used, ..self }
@@ -72,7 +72,7 @@ impl Limits {
         )
     }
 
-    /// Reads what an archive of so many bytes unpacks to, and fails where that is more
+    /// Reads what an archive of this number of bytes unpacks to, and fails where that is more
     /// than an honest one could have.
     pub fn bounded<R: Read>(&self, inner: R, len: u64) -> Bounded<R> {
         let dense = match self.chosen {

@@ -1,6 +1,6 @@
 //! Telling a user how far long work is.
 
-/// What is told of long work.
+/// A listener to the progress of a long operation.
 pub trait Progress: Sync {
     /// Some work begins: what it is, and how many bytes there are if that is known.
     fn begin(&self, what: &str, total: Option<u64>) -> Box<dyn Task>;
@@ -8,7 +8,7 @@ pub trait Progress: Sync {
 
 /// Work that goes on. It ends when this is dropped.
 pub trait Task: Send + Sync {
-    /// So many more bytes are done.
+    /// This number of bytes more is done.
     fn advance(&self, bytes: u64);
 }
 

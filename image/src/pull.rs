@@ -17,12 +17,12 @@ use super::section::Section;
 use super::store::{Image, Layer, Store, foreign, read_config, take_file};
 use crate::error::{Context, Error, ErrorKind};
 
-/// How many blobs come at once.
+/// The number of blobs that come at once.
 const AT_ONCE: usize = 3;
 /// How many indexes lie in one another.
 const INDEXES_MAX: usize = 4;
 
-/// How an image is pulled.
+/// The options of a pull.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PullOptions {
     /// The registry is asked without encryption. One on this host may always be.
@@ -166,7 +166,7 @@ impl Pull<'_> {
         })
     }
 
-    /// What a thread does.
+    /// Fetches blobs, on a thread of its own.
     fn fetch(&self, wanted: &[usize], sender: Sender<(usize, Came)>) {
         while let Some(number) = wanted.get(self.next.fetch_add(1, Ordering::Relaxed)) {
             let came = self.blob(*number);

@@ -18,7 +18,7 @@ use super::tree::{InodeKind, Tree};
 pub struct Record {
     /// The digest of the archive, uncompressed.
     pub diff_id: Digest,
-    /// How many bytes its files have.
+    /// The bytes of its files.
     pub size: u64,
     /// It has nothing, and changes nothing.
     pub empty: bool,
@@ -29,7 +29,7 @@ pub struct Record {
     /// Of those, the ones of which it shows nothing that is below.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     implied_opaque: BTreeSet<String>,
-    /// What it takes away.
+    /// The paths that it removes from the layers below.
     whiteouts: BTreeSet<String>,
     /// The directories that it describes. Stores call them so.
     #[serde(rename = "folders")]
@@ -223,7 +223,7 @@ impl Record {
 /// What layers say of a directory: which was the last to, by its place from the lowest.
 #[derive(Default)]
 struct Said<'a> {
-    /// How it looks.
+    /// The directory, and the layer that has it.
     directory: Option<(usize, &'a Directory)>,
     /// It is taken away.
     gone: Option<usize>,

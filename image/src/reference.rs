@@ -26,7 +26,7 @@ pub struct Reference {
     pub digest: Option<Digest>,
 }
 
-/// Why a text names no image.
+/// The reason why a text names no image.
 #[derive(Debug, thiserror::Error)]
 #[error("{text:?} is no image's name: {why}")]
 pub struct BadReference {

@@ -58,7 +58,7 @@ impl Section {
         })
     }
 
-    /// How many bytes it has.
+    /// The length in bytes.
     pub fn len(&self) -> u64 {
         self.len
     }
@@ -84,7 +84,7 @@ pub struct SectionReader {
 }
 
 impl SectionReader {
-    /// How many bytes were read.
+    /// The number of bytes that were read.
     pub fn position(&self) -> u64 {
         self.position
     }

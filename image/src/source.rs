@@ -11,10 +11,10 @@ use super::section::Section;
 use super::store::Store;
 use crate::error::{Context, Error};
 
-/// What stands for standard input.
+/// The path that stands for standard input.
 const STANDARD_INPUT: &str = "-";
 
-/// What a path leads to.
+/// The source that a path leads to.
 pub enum Source {
     /// A directory.
     Directory,

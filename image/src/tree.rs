@@ -29,13 +29,13 @@ const OPAQUE: &[u8] = b".wh..wh..opq";
 /// What a name stands for. Hard links are names of one of these.
 #[derive(Debug)]
 pub struct Inode {
-    /// Who may do what.
+    /// The owner, the mode and the times.
     pub meta: Meta,
-    /// What it is.
+    /// The kind of the file.
     pub kind: InodeKind,
 }
 
-/// What there is behind names.
+/// The kinds of inodes.
 #[derive(Debug, PartialEq, Eq)]
 pub enum InodeKind {
     /// A directory: whether it hides those below, and whether an entry says so or
@@ -117,7 +117,7 @@ impl Tree {
         }
     }
 
-    /// How many bytes its files have.
+    /// The bytes of all files.
     pub fn data(&self) -> u64 {
         self.data
     }
@@ -147,7 +147,7 @@ impl Tree {
             Kind::Symlink(target) => target.len(),
             _ => 0,
         };
-        self.weigh(path.len().saturating_add(xattrs).saturating_add(target))?;
+        self.count_names(path.len().saturating_add(xattrs).saturating_add(target))?;
         let (parent, name) = split(&path);
         if path
             .split(|byte| *byte == b'/')
@@ -230,7 +230,7 @@ impl Tree {
         Ok(())
     }
 
-    fn weigh(&mut self, bytes: usize) -> Result<(), ArchiveError> {
+    fn count_names(&mut self, bytes: usize) -> Result<(), ArchiveError> {
         self.weight = self.weight.saturating_add(bytes);
         match self.weight > NAMES_MAX {
             true => Err(ArchiveError::TooMuch("names of more than 256 MiB".into())),
@@ -339,7 +339,7 @@ impl Tree {
                     return Err(ArchiveError::entry(entry, why));
                 }
                 None => {
-                    self.weigh(path.len())?;
+                    self.count_names(path.len())?;
                     if self.implied >= IMPLIED_MAX {
                         return Err(ArchiveError::TooMuch(
                             "more than 100,000 folders that no entry describes".into(),
@@ -436,7 +436,7 @@ pub fn split(path: &[u8]) -> (&[u8], &[u8]) {
     }
 }
 
-/// The path below the root: without what says nothing, and without a way out.
+/// The path below the root: without empty and `.` components, and without `..`.
 pub fn normalised(raw: &[u8]) -> Result<Vec<u8>, &'static str> {
     if raw.contains(&0) {
         return Err("has a NUL in its name");

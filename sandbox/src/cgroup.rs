@@ -47,7 +47,7 @@ const PAUSE: Duration = Duration::from_millis(5);
 /// A controller, a file of it, and what it is to hold.
 type Setting = (&'static str, &'static str, String);
 
-/// What a machine may have.
+/// The limits of a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Share {
     /// vCPUs.
@@ -89,7 +89,7 @@ impl Share {
             ("cpu", "cpu.max", format!("{} {PERIOD_US}", self.quota_us())),
             ("pids", "pids.max", self.threads().to_string()),
             ("io", "io.weight", "default 100".to_owned()),
-            // A VM without its helpers is none: all of it ends, and why is told.
+            // A VM without its helpers is none: all of it ends, and the user hears why.
             ("memory", "memory.oom.group", "1".to_owned()),
         ]
     }
@@ -409,7 +409,7 @@ impl Door {
 /// What the processes of a VM's groups use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GroupUsage {
-    /// Of the CPUs, in microseconds.
+    /// The CPU time, in microseconds.
     pub cpu_us: Option<u64>,
     /// Bytes of memory, without what is only kept as it may be read again.
     pub memory: Option<u64>,
@@ -464,7 +464,7 @@ pub fn may_divide() -> bool {
     own.is_some_and(|(_, directory)| rustix::fs::access(directory, Access::WRITE_OK).is_ok())
 }
 
-/// Where this process is.
+/// The cgroups of this process.
 #[derive(Debug, Default)]
 struct Hierarchies {
     /// In that of version 2: its mount point, and the group's directory.

@@ -25,7 +25,7 @@ pub struct Limits {
     pub files: u64,
     /// A file that it writes to does not grow past this.
     pub file_size: Option<u64>,
-    /// So much address space beyond what it has when the sandbox closes: threads' stacks,
+    /// The address space beyond what it has when the sandbox closes: threads' stacks,
     /// and memory that it allocates.
     pub address_space_extra: Option<u64>,
 }
@@ -40,12 +40,12 @@ impl Default for Limits {
     }
 }
 
-/// Which descriptors stay open.
+/// The descriptors that stay open.
 #[derive(Clone, Copy, Debug)]
 pub enum Keep<'a> {
     /// All, where inherited ones were closed before.
     All,
-    /// These.
+    /// These descriptors only.
     Only(&'a [RawFd]),
 }
 

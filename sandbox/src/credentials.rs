@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 /// `_LINUX_CAPABILITY_VERSION_3`.
 const CAPABILITY_VERSION: u32 = 0x2008_0522;
-/// So many fit in the two words of that version.
+/// The number of capabilities in the two words of that version.
 const CAPABILITIES: libc::c_int = 64;
 
 /// `linux/securebits.h`: each bit, and the one that locks it.

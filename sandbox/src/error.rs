@@ -15,17 +15,17 @@ pub enum Error {
     /// The host refuses something that every sandbox needs.
     #[error("{what}: {source}")]
     Host {
-        /// What was being done.
+        /// The operation.
         what: String,
-        /// Why it failed.
+        /// The cause.
         source: io::Error,
     },
     /// A call failed that cannot.
     #[error("{what}: {source}")]
     Internal {
-        /// What was being done.
+        /// The operation.
         what: String,
-        /// Why it failed.
+        /// The cause.
         source: io::Error,
     },
     /// A directory is open: from it, all of the host's file system can be reached.

@@ -63,7 +63,7 @@ impl Layer {
         Layer::Cgroup,
     ];
 
-    /// What users call it.
+    /// The name for users.
     pub fn name(self) -> &'static str {
         match self {
             Layer::UserNamespace => "user namespace",
@@ -119,7 +119,7 @@ impl fmt::Display for Layer {
     }
 }
 
-/// How a layer fares.
+/// The state of a layer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
@@ -146,7 +146,7 @@ impl fmt::Display for Status {
 pub struct Report(Vec<(Layer, Status)>);
 
 impl Report {
-    /// Of a VMM without a sandbox.
+    /// The report of a VMM without a sandbox.
     pub fn off() -> Self {
         Report(Layer::ALL.map(|layer| (layer, Status::Off)).into())
     }

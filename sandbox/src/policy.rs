@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// What `--sandbox` says.
+/// The value of `--sandbox`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
@@ -14,7 +14,7 @@ pub enum Mode {
     On,
     /// Every layer, or no VM.
     Require,
-    /// None.
+    /// No sandbox.
     Off,
 }
 
@@ -41,10 +41,10 @@ impl fmt::Display for Mode {
     }
 }
 
-/// How a VMM is to be surrounded.
+/// The sandbox that a VMM is to have.
 #[derive(Clone, Copy, Debug)]
 pub struct Policy {
-    /// What the user wants.
+    /// The mode that the user wants.
     pub mode: Mode,
     /// It needs nothing of the host's network but what the supervisor gives it.
     pub new_net: bool,

@@ -12,10 +12,10 @@ pub enum Role {
 }
 
 impl Role {
-    /// All.
+    /// All roles.
     pub const ALL: [Role; 3] = [Role::EventLoop, Role::Vcpu, Role::Io];
 
-    /// What messages call it.
+    /// The name in messages.
     pub fn name(self) -> &'static str {
         match self {
             Role::EventLoop => "event-loop",

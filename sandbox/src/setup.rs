@@ -19,7 +19,7 @@ use super::policy::Mode;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PreparedSandbox {
     pub(super) mode: Mode,
-    /// Who the process is to become.
+    /// The user and group that the process becomes.
     pub(super) ids: Option<Ids>,
     pub(super) report: Report,
     pub(super) namespaces: libc::c_int,
@@ -29,10 +29,10 @@ pub struct PreparedSandbox {
 #[derive(Debug)]
 pub struct SandboxSetup {
     pub(super) mode: Mode,
-    /// Who it is to become.
+    /// The user and group that it becomes.
     pub(super) ids: Option<Ids>,
     pub(super) report: Report,
-    /// Hung up when the supervisor has ended.
+    /// Its other end closes when the supervisor has ended.
     pub(super) lifeline: File,
     pub(super) namespaces: libc::c_int,
     pub(super) gate: Gate,
@@ -40,7 +40,7 @@ pub struct SandboxSetup {
 
 impl SandboxSetup {
     /// Goes on in a sandbox that was prepared, in a process with one thread, whose lifeline
-    /// hangs up when the supervisor has ended.
+    /// closes when the supervisor has ended.
     pub fn resume(prepared: PreparedSandbox, lifeline: OwnedFd) -> io::Result<Self> {
         // Other heaps than the process's own reserve 64 MiB for each thread, and grow by
         // `mprotect`, which is forbidden later.
@@ -69,7 +69,7 @@ impl SandboxSetup {
         self.gate.clone()
     }
 
-    /// How the layers fare so far.
+    /// The state of the layers so far.
     pub fn report(&self) -> &Report {
         &self.report
     }

@@ -111,7 +111,7 @@ pub fn spawn_program(policy: &Policy, program: &Program) -> io::Result<(Child, P
     })
 }
 
-/// How a VMM process starts.
+/// The parts that a VMM process starts with.
 struct Start {
     mode: Mode,
     namespaces: libc::c_int,
@@ -360,7 +360,7 @@ fn explore(mode: Mode, wanted: &[Namespace]) -> io::Result<(libc::c_int, Vec<(La
     Ok((granted, refusals))
 }
 
-/// How the namespaces fare.
+/// The state of the namespaces.
 fn report(mode: Mode, wanted: &[Namespace], refusals: Vec<(Layer, io::Error)>) -> Report {
     if mode == Mode::Off {
         return Report::off();
@@ -538,7 +538,7 @@ impl Child {
         }
     }
 
-    /// How it ended, if it has.
+    /// The exit status, if it has ended.
     pub fn try_wait(&mut self) -> io::Result<Option<ExitStatus>> {
         if self.status.is_none() {
             self.status = wait(self.pid, libc::WNOHANG)?;

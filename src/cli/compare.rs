@@ -118,7 +118,7 @@ pub struct Args {
     /// Write a page to look at
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
-    /// Write the samples, and what was measured at work, as a table
+    /// Write the samples, and the figures of the steady state, as a table
     #[arg(long, value_name = "FILE")]
     csv: Option<PathBuf>,
 }
@@ -161,7 +161,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         memory_mib: memory >> MIB,
         seed: args.seed.unwrap_or(u64::from(time.subsec_nanos())),
         drop_caches: args.drop_caches,
-        patience: Duration::from_secs(args.patience),
+        timeout: Duration::from_secs(args.patience),
         mayfly: mayfly(args.accept_kvm)?,
     };
     let (report, failure) = match compare::compare(&options, &Bars::new())? {

@@ -111,7 +111,7 @@ fn what_fails_at_the_end_has_no_figures() {
     );
     let told = |what: &str| fails.notes.iter().any(|it| it.contains(what));
     assert!(
-        told("at work: the launcher's status is 9"),
+        told("the steady state could not be measured: the launcher's status is 9"),
         "{:?}",
         fails.notes
     );

@@ -151,7 +151,7 @@ fn a_host_that_cannot_be_looked_at_is_no_end() {
     let told = report
         .warnings
         .iter()
-        .any(|it| it.contains("the host could not be looked at"));
+        .any(|it| it.contains("the host could not be inspected"));
     assert!(told, "{report:?}");
     nothing_is_left();
 }

@@ -143,7 +143,7 @@ fn all_that_debian_has_is_compared() {
 }
 
 #[test]
-fn vms_are_weighed_and_loaded() {
+fn memory_and_load_of_vms_are_measured() {
     let flags = [
         "--engines",
         "mayfly,container",

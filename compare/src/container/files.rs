@@ -30,7 +30,7 @@ use super::spec::Spec;
 use crate::error::{Context, Error};
 use crate::overlay;
 
-/// What Docker makes invisible.
+/// The paths that Docker masks.
 const MASKED: [&str; 12] = [
     "/proc/acpi",
     "/proc/asound",
@@ -45,7 +45,7 @@ const MASKED: [&str; 12] = [
     "/sys/devices/virtual/powercap",
     "/sys/firmware",
 ];
-/// What Docker makes unchangeable.
+/// The paths that Docker makes read-only.
 const READ_ONLY: [&str; 5] = [
     "/proc/bus",
     "/proc/fs",
@@ -65,7 +65,7 @@ const LINKS: [(&str, &str); 6] = [
 ];
 
 const NOSUID: MountFlags = MountFlags::NOSUID;
-/// What only holds data.
+/// The flags of mounts that only hold data.
 const DATA: MountFlags = NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
 
 /// Mounts of this namespace are no other's.

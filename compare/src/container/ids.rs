@@ -8,7 +8,7 @@ use mayfly_sandbox::credentials::Ids;
 
 use crate::error::{Context, Error};
 
-/// Which users there are inside.
+/// The mapping of users inside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Mapping {

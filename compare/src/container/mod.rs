@@ -76,7 +76,7 @@ const FORWARDED: [libc::c_int; 7] = [
 /// So long is waited for the kernel to let go of a group whose processes have ended.
 const GROUP_EMPTIES: Duration = Duration::from_millis(200);
 
-/// Where marks are written to.
+/// The pipe that marks are written to.
 struct Marks(Option<File>);
 
 impl Marks {
@@ -196,7 +196,7 @@ impl From<Error> for Ended {
     }
 }
 
-/// What the second process does.
+/// Makes the second process the command.
 fn become_command(
     spec: &Spec,
     words: &mut process::Words,

@@ -30,9 +30,9 @@ const IFF_UP: libc::c_short = 1;
 /// Where programs are looked for without a `PATH`: `execvp(3)`'s default.
 const PATH: &str = "/bin:/usr/bin";
 
-/// The kernel follows so many interpreters of interpreters (`exec_binprm`), …
+/// The number of interpreters of interpreters that the kernel follows (`exec_binprm`), …
 const INTERPRETERS: usize = 6;
-/// … and reads so much of each (`BINPRM_BUF_SIZE`).
+/// … and the bytes that it reads of each (`BINPRM_BUF_SIZE`).
 const INTERPRETER_MAX: u64 = 256;
 
 /// Those of Docker's default.
@@ -81,7 +81,7 @@ pub fn enter_user_namespace(namespace: BorrowedFd) -> io::Result<()> {
 pub fn isolate(spec: &Spec) -> Result<(), Error> {
     setsid().or_internal("a session")?;
     let (name, len) = (spec.hostname.as_ptr(), spec.hostname.len());
-    // SAFETY: so many bytes.
+    // SAFETY: the buffer has that number of bytes.
     check(unsafe { libc::sethostname(name.cast(), len) }.into()).or_invalid("hostname")?;
     loopback().or_host("the loopback device")
 }

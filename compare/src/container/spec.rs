@@ -31,13 +31,13 @@ pub struct Spec {
     /// The command's group, inside.
     #[serde(default)]
     pub gid: u32,
-    /// So many CPUs.
+    /// The number of CPUs.
     #[serde(default)]
     pub cpus: Option<f64>,
-    /// So many bytes of memory.
+    /// The memory, in bytes.
     #[serde(default)]
     pub memory: Option<u64>,
-    /// So many processes and threads.
+    /// The number of processes and threads.
     #[serde(default)]
     pub pids: Option<u64>,
     /// The name of a control group that is made for it, below the caller's or below the
@@ -68,7 +68,7 @@ impl Spec {
             () if !name => "args: no command",
             () if ["", ".", ".."].contains(&cgroup) || cgroup.contains('/') => "cgroup: no name",
             () if !inside.all(Path::is_absolute) => "paths inside are absolute",
-            () if !(cpus > 0.0 && cpus < 1e6) => "cpus: not so many",
+            () if !(cpus > 0.0 && cpus < 1e6) => "cpus: not between 0 and 1000000",
             () if self.marks.is_some_and(|fd| fd <= libc::STDERR_FILENO) => "marks: it is past 2",
             () => return Ok(()),
         };

@@ -15,9 +15,9 @@ pub const PROBE: &str = "/.mayfly-probe";
 /// Where an instance sees the volume, if it has one.
 pub const VOLUME: &str = "/.mayfly-volume";
 
-/// What all engines are given.
+/// The files and options of a comparison, the same for all engines.
 pub struct Place<'a> {
-    /// For what comes and goes.
+    /// The directory of a comparison's temporary files.
     pub directory: PathBuf,
     /// mayfly, in a file of its own.
     pub program: PathBuf,
@@ -46,7 +46,7 @@ pub struct Job {
     pub id: String,
     /// What the probe's records begin with.
     pub nonce: String,
-    /// What the probe is to do.
+    /// The probe's arguments.
     pub words: Vec<String>,
     /// A directory of its own.
     pub directory: PathBuf,
@@ -70,7 +70,7 @@ impl Job {
 pub struct About {
     /// As it says itself.
     pub version: Option<String>,
-    /// Which network it gives.
+    /// The network that it gives.
     pub network: String,
     /// What one must know to read its figures.
     pub notes: Vec<String>,
@@ -78,7 +78,7 @@ pub struct About {
 
 /// One that can be compared.
 pub trait Engine {
-    /// What is to be known of it.
+    /// Its version, its network, and notes for the report.
     fn about(&self) -> About;
 
     /// Makes what it keeps between instances. What removes that is known before.
@@ -86,7 +86,7 @@ pub trait Engine {
         Ok(())
     }
 
-    /// How an instance is launched.
+    /// Prepares the launch of an instance.
     fn launch(&self, place: &Place, job: &Job) -> Result<Launch, Error>;
 
     /// Asks less of the host, as what it was asked failed. False if there is nothing left.

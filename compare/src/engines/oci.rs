@@ -20,7 +20,7 @@ pub struct Oci {
     name: &'static str,
     program: PathBuf,
     version: Option<String>,
-    /// What `spec` proposes.
+    /// The configuration that the runtime's `spec` command proposes.
     proposed: Value,
     limits: bool,
     /// Its files have a layer for changes; else they are only read.
@@ -48,7 +48,7 @@ impl Oci {
             version: said.and_then(|said| said.lines().next().map(str::to_owned)),
             program,
             proposed: serde_json::from_slice(&text).map_err(|error| failed(&error.to_string()))?,
-            // Without a group crun ignores them, and says nothing.
+            // Without a group crun ignores them silently.
             limits: root || may_divide(),
             // Another user may only mount in a namespace in which runc is not the user.
             overlay: root,
@@ -129,7 +129,7 @@ impl Engine for Oci {
             nonce: job.nonce.clone(),
             signs: vec![
                 // It reads that first of all.
-                Sign::Opened(job.directory.join("config.json"), Mark::Launched),
+                Sign::FileOpened(job.directory.join("config.json"), Mark::Launched),
                 Sign::File(state.join(&job.id).join(created), Mark::Built),
             ],
             // What it has not noted yet it does not delete.

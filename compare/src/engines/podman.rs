@@ -74,7 +74,7 @@ COMMIT
     ),
 ];
 
-/// What it asks of the host.
+/// The features that it asks of the host.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Wants {
     network: bool,
@@ -91,10 +91,10 @@ pub struct Podman {
     directory: PathBuf,
     /// Its network's name, as root.
     network: String,
-    /// What makes networks.
+    /// The backend of its networks.
     backend: String,
     wants: Wants,
-    /// What is asked if that fails.
+    /// The features to ask for if those fail, in order.
     less: VecDeque<Wants>,
     /// Holds a user's namespace.
     pause: Option<Pid>,

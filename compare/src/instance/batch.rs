@@ -14,7 +14,7 @@ use super::super::undo::{run_quietly, undo};
 use super::watch::Watch;
 use super::{Instance, Launch, SIGNALLED, Sign, now};
 
-/// One that is told to end has so long.
+/// How long an instance that gets SIGTERM may take to end.
 const GRACE_PERIOD: Duration = Duration::from_secs(10);
 /// What a launcher leaves running may take so long to end after it.
 const LINGER: Duration = Duration::from_secs(10);
@@ -41,7 +41,7 @@ pub struct Batch {
     watch: Option<Watch>,
 }
 
-/// What ends a comparison early.
+/// The events that end a comparison early.
 pub struct Ends {
     /// SIGINT, SIGTERM, SIGHUP; and SIGCHLD, as launchers end.
     pub signals: SignalFd,
@@ -78,14 +78,14 @@ impl Batch {
     pub fn until(
         &mut self,
         ends: &Ends,
-        patience: Duration,
+        timeout: Duration,
         reached: impl Fn(&Instance) -> bool,
     ) -> Result<(), BatchError> {
-        let deadline = now() + u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX / 2);
+        let deadline = now() + u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX / 2);
         while !self.instances.iter().all(&reached) {
             let left = deadline.saturating_sub(now());
             if left == 0 {
-                return Err(BatchError::Late(patience));
+                return Err(BatchError::Late(timeout));
             }
             self.turn(ends, Duration::from_nanos(left))?;
         }
@@ -100,13 +100,13 @@ impl Batch {
         }
     }
 
-    /// What was launched.
+    /// The launches of its instances.
     pub fn launches(&self) -> impl Iterator<Item = &Launch> {
         self.instances.iter().map(|it| &it.launch)
     }
 
     /// Waits for one thing to happen, and takes it.
-    pub fn turn(&mut self, ends: &Ends, patience: Duration) -> Result<(), BatchError> {
+    pub fn turn(&mut self, ends: &Ends, timeout: Duration) -> Result<(), BatchError> {
         #[derive(Clone, Copy)]
         enum What {
             Output,
@@ -138,8 +138,8 @@ impl Batch {
                 }
             }
         }
-        let patience = Timespec::try_from(patience).ok();
-        match poll(&mut polls, patience.as_ref()) {
+        let timeout = Timespec::try_from(timeout).ok();
+        match poll(&mut polls, timeout.as_ref()) {
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => return Ok(()),
             Err(error) => return Err(BatchError::Io(error.into())),
@@ -214,8 +214,8 @@ impl Batch {
     }
 
     /// Waits until all launchers ended and nobody is left, which is the last mark.
-    pub fn wait_for_end(&mut self, ends: &Ends, patience: Duration) -> Result<(), BatchError> {
-        self.until(ends, patience, Instance::ended)?;
+    pub fn wait_for_end(&mut self, ends: &Ends, timeout: Duration) -> Result<(), BatchError> {
+        self.until(ends, timeout, Instance::ended)?;
         let deadline = now() + u64::try_from(LINGER.as_nanos()).unwrap_or(u64::MAX / 2);
         while self.reap(ends, now()) {
             let left = deadline.saturating_sub(now());

@@ -29,7 +29,7 @@ use super::undo::undo;
 
 /// Before each of the probe's records (see `guest/src/probe`).
 const RECORD: u8 = 0x1e;
-/// Of what an instance prints, so much is looked at at once; of its errors, so much is kept.
+/// The bytes of an instance's output that are read at once, and of its errors that are kept.
 const CHUNK: usize = 16 << 10;
 const ERRORS_MAX: usize = 4 << 10;
 /// A record is shorter than this.
@@ -62,7 +62,7 @@ pub enum Sign {
     /// appear, too.
     File(PathBuf, Mark),
     /// A file that is there is opened.
-    Opened(PathBuf, Mark),
+    FileOpened(PathBuf, Mark),
     /// A byte arrives.
     Byte(OwnedFd, Mark),
     /// Lines arrive: a mark's name and its time, if that is not now (`built`, `built 123`);
@@ -72,7 +72,7 @@ pub enum Sign {
     Record,
 }
 
-/// What is launched.
+/// An instance that is to be launched.
 #[derive(Debug, Default)]
 pub struct Launch {
     /// The program and its arguments.
@@ -81,7 +81,7 @@ pub struct Launch {
     pub env: Vec<(String, OsString)>,
     /// What the probe's records begin with.
     pub nonce: String,
-    /// What to look at.
+    /// The signs of its marks.
     pub signs: Vec<Sign>,
     /// Stay open for the launcher.
     pub inherited: Vec<OwnedFd>,
@@ -99,7 +99,7 @@ pub struct Launch {
 #[derive(Debug)]
 pub struct Instance {
     launch: Launch,
-    /// Of the launcher.
+    /// The launcher's process.
     pub pid: Pid,
     started: u64,
     output: Option<File>,
@@ -116,9 +116,9 @@ pub struct Instance {
     status: Option<i32>,
     /// The probe's.
     command_status: Option<i32>,
-    /// What the probe found out.
+    /// The data that the probe reported.
     pub data: Option<String>,
-    /// What is to be known of it.
+    /// Notes for the report.
     pub notes: Vec<String>,
 }
 
@@ -131,7 +131,7 @@ impl Instance {
         for sign in &launch.signs {
             match sign {
                 Sign::File(path, _) => watch.await_path(path)?,
-                Sign::Opened(path, _) => watch.await_opening(path)?,
+                Sign::FileOpened(path, _) => watch.await_opening(path)?,
                 _ => {}
             }
         }
@@ -387,7 +387,7 @@ impl Instance {
                 }
                 len > 0
             }
-            Sign::File(..) | Sign::Opened(..) | Sign::Record => false,
+            Sign::File(..) | Sign::FileOpened(..) | Sign::Record => false,
         }
     }
 
@@ -413,7 +413,7 @@ impl Instance {
         for sign in &self.launch.signs {
             let (mark, seen_now) = match sign {
                 Sign::File(path, mark) => (mark, watch.is_there(path, appeared)),
-                Sign::Opened(path, mark) => (mark, appeared.contains(path)),
+                Sign::FileOpened(path, mark) => (mark, appeared.contains(path)),
                 _ => continue,
             };
             if seen_now && !self.marks.contains_key(mark) {

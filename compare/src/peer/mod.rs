@@ -1,5 +1,5 @@
 //! The host's end of the TCP that a comparison measures: it echoes, takes and gives, for as
-//! long as one engine is at work.
+//! long as one engine is measured.
 //!
 //! Who calls may be hostile, be it the instance or anybody who reaches this host: nothing is
 //! done for those who do not begin with the secret of [`Meeting`], and little for those who
@@ -19,9 +19,9 @@ use mayfly_protocol::peer::{CHUNK, LAST, Meeting, SECRET, Task};
 use ring::rand::{SecureRandom, SystemRandom};
 use rustix::event::{PollFd, PollFlags, poll};
 
-/// Whoever waits for a byte looks so often whether all is over.
+/// How often a thread that waits for a byte checks whether all is over.
 const TICK: Duration = Duration::from_millis(100);
-/// What is echoed at once.
+/// The bytes that are echoed at once.
 const ECHO: usize = 4096;
 
 /// Where an engine's connections come from.
@@ -34,16 +34,16 @@ pub enum Origin {
     Anywhere,
 }
 
-/// How much is done for whom.
+/// The limits for connections.
 #[derive(Clone, Copy, Debug)]
 struct Limits {
     /// The secret comes in this time.
     greeting: Duration,
     /// A connection is over after this time,
     life: Duration,
-    /// and after so many bytes, in both directions together.
+    /// and after this number of bytes, in both directions together.
     bytes: u64,
-    /// So many connections at the same time,
+    /// The number of connections at the same time,
     at_once: usize,
     /// and in all.
     total: usize,
@@ -102,7 +102,7 @@ impl Peer {
         })
     }
 
-    /// What the probe is told.
+    /// The argument for the probe.
     pub fn meeting(&self) -> &Meeting {
         &self.meeting
     }
@@ -152,7 +152,7 @@ impl Server {
                 }
                 if let Some(place) = Place::take(&self.connections, self.limits.at_once) {
                     let serve = move || {
-                        // Why it hung up interests nobody.
+                        // The reason why the peer closed it does not matter.
                         let _ = self.serve(stream);
                         drop(place);
                     };
@@ -287,7 +287,7 @@ impl Line<'_> {
         Ok(())
     }
 
-    /// How many of so many bytes it may still have.
+    /// The part of `len` bytes that it may still have.
     fn share(&self, len: usize) -> io::Result<usize> {
         match self.left {
             0 => Err(io::ErrorKind::QuotaExceeded.into()),

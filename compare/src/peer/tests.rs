@@ -33,7 +33,7 @@ fn call(peer: &Peer, task: Task) -> TcpStream {
     stream
 }
 
-/// What comes until it is hung up on.
+/// The bytes that come until it is disconnected.
 fn rest(stream: &mut TcpStream) -> Vec<u8> {
     let mut all = Vec::new();
     match stream.read_to_end(&mut all) {
@@ -115,7 +115,7 @@ fn nobody_gets_more_than_its_share() {
     assert!(rest(&mut stream).len() < BYTES);
     let mut stream = call(&peer, Task::Sink);
     let chunk = vec![0; CHUNK];
-    // It is hung up on while it sends.
+    // It is disconnected while it sends.
     while stream.write_all(&chunk).is_ok() {}
     // One that neither sends nor reads is over, too.
     for task in [Task::Echo, Task::Sink] {

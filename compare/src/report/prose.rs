@@ -8,7 +8,7 @@ use super::view::{
 use crate::model::{EngineReport, Kind, Mark, PageCache, Report};
 use crate::statistics::Summary;
 
-/// So many runs at least make a tail: 1 of 100 is slower than p99.
+/// The least runs that make a tail: 1 of 100 is slower than p99.
 const RUNS_FOR_A_TAIL: u32 = 100;
 
 /// What was compared: the image and its command.

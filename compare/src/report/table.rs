@@ -170,7 +170,7 @@ fn starts(page: &mut Page, engines: &[&EngineReport]) {
     );
 }
 
-/// What a bar's blocks are.
+/// The legend of a bar's blocks.
 fn legend(page: &mut Page, engines: &[&EngineReport]) {
     let together = engines
         .iter()

@@ -93,7 +93,7 @@ pub fn shell(words: &[String]) -> String {
     words.iter().map(word).collect::<Vec<_>>().join(" ")
 }
 
-/// How many columns it takes.
+/// The columns that a text takes on a terminal.
 pub fn columns(text: &str) -> usize {
     // Letter by letter: terminals join them as they please.
     text.chars().filter_map(UnicodeWidthChar::width).sum()

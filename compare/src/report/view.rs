@@ -101,7 +101,7 @@ pub struct Part {
     pub mark: Mark,
     /// of which this is the first.
     pub first: Mark,
-    /// How long it takes.
+    /// The summary of its durations.
     pub summary: Summary,
     /// Where it begins and ends, in nanoseconds. The whole is as long as the median from
     /// launch to end, and divided as the phases' medians are: those do not add up to it.
@@ -116,7 +116,7 @@ impl Part {
         self.first != self.mark
     }
 
-    /// What it is called.
+    /// The name of the phase.
     pub fn name(&self) -> String {
         match self.together() {
             true => format!("{} to {}", self.first.phase(), self.mark.phase()),

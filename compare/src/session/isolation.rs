@@ -33,7 +33,7 @@ impl Session<'_> {
             Err(why) => self
                 .report
                 .warnings
-                .push(format!("isolation: the host could not be looked at: {why}")),
+                .push(format!("isolation: the host could not be inspected: {why}")),
         }
         if let Some(host) = &self.host {
             self.report.host.namespaces = host.namespaces.iter().cloned().collect();

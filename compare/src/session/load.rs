@@ -33,7 +33,7 @@ impl Session<'_> {
                 }
             }
             let ended =
-                launched.and_then(|()| batch.wait_for_end(&self.ends, self.options.patience));
+                launched.and_then(|()| batch.wait_for_end(&self.ends, self.options.timeout));
             let instances = match ended {
                 Ok(()) => batch.instances,
                 Err(BatchError::Interrupted) => {

@@ -8,9 +8,9 @@ use crate::instance::batch::{Batch, BatchError};
 use crate::model::{Kind, Mark};
 use crate::{host, processes};
 
-/// How many of them there are when it is looked at.
+/// The numbers of instances at which memory is measured.
 const IDLE: [u32; 4] = [1, 2, 5, 10];
-/// One that has come to its command is left alone so long before.
+/// How long an instance that has come to its command is left alone before.
 const SETTLE: Duration = Duration::from_millis(500);
 /// What is left to the host of its free memory.
 const SPARE_MIB: u64 = 512;
@@ -43,7 +43,7 @@ impl Session<'_> {
                 }
                 let there = |it: &Instance| it.has(Mark::Command) || it.ended();
                 let settled = batch
-                    .until(&self.ends, self.options.patience, there)
+                    .until(&self.ends, self.options.timeout, there)
                     .and_then(|()| batch.rest(&self.ends, SETTLE));
                 let failed = batch.instances.iter().find(|it| it.ended());
                 let failed = failed.map(|it| it.error().unwrap_or_else(|| "it ended".into()));
@@ -69,7 +69,7 @@ impl Session<'_> {
                     (Ok(()), None) => {}
                 }
                 let Some(point) = processes::memory(wanted, &self.ends.residents) else {
-                    let note = "memory: only root may look at its processes";
+                    let note = "memory: only root may read its processes' memory";
                     self.parts[index].report.notes.push(note.into());
                     break;
                 };
@@ -80,7 +80,8 @@ impl Session<'_> {
                         return Err(Stop::Interrupted);
                     }
                     _ if batch.instances.iter().any(Instance::ended) => {
-                        let note = format!("memory: one of {wanted} ended while it was looked at");
+                        let note =
+                            format!("memory: one of {wanted} ended while its memory was read");
                         self.parts[index].report.notes.push(note);
                         break;
                     }

@@ -29,7 +29,7 @@ use super::statistics::noise;
 use super::{host, order, prepare};
 use crate::error::{Context, Error};
 
-/// What the command is told it is, in a record.
+/// Stands for an instance's name in a record.
 const ID: &str = "{id}";
 
 /// Whom we compare, and what we know of each.
@@ -65,7 +65,7 @@ struct Refusal {
     command: Option<i32>,
 }
 
-/// Why it goes no further.
+/// The reason why a comparison goes no further.
 enum Stop {
     /// Somebody wants an end: what there is counts.
     Interrupted,
@@ -105,7 +105,7 @@ impl<'a> Session<'a> {
                 false => PageCache::Warm,
             },
             interrupted: false,
-            host: host::look(),
+            host: host::describe(),
             workload: Workload {
                 image: options.image.clone(),
                 image_id: image.id.to_string(),
@@ -330,7 +330,7 @@ impl<'a> Session<'a> {
     ) -> Result<Instance, Stop> {
         let mut batch = Batch::default();
         self.launch(index, words, volume, &mut batch)?;
-        let ended = batch.wait_for_end(&self.ends, self.options.patience);
+        let ended = batch.wait_for_end(&self.ends, self.options.timeout);
         let instances = match ended {
             Ok(()) => batch.instances,
             Err(BatchError::Interrupted) => {

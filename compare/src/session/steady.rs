@@ -14,7 +14,7 @@ impl Session<'_> {
     /// Lets each do usual work.
     pub(super) fn measure_steady(&mut self) -> Result<(), Stop> {
         for index in 0..self.parts.len() {
-            self.tell(&format!("at work: {}", self.parts[index].report.name));
+            self.tell(&format!("steady state: {}", self.parts[index].report.name));
             // What one leaves there is nothing to another.
             let volume = self.workspace.directory.join(format!("volume-{index}"));
             fs::create_dir(&volume).or_host(volume.display())?;
@@ -26,7 +26,7 @@ impl Session<'_> {
             if volume.is_some() {
                 words.push(format!("volume={VOLUME}"));
             }
-            // It listens as long as this engine is at work.
+            // It listens as long as this engine is measured.
             let peer = Peer::start(self.parts[index].engine.origin());
             match &peer {
                 Ok(peer) => words.push(peer.meeting().to_string()),
@@ -52,7 +52,7 @@ impl Session<'_> {
                 }
                 // Figures of one that failed are none.
                 (_, error) => report.notes.push(format!(
-                    "it could not be seen at work: {}",
+                    "the steady state could not be measured: {}",
                     error.unwrap_or_else(|| "it said nothing".into())
                 )),
             }

@@ -19,7 +19,7 @@ use crate::store::read_json;
 use crate::tarball::{ArchiveError, Entries, Kind};
 use crate::tree::{normalised, split};
 
-/// No archive of images has so many files.
+/// The most files of an archive of images.
 const MEMBERS_MAX: usize = 100_000;
 /// How many bytes their names may have together.
 const NAMES_MAX: usize = 64 << 20;

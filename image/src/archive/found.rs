@@ -13,16 +13,16 @@ pub struct Found {
     pub checked: ImageConfig,
     /// The archives of its layers, lowest first.
     pub layers: Vec<Section>,
-    /// What it is called.
+    /// Its names.
     pub names: Vec<Reference>,
     /// The digest of its manifest.
     pub manifest: Option<Digest>,
 }
 
-/// What was found in the files.
+/// The images and other entries that an archive's files have.
 #[derive(Default)]
 pub struct Contents {
-    /// Images.
+    /// The images.
     pub images: Vec<Found>,
     /// What is there and no image for here, and why not.
     pub others: Vec<String>,

@@ -20,7 +20,7 @@ use crate::error::{Context, Error};
 
 pub use manifests::{candidates, count_layers};
 
-/// How many things that are no images are told of.
+/// The most entries that are no images that an error names.
 const TOLD_MAX: usize = 3;
 
 impl Store {

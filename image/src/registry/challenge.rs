@@ -1,6 +1,6 @@
 //! `WWW-Authenticate`: how a registry wants to know who asks.
 
-/// What a registry wants.
+/// The authentication that a registry asks for (RFC 9110, 11.6.1).
 #[derive(Debug, PartialEq, Eq)]
 pub enum Challenge {
     /// A name and a password.

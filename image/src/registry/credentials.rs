@@ -21,12 +21,12 @@ const TOKEN_USER: &str = "<token>";
 /// What a helper says if it knows nothing.
 const UNKNOWN: &str = "credentials not found";
 
-/// Who a user is to a registry.
+/// A user's credentials for a registry.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Credentials {
     /// A name and a password.
     Password { user: String, password: String },
-    /// What a token is got for.
+    /// An identity token, for which an access token is got.
     Identity(String),
 }
 
@@ -74,7 +74,7 @@ impl Credentials {
         config.find(registry)
     }
 
-    /// For a header of HTTP.
+    /// The value of an HTTP `Authorization` header.
     pub fn basic(&self) -> Option<String> {
         match self {
             Credentials::Password { user, password } => Some(format!(

@@ -11,7 +11,7 @@ use crate::section::Section;
 
 /// A connection that brings less in such a time does not bring an image.
 const PACE_TIME: Duration = Duration::from_secs(60);
-/// How many bytes that is.
+/// The bytes that must come in that time.
 pub const PACE_MIN: u64 = 60 << 10;
 
 /// When something must be done, and how long there was for it.
@@ -22,7 +22,7 @@ pub struct Deadline {
 }
 
 impl Deadline {
-    /// So much time from now on.
+    /// A deadline this long from now on.
     pub fn after(time: Duration) -> Self {
         let end = Instant::now().checked_add(time);
         Deadline { end, time }
@@ -41,7 +41,7 @@ impl Deadline {
     }
 }
 
-/// How fast bytes come.
+/// The pace at which bytes come.
 pub struct Pace {
     since: Instant,
     bytes: u64,
@@ -72,9 +72,9 @@ impl Pace {
 pub struct Target {
     file: File,
     path: PathBuf,
-    /// Of what came.
+    /// The digest of what came.
     pub hasher: Hasher,
-    /// How many bytes came.
+    /// The number of bytes that came.
     pub have: u64,
 }
 

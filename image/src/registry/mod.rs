@@ -52,7 +52,7 @@ pub struct Client {
     plain: bool,
     /// The header that the registry was content with.
     authorization: Mutex<Option<String>>,
-    /// When all must have come.
+    /// The time by which all must have come.
     deadline: Deadline,
 }
 
@@ -239,7 +239,7 @@ impl Client {
         }
     }
 
-    /// One request for what is missing; an error that may pass is told as text.
+    /// One request for what is missing; an error that may pass is returned as text.
     fn more(
         &self,
         descriptor: &Descriptor,
@@ -497,7 +497,7 @@ impl Client {
 enum RequestError {
     /// It may pass.
     Http(ureq::Error),
-    /// Who asks could not be told.
+    /// The request could not be authenticated.
     Asking(Error),
 }
 

@@ -138,7 +138,7 @@ pub struct Work {
 }
 
 impl Work {
-    /// Where it is.
+    /// The path.
     pub fn path(&self) -> &Path {
         self.directory.path()
     }

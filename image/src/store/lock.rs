@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-/// What somebody may hold.
+/// Opens a lock file.
 fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new()
         .read(true)

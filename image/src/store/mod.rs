@@ -36,7 +36,7 @@ use directory::{Directory, IMAGES, LAYERS, PARTIAL};
 pub(super) use lock::take_file;
 
 const NAMES: &str = "names.json";
-/// What is to be known of a layer.
+/// The record of a layer.
 pub(super) const RECORD_FILE: &str = "layer.json";
 
 /// An image that is complete on disk, and stays there as long as this does, unless
@@ -47,14 +47,14 @@ pub struct Image {
     pub id: Digest,
     /// What it is called, in full, with the digests of the manifests.
     pub names: BTreeMap<Reference, Option<Digest>>,
-    /// How it is run.
+    /// The image's configuration.
     pub config: ImageConfig,
     /// Its layers' file systems (squashfs, the files below
     /// [`LAYER_ROOT`](layers::LAYER_ROOT)), lowest first.
     pub layers: Vec<PathBuf>,
-    /// How many bytes its files have.
+    /// The bytes of its files.
     pub size: u64,
-    /// When it came into the store.
+    /// The time at which it came into the store.
     pub stored: SystemTime,
     /// Its layers stay as long as its record does.
     _held: Option<Arc<File>>,
@@ -104,7 +104,7 @@ pub struct Layer {
 pub struct Store {
     directory: Directory,
     root: PathBuf,
-    /// What images that come may cost.
+    /// The limits for images that come.
     pub(super) limits: Limits,
 }
 
@@ -495,7 +495,7 @@ pub(super) fn read_config(data: &[u8], what: &str) -> Result<ImageConfig, Error>
     Ok(config)
 }
 
-/// Why an image cannot run here.
+/// The reason why an image cannot run here, if there is one.
 pub(super) fn foreign(config: &ImageConfig) -> Option<String> {
     let (os, architecture) = (config.os.as_str(), config.architecture.as_str());
     match (os, architecture) {

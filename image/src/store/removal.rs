@@ -13,7 +13,7 @@ use crate::error::{Context, Error, ErrorKind};
 use crate::layers::IMAGE_FILE;
 use crate::reference::Reference;
 
-/// What [`Store::prune`] removed.
+/// The images and layers that [`Store::prune`] removed.
 #[derive(Debug, Default)]
 pub struct Pruned {
     /// Images, by their IDs.

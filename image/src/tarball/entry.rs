@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 /// What an entry is, apart from its data.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Data.
+    /// A regular file.
     File,
-    /// Names.
+    /// A directory.
     Directory,
     /// Another name, as it is written.
     Symlink(Vec<u8>),
@@ -41,9 +41,9 @@ pub struct Meta {
 pub struct Entry {
     /// Its name, as it is written.
     pub path: Vec<u8>,
-    /// What it is.
+    /// The kind of the entry.
     pub kind: Kind,
-    /// Who may do what.
+    /// The owner, the mode and the times.
     pub meta: Meta,
     /// The length of its data, holes included.
     pub size: u64,

@@ -2,7 +2,7 @@
 
 use std::io;
 
-/// Why an archive is refused.
+/// The reason why an archive is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ArchiveError {
     /// It could not be read.
@@ -19,7 +19,7 @@ pub enum ArchiveError {
     Entry {
         /// Its name.
         path: Vec<u8>,
-        /// What is wrong.
+        /// The reason, as the end of a sentence.
         why: String,
     },
     /// It is not what it was when it was checked.

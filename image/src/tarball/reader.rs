@@ -31,7 +31,7 @@ pub struct Entries<R> {
     input: R,
     /// Data of the current entry that are stored and not read yet.
     stored: u64,
-    /// What follows them.
+    /// The padding behind them, in bytes.
     padding: u64,
     map: Option<Map>,
     size: u64,
@@ -39,7 +39,7 @@ pub struct Entries<R> {
 }
 
 impl<R: Read> Entries<R> {
-    /// Of an uncompressed archive.
+    /// The entries of an uncompressed archive.
     pub fn new(input: R) -> Self {
         Entries {
             input,
@@ -56,7 +56,7 @@ impl<R: Read> Entries<R> {
         self.input
     }
 
-    /// What it reads from.
+    /// The input that it reads from.
     pub fn get_ref(&self) -> &R {
         &self.input
     }

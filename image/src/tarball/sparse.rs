@@ -8,7 +8,7 @@ use super::block::BLOCK;
 use super::decimal::decimal;
 use super::error::ArchiveError;
 
-/// So many pieces has no file that is not made to hurt.
+/// The most pieces of a sparse file: only a hostile one has more.
 pub const PIECES_MAX: usize = 1 << 20;
 /// Holes that are smaller are written as zeroes.
 pub const HOLE_MIN: u64 = 64 << 10;

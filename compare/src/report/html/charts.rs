@@ -18,11 +18,11 @@ const WIDE_BAR: f64 = 520.0;
 const LETTER: f64 = 6.6;
 /// The height of a row of dots.
 const STRIP: u32 = 36;
-/// The axis of dots shows at least so much of a median around it, and at most so much more.
+/// The least and the most that the axis of dots shows around a median, as parts of it.
 const LITTLE: f64 = 0.05;
 const FAR: f64 = 1.0;
 
-/// Phases are told apart by more than colours.
+/// Phases differ by more than colours.
 pub fn patterns() -> Markup {
     html! {
         svg.unseen aria-hidden="true" width="0" height="0" {
@@ -60,7 +60,7 @@ fn until(mark: Mark) -> &'static str {
     }
 }
 
-/// What an engine is.
+/// The kind of an engine, as a mark.
 pub fn kind_of(engine: &EngineReport) -> Markup {
     html! { span class={ "kind " (kind_class(engine.kind)) } { (kind(engine)) } }
 }

@@ -102,7 +102,7 @@ fn pixels(it: f64) -> String {
     format!("{it:.1}")
 }
 
-/// Where lines end, from the top.
+/// The heights at which lines end, from the top.
 fn ends<'a>(
     lines: &[(&'a EngineReport, Vec<MemoryPoint>)],
     y: impl Fn(&MemoryPoint) -> f64,

@@ -212,7 +212,7 @@ pub fn memory(engines: &[&EngineReport]) -> Markup {
     )
 }
 
-/// What it costs while it runs.
+/// The table of the steady state.
 pub fn steady(engines: &[&EngineReport]) -> Markup {
     let columns = view::steady(engines);
     let row = |engine: &&&EngineReport| {
@@ -267,7 +267,7 @@ pub fn capital(name: &str) -> String {
 /// How a fact of isolation is shown.
 type Show = fn(&Isolation) -> Markup;
 
-/// What can be seen from inside.
+/// The table of isolation.
 pub fn isolation(engines: &[&EngineReport]) -> Markup {
     let with: Vec<_> = engines
         .iter()
