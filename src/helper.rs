@@ -22,7 +22,7 @@ use mayfly_sandbox as sandbox;
 use crate::failure::{Failure, OrFail};
 use crate::signals::StartSignals;
 
-/// When it is told to end, this is plenty.
+/// How long it may take to end when it is asked to.
 const GRACE_PERIOD: Duration = Duration::from_secs(2);
 const STACK: usize = 64 << 10;
 /// Of what it says, so much is taken at once, and told when it fails.

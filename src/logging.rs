@@ -1,5 +1,5 @@
 //! The log: one line a message on standard error or in a file. A guest can
-//! cause messages without end, so only so many pass in a second.
+//! cause messages without end, so only [`BURST`] of them pass in a second.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};

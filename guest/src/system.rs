@@ -286,7 +286,7 @@ pub fn power_off() -> ! {
     end(libc::RB_POWER_OFF)
 }
 
-/// Waits until the terminal's driver has passed on what was written, as the machine's end
+/// Waits until the terminal's driver has passed on what was written, as the VM's end
 /// does not; but not for one whom nobody reads.
 fn drain_console() {
     let deadline = Instant::now() + DRAIN_TIMEOUT;

@@ -416,7 +416,7 @@ pub struct GroupUsage {
 }
 
 impl GroupUsage {
-    /// What the groups of a machine's process use, which its supervisor made; nothing is
+    /// What the groups of a VMM process use, which its supervisor made; nothing is
     /// known if there are none.
     pub fn of_process(pid: u32, supervisor: u32) -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();

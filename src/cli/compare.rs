@@ -136,7 +136,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         store.obtain(&args.image, &PullOptions::default(), &Bars::new())?;
         return Ok(ExitCode::SUCCESS);
     }
-    // What cannot be written is told before, not after minutes.
+    // Say what cannot be written before minutes are spent, not after.
     for path in [&args.json, &args.html, &args.csv].into_iter().flatten() {
         writable(path)?;
     }

@@ -73,7 +73,7 @@ pub enum Verb {
         /// Go on until it ends
         #[arg(short, long)]
         follow: bool,
-        /// Begin with the last lines, so many
+        /// Show only this number of last lines
         #[arg(short = 'n', long, value_name = "N|all", value_parser = lines)]
         tail: Option<Lines>,
         /// Print before each line when it began

@@ -86,7 +86,7 @@ impl DiskConfig {
         }
     }
 
-    /// What the guest of a VM with so many vCPUs sees of it.
+    /// What the guest of a VM with `cpus` vCPUs sees of it.
     pub(super) fn spec(&self, cpus: u8) -> BlockSpec {
         BlockSpec {
             read_only: self.read_only,

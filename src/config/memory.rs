@@ -49,7 +49,7 @@ impl FromKeys for MemorySpec {
     }
 }
 
-/// Checks that a host has so much memory, and so many huge pages of a size free.
+/// Checks that a host has enough memory, and enough free huge pages.
 pub fn check(memory: &MemorySpec, host: &HostFacts) -> Result<(), String> {
     if memory.size > host.memory {
         return Err(format!(

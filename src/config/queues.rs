@@ -30,7 +30,7 @@ impl Queues {
         }
     }
 
-    /// The number in a VM of so many vCPUs.
+    /// The number of queues in a VM of `cpus` vCPUs.
     pub fn number(self, cpus: u8) -> u8 {
         match self {
             Queues::Number(number) => number,

@@ -29,7 +29,7 @@ const KEYS_MAX: usize = 4096;
 /// sending, and a reader that keeps up, would have it all.
 const TURN: usize = 64 << 10;
 
-/// How many clients are let in, or hung up on, before others have their turn.
+/// How many clients are let in, or disconnected, before others have their turn.
 const CLIENTS_TURN: usize = 64;
 
 /// What came of looking for clients.
@@ -114,7 +114,7 @@ impl Console {
         [input, output, listener].into_iter().flatten()
     }
 
-    /// Takes a waiting client, one at a time: others are hung up on. They wait
+    /// Takes a waiting client, one at a time: others are disconnected. They wait
     /// for one that left, if the guest has not taken all that it sent.
     pub fn accept(&mut self) -> Accepted {
         let mut accepted = Accepted::default();
@@ -514,7 +514,7 @@ mod tests {
         assert!(console.accept().client);
         console.pump();
         assert_eq!(lock(&line).got, b"secondthird");
-        // Beside one that is there, others are hung up on.
+        // Beside one that is there, others are disconnected.
         let mut fourth = UnixStream::connect(&path).unwrap();
         assert!(!console.accept().client);
         assert_eq!(fourth.read(&mut [0]).unwrap(), 0);

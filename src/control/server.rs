@@ -14,7 +14,7 @@ use mayfly_devices::poll::{entry, poll};
 use super::protocol::{Command, Event, Reply};
 use crate::unix_socket::Name;
 
-/// More clients at a time are hung up on.
+/// More clients at a time are disconnected.
 const CLIENTS_MAX: usize = 16;
 /// A longer line is no command.
 const LINE_MAX: u64 = 16 << 10;
@@ -172,7 +172,7 @@ impl Server {
                     continue;
                 };
                 let ask = ask.clone();
-                // Without a thread, the client is hung up on.
+                // Without a thread, the client is disconnected.
                 let _ = spawn(move || {
                     let _ = serve(&client, &entry, &*ask, FIRST_TIMEOUT);
                 });
@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_that_says_nothing_is_hung_up_on() {
+    fn a_client_that_says_nothing_is_disconnected() {
         let clients = Arc::new(Clients::default());
         let first = Duration::from_millis(20);
         let ask = |ask: Ask| ask.reply.send(Reply::done()).unwrap();

@@ -132,7 +132,7 @@ fn attach_refusal(error: &io::Error, flag: &str, name: &str, several: bool) -> F
             "{flag}: is not a TAP device, or one of several queues, which needs queues=2 or more"
         )),
         Some(libc::E2BIG) => Failure::config(format!(
-            "{flag}: has not so many queues; write a smaller queues="
+            "{flag}: does not have that many queues; write a smaller queues="
         )),
         _ => Failure::host(format!("{flag}: {error}")),
     }

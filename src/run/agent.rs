@@ -339,7 +339,7 @@ impl Agent {
                     };
                     let written = target.as_mut().map(|target| target.write_all(data));
                     if let Some(Err(error)) = written {
-                        // As in a pipeline: whoever writes to it is told.
+                        // As in a pipeline: whoever writes to it gets an error.
                         *target = None;
                         let _ = self.link.send(&HostMessage::Closed(stream));
                         if error.kind() != io::ErrorKind::BrokenPipe {
@@ -396,7 +396,7 @@ fn feed(mut input: BlockingFile, mut keys: Option<DetachKeys>, link: &Link, wind
         }
         if leave {
             let _ = link.send(&HostMessage::Detach);
-            // The answer ends this process, or a guest that gives none is hung up on.
+            // The answer ends this process, or a guest that gives none is disconnected.
             thread::sleep(GRACE_PERIOD);
             let _ = link.lock().shutdown(Shutdown::Both);
             return;

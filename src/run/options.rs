@@ -153,7 +153,7 @@ pub struct Options {
     /// Write the VM's name to a file, which must not be there
     #[arg(long, value_name = "FILE")]
     pub cidfile: Option<PathBuf>,
-    /// What surrounds the machine's process: all that the host has (on), all there is, or
+    /// What surrounds the VMM process: all that the host has (on), all there is, or
     /// no VM (require), or nothing (off) [default: on]
     #[arg(long, value_name = "on|require|off")]
     pub sandbox: Option<sandbox::Mode>,

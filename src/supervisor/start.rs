@@ -110,7 +110,7 @@ fn watch_networks(config: &MachineConfig) -> Result<Option<Watch>, Failure> {
 }
 
 /// A control group for the VMM process and the helpers, if there is to be a sandbox. Disks
-/// may take so many bytes of memory.
+/// may take `in_memory` bytes of memory.
 fn make_cgroup(config: &MachineConfig, in_memory: u64) -> Option<Cgroup> {
     let count = |len: usize| u64::try_from(len).unwrap_or(u64::MAX);
     let filtered = config.nets.iter().filter(|net| net.config.user.is_some());

@@ -186,7 +186,7 @@ impl Supervisor<'_> {
         let server = Server::start(listener, socket, move |ask| asked.ask(ask))
             .or_host("starting the control thread")?;
         match link.send(&start, &files) {
-            // It has ended already: why, is told below.
+            // It has ended already; below it says why.
             Err(error) if has_hung_up(&error) => {}
             sent => sent.or_internal(LINK)?,
         }
@@ -211,7 +211,7 @@ impl Supervisor<'_> {
         thread.spawn(tell).map(drop)
     }
 
-    /// Keeps the VMM process to its end, which comes soon after it is told.
+    /// Keeps the VMM process to its end, which comes soon after it has been told to end.
     fn attend(&self, clients: &Clients) -> Result<Ending, Failure> {
         let ending = self.follow(clients, START_TIMEOUT);
         self.stop.kill_after_timeout();

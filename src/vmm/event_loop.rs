@@ -408,7 +408,7 @@ mod tests {
         UnixStream::connect(path).unwrap()
     }
 
-    fn is_hung_up_on(mut client: &UnixStream) -> bool {
+    fn is_disconnected(mut client: &UnixStream) -> bool {
         client.set_nonblocking(true).unwrap();
         match client.read(&mut [0]) {
             Ok(0) => true,
@@ -425,7 +425,7 @@ mod tests {
         drop(first);
         let mut second = connect(&bench.path);
         bench.run();
-        assert!(!is_hung_up_on(&second));
+        assert!(!is_disconnected(&second));
         second.write_all(b"hello").unwrap();
         bench.run();
         assert_eq!(lock(&bench.guest).0, b"hello");
@@ -436,7 +436,7 @@ mod tests {
         let mut bench = Bench::new();
         let clients: Vec<_> = (0..200).map(|_| connect(&bench.path)).collect();
         bench.run();
-        let hung_up = clients.iter().filter(|client| is_hung_up_on(client));
+        let hung_up = clients.iter().filter(|client| is_disconnected(client));
         assert_eq!(hung_up.count(), clients.len() - 1);
     }
 

@@ -25,7 +25,7 @@ const TELL: u64 = 32;
 /// … and within this time.
 const STEP: Duration = Duration::from_secs(60);
 
-/// What the machine's process may have beside guest memory and its program.
+/// What the VMM process may have beside guest memory and its program.
 const OWN: u64 = 16 << 20;
 
 /// A machine with every kind of device, and what is behind them on the host.
@@ -142,19 +142,19 @@ impl Drop for Talk {
 }
 
 /// The process of a machine: the descendant of its supervisor that runs vCPUs.
-fn machine_process(supervisor: u32) -> Option<u32> {
+fn vmm_process(supervisor: u32) -> Option<u32> {
     children(supervisor).into_iter().find_map(|child: u32| {
         let tasks = fs::read_dir(format!("/proc/{child}/task")).ok()?;
         let mut names =
             tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("comm")).ok());
         match names.any(|name| name.trim() == "vcpu0") {
             true => Some(child),
-            false => machine_process(child),
+            false => vmm_process(child),
         }
     })
 }
 
-/// The memory that a machine's process has now, but for its guest's.
+/// The memory that a VMM process has now, but for its guest's.
 fn memory(pid: u32) -> Option<u64> {
     /// Pieces of RAM: before the hole, less the kernel's; and behind it.
     const LOW_MIN: u64 = 2 << 30;
@@ -244,7 +244,7 @@ impl Attack {
                 slowest = slowest.max(time);
                 answers += 1;
             }
-            process = process.or_else(|| machine_process(running.child.id()));
+            process = process.or_else(|| vmm_process(running.child.id()));
             most = most.max(process.and_then(memory).unwrap_or(0));
             let now = last_seed(&running.console());
             if now != last {
@@ -300,7 +300,7 @@ impl Attack {
         let most = OWN + program_size();
         (self.peak > most || self.peak == 0).then(|| {
             format!(
-                "the machine's process had {} bytes; {most} are its most",
+                "the VMM process had {} bytes; {most} are its most",
                 self.peak
             )
         })
@@ -373,7 +373,7 @@ fn a_flood_costs_the_guest_and_not_the_host() {
     let mut vm = Controlled::start(target.guest("flood"), Guest::start);
     let started = Instant::now();
     vm.running.expect("hostile: devices");
-    let process = machine_process(vm.running.child.id()).unwrap();
+    let process = vmm_process(vm.running.child.id()).unwrap();
     let _talk = Talk::start(vm.running.folder.path());
     let (mut slowest, mut most) = (Duration::ZERO, 0);
     while started.elapsed() < FLOOD {
@@ -440,14 +440,14 @@ fn a_flood_leaves_others_their_share_of_a_cpu() {
     let quiet = quiet.args(["--cmdline", &endless, "--memory", "64M"]);
     let quiet = quiet.start();
     until("a guest that runs", || {
-        machine_process(quiet.child.id()).is_some_and(|pid| cpu_time(pid) > 100)
+        vmm_process(quiet.child.id()).is_some_and(|pid| cpu_time(pid) > 100)
     });
     let times = || [quiet.child.id(), flood.running.child.id()].map(cpu_time);
     let before = times();
     thread::sleep(BESIDE);
     let after = times();
     for running in [&quiet, &flood.running] {
-        let lives = machine_process(running.child.id()).is_some();
+        let lives = vmm_process(running.child.id()).is_some();
         assert!(lives, "a guest ended: {}", running.errors());
     }
     let [quiet, flood] = [0, 1].map(|vm: usize| (after[vm] - before[vm]) as f64);

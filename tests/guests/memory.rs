@@ -11,7 +11,7 @@ fn number(path: &str) -> u64 {
     text.trim().parse().unwrap()
 }
 
-/// A field of the status of a machine's process, whose supervisor has a number; in KiB.
+/// A field of the status of a VMM process, whose supervisor has a number; in KiB.
 pub fn status(supervisor: u32, field: &str) -> u64 {
     let machine = machine(supervisor);
     let text = std::fs::read_to_string(format!("/proc/{machine}/status")).unwrap();
@@ -20,7 +20,7 @@ pub fn status(supervisor: u32, field: &str) -> u64 {
     digits.collect::<String>().parse().unwrap()
 }
 
-/// The machine's process, whose supervisor has a number.
+/// The VMM process, whose supervisor has a number.
 pub fn machine(supervisor: u32) -> u32 {
     let is_mayfly = |pid: &u32| {
         std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|it| it == "mayfly\n")
