@@ -18,7 +18,7 @@ use mayfly_boot::layout;
 use mayfly_devices::virtio::interrupt::InterruptLine;
 use mayfly_devices::virtio::registers::RegisterPage;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
 use super::error::{KvmError, doing};
@@ -98,6 +98,8 @@ pub fn open() -> Result<Kvm, OpenError> {
 pub struct IrqLine {
     vm: OwnedFd,
     irq: u32,
+    /// An irqfd: for the I/O APIC, a thread of the kernel's takes it up.
+    soon: EventFd,
 }
 
 impl IrqLine {
@@ -121,6 +123,11 @@ impl InterruptLine for IrqLine {
     fn pulse(&self) {
         self.set(1);
         self.set(0);
+    }
+
+    fn pulse_soon(&self) {
+        // Only refuses when it is signalled already.
+        let _ = self.soon.write(1);
     }
 }
 
@@ -229,16 +236,18 @@ impl Vm {
             .map_err(doing("connecting an interrupt"))
     }
 
-    /// An interrupt of the guest's. Where an event (irqfd) goes to the I/O APIC by a thread
-    /// of the kernel's, this is over when it returns.
+    /// An interrupt of the guest's.
     pub fn interrupt_line(&self, irq: u32) -> Result<IrqLine, KvmError> {
+        let failed = |error: io::Error| {
+            let errno = error.raw_os_error().unwrap_or(libc::EIO);
+            doing("making an interrupt")(kvm_ioctls::Error::new(errno))
+        };
         // SAFETY: the descriptor stays open while `fd` lives.
         let vm = unsafe { BorrowedFd::borrow_raw(self.fd.as_raw_fd()) };
-        let vm = vm.try_clone_to_owned().map_err(|error| {
-            let errno = error.raw_os_error().unwrap_or(libc::EIO);
-            doing("duplicating a VM's descriptor")(kvm_ioctls::Error::new(errno))
-        })?;
-        Ok(IrqLine { vm, irq })
+        let vm = vm.try_clone_to_owned().map_err(failed)?;
+        let soon = EventFd::new(EFD_NONBLOCK).map_err(failed)?;
+        self.connect_interrupt(&soon, irq)?;
+        Ok(IrqLine { vm, irq, soon })
     }
 
     /// Signals `event` when the guest writes `value` to a 32-bit register.

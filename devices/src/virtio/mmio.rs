@@ -311,15 +311,10 @@ impl VirtioMmio {
         }
         self.counters.chains += queues.take_chains();
         let ended = worked.and_then(|()| queues.end());
-        let mut interrupt = Interrupt::empty();
         if queues.take_config_changed() {
             self.state.config_generation = self.state.config_generation.wrapping_add(1);
-            interrupt |= Interrupt::CONFIG;
             self.publish();
-        }
-        interrupt.set(Interrupt::QUEUE, ended == Ok(true));
-        if !interrupt.is_empty() {
-            self.interrupter.raise(interrupt);
+            self.interrupter.raise(Interrupt::CONFIG);
         }
         if let Err(error) = ended {
             self.needs_reset(error);

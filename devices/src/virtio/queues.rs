@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::GuestMemory;
 use super::chain::Chain;
-use super::interrupt::{Interrupt, Interrupter};
+use super::interrupt::Interrupter;
 use super::needs_reset::NeedsReset;
 use crate::number;
 
@@ -58,6 +58,11 @@ impl Active {
         memory
             .store(next.to_le(), index, Ordering::Release)
             .map_err(|_| failed)
+    }
+
+    /// How many chains were used since it was last decided whether to interrupt.
+    fn undecided(&self) -> u64 {
+        self.queue.next_used().wrapping_sub(self.decided).into()
     }
 
     /// Whether the guest wants to be interrupted for what was used since this was last
@@ -109,6 +114,8 @@ pub struct Queues {
     interrupt: bool,
     config_changed: bool,
     chains: u64,
+    /// Chains that were given back since the guest was last interrupted.
+    given: u64,
 }
 
 impl Queues {
@@ -140,6 +147,7 @@ impl Queues {
             interrupt: false,
             config_changed: false,
             chains: 0,
+            given: 0,
         })
     }
 
@@ -189,13 +197,18 @@ impl Queues {
         }
     }
 
-    /// Ends a turn. True if the guest wants to be interrupted.
-    pub(super) fn end(&mut self) -> Result<bool, NeedsReset> {
+    /// Ends a turn, and interrupts the guest if it waits for what it was given back.
+    pub(super) fn end(&mut self) -> Result<(), NeedsReset> {
         let mut interrupt = std::mem::take(&mut self.interrupt);
         for active in self.queues.iter_mut().flatten() {
+            self.given += active.undecided();
             interrupt |= active.wants_interrupt(&self.memory)?;
         }
-        Ok(interrupt)
+        if interrupt {
+            let given = std::mem::take(&mut self.given);
+            self.interrupter.raise_for_chains(given);
+        }
+        Ok(())
     }
 
     /// Who runs the queues has used chains: the guest is notified when this turn ends.
@@ -306,10 +319,12 @@ impl Queues {
     /// Interrupts the guest now for what it was given back, if it waits for that, so that
     /// it works while the device goes on.
     pub fn interrupt_early(&mut self, queue: usize) -> Result<(), NeedsReset> {
-        if let Some(Some(active)) = self.queues.get_mut(queue)
-            && active.wants_interrupt(&self.memory)?
-        {
-            self.interrupter.raise(Interrupt::QUEUE);
+        if let Some(Some(active)) = self.queues.get_mut(queue) {
+            self.given += active.undecided();
+            if active.wants_interrupt(&self.memory)? {
+                let given = std::mem::take(&mut self.given);
+                self.interrupter.raise_for_chains(given);
+            }
         }
         Ok(())
     }

@@ -39,6 +39,9 @@ const DISCARD_ALIGNMENT: u32 = 2 * 4;
 /// Zeroes, for file systems that cannot make ranges read as such.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
+/// After so many turns of one request, the guest waits for each by itself.
+const ONE_BY_ONE: u8 = 8;
+
 // Sources.
 const COMPLETED: Token = 0;
 const BUDGET: Token = 1;
@@ -101,6 +104,10 @@ pub struct Block {
     in_flight: Vec<Option<Box<InFlight>>>,
     free: Vec<usize>,
     queue_sizes: Vec<u16>,
+    /// Requests that were begun in this turn.
+    begun: usize,
+    /// Turns, one after the other, that had one.
+    one_by_one: u8,
     /// The queues that may have chains which were not taken yet.
     turns: RoundRobin,
     limiter: RateLimiter,
@@ -140,6 +147,8 @@ impl Block {
             in_flight: (0..DEPTH).map(|_| None).collect(),
             free: (0..DEPTH.into()).rev().collect(),
             queue_sizes: vec![QUEUE_SIZE; disk.queues.max(1).into()],
+            begun: 0,
+            one_by_one: 0,
             turns: RoundRobin::default(),
             limiter: RateLimiter::new(disk.limits)?,
             new_limits: LimitHandle::new(disk.limits)?,
@@ -363,6 +372,7 @@ impl Block {
             };
             let request = Request::parse(&chain, self.limits)?;
             self.limiter.charge(request.moved());
+            self.begun += 1;
             self.start(request, queue, queues)?;
         }
         Ok(())
@@ -384,15 +394,17 @@ impl Block {
         }
     }
 
-    /// Starts what the guest asks for. What the kernel has done by then, as it was in the
-    /// page cache, is given back in the same turn.
+    /// Starts what the guest asks for.
     fn work(&mut self, queues: &mut Queues) -> Result<(), NeedsReset> {
+        self.engine.begin(self.one_by_one >= ONE_BY_ONE);
         let served = self.process_requests(queues);
+        match std::mem::take(&mut self.begun) {
+            0 => {}
+            1 => self.one_by_one = self.one_by_one.saturating_add(1),
+            _ => self.one_by_one = 0,
+        }
         self.commit(queues);
-        let taken = self.take_completions(queues);
-        // What that started, to do the rest of a request.
-        self.commit(queues);
-        served.and(taken)
+        served
     }
 
     fn commit(&mut self, queues: &mut Queues) {
@@ -511,7 +523,6 @@ impl VirtioDevice for Block {
             queues.config_changed();
         }
         self.turns.add(queue);
-        self.engine.begin();
         self.work(queues)
     }
 
@@ -524,7 +535,6 @@ impl VirtioDevice for Block {
     }
 
     fn handle_event(&mut self, token: Token, queues: &mut Queues) -> Result<(), NeedsReset> {
-        self.engine.begin();
         let mut result = Ok(());
         match token {
             COMPLETED => result = self.take_completions(queues),

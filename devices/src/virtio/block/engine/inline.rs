@@ -44,14 +44,14 @@ impl InlineWrites {
     pub fn new(file: &File) -> io::Result<Self> {
         Ok(InlineWrites {
             suitable: is_suitable(file)?,
-            left: TURN_MAX,
+            left: 0,
             paused: None,
         })
     }
 
-    /// A turn begins.
-    pub fn begin(&mut self) {
-        self.left = TURN_MAX;
+    /// A turn begins, in which writes are made at once, or none.
+    pub fn begin(&mut self, at_once: bool) {
+        self.left = if at_once { TURN_MAX } else { 0 };
     }
 
     /// Makes a write, if it is one to make at once.
@@ -161,7 +161,9 @@ mod tests {
             assert!(write(&mut writes, &file, piece));
         }
         assert!(!write(&mut writes, &file, &mut piece[..512]));
-        writes.begin();
+        writes.begin(false);
+        assert!(!write(&mut writes, &file, &mut piece[..512]));
+        writes.begin(true);
         assert!(write(&mut writes, &file, &mut piece[..512]));
         writes.suitable = false;
         assert!(!write(&mut writes, &file, &mut piece[..512]));

@@ -125,10 +125,11 @@ impl Engine {
         threads.map(Engine::Threads)
     }
 
-    /// A turn of the device begins.
-    pub fn begin(&mut self) {
+    /// A turn of the device begins. What is quick may be done at once, if the guest waits for
+    /// each request by itself: beside several, it is better started and given back together.
+    pub fn begin(&mut self, one_by_one: bool) {
         if let Engine::Uring(uring) = self {
-            uring.begin();
+            uring.begin(one_by_one);
         }
     }
 

@@ -79,8 +79,8 @@ impl Uring {
     }
 
     /// A turn of the device begins.
-    pub(super) fn begin(&mut self) {
-        self.inline.begin();
+    pub(super) fn begin(&mut self, at_once: bool) {
+        self.inline.begin(at_once);
     }
 
     /// # Safety
