@@ -28,12 +28,11 @@ pub fn connect_to_port(path: &Path, port: u32) -> io::Result<UnixStream> {
 pub fn open(config: &VsockConfig) -> Result<UnixListener, Failure> {
     let flag = config.flag();
     check_free(&config.path, &flag)?;
-    raise_limit();
     socket().map(UnixListener::from).or_host(&flag)
 }
 
 /// Connections are open files: the limit is raised as far as it may be.
-fn raise_limit() {
+pub fn raise_limit() {
     let mut limit = getrlimit(Resource::Nofile);
     // None is more than any.
     let most = limit

@@ -276,7 +276,7 @@ fn default_signals() -> io::Result<()> {
 
 /// A panic says where it is, and ends the process: `abort` would need system calls that
 /// nothing else does, and its signal does not reach the first process of a namespace.
-fn end_by_panic() {
+pub fn end_by_panic() {
     std::panic::set_hook(Box::new(|panic| {
         let thread = std::thread::current();
         let name = thread.name().unwrap_or("unnamed");

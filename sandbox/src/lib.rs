@@ -31,7 +31,7 @@ mod status;
 mod syscalls;
 
 pub use self::cgroup::{Bounds, Cgroup, Door, GroupUsage, Share, may_divide};
-pub use self::close::{Keep, Limits, descriptors};
+pub use self::close::{Keep, Limits, descriptors, end_by_panic};
 pub use self::confinement::{Gate, Pending, ThreadConfinement};
 pub use self::error::Error;
 pub use self::layers::{Layer, Report, Status};

@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code, reason = "processes are divided, and become programs")]
 
+use std::convert::Infallible;
 use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -60,6 +61,9 @@ enum Mapped {
     Nobody = b'n',
 }
 
+/// How long the kernel may take to end a process that was killed.
+const KILL_TIMEOUT_MS: libc::c_int = 10_000;
+
 /// Ends the process at once: what a language does at an end needs system calls that the
 /// sandbox forbids.
 pub fn exit(status: u8) -> ! {
@@ -105,8 +109,10 @@ pub fn spawn(policy: &Policy, child: impl FnOnce(SandboxSetup) -> u8) -> io::Res
 /// The caller has one thread, as with [`spawn`].
 pub fn spawn_program(policy: &Policy, program: &Program) -> io::Result<(Child, PreparedSandbox)> {
     start(policy, |_, lifeline, _| {
-        // It ends here only if it fails.
-        let _ = execute(program, lifeline);
+        // It ends here only if it fails, and nobody else knows why. The descriptor is the
+        // program's by then, or still the user's.
+        let Err(error) = execute(program, lifeline);
+        let _ = writeln!(io::stderr(), "mayfly: executing the VMM process: {error}");
         PANIC
     })
 }
@@ -199,21 +205,22 @@ fn start(
         0 => (Mapped::Nobody, 0),
         _ => map(pid, supervisor, ids),
     };
-    let child = Child {
-        pid,
-        pidfd,
-        _lifeline: ours.try_clone()?,
-        status: None,
-    };
     let [a, b, c, d] = mapped.1.to_le_bytes();
     // One that was killed already does not read it; who waits for its end tells why.
     let _ = ours.write_all(&[mapped.0 as u8, a, b, c, d]);
+    let child = Child {
+        pid,
+        pidfd,
+        _lifeline: ours,
+        status: None,
+    };
     Ok((child, start.prepared(mapped)))
 }
 
-/// Becomes a program. Capabilities that this process has in its namespaces stay.
-fn execute(program: &Program, lifeline: File) -> io::Result<()> {
-    credentials::keep_capabilities()?;
+/// Becomes a program, or fails. Capabilities that this process has in its namespaces stay.
+fn execute(program: &Program, lifeline: File) -> io::Result<Infallible> {
+    // Without them layers are missed, which is reported, or refused, when the sandbox closes.
+    let _ = credentials::keep_capabilities();
     let mut descriptors: Vec<BorrowedFd> = program.descriptors.to_vec();
     descriptors.push(lifeline.as_fd());
     // Where none is overwritten before it is duplicated itself.
@@ -238,20 +245,51 @@ fn execute(program: &Program, lifeline: File) -> io::Result<()> {
         next += 1;
     }
     close_on_exec_from(next)?;
-    let arguments = [program.name.as_ptr(), std::ptr::null()];
+    let error = execute_file(&executable, program.name);
+    match error.kind() {
+        // The user that this process is in its namespace may not execute the file, such as
+        // root another user's; or AppArmor refuses what lies in another mount namespace.
+        io::ErrorKind::PermissionDenied => {
+            let copy = copy_in_memory(&executable.into())?;
+            Err(execute_file(&copy, program.name))
+        }
+        _ => Err(error),
+    }
+}
+
+/// Executes a file without environment. Returns only if that fails.
+fn execute_file(file: &impl AsRawFd, name: &CStr) -> io::Error {
+    let arguments = [name.as_ptr(), std::ptr::null()];
     let environment = [std::ptr::null::<libc::c_char>()];
     // SAFETY: strings that end in zero, and lists of them that end in null.
     unsafe {
         libc::syscall(
             libc::SYS_execveat,
-            executable.as_raw_fd(),
+            file.as_raw_fd(),
             c"".as_ptr(),
             arguments.as_ptr(),
             environment.as_ptr(),
             libc::AT_EMPTY_PATH,
         )
     };
-    Err(io::Error::last_os_error())
+    io::Error::last_os_error()
+}
+
+/// A copy of a program in memory, which is this process's own.
+fn copy_in_memory(mut program: &File) -> io::Result<File> {
+    let flags = libc::MFD_CLOEXEC;
+    // SAFETY: a string that ends in zero.
+    let copy = match unsafe { libc::memfd_create(c"mayfly".as_ptr(), flags) } {
+        -1 => return Err(io::Error::last_os_error()),
+        // SAFETY: it is new, and nothing else owns it.
+        fd => unsafe { File::from_raw_fd(fd) },
+    };
+    io::copy(&mut program, &mut &copy)?;
+    // It cannot be executed while it may be written to, unless nobody can.
+    let seals = libc::F_SEAL_WRITE | libc::F_SEAL_GROW | libc::F_SEAL_SHRINK;
+    // SAFETY: numbers.
+    let _ = unsafe { libc::fcntl(copy.as_raw_fd(), libc::F_ADD_SEALS, seals) };
+    File::open(format!("/proc/self/fd/{}", copy.as_raw_fd()))
 }
 
 /// All descriptors from one on are closed when a program is executed.
@@ -571,7 +609,15 @@ impl Child {
 impl Drop for Child {
     fn drop(&mut self) {
         if self.status.is_none() && self.kill().is_ok() {
-            let _ = self.wait();
+            // One that waits for I/O of the host's may not end for long: init has it then.
+            let mut ended = libc::pollfd {
+                fd: self.pidfd.as_raw_fd(),
+                events: libc::POLLIN,
+                revents: 0,
+            };
+            // SAFETY: one live entry.
+            unsafe { libc::poll(&mut ended, 1, KILL_TIMEOUT_MS) };
+            let _ = self.try_wait();
         }
     }
 }

@@ -66,11 +66,12 @@ pub fn run(args: Args, timeline: Timeline) -> Result<ExitCode, Failure> {
     let raw = args.machine.or(file);
     let (kernel, initrd) = (raw.kernel.clone(), raw.initrd.clone());
     let mut options = raw.parse()?;
-    let ports = options.nets.iter_mut().map(NetConfig::choose_ports);
-    let ports = ports.collect::<Result<_, _>>()?;
+    let host = HostFacts::look_up();
+    // Before a guest is made, and ports are taken.
+    options.check(&host)?;
     let guest = GuestFiles::choose(kernel.as_deref(), initrd.as_deref())?;
-    let config = options.validate(guest, &HostFacts::look_up())?;
     if args.list_written {
+        let config = options.validate(guest, &host)?;
         let mut list = Vec::new();
         for path in config.written() {
             list.extend_from_slice(path.as_os_str().as_bytes());
@@ -79,6 +80,9 @@ pub fn run(args: Args, timeline: Timeline) -> Result<ExitCode, Failure> {
         output::print_bytes(&list)?;
         return Ok(ExitCode::SUCCESS);
     }
+    let ports = options.nets.iter_mut().map(NetConfig::choose_ports);
+    let ports = ports.collect::<Result<_, _>>()?;
+    let config = options.validate(guest, &host)?;
     let ending = supervisor::run(&config, ports, timeline)?;
     if args.timing {
         let _ = write!(std::io::stderr(), "{}", ending.timeline);

@@ -96,6 +96,14 @@ impl DiskConfig {
         }
     }
 
+    /// The same of what its image is the difference to.
+    pub fn backing_flag(&self) -> String {
+        match &self.backing {
+            Some(backing) => format!("{}: backing={}", self.flag(), backing.path.display()),
+            None => self.flag(),
+        }
+    }
+
     /// What asked for it, for messages.
     pub fn flag(&self) -> String {
         let own = || format!("--disk path={}", self.path.display());

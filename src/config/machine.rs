@@ -23,6 +23,8 @@ use crate::net::user::UserNet;
 use crate::spec::{BlockSpec, DeviceKind, DeviceSpec, MachineSpec, MemorySpec, NetSpec, VERSION};
 use mayfly_sandbox::Mode;
 
+/// The most rules of one network: they are sent to the VMM process in one message.
+const RULES_MAX: usize = 1000;
 /// The name of the disk with an image's layers, and its serial number in the guest.
 pub const LAYERS: &str = "layers";
 
@@ -117,26 +119,12 @@ impl MachineConfig {
 }
 
 impl MachineOptions {
-    /// Checks everything that spans several options, or the host, and makes the
-    /// specification.
+    /// [Checks](MachineOptions::check) the options, and makes the specification.
     pub fn validate(self, guest: GuestFiles, host: &HostFacts) -> Result<MachineConfig, Failure> {
-        let name = match &self.name {
-            Some(name) if valid_name(name) => name.clone(),
-            Some(name) => {
-                return Err(Failure::config(format!(
-                    "--name {name}: write 1 to {NAME_MAX} letters, digits, and . _ -"
-                )));
-            }
-            None => format!("vm-{}", std::process::id()),
-        };
-        let memory = MemorySpec {
-            // Another process is to see what the guest asks it for.
-            shared: self.memory.shared || !self.folders.is_empty(),
-            ..self.memory
-        };
-        self.check_memory(&memory, host)?;
-        self.check_queues()?;
-        self.check_doubles()?;
+        self.check(host)?;
+        let name = self.name.clone();
+        let name = name.unwrap_or_else(|| format!("vm-{}", std::process::id()));
+        let memory = self.memory();
         let nets = name_devices("net", &self.nets, |net| HostNet {
             config: net.clone(),
             user: net.user().map(|user| UserNet::new(user, &host.network)),
@@ -179,12 +167,33 @@ impl MachineOptions {
         })
     }
 
+    /// Checks everything that spans several options, or the host.
+    pub fn check(&self, host: &HostFacts) -> Result<(), Failure> {
+        if let Some(name) = self.name.as_deref().filter(|name| !valid_name(name)) {
+            return Err(Failure::config(format!(
+                "--name {name}: write 1 to {NAME_MAX} letters, digits, and . _ -"
+            )));
+        }
+        self.check_memory(&self.memory(), host)?;
+        self.check_queues()?;
+        self.check_doubles()
+    }
+
+    /// RAM, which another process is to see where it serves directories.
+    fn memory(&self) -> MemorySpec {
+        MemorySpec {
+            shared: self.memory.shared || !self.folders.is_empty(),
+            ..self.memory
+        }
+    }
+
     fn check_memory(&self, memory: &MemorySpec, host: &HostFacts) -> Result<(), Failure> {
         let size = memory.size >> 20;
         let fits = super::memory::check(memory, host);
         fits.map_err(|reason| Failure::config(format!("--memory {size}M: {reason}")))?;
         let fits = self.balloon.map_or(Ok(()), |balloon| balloon.check(memory));
-        fits.map_err(|reason| Failure::config(format!("--balloon: {reason}")))
+        let balloon = self.balloon.map_or(0, |balloon| balloon.size >> 20);
+        fits.map_err(|reason| Failure::config(format!("--balloon {balloon}M: {reason}")))
     }
 
     fn check_queues(&self) -> Result<(), Failure> {
@@ -218,6 +227,15 @@ impl MachineOptions {
                     disk.flag()
                 )));
             }
+        }
+        let rules = self.nets.iter().filter_map(|net| net.user());
+        if let Some(number) = rules
+            .map(|user| user.allow.len())
+            .find(|it| *it > RULES_MAX)
+        {
+            return Err(Failure::config(format!(
+                "--net user: {number} rules of allow are too many; at most {RULES_MAX} fit"
+            )));
         }
         if self.channels.len() > CHANNELS_MAX {
             return Err(Failure::config(format!(

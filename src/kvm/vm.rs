@@ -270,6 +270,8 @@ const _: () =
 /// Pages of registers that lie in a row both here and in the guest, as one piece each.
 fn rows(registers: &[(Arc<RegisterPage>, u64)]) -> Vec<kvm_userspace_memory_region> {
     const PAGE: u64 = layout::VIRTIO_MMIO_SIZE as u64;
+    // What lies behind a page is not the guest's to read.
+    const _: () = assert!(layout::VIRTIO_MMIO_SIZE as usize == RegisterPage::SIZE);
     let mut rows: Vec<kvm_userspace_memory_region> = Vec::new();
     for (page, address) in registers {
         let Some(start) = page.address() else {

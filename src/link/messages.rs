@@ -162,6 +162,8 @@ pub enum Part {
     Initrd,
     /// The device of a name.
     Device(String),
+    /// What the image of the disk of a name is the difference to.
+    Backing(String),
 }
 
 impl From<Failure> for VmmFailure {
@@ -190,19 +192,22 @@ pub trait BlamePart<T> {
 
 impl<T, E: std::error::Error> BlamePart<T> for Result<T, E> {
     fn or_config_of(self, part: Part) -> Result<T, VmmFailure> {
-        self.map_err(|error| blame(&error, Class::Config, part))
+        self.map_err(|error| VmmFailure::of(&error, Class::Config, part))
     }
 
     fn or_host_of(self, part: Part) -> Result<T, VmmFailure> {
-        self.map_err(|error| blame(&error, Class::Host, part))
+        self.map_err(|error| VmmFailure::of(&error, Class::Host, part))
     }
 }
 
-fn blame(error: &dyn std::error::Error, class: Class, part: Part) -> VmmFailure {
-    VmmFailure {
-        class,
-        part: Some(part),
-        message: crate::failure::chain(error),
+impl VmmFailure {
+    /// The failure of a part, with its causes.
+    pub fn of(error: &dyn std::error::Error, class: Class, part: Part) -> Self {
+        VmmFailure {
+            class,
+            part: Some(part),
+            message: crate::failure::chain(error),
+        }
     }
 }
 

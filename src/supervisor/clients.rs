@@ -17,6 +17,9 @@ use crate::net::publish::summary;
 /// Questions that may wait for an answer; older ones are forgotten.
 const ASKED_MAX: usize = 64;
 
+/// What the VMM process tells for the command `info`.
+const TOLD: [&str; 4] = ["state", "uptime_ms", "devices", "balloon"];
+
 /// What the supervisor knows of a machine, for the command `info`. The VMM process, which
 /// knows no paths and flags, tells the rest.
 #[derive(Default)]
@@ -52,13 +55,16 @@ impl About {
 
     /// Adds it to what the VMM process tells.
     fn complete(&self, info: &mut Map<String, Value>) {
+        // A guest may have taken the process over.
+        info.retain(|key, _| TOLD.contains(&key.as_str()));
         info.extend(self.facts.clone());
         let devices = info.get_mut("devices").and_then(Value::as_array_mut);
         for device in devices.into_iter().flatten() {
             let name = device.get("name").and_then(Value::as_str);
             let flag = name.and_then(|name| self.flags.get(name)).cloned();
-            if let (Some(device), Some(flag)) = (device.as_object_mut(), flag) {
-                device.insert("flag".into(), flag.into());
+            if let Some(device) = device.as_object_mut() {
+                device.remove("flag");
+                device.extend(flag.map(|flag| ("flag".to_owned(), flag.into())));
             }
         }
     }

@@ -279,7 +279,7 @@ impl Disks {
             Format::Qcow2 => {
                 files.push(file.into());
                 let backing = config.backing.as_ref().map(|backing| {
-                    let flag = format!("{flag}: backing={}", backing.path.display());
+                    let flag = config.backing_flag();
                     let (file, len) = open_image(&backing.path, true, &flag, &mut self.locks)?;
                     files.push(file.into());
                     Ok::<_, Failure>(Box::new(match backing.format {

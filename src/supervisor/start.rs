@@ -47,8 +47,7 @@ struct StartedVmm {
 impl StartedVmm {
     /// Executes this program anew. May only be called while this process has one thread.
     fn spawn(mode: Mode) -> io::Result<Self> {
-        let flags = OFlags::PATH | OFlags::CLOEXEC;
-        let executable = open("/proc/self/exe", flags, FileMode::empty())?;
+        let executable = open_own_program()?;
         let null = File::options().read(true).write(true).open("/dev/null")?;
         let (link, its_link) = Link::pair()?;
         let broker = Link::pair()?;
@@ -58,7 +57,7 @@ impl StartedVmm {
         // Rather than wait for who reads it, the process loses a line.
         set_nonblocking(&its_stderr)?;
         let policy = Policy {
-            // Also with a TAP, which is open already.
+            // Also with a TAP, which the supervisor opens.
             new_net: true,
             mode,
         };
@@ -82,6 +81,12 @@ impl StartedVmm {
             stderr,
         })
     }
+}
+
+/// This program's file, to be executed; to be read, too, if its owner lets this user.
+fn open_own_program() -> io::Result<OwnedFd> {
+    let open = |flags| open("/proc/self/exe", flags | OFlags::CLOEXEC, FileMode::empty());
+    Ok(open(OFlags::RDONLY).or_else(|_| open(OFlags::PATH))?)
 }
 
 pub(super) fn set_nonblocking(new: &impl AsFd) -> io::Result<()> {
@@ -258,9 +263,7 @@ impl<'a> Supervisor<'a> {
                         return Err(too_late("listen", START_TIMEOUT));
                     }
                 }
-                Err(error) if has_hung_up(&error) => {
-                    return Err(Failure::new(Class::Internal, self.why_died()));
-                }
+                Err(error) if has_hung_up(&error) => return Err(self.why_not_built()),
                 Err(error) => return Err(error).or_internal(LINK),
             }
         }
@@ -279,6 +282,16 @@ impl<'a> Supervisor<'a> {
             Ok(Some(FromVmm::Built)) => Ok(()),
             Ok(Some(FromVmm::Failed(failure))) => Err(self.failure(&failure)),
             _ => Err(Failure::new(Class::Internal, self.why_died())),
+        }
+    }
+
+    /// Why a VMM process that closed its link did not build the machine: what it said last, or
+    /// how it ended.
+    fn why_not_built(&self) -> Failure {
+        // There is something to be read, or the end.
+        match self.link().receive() {
+            Ok(Some(FromVmm::Failed(failure))) => self.failure(&failure),
+            _ => Failure::new(Class::Internal, self.why_died()),
         }
     }
 }

@@ -18,7 +18,7 @@ use super::clients::{About, Clients};
 use super::pidfile::PidFile;
 use super::resources;
 use super::status::StatusBoard;
-use super::vmm_process::StopHandle;
+use super::vmm_process::{KILL_TIMEOUT, StopHandle};
 use crate::config::{HostEnd, MachineConfig};
 use crate::console::HostConsole;
 use crate::control::{Event, Folder, Server};
@@ -68,9 +68,10 @@ pub struct Supervisor<'a> {
 impl Drop for Supervisor<'_> {
     fn drop(&mut self) {
         self.stop.0.kill();
-        let _ = self.stop.0.wait();
+        let ended = self.stop.0.wait(KILL_TIMEOUT).is_ok();
         self.locks.release();
-        if let Some(stderr) = self.stderr.take() {
+        // What one says that does not end, nobody waits for.
+        if let Some(stderr) = self.stderr.take().filter(|_| ended) {
             let _ = stderr.join();
         }
     }
@@ -134,6 +135,11 @@ impl Supervisor<'_> {
             Some(Part::Initrd) => {
                 let initrd = self.config.guest.initrd.as_deref();
                 initrd.map_or("--initrd".to_owned(), resources::initrd_flag)
+            }
+            Some(Part::Backing(name)) => {
+                let disks = &self.config.disks;
+                let disk = disks.iter().find(|disk| disk.device == *name);
+                disk.map_or_else(|| printable::text(name), |disk| disk.config.backing_flag())
             }
             Some(Part::Device(name)) => match self.config.flags().remove(name) {
                 Some(flag) => flag,
@@ -215,7 +221,7 @@ impl Supervisor<'_> {
     fn attend(&self, clients: &Clients) -> Result<Ending, Failure> {
         let ending = self.follow(clients, START_TIMEOUT);
         self.stop.kill_after_timeout();
-        let _ = self.stop.0.wait();
+        let _ = self.stop.0.wait(self.stop.0.stop_timeout + KILL_TIMEOUT);
         if let Ok(ending) = &ending {
             let how = ending.outcome.to_string();
             self.board.tell(&Event::now("ended", Some(how)));
@@ -361,7 +367,7 @@ impl Supervisor<'_> {
         ready(self.stop.0.exited.as_raw_fd(), libc::POLLIN, LAST_WORD_MS);
         self.stop.0.kill();
         let what = "the VMM process";
-        match self.stop.0.wait() {
+        match self.stop.0.wait(KILL_TIMEOUT) {
             Ok(status) if status.code() == Some(mayfly_sandbox::VIOLATION.into()) => {
                 format!("{what} was ended, as it did what its sandbox forbids")
             }

@@ -6,7 +6,7 @@ use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mayfly_devices::bus::lock;
 use mayfly_devices::poll::{entry, poll};
@@ -16,6 +16,10 @@ use crate::link::{Link, ToVmm};
 
 /// How long a VMM process that was told to stop may take before it is killed.
 pub(super) const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long the kernel may take to end a process that was killed.
+pub(super) const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+const DOES_NOT_END: &str = "it was killed, and does not end: it waits for I/O of the host's";
 
 /// The process, and the link to it.
 pub(super) struct VmmProcess {
@@ -37,16 +41,21 @@ impl VmmProcess {
         let _ = lock(&self.child).kill();
     }
 
-    /// Waits for its end; others may kill it meanwhile.
-    pub fn wait(&self) -> io::Result<ExitStatus> {
+    /// Waits for its end, which comes soon after it was told to stop, or was killed: unless it
+    /// waits for I/O of the host's that does not come. Then this fails after a time.
+    pub fn wait(&self, timeout: Duration) -> io::Result<ExitStatus> {
+        let deadline = Instant::now() + timeout;
         let mut exited = [entry(self.exited.as_raw_fd(), libc::POLLIN)];
         loop {
-            match poll(&mut exited, -1) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left = i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX);
+            match poll(&mut exited, left) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                _ => break,
+                Ok(0) if Instant::now() < deadline => {}
+                Ok(0) => return Err(io::Error::new(io::ErrorKind::TimedOut, DOES_NOT_END)),
+                _ => return lock(&self.child).wait(),
             }
         }
-        lock(&self.child).wait()
     }
 }
 

@@ -114,7 +114,10 @@ pub fn build(
 
     // KVM waits while it is given memory; meanwhile that is filled.
     let entry = thread::scope(|scope| {
-        let given = scope.spawn(|| vm.set_memory());
+        let given = thread::Builder::new()
+            .name("memory".into())
+            .spawn_scoped(scope, || vm.set_memory())
+            .or_host("starting a thread")?;
         let entry = load(spec, &mut parts, &memory, &virtio)?;
         if spec.memory.prefault {
             prefault(&memory).or_host(memory_flag(spec))?;

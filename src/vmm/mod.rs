@@ -50,6 +50,7 @@ pub fn run() -> ! {
 }
 
 fn serve() -> u8 {
+    sandbox::end_by_panic();
     // The kernel named it after the file.
     let _ = rustix::thread::set_name(c"mayfly-vmm");
     let inherited = match Inherited::take() {
@@ -66,6 +67,8 @@ fn serve() -> u8 {
 }
 
 fn live(inherited: Inherited) -> Result<Ending, VmmFailure> {
+    // The guest's sockets, and all else that is open.
+    vsock::raise_limit();
     // Signals are the supervisor's.
     signals::leave_to_others().or_internal("blocking signals")?;
     vcpu::install_kick_handler().or_internal("installing a signal handler")?;

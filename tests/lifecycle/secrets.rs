@@ -2,12 +2,12 @@
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
-use std::os::unix::fs::FileExt;
-use std::process::Child;
+use std::os::unix::fs::{FileExt, PermissionsExt, chown};
+use std::process::{Child, Command};
 
-use mayfly_testing::eventually;
 use mayfly_testing::processes::{children, name};
-use mayfly_testing::user::User;
+use mayfly_testing::user::{NOBODY, User};
+use mayfly_testing::{eventually, mayfly};
 
 /// In the environment, in an argument, and in a path of the user's.
 const PLANTED: [&str; 3] = ["planted-in-environment", "planted-argument", "planted-path"];
@@ -119,4 +119,33 @@ fn a_vmm_process_has_nothing_of_the_user_s() {
         let kernel = to.ends_with("kernel");
         assert!(given || kernel, "{text}");
     }
+}
+
+/// Root may run what only another user may execute; in the VMM's namespaces it may not.
+#[test]
+fn a_program_of_another_user_s_becomes_a_vmm() {
+    let user = User::tiny();
+    let program = user.path("mayfly");
+    fs::copy(mayfly(), &program).unwrap();
+    fs::set_permissions(&program, PermissionsExt::from_mode(0o700)).unwrap();
+    chown(&program, Some(NOBODY), Some(NOBODY)).unwrap();
+    let kernel = user.path("turns-off");
+    let words = [
+        "boot",
+        "--kernel",
+        kernel.to_str().unwrap(),
+        "--console",
+        "none",
+    ];
+    let mut command = user.mayfly(&words);
+    let mut own = Command::new(&program);
+    own.args(&words).envs(
+        command
+            .get_envs()
+            .filter_map(|(name, value)| Some((name, value?))),
+    );
+    let ended = own.output().unwrap();
+    assert_eq!(ended.status.code(), Some(0), "{ended:?}");
+    // As the other, of whom all else holds.
+    assert_eq!(command.output().unwrap().status.code(), Some(0));
 }

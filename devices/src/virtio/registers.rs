@@ -46,6 +46,9 @@ pub struct RegisterPage {
 }
 
 impl RegisterPage {
+    /// The length of a page in bytes.
+    pub const SIZE: usize = size_of::<Words>();
+
     /// Registers in one of several pages.
     pub(super) fn at(pages: &RegisterPages, index: usize, config_read_heard: bool) -> Arc<Self> {
         Arc::new(RegisterPage {

@@ -9,7 +9,7 @@ use mayfly_devices::virtio::block::{
 };
 
 use super::pending::{PendingDevice, unfit};
-use crate::failure::Failure;
+use crate::failure::{Class, Failure};
 use crate::link::{BlamePart, ImageLayout, Part, VmmFailure};
 use crate::spec::BlockSpec;
 
@@ -24,7 +24,7 @@ pub fn make(
     let part = || Part::Device(name.to_owned());
     let mut files = files.into_iter().map(File::from);
     let image = image(layout, !spec.read_only, &mut files);
-    let Some((image, size)) = image.or_config_of(part())? else {
+    let Some((image, size)) = image.map_err(|failed| failed.blame(name))? else {
         return Err(unfit(name));
     };
     let mut id = [0; ID_LEN];
@@ -44,13 +44,40 @@ pub fn make(
     Ok(PendingDevice::limited(device, limits))
 }
 
+/// An image that cannot be used.
+#[derive(Debug)]
+struct Unusable {
+    /// It is not the disk's own, but what that is the difference to.
+    backing: bool,
+    error: ImageError,
+}
+
+impl<E: Into<ImageError>> From<E> for Unusable {
+    fn from(error: E) -> Self {
+        Unusable {
+            backing: false,
+            error: error.into(),
+        }
+    }
+}
+
+impl Unusable {
+    fn blame(self, disk: &str) -> VmmFailure {
+        let part = match self.backing {
+            true => Part::Backing(disk.to_owned()),
+            false => Part::Device(disk.to_owned()),
+        };
+        VmmFailure::of(&self.error, Class::Config, part)
+    }
+}
+
 /// Takes as many files as a layout has: none if there are fewer. The size is the disk's, in
 /// bytes.
 fn image(
     layout: &ImageLayout,
     writable: bool,
     files: &mut impl Iterator<Item = File>,
-) -> Result<Option<(Image, u64)>, ImageError> {
+) -> Result<Option<(Image, u64)>, Unusable> {
     match layout {
         ImageLayout::Raw(len) => Ok(files.next().map(|file| (Image::Raw(file), *len))),
         ImageLayout::Qcow2(backing) => {
@@ -60,9 +87,13 @@ fn image(
             let backing = match backing {
                 None => None,
                 // What is behind an image is only read.
-                Some(layout) => match self::image(layout, false, files)? {
-                    Some((image, _)) => Some(image),
-                    None => return Ok(None),
+                Some(layout) => match self::image(layout, false, files) {
+                    Ok(Some((image, _))) => Some(image),
+                    Ok(None) => return Ok(None),
+                    Err(Unusable { error, .. }) => {
+                        let backing = true;
+                        return Err(Unusable { backing, error });
+                    }
                 },
             };
             let image = Qcow2::open(file, writable, backing)?;
@@ -127,7 +158,17 @@ mod tests {
         assert!(open(&ImageLayout::Raw(512), &[]).unwrap().is_none());
         let qcow2 = ImageLayout::Qcow2(Some(Box::new(ImageLayout::Raw(512))));
         // It is no qcow2 image.
-        assert!(open(&qcow2, &[1024, 512]).is_err());
+        let failed = open(&qcow2, &[1024, 512]).unwrap_err();
+        assert_eq!(
+            failed.blame("disk0").part,
+            Some(Part::Device("disk0".into()))
+        );
+        let chain = ImageLayout::Qcow2(Some(Box::new(ImageLayout::Qcow2(None))));
+        let failed = open(&chain, &[1024, 512]).unwrap_err();
+        assert_eq!(
+            failed.blame("disk0").part,
+            Some(Part::Backing("disk0".into()))
+        );
         assert!(open(&qcow2, &[1024]).unwrap().is_none());
     }
 

@@ -8,9 +8,12 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::pending::PendingDevice;
 use crate::console::Connection;
-use crate::failure::OrFail;
-use crate::link::VmmFailure;
+use crate::link::{BlamePart, Part, VmmFailure};
 use crate::vmm::events::{duplicate, event};
+
+/// The names of the devices.
+const CONSOLE: &str = "console";
+const CHANNELS: &str = "channels";
 
 /// The console on the serial port, which signals when the host's side is to look.
 pub fn on_serial((serial, host_event): (Arc<Mutex<Serial>>, EventFd)) -> Connection {
@@ -23,7 +26,8 @@ pub fn on_serial((serial, host_event): (Arc<Mutex<Serial>>, EventFd)) -> Connect
 
 /// A device of its own for the console: the serial port has the guest's first words.
 pub fn make(console: &mut Connection) -> Result<PendingDevice, VmmFailure> {
-    let device = Console::new(duplicate(&console.host_event)?).or_host("the console")?;
+    let device =
+        Console::new(duplicate(&console.host_event)?).or_host_of(Part::Device(CONSOLE.into()))?;
     console.lines.push(device.port());
     Ok(PendingDevice::new(device))
 }
@@ -40,7 +44,7 @@ pub fn make_channels(names: &[String]) -> Result<(PendingDevice, Vec<Connection>
             host_event,
         });
     }
-    let device = Channels::new(ports).or_host("the channels")?;
+    let device = Channels::new(ports).or_host_of(Part::Device(CHANNELS.into()))?;
     for (connection, port) in connections.iter_mut().zip(device.ports()) {
         connection.lines.push(port);
     }
