@@ -108,6 +108,7 @@ pub fn qcow2(input: &[u8]) {
     };
     let writable = program[0] & 1 != 0;
     let backing = (program[0] & 2 != 0).then(|| Image::Raw(crate::file(&[1; 4096])));
+    let backing = backing.and_then(|image| image.into_backing().ok());
     let Ok(image) = Qcow2::open(crate::file(image), writable, backing) else {
         return;
     };

@@ -139,7 +139,7 @@ fn a_program_of_another_user_s_becomes_a_vmm() {
     ];
     let mut command = user.mayfly(&words);
     let mut own = Command::new(&program);
-    own.args(&words).envs(
+    own.args(words).envs(
         command
             .get_envs()
             .filter_map(|(name, value)| Some((name, value?))),

@@ -88,7 +88,7 @@ fn image(
                 None => None,
                 // What is behind an image is only read.
                 Some(layout) => match self::image(layout, false, files) {
-                    Ok(Some((image, _))) => Some(image),
+                    Ok(Some((image, _))) => Some(image.into_backing()?),
                     Ok(None) => return Ok(None),
                     Err(Unusable { error, .. }) => {
                         let backing = true;

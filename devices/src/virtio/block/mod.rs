@@ -25,7 +25,7 @@ use super::{GuestMemory, feature};
 use crate::rate_limiter::{LimitHandle, Limits as RateLimits, RateLimiter};
 
 pub use self::engine::{
-    Concat, Image, ImageError, Prepare, Qcow2, qcow2_size, restricted_ring, try_ring,
+    Backing, Concat, Image, ImageError, Prepare, Qcow2, qcow2_size, restricted_ring, try_ring,
 };
 pub use self::request::SECTOR;
 

@@ -27,6 +27,7 @@ fn create(backing: bool) -> File {
 }
 
 fn open(file: &File, backing: Option<Image>) -> Result<Qcow2, ImageError> {
+    let backing = backing.map(|image| image.into_backing().unwrap());
     Qcow2::open(file.try_clone().unwrap(), true, backing)
 }
 

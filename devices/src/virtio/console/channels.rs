@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex};
 use bitflags::bitflags;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::features::{F_MULTIPORT, QUEUE_SIZE};
 use super::port::{DevicePort, Port};
-use super::{F_MULTIPORT, QUEUE_SIZE};
 use crate::bus::lock;
 use crate::number;
 use crate::virtio::device::{DeviceId, NeedsReset, Token, VirtioDevice};

@@ -8,17 +8,10 @@
 //! the driver, and its size lies in the configuration space.
 
 mod channels;
+mod features;
 mod port;
 mod terminal;
 
 pub use channels::{CHANNELS_MAX, Channels};
 pub use port::Port;
 pub use terminal::Console;
-
-/// The size of each queue: Linux fills one that receives with a page an entry.
-const QUEUE_SIZE: u16 = 64;
-
-/// The configuration space holds the terminal's size (virtio 1.2, 5.3.3).
-const F_SIZE: u32 = 0;
-/// There are several ports, and queues to speak of them.
-const F_MULTIPORT: u32 = 1;

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::features::{F_SIZE, QUEUE_SIZE};
 use super::port::{DevicePort, Port};
-use super::{F_SIZE, QUEUE_SIZE};
 use crate::bus::lock;
 use crate::char_device::TerminalSize;
 use crate::virtio::device::{DeviceId, NeedsReset, Token, VirtioDevice};

@@ -8,20 +8,10 @@ use std::os::unix::net::UnixStream;
 use virtio_bindings::virtio_net as spec;
 
 use super::filter::FrameFilter;
+use super::packet::Incoming;
 use super::stream::Stream;
 use super::tap::Tap;
 use crate::virtio::chain::{Buffer, Chain};
-
-/// What came of a look for a packet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Incoming {
-    /// One waits for the guest.
-    Packet,
-    /// One came, and is lost.
-    Lost,
-    /// There is none.
-    Nothing,
-}
 
 enum Kind {
     Tap(Tap),

@@ -11,6 +11,7 @@
 mod backend;
 mod control;
 mod filter;
+mod packet;
 mod pair;
 mod stream;
 #[cfg(test)]
@@ -27,6 +28,8 @@ use virtio_bindings::virtio_net as spec;
 
 pub use self::backend::Backend;
 pub use self::filter::{FrameFilter, Verdict};
+pub use self::packet::HEADER;
+use self::packet::PACKET_MAX;
 use self::pair::{Pair, Received};
 use super::device::{DeviceId, NeedsReset, Token, VirtioDevice};
 use super::queues::Queues;
@@ -37,11 +40,6 @@ use crate::rate_limiter::{LimitHandle, Limits, RateLimiter};
 
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_SIZE: u16 = 64;
-/// `struct virtio_net_hdr_v1`, and where its `num_buffers` is.
-pub const HEADER: usize = 12;
-const NUM_BUFFERS: usize = 10;
-/// The largest packet, with its header: 64 KiB and an Ethernet header.
-const PACKET_MAX: usize = HEADER + 14 + 65_535;
 /// After so many bytes the guest begins to work on what it received, while more comes.
 const EARLY: u64 = if cfg!(test) { 32 << 10 } else { 256 << 10 };
 const STATUS_LINK_UP: u16 = 1;

@@ -2,8 +2,8 @@
 
 use std::collections::VecDeque;
 
-use super::backend::{Backend, Incoming};
-use super::{HEADER, NUM_BUFFERS, PACKET_MAX};
+use super::backend::Backend;
+use super::packet::{HEADER, Incoming, NUM_BUFFERS, PACKET_MAX};
 use crate::virtio::chain::Chain;
 use crate::virtio::device::NeedsReset;
 use crate::virtio::queues::Queues;

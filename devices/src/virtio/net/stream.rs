@@ -15,9 +15,8 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::backend::Incoming;
 use super::filter::{FrameFilter, Verdict};
-use super::{HEADER, PACKET_MAX};
+use super::packet::{HEADER, Incoming, PACKET_MAX};
 use crate::number;
 use crate::virtio::chain::Chain;
 

@@ -8,8 +8,7 @@ use std::os::fd::{AsRawFd, RawFd};
 
 use virtio_bindings::virtio_net as spec;
 
-use super::backend::Incoming;
-use super::{HEADER, PACKET_MAX};
+use super::packet::{HEADER, Incoming, PACKET_MAX};
 use crate::virtio::chain::{Buffer, Chain};
 use crate::virtio::feature;
 use crate::virtio::transfer;

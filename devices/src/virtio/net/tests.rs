@@ -1,3 +1,4 @@
+use super::packet::NUM_BUFFERS;
 use super::*;
 use crate::virtio::mmio::Status;
 use crate::virtio::testing::{Descriptor, Driver, MEMORY, SIZE};

@@ -5,9 +5,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
+use super::operation::{Kind, retry};
 use super::threads::Worker;
-use super::{Kind, retry};
-use crate::virtio::block::SECTOR;
+use crate::virtio::block::request::SECTOR;
 
 /// The files.
 #[derive(Debug, Default)]

@@ -13,8 +13,8 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileTypeExt;
 use std::time::{Duration, Instant};
 
+use super::operation::{Kind, Operation};
 use super::threads::Worker;
-use super::{Kind, Operation};
 
 /// The largest write that is made at once. Larger ones are copied beside the caller.
 const WRITE_MAX: usize = 32 << 10;

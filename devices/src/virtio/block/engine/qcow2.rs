@@ -17,8 +17,8 @@ use std::sync::{Mutex, PoisonError, RwLock};
 use imago::file::File as Storage;
 use imago::{DenyImplicitOpenGate, FormatDriverBuilder, Mapping, Storage as _, StorageExt as _};
 
+use super::operation::Kind;
 use super::threads::Worker;
-use super::{Image, Kind};
 use crate::bus::lock;
 
 type Access = imago::FormatAccess<Storage>;
@@ -208,10 +208,29 @@ pub fn qcow2_size(mut file: &File, writable: bool) -> Result<u64, ImageError> {
     Ok(Header::parse(&bytes, len, writable)?.size)
 }
 
+/// What an image is the difference to: an image that is only read.
+pub struct Backing(Access);
+
+impl Backing {
+    /// A disk's bytes.
+    pub fn raw(file: File) -> io::Result<Self> {
+        let raw = imago::raw::Raw::builder(Storage::try_from(file)?).write(false);
+        let raw = raw.open(DenyImplicitOpenGate::default())?;
+        Ok(Backing(Access::new(raw)))
+    }
+}
+
+impl From<Qcow2> for Backing {
+    fn from(image: Qcow2) -> Self {
+        let access = image.access.into_inner();
+        Backing(access.unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
 impl Qcow2 {
     /// Checks and takes over an image, open as `writable` says, and its backing
     /// file, if it has one. The files are not changed by this.
-    pub fn open(file: File, writable: bool, backing: Option<Image>) -> Result<Self, ImageError> {
+    pub fn open(file: File, writable: bool, backing: Option<Backing>) -> Result<Self, ImageError> {
         let mut bytes = [0; HEADER];
         read_at(&file, 0, &mut bytes)?;
         let len = (&file).seek(SeekFrom::End(0))?;
@@ -228,7 +247,7 @@ impl Qcow2 {
         }
         let backing = match (header.backed, backing) {
             (false, None) => None,
-            (true, Some(image)) => Some(image.into_access()?),
+            (true, Some(Backing(access))) => Some(access),
             (true, None) => return Err(ImageError::BackingNeeded),
             (false, Some(_)) => return Err(ImageError::NoBacking),
         };
@@ -305,24 +324,6 @@ fn read_at(file: &File, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-impl Image {
-    fn into_access(self) -> io::Result<Access> {
-        match self {
-            Image::Raw(file) => {
-                let storage = Storage::try_from(file)?;
-                let raw = imago::raw::Raw::builder(storage).write(false);
-                let raw = raw.open(DenyImplicitOpenGate::default())?;
-                Ok(Access::new(raw))
-            }
-            Image::Qcow2(image) => Ok(image
-                .access
-                .into_inner()
-                .unwrap_or_else(PoisonError::into_inner)),
-            Image::Concat(_) => Err(io::Error::other("a backing image is one file")),
-        }
-    }
 }
 
 /// Buffers in guest memory, a part at a time.

@@ -9,7 +9,7 @@ use std::thread::{self, JoinHandle};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Completion, Kind, Operation, retry};
+use super::operation::{Completion, Kind, Operation, retry};
 use crate::mailbox::Mailbox;
 use crate::poll::{entry, poll};
 

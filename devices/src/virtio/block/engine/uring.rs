@@ -11,8 +11,8 @@ use io_uring::{IoUring, opcode, types};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::inline::InlineWrites;
+use super::operation::{Completion, DEPTH, Kind, Operation, Submitted, retry};
 use super::threads::{Prepare, Threads};
-use super::{Completion, DEPTH, Kind, Operation, Submitted, retry};
 
 /// The file's index among those that the kernel keeps for the ring: it need not
 /// look the descriptor up each time.
