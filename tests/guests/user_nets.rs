@@ -372,8 +372,9 @@ fn a_guest_reaches_the_host_and_is_reached_by_it() {
 }
 
 /// How many clients come at once, and the time in which each is answered: passt resets
-/// one that the guest has not answered for 10 s.
-const BURST: usize = 100;
+/// one that the guest has not answered for 10 s. In the lab a server takes ten in two
+/// seconds, so that these are all taken before; without being asked again, twelve were.
+const BURST: usize = 24;
 const BURST_TIME: Duration = Duration::from_secs(30);
 
 /// A burst of clients is answered, also if the server has room for ten that it has not
@@ -409,7 +410,8 @@ fn a_burst_of_clients_is_answered() {
     };
     let answered = answers.iter().filter(good).count();
     println!("{answered} of {BURST} clients were answered in {took:?}");
-    assert_eq!(answered, BURST, "{answers:?}");
+    let failed: Vec<_> = answers.iter().filter(|answer| !good(answer)).collect();
+    assert!(failed.is_empty(), "{failed:?}");
     assert!(took < BURST_TIME, "{took:?}");
 }
 
