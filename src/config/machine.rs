@@ -7,6 +7,7 @@ use super::guest::GuestFiles;
 use super::host::HostFacts;
 use super::host_ends::{Host, HostNet};
 use super::options::MachineOptions;
+use super::size::size_text;
 use super::vsock::VsockConfig;
 use std::collections::BTreeMap;
 use std::iter;
@@ -188,12 +189,15 @@ impl MachineOptions {
     }
 
     fn check_memory(&self, memory: &MemorySpec, host: &HostFacts) -> Result<(), Failure> {
-        let size = memory.size >> 20;
         let fits = super::memory::check(memory, host);
-        fits.map_err(|reason| Failure::config(format!("--memory {size}M: {reason}")))?;
+        fits.map_err(|reason| {
+            Failure::config(format!("--memory {}: {reason}", size_text(memory.size)))
+        })?;
         let fits = self.balloon.map_or(Ok(()), |balloon| balloon.check(memory));
-        let balloon = self.balloon.map_or(0, |balloon| balloon.size >> 20);
-        fits.map_err(|reason| Failure::config(format!("--balloon {balloon}M: {reason}")))
+        let balloon = self.balloon.map_or(0, |balloon| balloon.size);
+        fits.map_err(|reason| {
+            Failure::config(format!("--balloon {}: {reason}", size_text(balloon)))
+        })
     }
 
     fn check_queues(&self) -> Result<(), Failure> {

@@ -26,6 +26,16 @@ pub fn parse_size(text: &str, plain_shift: u32) -> Result<u64, String> {
         .ok_or_else(|| "too large".into())
 }
 
+/// A size as a user would write it: in the largest unit that it is a multiple of.
+pub fn size_text(bytes: u64) -> String {
+    let units = [(40, "T"), (30, "G"), (20, "M"), (10, "K")];
+    let fits = |(shift, _): &(u32, &str)| bytes != 0 && bytes % (1 << shift) == 0;
+    match units.into_iter().find(fits) {
+        Some((shift, unit)) => format!("{}{unit}", bytes >> shift),
+        None => bytes.to_string(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -48,5 +58,13 @@ mod tests {
         ] {
             assert!(parse_size(text, 20).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_size_is_shown_as_it_was_written() {
+        for text in ["1000T", "3G", "512M", "32772K"] {
+            assert_eq!(size_text(parse_size(text, 20).unwrap()), text);
+        }
+        assert_eq!((size_text(0), size_text(1025)), ("0".into(), "1025".into()));
     }
 }

@@ -18,7 +18,7 @@ use super::supervise::{LINK, START_TIMEOUT, Supervisor, has_hung_up, pass_on_lin
 use super::vmm_process::{STOP_TIMEOUT, StopHandle, VmmProcess};
 use crate::config::MachineConfig;
 use crate::failure::{Class, Failure, OrFail};
-use crate::kvm::vm;
+use crate::kvm::{self, vm};
 use crate::link::{BuildRequest, FromVmm, Link, ToVmm};
 use crate::net::host::{HostNetworks, Watch};
 use crate::signals::{Signals, StartSignals};
@@ -161,7 +161,14 @@ impl<'a> Supervisor<'a> {
         }
         let networks = watch_networks(config)?;
         // It is executed while files are opened.
-        let vmm = StartedVmm::spawn(config.sandbox).or_host("starting the VMM process")?;
+        let vmm = match StartedVmm::spawn(config.sandbox) {
+            Ok(vmm) => vmm,
+            Err(error) => {
+                // A host that lacks KVM may lack more, and it is KVM that a user looks for.
+                kvm::open(config.accept_kvm)?;
+                return Err(error).or_host("starting the VMM process");
+            }
+        };
         let mut resources =
             Resources::open(config, start, |in_memory| make_cgroup(config, in_memory))?;
         if let Some(cgroup) = &mut resources.cgroup {
