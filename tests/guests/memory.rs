@@ -23,7 +23,7 @@ pub fn status(supervisor: u32, field: &str) -> u64 {
 /// The VMM process, whose supervisor has a number.
 pub fn machine(supervisor: u32) -> u32 {
     let is_mayfly = |pid: &u32| {
-        std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|it| it == "mayfly\n")
+        std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|it| it == "mayfly-vmm\n")
     };
     children(supervisor).into_iter().find(is_mayfly).unwrap()
 }
