@@ -40,4 +40,4 @@ pub use self::role::Role;
 pub use self::seccomp::calls_max;
 pub use self::setup::{PreparedSandbox, SandboxSetup};
 pub use self::spawn::{Child, Program, divide, exit, probe, spawn, spawn_program, wait};
-pub use self::status::{PANIC, VIOLATION};
+pub use self::status::{PANIC, VIOLATION, why_not_executed};

@@ -19,7 +19,7 @@ use super::layers::{Layer, Report, Status};
 use super::lifeline::check;
 use super::policy::{Mode, Policy};
 use super::setup::{PreparedSandbox, SandboxSetup};
-use super::status::PANIC;
+use super::status::{PANIC, not_executed};
 
 /// Users of VMs: from here on, one for each. Nobody gives these out: they are above what
 /// systemd, containers and directories of users take.
@@ -109,11 +109,9 @@ pub fn spawn(policy: &Policy, child: impl FnOnce(SandboxSetup) -> u8) -> io::Res
 /// The caller has one thread, as with [`spawn`].
 pub fn spawn_program(policy: &Policy, program: &Program) -> io::Result<(Child, PreparedSandbox)> {
     start(policy, |_, lifeline, _| {
-        // It ends here only if it fails, and nobody else knows why. The descriptor is the
-        // program's by then, or still the user's.
+        // It ends here only if it fails.
         let Err(error) = execute(program, lifeline);
-        let _ = writeln!(io::stderr(), "mayfly: executing the VMM process: {error}");
-        PANIC
+        not_executed(&error)
     })
 }
 

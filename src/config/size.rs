@@ -29,7 +29,7 @@ pub fn parse_size(text: &str, plain_shift: u32) -> Result<u64, String> {
 /// A size as a user would write it: in the largest unit that it is a multiple of.
 pub fn size_text(bytes: u64) -> String {
     let units = [(40, "T"), (30, "G"), (20, "M"), (10, "K")];
-    let fits = |(shift, _): &(u32, &str)| bytes != 0 && bytes % (1 << shift) == 0;
+    let fits = |(shift, _): &(u32, &str)| bytes != 0 && bytes.is_multiple_of(1 << shift);
     match units.into_iter().find(fits) {
         Some((shift, unit)) => format!("{}{unit}", bytes >> shift),
         None => bytes.to_string(),

@@ -17,7 +17,7 @@ use super::status::StatusBoard;
 use super::supervise::{LINK, START_TIMEOUT, Supervisor, has_hung_up, pass_on_lines, too_late};
 use super::vmm_process::{STOP_TIMEOUT, StopHandle, VmmProcess};
 use crate::config::MachineConfig;
-use crate::failure::{Class, Failure, OrFail};
+use crate::failure::{Failure, OrFail};
 use crate::kvm::{self, vm};
 use crate::link::{BuildRequest, FromVmm, Link, ToVmm};
 use crate::net::host::{HostNetworks, Watch};
@@ -288,7 +288,7 @@ impl<'a> Supervisor<'a> {
         match self.link().receive() {
             Ok(Some(FromVmm::Built)) => Ok(()),
             Ok(Some(FromVmm::Failed(failure))) => Err(self.failure(&failure)),
-            _ => Err(Failure::new(Class::Internal, self.why_died())),
+            _ => Err(self.never_ran()),
         }
     }
 
@@ -298,7 +298,7 @@ impl<'a> Supervisor<'a> {
         // There is something to be read, or the end.
         match self.link().receive() {
             Ok(Some(FromVmm::Failed(failure))) => self.failure(&failure),
-            _ => Failure::new(Class::Internal, self.why_died()),
+            _ => self.never_ran(),
         }
     }
 }

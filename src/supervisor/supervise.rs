@@ -34,11 +34,13 @@ use crate::signals::Signals;
 use crate::timing::Timeline;
 use crate::unix_socket::Name;
 use crate::vsock;
-use mayfly_sandbox::{Cgroup, Layer, Report, Status as LayerStatus};
+use mayfly_sandbox::{Cgroup, Layer, Report, Status as LayerStatus, why_not_executed};
 use mayfly_text::printable;
 
 /// How long a VMM process may take to build a VM, and as long again to let the guest run.
 pub const START_TIMEOUT: Duration = Duration::from_secs(120);
+/// What the supervisor was doing when a VMM process could not be executed.
+const EXECUTING: &str = "executing the VMM process";
 /// How long one that closed its link has to end by itself.
 const LAST_WORD_MS: i32 = 1000;
 const FOR_EVER: i32 = -1;
@@ -266,7 +268,7 @@ impl Supervisor<'_> {
                     Ok(Some(FromVmm::Running)) => self.stop.0.runs.store(true, Ordering::Relaxed),
                     Ok(Some(FromVmm::Built)) => {}
                     Ok(None) | Err(_) if !self.runs() => {
-                        return Err(Failure::new(Class::Internal, self.why_died()));
+                        return Err(self.never_ran());
                     }
                     Ok(None) | Err(_) => return Ok(self.died()),
                 }
@@ -361,6 +363,15 @@ impl Supervisor<'_> {
         }
     }
 
+    /// The end of a VMM process before its guest ran.
+    pub(super) fn never_ran(&self) -> Failure {
+        let why = self.why_died();
+        match why.starts_with(EXECUTING) {
+            true => Failure::host(why),
+            false => Failure::new(Class::Internal, why),
+        }
+    }
+
     /// Why it does not speak any more. If it lives, it says what makes no sense.
     pub(super) fn why_died(&self) -> String {
         // One that has ended closed its link a moment before.
@@ -379,7 +390,10 @@ impl Supervisor<'_> {
                     format!("{what} needed more memory than its control group may have")
                 }
                 Some(signal) => format!("{what} was ended by signal {signal}"),
-                None => format!("{what} ended with {status}"),
+                None => match status.code().and_then(why_not_executed) {
+                    Some(error) => format!("{EXECUTING}: {error}"),
+                    None => format!("{what} ended with {status}"),
+                },
             },
             Err(error) => format!("{what}: {error}"),
         }

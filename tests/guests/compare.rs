@@ -124,7 +124,7 @@ fn all_that_debian_has_is_compared() {
     let facts = engine(&report, "mayfly").isolation.clone().unwrap();
     assert_eq!(
         (facts.host_syscalls, facts.monitor_syscalls),
-        (Some(0), Some(31))
+        (Some(0), Some(33))
     );
     assert!(
         engine(&report, "qemu").samples[0]
