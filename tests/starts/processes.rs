@@ -5,15 +5,17 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
-use mayfly_testing::processes::{kill, with_variable};
+use mayfly_testing::processes::{children, kill, with_variable};
 use mayfly_testing::{eventually, until};
 
 use crate::common::{FAILED, Host, Start, VERBS, Verb};
 use crate::refusals::net_none;
 
-/// The VMM process of a start: it is the first in a PID namespace of its own.
+/// The VMM process of a start, which has no environment: a child of its supervisor, and the
+/// first in a PID namespace of its own.
 fn vmm(start: &Start) -> Option<u32> {
-    with_variable(&start.mark).into_iter().find(|pid| {
+    let started = with_variable(&start.mark).into_iter();
+    started.flat_map(children).find(|pid| {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
         let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
         numbers.is_some_and(|it| it.split_whitespace().count() > 1 && it.ends_with("\t1"))
