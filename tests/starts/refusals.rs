@@ -61,10 +61,11 @@ fn a_kernel_that_is_none_is_told_of() {
 #[test]
 fn what_run_refuses_late_leaves_nothing() {
     let host = Host::new();
-    let cases: [(&[&str], &str); 5] = [
+    let cases: [(&[&str], &str); 6] = [
         (&["--disk-size", "0"], "--disk-size 0"),
         (&["--disk-size", "100000T"], "--disk-size 100000T"),
-        (&["-v", "/nowhere/at/all:/x", "--memory", "1"], "/"),
+        (&["--memory", "1"], "--memory 1: too little"),
+        (&["-v", "/nowhere/at/all:/x"], "/nowhere/at/all"),
         (
             &["--net", "tap=mayfly-none,ip=10.0.0.2/24"],
             "no such device",
