@@ -333,6 +333,7 @@ impl MutEventSubscriber for VirtioWorker {
 #[cfg(test)]
 mod tests {
     use std::io::{ErrorKind, Read, Write};
+    use std::net::Shutdown;
     use std::os::unix::net::UnixStream;
     use std::path::{Path, PathBuf};
 
@@ -422,7 +423,8 @@ mod tests {
         let mut bench = Bench::new();
         let first = connect(&bench.path);
         bench.run();
-        drop(first);
+        // Not only closed: what other tests fork may have it for a moment.
+        first.shutdown(Shutdown::Both).unwrap();
         let mut second = connect(&bench.path);
         bench.run();
         assert!(!is_disconnected(&second));
