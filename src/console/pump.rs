@@ -368,7 +368,7 @@ mod tests {
         fn input(&mut self, _: &[u8]) {}
     }
 
-    /// A guest that takes so many bytes, and says some.
+    /// A guest that takes as many bytes as it has room for, and writes some.
     #[derive(Default)]
     struct Slow {
         room: usize,

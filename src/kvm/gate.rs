@@ -138,10 +138,10 @@ impl Gate {
     }
 
     /// Waits until all vCPUs that live wait; false if that takes too long.
-    pub fn closed(&self, patience: Duration) -> bool {
+    pub fn closed(&self, timeout: Duration) -> bool {
         let running = |state: &mut State| state.parked < state.alive;
         let state = self.lock();
-        let waited = self.changed.wait_timeout_while(state, patience, running);
+        let waited = self.changed.wait_timeout_while(state, timeout, running);
         !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
     }
 
@@ -150,7 +150,7 @@ impl Gate {
     pub fn save(
         &self,
         scope: Arc<StateScope>,
-        patience: Duration,
+        timeout: Duration,
     ) -> Option<Vec<Result<VcpuState, StateError>>> {
         let mut state = self.lock();
         if state.alive < state.nmi.len() {
@@ -167,7 +167,7 @@ impl Gate {
         };
         let (mut state, _) = self
             .changed
-            .wait_timeout_while(state, patience, unfinished)
+            .wait_timeout_while(state, timeout, unfinished)
             .unwrap_or_else(PoisonError::into_inner);
         let saves = state.saves.take()?;
         let result = |saved| match saved {

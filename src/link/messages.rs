@@ -263,12 +263,12 @@ impl std::fmt::Display for Outcome {
 /// All there is to say about a machine that ended.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Ending {
-    /// How.
+    /// How it ended.
     pub outcome: Outcome,
     /// What the guest's init said of its work.
     pub guest_status: Option<u8>,
     /// The console's last lines, if it is not standard output.
     pub last_lines: Vec<String>,
-    /// When.
+    /// When each phase of the start ended.
     pub timeline: Timeline,
 }

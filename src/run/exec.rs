@@ -193,7 +193,7 @@ fn follow(
 
 /// Passes signals on to the process, once there is one.
 fn pass_on(signals: &Signals, link: &Mutex<Option<Link>>, terminal: bool) {
-    let mut insistence = ForceQuit::default();
+    let mut force_quit = ForceQuit::default();
     let mut sender = None;
     while let Some(signal) = signals.wait() {
         let message = match signal {
@@ -202,7 +202,7 @@ fn pass_on(signals: &Signals, link: &Mutex<Option<Link>>, terminal: bool) {
             signal => HostMessage::Signal(signal),
         };
         let link = link.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let leave = insistence.heard(signal) || (link.is_none() && signal != libc::SIGWINCH);
+        let leave = force_quit.heard(signal) || (link.is_none() && signal != libc::SIGWINCH);
         if leave {
             terminal::restore();
             std::process::exit(i32::from(SIGNALLED) + signal);

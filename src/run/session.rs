@@ -219,7 +219,7 @@ fn streams(options: &Options, log: &Log) -> io::Result<Streams> {
 
 /// Passes signals on to the command, as if it were here.
 fn pass_on(signals: &Signals, shared: &Shared, detached: bool) {
-    let mut insistence = ForceQuit::default();
+    let mut force_quit = ForceQuit::default();
     let mut sender: Option<Sender<HostMessage>> = None;
     while let Some(signal) = signals.wait() {
         let Some(link) = shared.link() else {
@@ -233,7 +233,7 @@ fn pass_on(signals: &Signals, shared: &Shared, detached: bool) {
             libc::SIGWINCH => HostMessage::Resize(terminal_size()),
             signal => HostMessage::Signal(signal),
         };
-        if insistence.heard(signal) {
+        if force_quit.heard(signal) {
             shared.end(SessionEnd::Signalled(signal));
         }
         let sender = sender.get_or_insert_with(|| send_apart(link));

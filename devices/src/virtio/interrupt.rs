@@ -31,9 +31,9 @@ impl InterruptLine for EventFd {
 
 /// How many interrupts show whether they can be shared.
 const PROBE: u64 = 32;
-/// So many interrupts are at once when they could not be.
+/// Interrupts that are sent at once after a probe found that they cannot be shared.
 const AT_ONCE: u64 = 1024;
-/// So many chains at a time end that early: there are several requests on their way.
+/// Chains for one interrupt that end that period early: there are several requests on their way.
 const MANY: u64 = 4;
 
 /// Chooses between interrupts at once and soon. A driver that waits for each request by
@@ -49,7 +49,7 @@ struct Pace {
 }
 
 impl Pace {
-    /// Whether the next interrupt, for so many chains, is at once.
+    /// Whether the next interrupt, for this many chains, is sent at once.
     fn is_at_once(&mut self, chains: u64) -> bool {
         if self.at_once > 0 {
             self.at_once = match chains >= MANY {
@@ -105,7 +105,7 @@ impl Interrupter {
         self.repeat();
     }
 
-    /// Interrupts the driver for chains that it got back, so many.
+    /// Interrupts the driver for the number of chains that it got back.
     pub fn raise_for_chains(&self, chains: u64) {
         self.raised.fetch_add(1, Ordering::Relaxed);
         self.registers.raise(Interrupt::QUEUE.bits());

@@ -39,7 +39,7 @@ const DISCARD_ALIGNMENT: u32 = 2 * 4;
 /// Zeroes, for file systems that cannot make ranges read as such.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
-/// After so many turns of one request, the guest waits for each by itself.
+/// Turns of one request after which the guest is taken to wait for each by itself.
 const ONE_BY_ONE: u8 = 8;
 
 // Sources.

@@ -40,7 +40,7 @@ use crate::rate_limiter::{LimitHandle, Limits, RateLimiter};
 
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_SIZE: u16 = 64;
-/// After so many bytes the guest begins to work on what it received, while more comes.
+/// Bytes after which the guest begins to work on what it received, while more comes.
 const EARLY: u64 = if cfg!(test) { 32 << 10 } else { 256 << 10 };
 const STATUS_LINK_UP: u16 = 1;
 /// Where the status is in the configuration space.

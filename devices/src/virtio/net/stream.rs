@@ -32,7 +32,7 @@ const SLACK: usize = HEADER - PREFIX;
 const INBOX: usize = SLACK + 2 * (PREFIX + FRAME_MAX);
 /// Frames that are sent together, and one more.
 const OUTBOX: usize = BATCH + PREFIX + FRAME_MAX;
-/// So many bytes are sent without waiting for the end of the guest's frames.
+/// Bytes that are sent without waiting for the end of the guest's frames.
 const BATCH: usize = 64 << 10;
 /// Answers of a filter that may wait for the guest.
 const ANSWERS_MAX: usize = 64;
