@@ -376,7 +376,10 @@ fn answering(user: &User) -> (Child, BufReader<std::process::ChildStdout>, u32) 
     for said in ["of the host\n", "ready\n"] {
         let mut line = String::new();
         output.read_line(&mut line).unwrap();
-        assert_eq!(line, said);
+        if line != said {
+            let ended = child.wait_with_output().unwrap();
+            panic!("{line:?} instead of {said:?}: {ended:?}");
+        }
     }
     let own = child.id();
     let all = virtiofsds(|it| it.parent == own);
