@@ -136,7 +136,7 @@ impl SandboxSetup {
 }
 
 fn confinement(ids: Option<Ids>, setup: SandboxSetup) -> Result<ThreadConfinement, Error> {
-    let confinement = ThreadConfinement::new(setup.mode, ids, setup.report, setup.gate);
+    let confinement = ThreadConfinement::new(setup.mode, ids, setup.report, setup.barrier);
     confinement.ok_or(Error::GivenUp)
 }
 

@@ -19,20 +19,26 @@ struct Closed {
     mode: Mode,
     ids: Option<Ids>,
     report: Report,
-    gate: Gate,
+    barrier: ConfinementBarrier,
 }
 
 impl ThreadConfinement {
-    /// Lets the threads in that the gate keeps; none, if these were sent home before.
-    pub(super) fn new(mode: Mode, ids: Option<Ids>, report: Report, gate: Gate) -> Option<Self> {
+    /// Lets the threads in that the barrier keeps; none, if these were sent home before.
+    pub(super) fn new(
+        mode: Mode,
+        ids: Option<Ids>,
+        report: Report,
+        barrier: ConfinementBarrier,
+    ) -> Option<Self> {
         let closed = Closed {
             mode,
             ids,
             report,
-            gate: gate.clone(),
+            barrier: barrier.clone(),
         };
         let confinement = ThreadConfinement(Arc::new(closed));
-        gate.open(Wait::Closed(confinement.clone()))
+        barrier
+            .open(Wait::Closed(confinement.clone()))
             .then_some(confinement)
     }
 
@@ -61,12 +67,12 @@ impl ThreadConfinement {
         }
     }
 
-    /// Waits until the threads that the gate keeps have confined themselves, or ended.
+    /// Waits until the threads that the barrier keeps have confined themselves, or ended.
     pub fn settle(&self) {
-        let gate = &self.0.gate;
-        let state = gate.lock();
+        let barrier = &self.0.barrier;
+        let state = barrier.lock();
         let waiting = |state: &mut State| state.waiting > 0;
-        let waited = gate.0.changed.wait_while(state, waiting);
+        let waited = barrier.0.changed.wait_while(state, waiting);
         drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
@@ -78,7 +84,7 @@ impl ThreadConfinement {
 
 /// What threads that start before the sandbox closes wait at.
 #[derive(Clone, Debug, Default)]
-pub struct Gate(Arc<Shared>);
+pub struct ConfinementBarrier(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
@@ -93,7 +99,7 @@ struct State {
     waiting: usize,
 }
 
-/// What threads at the gate wait for.
+/// What threads at the barrier wait for.
 #[derive(Clone, Debug, Default)]
 enum Wait {
     /// The sandbox is not closed yet.
@@ -105,11 +111,11 @@ enum Wait {
     GivenUp,
 }
 
-/// A thread's place at the gate; to be made before the thread is started.
+/// A thread's place at the barrier; to be made before the thread is started.
 #[derive(Debug)]
-pub struct Pending(Gate);
+pub struct Pending(ConfinementBarrier);
 
-impl Gate {
+impl ConfinementBarrier {
     fn lock(&self) -> MutexGuard<'_, State> {
         let state = self.0.state.lock();
         state.unwrap_or_else(PoisonError::into_inner)
@@ -144,7 +150,7 @@ impl Gate {
 impl Pending {
     /// Waits until the sandbox is closed, and confines the calling thread.
     pub fn confine(self, role: Role) -> io::Result<()> {
-        let Gate(shared) = &self.0;
+        let ConfinementBarrier(shared) = &self.0;
         let state = self.0.lock();
         let open = |state: &mut State| matches!(state.wait, Wait::Open);
         let waited = shared.changed.wait_while(state, open);
@@ -173,22 +179,22 @@ mod tests {
 
     #[test]
     fn threads_that_wait_go_on_when_it_is_given_up() {
-        let gate = Gate::default();
-        let place = gate.pending();
+        let barrier = ConfinementBarrier::default();
+        let place = barrier.pending();
         let (sender, confined) = mpsc::channel();
         thread::spawn(move || sender.send(place.confine(Role::Io)));
-        gate.give_up();
+        barrier.give_up();
         let confined = confined.recv_timeout(Duration::from_secs(10));
         confined.expect("the thread waits on").unwrap();
         // Nothing may run in a sandbox whose threads went on without one.
-        assert!(ThreadConfinement::new(Mode::On, None, Report::default(), gate).is_none());
+        assert!(ThreadConfinement::new(Mode::On, None, Report::default(), barrier).is_none());
     }
 
     #[test]
     fn nobody_gives_up_a_closed_one() {
-        let gate = Gate::default();
-        assert!(ThreadConfinement::new(Mode::Off, None, Report::off(), gate.clone()).is_some());
-        gate.give_up();
-        assert!(matches!(gate.lock().wait, Wait::Closed(_)));
+        let barrier = ConfinementBarrier::default();
+        assert!(ThreadConfinement::new(Mode::Off, None, Report::off(), barrier.clone()).is_some());
+        barrier.give_up();
+        assert!(matches!(barrier.lock().wait, Wait::Closed(_)));
     }
 }

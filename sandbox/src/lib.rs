@@ -33,7 +33,7 @@ mod syscalls;
 
 pub use self::cgroup::{Bounds, Cgroup, Door, GroupUsage, Share, may_divide};
 pub use self::close::{Keep, Limits, descriptors, end_by_panic};
-pub use self::confinement::{Gate, Pending, ThreadConfinement};
+pub use self::confinement::{ConfinementBarrier, Pending, ThreadConfinement};
 pub use self::error::Error;
 pub use self::execute::Program;
 pub use self::layers::{Layer, Report, Status};

@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 
 use serde::{Deserialize, Serialize};
 
-use super::confinement::Gate;
+use super::confinement::ConfinementBarrier;
 use super::credentials::{self, Ids};
 use super::layers::Report;
 use super::lifeline::check;
@@ -35,7 +35,7 @@ pub struct SandboxSetup {
     /// Its other end closes when the supervisor has ended.
     pub(super) lifeline: File,
     pub(super) namespaces: libc::c_int,
-    pub(super) gate: Gate,
+    pub(super) barrier: ConfinementBarrier,
 }
 
 impl SandboxSetup {
@@ -60,13 +60,13 @@ impl SandboxSetup {
             report,
             lifeline: lifeline.into(),
             namespaces,
-            gate: Gate::default(),
+            barrier: ConfinementBarrier::default(),
         })
     }
 
     /// For threads that start before the sandbox closes.
-    pub fn gate(&self) -> Gate {
-        self.gate.clone()
+    pub fn barrier(&self) -> ConfinementBarrier {
+        self.barrier.clone()
     }
 
     /// The state of the layers so far.

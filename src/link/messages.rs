@@ -17,14 +17,14 @@ use crate::timing::Timeline;
 /// What the supervisor says.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum ToVmm {
-    /// The host's end of a device. Its descriptors come along.
-    DeviceEnd {
+    /// The host's backend of a device. Its descriptors come along.
+    DeviceBackend {
         /// The device's name in the specification.
         device: String,
         /// What it is.
-        end: DeviceEnd,
+        backend: DeviceBackend,
     },
-    /// Build the machine. All ends of its devices, and the host's networks, came before.
+    /// Build the machine. All backends of its devices, and the host's networks, came before.
     Build(Box<BuildRequest>),
     /// Let the guest run. With it come a file for the log, if there is to be one,
     /// and those of the console and the channels.
@@ -87,9 +87,9 @@ pub struct BuildRequest {
     pub started_us: u64,
 }
 
-/// The host's end of a device, without its descriptors.
+/// The host's backend of a device, without its descriptors.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum DeviceEnd {
+pub enum DeviceBackend {
     /// A disk's image, of one file or more.
     Disk(ImageLayout),
     /// A TAP device, attached once for each pair of queues.
@@ -226,7 +226,7 @@ pub enum Outcome {
     Signal(i32),
     /// The guest's kernel panicked.
     Panic,
-    /// The guest did not feed its watchdog for so long.
+    /// The guest did not feed its watchdog for this time.
     Hung(Duration),
     /// The guest cannot go on.
     Crash(String),

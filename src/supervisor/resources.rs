@@ -17,7 +17,7 @@ use crate::disk_lock::{self, DiskLocks};
 use crate::failure::{Failure, OrFail, file_refusal};
 use crate::helper::Ready;
 use crate::kvm;
-use crate::link::{DeviceEnd, ImageLayout};
+use crate::link::{DeviceBackend, ImageLayout};
 use crate::net::{passt, tap};
 use crate::signals::StartSignals;
 use crate::spec::DeviceKind;
@@ -28,12 +28,12 @@ const RANDOM: &str = "/dev/urandom";
 /// Of `linux/magic.h`.
 const RAMFS_MAGIC: libc::c_long = 0x8584_58f6;
 
-/// The host's end of a device, for the VMM process.
-pub struct OpenedEnd {
+/// The host's backend of a device, for the VMM process.
+pub struct OpenedBackend {
     /// The device's name.
     pub device: String,
     /// What it is.
-    pub end: DeviceEnd,
+    pub backend: DeviceBackend,
     /// Its descriptors.
     pub files: Vec<OwnedFd>,
 }
@@ -46,8 +46,8 @@ pub struct Resources {
     pub kernel: File,
     /// The initial RAM disk.
     pub initrd: Option<File>,
-    /// The host's ends of devices.
-    pub ends: Vec<OpenedEnd>,
+    /// The host's backends of devices.
+    pub backends: Vec<OpenedBackend>,
     /// The locks of the layers and the disks.
     pub locks: DiskLocks,
     /// Where clients of the guest's sockets will come, without a name yet.
@@ -81,7 +81,7 @@ impl Resources {
             disks.open(disk)?;
         }
         let Disks {
-            mut ends,
+            mut backends,
             locks,
             in_memory,
             file_size,
@@ -91,23 +91,31 @@ impl Resources {
                 check_creatable(&vsock.path, &vsock.flag())?;
                 let listener = vsock::open(vsock)?;
                 let file = listener.try_clone().or_host("duplicating a descriptor")?;
-                ends.push(OpenedEnd::new("vsock", DeviceEnd::Vsock, vec![file.into()]));
+                backends.push(OpenedBackend::new(
+                    "vsock",
+                    DeviceBackend::Vsock,
+                    vec![file.into()],
+                ));
                 Some(listener)
             }
             None => None,
         };
         let random = File::open(RANDOM).or_host(RANDOM)?;
-        ends.push(OpenedEnd::new("rng", DeviceEnd::Rng, vec![random.into()]));
+        backends.push(OpenedBackend::new(
+            "rng",
+            DeviceBackend::Rng,
+            vec![random.into()],
+        ));
         let kvm = kvm::open(config.accept_kvm)?;
         // Last, as these are processes.
         let cgroup = make_cgroup(in_memory);
         let door = cgroup.as_ref().map(Cgroup::door).unwrap_or_default();
-        let helpers = start_helpers(config, &door, signals, &mut ends)?;
+        let helpers = start_helpers(config, &door, signals, &mut backends)?;
         Ok(Resources {
             kvm,
             kernel,
             initrd,
-            ends,
+            backends,
             locks,
             vsock,
             file_size,
@@ -117,11 +125,11 @@ impl Resources {
     }
 }
 
-impl OpenedEnd {
-    fn new(device: impl Into<String>, end: DeviceEnd, files: Vec<OwnedFd>) -> Self {
-        OpenedEnd {
+impl OpenedBackend {
+    fn new(device: impl Into<String>, backend: DeviceBackend, files: Vec<OwnedFd>) -> Self {
+        OpenedBackend {
             device: device.into(),
-            end,
+            backend,
             files,
         }
     }
@@ -153,7 +161,7 @@ fn start_helpers(
     config: &MachineConfig,
     door: &Door,
     signals: &StartSignals,
-    ends: &mut Vec<OpenedEnd>,
+    backends: &mut Vec<OpenedBackend>,
 ) -> Result<Vec<(String, Ready)>, Failure> {
     let folders = config.folders.iter();
     let folders = folders.map(|folder| {
@@ -168,7 +176,7 @@ fn start_helpers(
             (Network::Tap { name, queues }, _) => {
                 let taps = tap::open(name, queues.number(config.spec.cpus))?;
                 let files = taps.into_iter().map(OwnedFd::from).collect();
-                ends.push(OpenedEnd::new(&net.device, DeviceEnd::Tap, files));
+                backends.push(OpenedBackend::new(&net.device, DeviceBackend::Tap, files));
             }
             (Network::User(to), Some(user)) => {
                 let mac = guest_mac(config, &net.device);
@@ -181,9 +189,9 @@ fn start_helpers(
     let mut helpers = Vec::new();
     for (device, starting) in passts {
         let (socket, policy, helper) = starting.ready(signals)?;
-        ends.push(OpenedEnd::new(
+        backends.push(OpenedBackend::new(
             device,
-            DeviceEnd::Stream(policy),
+            DeviceBackend::Stream(policy),
             vec![socket.into()],
         ));
         helpers.push((device.clone(), helper));
@@ -191,9 +199,9 @@ fn start_helpers(
     for (device, starting) in folders {
         let (frontend, helper) = starting.ready(signals)?;
         let (socket, features) = frontend.into_parts();
-        ends.push(OpenedEnd::new(
+        backends.push(OpenedBackend::new(
             device,
-            DeviceEnd::Fs(features),
+            DeviceBackend::Fs(features),
             vec![socket.into()],
         ));
         helpers.push((device.clone(), helper));
@@ -212,7 +220,7 @@ fn guest_mac(config: &MachineConfig, device: &str) -> [u8; 6] {
 /// Disks as they are opened.
 #[derive(Default)]
 struct Disks {
-    ends: Vec<OpenedEnd>,
+    backends: Vec<OpenedBackend>,
     locks: DiskLocks,
     /// How much memory in bytes those may take that are written to and lie in memory, or may.
     in_memory: u64,
@@ -239,8 +247,11 @@ impl Disks {
             lens.push(len);
         }
         let layout = ImageLayout::Concat(lens);
-        self.ends
-            .push(OpenedEnd::new(LAYERS, DeviceEnd::Disk(layout), files));
+        self.backends.push(OpenedBackend::new(
+            LAYERS,
+            DeviceBackend::Disk(layout),
+            files,
+        ));
         Ok(())
     }
 
@@ -290,8 +301,9 @@ impl Disks {
                 ImageLayout::Qcow2(backing.transpose()?)
             }
         };
-        let end = DeviceEnd::Disk(layout);
-        self.ends.push(OpenedEnd::new(&disk.device, end, files));
+        let backend = DeviceBackend::Disk(layout);
+        self.backends
+            .push(OpenedBackend::new(&disk.device, backend, files));
         Ok(())
     }
 }
@@ -468,9 +480,9 @@ mod tests {
             disks.open(&Host { device, config }).map(|()| disks)
         };
         let disks = open(true).unwrap();
-        let expected = DeviceEnd::Disk(ImageLayout::Concat(vec![1024, 512]));
-        assert_eq!(disks.ends[0].end, expected);
-        assert_eq!(disks.ends[0].files.len(), 2);
+        let expected = DeviceBackend::Disk(ImageLayout::Concat(vec![1024, 512]));
+        assert_eq!(disks.backends[0].backend, expected);
+        assert_eq!(disks.backends[0].files.len(), 2);
         drop(disks);
         let refused = open(false).err().unwrap().to_string();
         assert!(

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{Mode as FileMode, OFlags, fcntl_setfl, open};
 use serde::Serialize;
 
-use super::resources::{OpenedEnd, Resources};
+use super::resources::{OpenedBackend, Resources};
 use super::status::StatusBoard;
 use super::supervise::{LINK, START_TIMEOUT, Supervisor, has_hung_up, pass_on_lines, too_late};
 use super::vmm_process::{STOP_TIMEOUT, StopHandle, VmmProcess};
@@ -228,7 +228,7 @@ impl<'a> Supervisor<'a> {
             board,
             timeline,
         };
-        supervisor.ask_to_build(start, resources.ends, request, files)?;
+        supervisor.ask_to_build(start, resources.backends, request, files)?;
         supervisor.await_built(start, build_timeout(config))?;
         Ok(supervisor)
     }
@@ -237,12 +237,17 @@ impl<'a> Supervisor<'a> {
     fn ask_to_build(
         &self,
         signals: &StartSignals,
-        ends: Vec<OpenedEnd>,
+        backends: Vec<OpenedBackend>,
         request: BuildRequest,
         files: Vec<OwnedFd>,
     ) -> Result<(), Failure> {
-        for OpenedEnd { device, end, files } in ends {
-            self.tell(signals, &ToVmm::DeviceEnd { device, end }, &files)?;
+        for OpenedBackend {
+            device,
+            backend,
+            files,
+        } in backends
+        {
+            self.tell(signals, &ToVmm::DeviceBackend { device, backend }, &files)?;
         }
         if is_filtered(self.config) {
             let now = HostNetworks::list().or_host("--net user: listing the host's addresses")?;

@@ -111,7 +111,7 @@ fn tell_networks(link: &Link, now: &HostNetworks) -> io::Result<()> {
     Ok(())
 }
 
-/// The VMM process said nothing for so long.
+/// The VMM process said nothing for this time.
 pub fn too_late(what: &str, timeout: Duration) -> Failure {
     let seconds = timeout.as_secs_f32();
     Failure::host(format!("the VMM process did not {what} in {seconds} s"))
@@ -203,7 +203,7 @@ impl Supervisor<'_> {
         }
         // They are the other process's: a client sees that it closes one.
         drop(files);
-        let ending = self.attend(&clients);
+        let ending = self.wait_for_end(&clients);
         clients.forget();
         drop(opened);
         server.close();
@@ -219,9 +219,9 @@ impl Supervisor<'_> {
         thread.spawn(tell).map(drop)
     }
 
-    /// Keeps the VMM process to its end, which comes soon after it has been told to end.
-    fn attend(&self, clients: &Clients) -> Result<Ending, Failure> {
-        let ending = self.follow(clients, START_TIMEOUT);
+    /// Supervises the VMM process to its end, and kills it if it does not end in time when told to.
+    fn wait_for_end(&self, clients: &Clients) -> Result<Ending, Failure> {
+        let ending = self.handle_messages(clients, START_TIMEOUT);
         self.stop.kill_after_timeout();
         let _ = self.stop.0.wait(self.stop.0.stop_timeout + KILL_TIMEOUT);
         if let Ok(ending) = &ending {
@@ -231,8 +231,12 @@ impl Supervisor<'_> {
         ending
     }
 
-    /// Does what the VMM process asks for, and hears what it says, to its end.
-    fn follow(&self, clients: &Clients, start_timeout: Duration) -> Result<Ending, Failure> {
+    /// Handles the VMM process's messages and requests, and signals, until it has ended.
+    fn handle_messages(
+        &self,
+        clients: &Clients,
+        start_timeout: Duration,
+    ) -> Result<Ending, Failure> {
         let deadline = Instant::now() + start_timeout;
         let signals = self.signals.as_ref().map_or(-1, AsRawFd::as_raw_fd);
         let mut ready = [self.link().as_raw_fd(), self.broker.as_raw_fd(), signals]
@@ -457,7 +461,7 @@ mod tests {
         keep_while(script, message, move |supervisor, clients, _| {
             supervisor.stop.0.runs.store(true, Ordering::Relaxed);
             act(supervisor);
-            supervisor.attend(clients)
+            supervisor.wait_for_end(clients)
         })
     }
 
@@ -554,10 +558,10 @@ mod tests {
         // … and after that, before its guest runs.
         let signalled = keep(|supervisor, clients, _| {
             terminate(supervisor);
-            supervisor.attend(clients)
+            supervisor.wait_for_end(clients)
         });
         assert_eq!(signalled.status(), 128 + 15);
-        let late = keep(|supervisor, clients, _| supervisor.follow(clients, SHORT));
+        let late = keep(|supervisor, clients, _| supervisor.handle_messages(clients, SHORT));
         assert!(
             late.to_string()
                 .contains("did not start the guest in 0.3 s"),
@@ -566,7 +570,7 @@ mod tests {
         // A session ends it.
         let ended = keep(|supervisor, clients, _| {
             supervisor.stop_handle().stop();
-            supervisor.attend(clients)
+            supervisor.wait_for_end(clients)
         });
         assert!(ended.to_string().contains("ended by signal 9"), "{ended}");
     }
@@ -574,7 +578,7 @@ mod tests {
     #[test]
     fn one_that_dies_before_the_guest_runs_never_ran() {
         let (ending, _) = keep_while("kill -9 $$", String::new(), |supervisor, clients, _| {
-            supervisor.attend(clients)
+            supervisor.wait_for_end(clients)
         });
         let failure = ending.unwrap_err().to_string();
         assert!(failure.contains("ended by signal 9"), "{failure}");
@@ -593,7 +597,7 @@ mod tests {
         assert_eq!(outcome, Outcome::Internal("?[2Jforget me".into()));
         // Before that, it never ran.
         let (ending, _) = keep_while(script, failed, |supervisor, clients, _| {
-            supervisor.attend(clients)
+            supervisor.wait_for_end(clients)
         });
         assert_eq!(ending.unwrap_err().class, Class::Config);
     }

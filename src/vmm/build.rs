@@ -13,7 +13,7 @@ use mayfly_devices::virtio::balloon::BalloonHandle;
 use mayfly_devices::virtio::block::Prepare;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::devices::{self, AttachedDevice, AttachedDevices, DeviceEnds, Surroundings};
+use super::devices::{self, AttachedDevice, AttachedDevices, DeviceBackends, DeviceContext};
 use super::events::{Notifier, VmEvent, duplicate, event};
 use super::platform::{self, PlatformHandle};
 use crate::console::Connection;
@@ -36,8 +36,8 @@ pub struct Parts {
     pub kernel: File,
     /// The initial RAM disk.
     pub initrd: Option<File>,
-    /// The host's ends of devices.
-    pub ends: DeviceEnds,
+    /// The host's backends of devices.
+    pub backends: DeviceBackends,
     /// What is done outside for devices.
     pub broker: Arc<Broker>,
     /// Prepares the threads of disks.
@@ -94,15 +94,15 @@ pub fn build(
     let watchdog = spec.watchdog.is_some();
     let gate = Arc::new(Gate::new(spec.cpus.into()));
     let platform = platform::attach(&vm, &memory, &mut buses, &notifier, &gate, watchdog)?;
-    let surroundings = Surroundings {
+    let context = DeviceContext {
         vm: &vm,
         memory: &memory,
         broker: &parts.broker,
         prepare: &parts.prepare,
         host: &parts.host,
     };
-    let ends = mem::take(&mut parts.ends);
-    let attached = devices::attach(spec, ends, serial, &surroundings, &mut buses)?;
+    let backends = mem::take(&mut parts.backends);
+    let attached = devices::attach(spec, backends, serial, &context, &mut buses)?;
     let AttachedDevices {
         devices,
         connections,

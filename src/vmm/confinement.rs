@@ -7,9 +7,9 @@ use mayfly_devices::virtio::block::Prepare;
 use mayfly_sandbox::Role;
 
 /// Threads of disks start before the sandbox is closed, and wait for that.
-pub struct AtGate(pub mayfly_sandbox::Gate);
+pub struct ConfinedStart(pub mayfly_sandbox::ConfinementBarrier);
 
-impl Prepare for AtGate {
+impl Prepare for ConfinedStart {
     fn first(&self) -> Box<dyn FnOnce() + Send> {
         let place = self.0.pending();
         Box::new(move || confined(place.confine(Role::Io)))

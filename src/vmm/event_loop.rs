@@ -96,7 +96,7 @@ const SHUTDOWN: u32 = 1;
 const WATCHDOG: u32 = 2;
 /// … and of the time that a panic has.
 const GRACE: u32 = 3;
-/// A kernel that panicked may print for so long, unless it restarts before.
+/// The time that a kernel which panicked may print, unless it restarts before.
 const GRACE_PERIOD: Duration = Duration::from_secs(1);
 
 /// Takes what vCPUs, signals and the user tell.
@@ -177,7 +177,9 @@ impl MutEventSubscriber for Control {
             outcome = outcome.or(next);
         }
         match self.link.try_receive() {
-            Ok(None | Some(ToVmm::DeviceEnd { .. } | ToVmm::Build(_) | ToVmm::Start { .. })) => {}
+            Ok(
+                None | Some(ToVmm::DeviceBackend { .. } | ToVmm::Build(_) | ToVmm::Start { .. }),
+            ) => {}
             Ok(Some(ToVmm::Ask { id, command })) => {
                 let reply = handler.handle(command, &state.timeline);
                 let reply = match self.link.send(&FromVmm::Reply { id, reply }, &[]) {

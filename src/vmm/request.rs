@@ -12,8 +12,8 @@ use rustix::net::SocketType;
 use rustix::net::sockopt::socket_type;
 
 use super::build::Parts;
-use super::confinement::AtGate;
-use super::devices::DeviceEnds;
+use super::confinement::ConfinedStart;
+use super::devices::DeviceBackends;
 use crate::failure::{Class, Failure, OrFail};
 use crate::kvm::vm;
 use crate::link::{Broker, BuildRequest, Link, ToVmm, VmmFailure};
@@ -85,17 +85,17 @@ pub struct Request {
 }
 
 impl Request {
-    /// Receives it: the ends of devices and the host's networks, then the rest.
+    /// Receives it: the backends of devices and the host's networks, then the rest.
     pub fn receive(inherited: Inherited) -> Result<Self, VmmFailure> {
         let Inherited { link, lifeline } = inherited;
-        let mut ends = DeviceEnds::new();
+        let mut backends = DeviceBackends::new();
         let known = KnownHost::default();
         let mut host = Updates::new(vec![known.clone()]);
         let (build, files) = loop {
             let (message, files) = link.receive_with_files().or_internal(LINK)?;
             match message {
-                ToVmm::DeviceEnd { device, end } => {
-                    ends.insert(device, (end, files));
+                ToVmm::DeviceBackend { device, backend } => {
+                    backends.insert(device, (backend, files));
                 }
                 ToVmm::HostNetworks { part, more } => host.take(part, more),
                 ToVmm::Build(build) => break (*build, files),
@@ -127,14 +127,14 @@ impl Request {
         };
         let broker = Arc::new(Broker::new(next()?.into()));
         let setup = SandboxSetup::resume(sandbox, lifeline).or_host("the sandbox")?;
-        let prepare = Arc::new(AtGate(setup.gate()));
+        let prepare = Arc::new(ConfinedStart(setup.barrier()));
         Ok(Request {
             spec,
             parts: Parts {
                 kvm,
                 kernel,
                 initrd,
-                ends,
+                backends,
                 broker,
                 prepare,
                 host: known,

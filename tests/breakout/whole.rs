@@ -23,7 +23,7 @@ const TIMEOUT_MS: libc::c_int = 10_000;
 /// they are confined, and lives until it is told to end.
 fn vmm(setup: SandboxSetup, told: &mut io::PipeReader, say: &mut io::PipeWriter) -> io::Result<()> {
     let kept = [0, 1, 2, told.as_raw_fd(), say.as_raw_fd()];
-    let pending = setup.gate().pending();
+    let pending = setup.barrier().pending();
     std::thread::spawn(move || pending.confine(Role::Io).map(|()| std::thread::park()));
     let confinement = setup.close(&Limits::default(), Keep::Only(&kept));
     let confinement = confinement.map_err(io::Error::other)?;
@@ -151,7 +151,7 @@ fn ordinary(setup: SandboxSetup) -> io::Result<()> {
         pieces.push(vec![1; 4 << 20]);
         pieces.iter().map(Vec::len).sum::<usize>()
     };
-    let pending = setup.gate().pending();
+    let pending = setup.barrier().pending();
     let io = std::thread::spawn(move || pending.confine(Role::Io).map(|()| allocate()));
     let confinement = setup.close(&Limits::default(), Keep::Only(&[0, 1, 2]));
     let confinement = confinement.map_err(io::Error::other)?;

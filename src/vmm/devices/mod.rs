@@ -1,5 +1,5 @@
 //! The virtio devices of a machine: a file a kind, which makes the device of its
-//! specification and the host's end; then each gets its place.
+//! specification and the host's backend; then each gets its place.
 
 mod balloon;
 mod block;
@@ -33,13 +33,13 @@ use crate::failure::{Failure, OrFail};
 use crate::kvm::memory::GuestMemory;
 use crate::kvm::vcpu::Buses;
 use crate::kvm::vm::Vm;
-use crate::link::{BlamePart, Broker, DeviceEnd, Part, VmmFailure};
+use crate::link::{BlamePart, Broker, DeviceBackend, Part, VmmFailure};
 use crate::net::host::KnownHost;
 use crate::spec::{DeviceKind, MachineSpec};
 use crate::vmm::events::event;
 
-/// The host's ends of devices, with their descriptors, by the devices' names.
-pub type DeviceEnds = BTreeMap<String, (DeviceEnd, Vec<OwnedFd>)>;
+/// The host's backends of devices, with their descriptors, by the devices' names.
+pub type DeviceBackends = BTreeMap<String, (DeviceBackend, Vec<OwnedFd>)>;
 
 /// A virtio device in its place.
 pub struct AttachedDevice {
@@ -56,7 +56,7 @@ pub struct AttachedDevice {
 }
 
 /// What devices have of the machine and of its process.
-pub struct Surroundings<'a> {
+pub struct DeviceContext<'a> {
     /// The virtual machine.
     pub vm: &'a Vm,
     /// Its memory.
@@ -85,22 +85,22 @@ pub struct AttachedDevices {
 /// Makes all devices of a specification, and places them in its order.
 pub fn attach(
     spec: &MachineSpec,
-    mut ends: DeviceEnds,
+    mut backends: DeviceBackends,
     serial: (Arc<Mutex<Serial>>, EventFd),
-    surroundings: &Surroundings,
+    context: &DeviceContext,
     buses: &mut Buses,
 ) -> Result<AttachedDevices, VmmFailure> {
     let common = Common {
-        vm: surroundings.vm,
-        memory: Arc::new(surroundings.memory.clone()),
+        vm: context.vm,
+        memory: Arc::new(context.memory.clone()),
         registers: RegisterPages::new(spec.devices.len()),
     };
     let mut attached = AttachedDevices::default();
     attached.connections.push(console::on_serial(serial));
     for (index, device) in spec.devices.iter().enumerate() {
         let name = device.name.as_str();
-        let end = ends.remove(name);
-        let pending = make(spec, name, &device.kind, end, surroundings, &mut attached)?;
+        let backend = backends.remove(name);
+        let pending = make(spec, name, &device.kind, backend, context, &mut attached)?;
         let (device, registers) = place(index, name, pending, &common, buses)?;
         attached.registers.push((registers, device.place.addr));
         attached.devices.push(device);
@@ -113,32 +113,31 @@ fn make(
     spec: &MachineSpec,
     name: &str,
     kind: &DeviceKind,
-    end: Option<(DeviceEnd, Vec<OwnedFd>)>,
-    surroundings: &Surroundings,
+    backend: Option<(DeviceBackend, Vec<OwnedFd>)>,
+    context: &DeviceContext,
     attached: &mut AttachedDevices,
 ) -> Result<PendingDevice, VmmFailure> {
-    let broker = surroundings.broker;
-    match (kind, end) {
-        (DeviceKind::Block(block), Some((DeviceEnd::Disk(layout), files))) => {
-            block::make(name, block, &layout, files, surroundings.prepare)
+    let broker = context.broker;
+    match (kind, backend) {
+        (DeviceKind::Block(block), Some((DeviceBackend::Disk(layout), files))) => {
+            block::make(name, block, &layout, files, context.prepare)
         }
-        (DeviceKind::Net(net), Some((DeviceEnd::Tap, taps))) => net::on_taps(name, net, taps),
-        (DeviceKind::Net(net), Some((DeviceEnd::Stream(policy), socket))) => {
-            net::on_stream(name, net, socket, policy, surroundings.host)
+        (DeviceKind::Net(net), Some((DeviceBackend::Tap, taps))) => net::on_taps(name, net, taps),
+        (DeviceKind::Net(net), Some((DeviceBackend::Stream(policy), socket))) => {
+            net::on_stream(name, net, socket, policy, context.host)
         }
-        (DeviceKind::Fs { tag }, Some((DeviceEnd::Fs(features), socket))) => {
+        (DeviceKind::Fs { tag }, Some((DeviceBackend::Fs(features), socket))) => {
             fs::make(name, tag, features, socket, broker)
         }
-        (DeviceKind::Vsock { cid }, Some((DeviceEnd::Vsock, listener))) => {
+        (DeviceKind::Vsock { cid }, Some((DeviceBackend::Vsock, listener))) => {
             vsock::make(name, *cid, listener, broker)
         }
-        (DeviceKind::Rng, Some((DeviceEnd::Rng, source))) => {
+        (DeviceKind::Rng, Some((DeviceBackend::Rng, source))) => {
             let source = File::from(first(name, source)?);
             Ok(PendingDevice::new(Rng::new(source)))
         }
         (DeviceKind::Balloon { size, abilities }, None) => {
-            let (pending, handle) =
-                balloon::make(*size, *abilities, surroundings.memory, &spec.memory)?;
+            let (pending, handle) = balloon::make(*size, *abilities, context.memory, &spec.memory)?;
             attached.balloon = Some(handle);
             Ok(pending)
         }

@@ -30,13 +30,13 @@ impl PendingDevice {
     }
 }
 
-/// The supervisor sent another end than the device has.
+/// The supervisor sent another backend than the device has.
 pub fn unfit(name: &str) -> VmmFailure {
-    let what = format!("the host's end of the device {name} is missing, or another device's");
+    let what = format!("the host's backend of the device {name} is missing, or another device's");
     Failure::new(Class::Internal, what).into()
 }
 
-/// The only descriptor of a device's end.
+/// The only descriptor of a device's backend.
 pub fn first(name: &str, files: Vec<OwnedFd>) -> Result<OwnedFd, VmmFailure> {
     files.into_iter().next().ok_or_else(|| unfit(name))
 }
