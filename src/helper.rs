@@ -25,7 +25,7 @@ use crate::signals::StartSignals;
 /// How long it may take to end when it is asked to.
 const GRACE_PERIOD: Duration = Duration::from_secs(2);
 const STACK: usize = 64 << 10;
-/// Of what it says, so much is taken at once, and told when it fails.
+/// The most bytes of its output that are taken at once, and told when it fails.
 const LINE_MAX: u64 = 1000;
 const COMPLAINT_MAX: usize = 8 << 10;
 /// The first descriptor that is no standard stream.

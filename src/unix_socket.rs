@@ -125,12 +125,12 @@ pub fn check_free(path: &Path, flag: &str) -> Result<bool, Failure> {
 
 /// Removes a socket that a process which was killed has left, and none that somebody listens
 /// on. One that has not quite ended is waited for.
-pub fn remove_leftover(path: &Path, patience: Duration) -> Result<(), Failure> {
+pub fn remove_leftover(path: &Path, timeout: Duration) -> Result<(), Failure> {
     const AGAIN: Duration = Duration::from_millis(10);
     let flag = path.display().to_string();
-    let deadline = Instant::now() + patience;
+    let deadline = Instant::now() + timeout;
     loop {
-        let lock = lock(folder_of(path), patience, &flag)?;
+        let lock = lock(folder_of(path), timeout, &flag)?;
         match check_free(path, &flag) {
             Ok(true) => return fs::remove_file(path).or_host(flag),
             Err(_) if Instant::now() < deadline => {}
@@ -180,10 +180,10 @@ impl Name {
 }
 
 /// Locks a folder, until the file is closed.
-fn lock(folder: &Path, patience: Duration, flag: &str) -> Result<File, Failure> {
+fn lock(folder: &Path, timeout: Duration, flag: &str) -> Result<File, Failure> {
     const AGAIN: Duration = Duration::from_millis(10);
     let file = File::open(folder).or_host(flag)?;
-    let deadline = Instant::now() + patience;
+    let deadline = Instant::now() + timeout;
     loop {
         match file.try_lock() {
             Ok(()) => return Ok(file),
@@ -219,11 +219,9 @@ mod tests {
     #[test]
     fn a_folder_that_another_locks_is_waited_for_and_then_named() {
         let folder = tempfile::tempdir().unwrap();
-        let patience = Duration::from_millis(30);
-        let other = lock(folder.path(), patience, "--x").unwrap();
-        let message = lock(folder.path(), patience, "--x")
-            .unwrap_err()
-            .to_string();
+        let timeout = Duration::from_millis(30);
+        let other = lock(folder.path(), timeout, "--x").unwrap();
+        let message = lock(folder.path(), timeout, "--x").unwrap_err().to_string();
         let name = folder.path().to_str().unwrap();
         assert!(
             message.contains("--x") && message.contains(name),
@@ -232,7 +230,7 @@ mod tests {
         let path = folder.path().join("v");
         thread::scope(|scope| {
             let waiting = scope.spawn(|| listen(&path, "--x").map(drop));
-            thread::sleep(patience);
+            thread::sleep(timeout);
             assert!(!waiting.is_finished());
             drop(other);
             waiting.join().unwrap().unwrap();

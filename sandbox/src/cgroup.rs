@@ -40,7 +40,7 @@ const OVERHEAD_PER_DIRECTORY: u64 = 512 << 20;
 /// Of either helper: virtiofsd has a pool of 64.
 const THREADS_PER_HELPER: u64 = 80;
 
-/// A group that is in use is tried to be removed so often, and after such a time.
+/// How often removing a group in use is tried, and the time between two tries.
 const REMOVALS: u32 = 20;
 const PAUSE: Duration = Duration::from_millis(5);
 

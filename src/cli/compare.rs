@@ -105,8 +105,8 @@ pub struct Args {
     #[arg(long)]
     drop_caches: bool,
     /// How long one instance may take, in seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
-    patience: u64,
+    #[arg(long, alias = "patience", value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    timeout: u64,
     #[command(flatten)]
     accept_kvm: AcceptKvm,
     /// Only see to it that the image is there
@@ -161,7 +161,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         memory_mib: memory >> MIB,
         seed: args.seed.unwrap_or(u64::from(time.subsec_nanos())),
         drop_caches: args.drop_caches,
-        timeout: Duration::from_secs(args.patience),
+        timeout: Duration::from_secs(args.timeout),
         mayfly: mayfly(args.accept_kvm)?,
     };
     let (report, failure) = match compare::compare(&options, &Bars::new())? {

@@ -61,8 +61,8 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
 }
 
 /// What a VM says of itself; nothing if it does not run.
-fn about(folder: &Folder, name: &str, patience: Duration) -> Option<Value> {
-    let ask = || Client::connect(&folder.socket(name), patience)?.ask(&Command::Info {});
+fn about(folder: &Folder, name: &str, timeout: Duration) -> Option<Value> {
+    let ask = || Client::connect(&folder.socket(name), timeout)?.ask(&Command::Info {});
     match ask() {
         Ok(info) => Some(info),
         Err(ClientError::NotRunning | ClientError::Ended) => None,

@@ -38,7 +38,7 @@ A folder that is there gets SRC in it, or, if SRC ends in /., what is in SRC; el
 DEST is what SRC becomes. Devices, named pipes, capabilities and set-user-ID bits of
 a VM stay there, for an archive, too.";
 
-/// So many lines, or all.
+/// The number of lines to show, or all.
 #[derive(Clone, Copy, Debug)]
 pub struct Lines(Option<usize>);
 

@@ -5,7 +5,7 @@ use super::keys::Keys;
 /// How many queues a device offers to its guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Queues {
-    /// So many.
+    /// A fixed number.
     Number(u8),
     /// One for each vCPU.
     Cpus,

@@ -47,13 +47,13 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects to a VM's socket. An answer may take so long.
-    pub fn connect(path: &Path, patience: Duration) -> Result<Self, ClientError> {
+    /// Connects to a VM's socket. An answer may take as long as the timeout.
+    pub fn connect(path: &Path, timeout: Duration) -> Result<Self, ClientError> {
         // As many wait as can if this would block.
         let stream = unix_socket::connect(path)?;
         stream.set_nonblocking(false)?;
-        stream.set_read_timeout(Some(patience))?;
-        stream.set_write_timeout(Some(patience))?;
+        stream.set_read_timeout(Some(timeout))?;
+        stream.set_write_timeout(Some(timeout))?;
         let stream = BufReader::new(stream);
         Ok(Client { stream })
     }

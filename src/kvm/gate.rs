@@ -86,7 +86,7 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// A closed gate for so many vCPUs.
+    /// A closed gate for a number of vCPUs.
     pub fn new(cpus: usize) -> Self {
         Gate {
             state: Mutex::new(State {

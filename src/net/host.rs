@@ -35,7 +35,7 @@ const HEADER: usize = 16;
 /// networks that the host is on.
 const WIDEST: u8 = 8;
 const WIDEST_6: u8 = 32;
-/// Changes in a row are looked at together: so long after the first.
+/// Changes in a row are looked at together, this time after the first.
 const SETTLE_MS: i32 = 50;
 /// How many networks one message to the VMM process has at most.
 const PART: usize = 2000;

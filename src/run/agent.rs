@@ -23,7 +23,7 @@ use mayfly_text::printable;
 use super::detach::DetachKeys;
 use crate::unix_socket;
 
-/// A guest has so long to let a user go.
+/// The time that a guest has to let a user go.
 const GRACE_PERIOD: Duration = Duration::from_secs(2);
 /// Enough for what these threads call, with their buffers.
 const STACK: usize = 256 << 10;
@@ -117,18 +117,18 @@ struct Timed {
 }
 
 impl Timed {
-    fn new(stream: UnixStream, patience: Option<Duration>) -> io::Result<Self> {
+    fn new(stream: UnixStream, timeout: Option<Duration>) -> io::Result<Self> {
         let mut timed = Timed {
             stream,
             deadline: None,
         };
-        timed.limit(patience)?;
+        timed.limit(timeout)?;
         Ok(timed)
     }
 
-    /// Gives what is read from now on so long, or all the time that it takes.
-    fn limit(&mut self, patience: Option<Duration>) -> io::Result<()> {
-        self.deadline = patience.and_then(|patience| Instant::now().checked_add(patience));
+    /// Gives what is read from now on a timeout, or all the time that it takes.
+    fn limit(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        self.deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         self.stream.set_read_timeout(None)
     }
 }
@@ -156,7 +156,7 @@ pub struct Agent {
     frames: Frames<Timed>,
     link: Link,
     /// How long it has to answer.
-    patience: Option<Duration>,
+    timeout: Option<Duration>,
 }
 
 /// The part of a connection that others use at the same time.
@@ -188,7 +188,7 @@ impl Agent {
     fn hear(
         timed: Timed,
         stream: UnixStream,
-        patience: Option<Duration>,
+        timeout: Option<Duration>,
     ) -> Result<Self, AgentError> {
         let mut frames = Frames::new(timed);
         match frames.message()? {
@@ -199,7 +199,7 @@ impl Agent {
         Ok(Agent {
             frames,
             link: Link(Arc::new(Mutex::new(stream))),
-            patience,
+            timeout,
         })
     }
 
@@ -226,7 +226,7 @@ impl Agent {
 
     /// Sends a message, from which on the answer has its time.
     fn say(&mut self, message: &HostMessage) -> io::Result<()> {
-        self.frames.source().limit(self.patience)?;
+        self.frames.source().limit(self.timeout)?;
         self.link.send(message)
     }
 
@@ -601,7 +601,7 @@ mod tests {
                 while more(&stream).is_ok() {}
             });
             let mut agent = agent.unwrap();
-            agent.patience = Some(Duration::from_millis(200));
+            agent.timeout = Some(Duration::from_millis(200));
             let AgentError::Connection(error) = agent.leave().unwrap_err() else {
                 panic!();
             };

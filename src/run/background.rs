@@ -25,7 +25,7 @@ const WHAT: &str = "starting in the background";
 const STARTED: &[u8] = b"started ";
 /// It says no more.
 const SAID_MAX: usize = 256;
-/// One that was told to end by a signal has so long to clear up.
+/// The time that one told to end by a signal has to clear up.
 const GRACE_PERIOD: Duration = Duration::from_secs(10);
 
 /// Starts this program again in the background, and waits until its command runs. `words` are

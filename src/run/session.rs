@@ -26,7 +26,7 @@ use crate::signals::Signals;
 use crate::supervisor::StopHandle;
 use crate::unix_socket::Name;
 
-/// The guest has so long to turn off when all was said.
+/// The time that the guest has to turn off when all was said.
 const GRACE_PERIOD: Duration = Duration::from_secs(10);
 /// How long output may take when the machine was ended, and how often that is
 /// looked at.

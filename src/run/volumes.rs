@@ -17,7 +17,7 @@ use crate::failure::{Failure, OrFail};
 use crate::spec::MachineSpec;
 use crate::volume::{Volumes as Named, is_ext4};
 
-/// So many volumes may an image name: each is a mount of the guest's.
+/// The most volumes that an image may name: each is a mount of the guest's.
 const OF_IMAGE_MAX: usize = 256;
 /// What the machine has for them, and what its guest mounts.
 #[derive(Debug, Default)]

@@ -195,7 +195,7 @@ impl Writer {
     }
 }
 
-/// Where the contents of a file with so many sections begin.
+/// Where the contents of a file with this number of sections begin.
 const fn end_of_table(sections: usize) -> usize {
     HEADER + sections * ENTRY + SHA256_OUTPUT_LEN
 }

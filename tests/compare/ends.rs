@@ -164,7 +164,7 @@ fn groups_of_a_launcher_that_hangs_are_removed() {
     let own = folder.path().join("runc");
     fs::write(&own, script).unwrap();
     fs::set_permissions(&own, fs::Permissions::from_mode(0o755)).unwrap();
-    let flags = ["--runs", "1", "--measure", "start", "--patience", "1"];
+    let flags = ["--runs", "1", "--measure", "start", "--timeout", "1"];
     let mut comparison = Comparison::of("runc", &flags);
     let folders = [folder.path().to_owned()];
     let folders = folders.into_iter().chain(std::env::split_paths(&path));

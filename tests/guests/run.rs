@@ -416,8 +416,8 @@ impl Terminal {
         panic!("no {wanted:?} in {:?}", self.seen);
     }
 
-    fn comes(&mut self, wanted: &str, patience: Duration) -> bool {
-        let deadline = Instant::now() + patience;
+    fn comes(&mut self, wanted: &str, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
         loop {
             if let Some(at) = self.seen.find(wanted) {
                 self.seen.drain(..at + wanted.len());

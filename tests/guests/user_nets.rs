@@ -235,19 +235,19 @@ fn start(namespace: &Namespace, keys: &str, script: &str) -> Running {
 /// Sends a line to a port of the host's loopback, and returns what comes back.
 fn published(namespace: &Namespace, port: u16, udp: bool) -> String {
     let to = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port);
-    let patience = Some(Duration::from_secs(120));
+    let timeout = Some(Duration::from_secs(120));
     let mut back = String::new();
     within(namespace, || match udp {
         false => {
             let mut client = TcpStream::connect(to).unwrap();
-            client.set_read_timeout(patience).unwrap();
+            client.set_read_timeout(timeout).unwrap();
             client.write_all(b"knock knock").unwrap();
             client.shutdown(Shutdown::Write).unwrap();
             client.read_to_string(&mut back).unwrap();
         }
         true => {
             let client = UdpSocket::bind(("127.0.0.1", 0)).unwrap();
-            client.set_read_timeout(patience).unwrap();
+            client.set_read_timeout(timeout).unwrap();
             client.send_to(b"knock knock", to).unwrap();
             let mut data = [0; 100];
             let (len, from) = client.recv_from(&mut data).unwrap();

@@ -16,7 +16,7 @@ use super::{Instance, Launch, SIGNALLED, Sign, now};
 
 /// How long an instance that gets SIGTERM may take to end.
 const GRACE_PERIOD: Duration = Duration::from_secs(10);
-/// What a launcher leaves running may take so long to end after it.
+/// The time that what a launcher leaves running may take to end after it.
 const LINGER: Duration = Duration::from_secs(10);
 
 /// Why a batch did not come to its end.

@@ -30,7 +30,7 @@ use crate::error::{Context, Error};
 
 /// Where the registry of names that say none answers.
 const DEFAULT_HOST: &str = "registry-1.docker.io";
-/// Without a byte for so long, a connection is over.
+/// The time without a byte after which a connection is given up.
 const TIMEOUT: Duration = Duration::from_secs(30);
 /// How long an answer may take to begin, and one of JSON to end.
 const ANSWER_TIME: Duration = Duration::from_secs(60);

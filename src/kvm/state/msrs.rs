@@ -165,7 +165,7 @@ pub(super) fn check(registers: &[Msr], scope: &StateScope) -> Result<(), StateEr
 
 /// Sets the registers of a vCPU that never ran, where they differ. The local APIC and the
 /// time stamp counter are set already, for the deadline of the APIC's timer needs both; the
-/// counter is ahead of the saved one by so much.
+/// counter is ahead of the saved one by this number.
 pub(super) fn restore(fd: &VcpuFd, registers: &[Msr], ahead: u64) -> Result<(), StateError> {
     let indices: Vec<_> = registers.iter().map(|register| register.index).collect();
     let fresh = read(fd, &indices)?;

@@ -20,11 +20,11 @@ const CLASS_IN: u16 = 1;
 const LABEL_MAX: usize = 63;
 const NAME_MAX: usize = 254;
 const POINTER: u8 = 0xc0;
-/// A name is read in so many pieces at most.
+/// The most compression pointers that reading a name follows (RFC 1035, section 4.1.4).
 const POINTERS_MAX: usize = 16;
-/// Of an answer, so many records are looked at.
+/// The most records of an answer that are looked at.
 const RECORDS_MAX: u16 = 64;
-/// A name is an alias of an alias … so often at most.
+/// The longest chain of aliases (CNAME) that is followed.
 const ALIASES_MAX: usize = 16;
 
 /// A question.
@@ -119,7 +119,7 @@ fn u16_at(message: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_be_bytes(*message.get(at..)?.first_chunk()?))
 }
 
-/// Reads a name of letters, digits and the like, in at most so many jumps, each
+/// Reads a name of letters, digits and the like, following at most `jumps` pointers, each
 /// further back. Returns where what is behind it begins, too.
 fn name(message: &[u8], at: usize, jumps: usize) -> Option<(String, usize)> {
     let (mut name, mut at, mut end, mut left) = (String::new(), at, None, jumps);

@@ -65,10 +65,10 @@ const ASKED_MAX: usize = 256;
 const ANSWER_TIME: Duration = Duration::from_secs(30);
 /// For how long an address is open, whatever the answer says.
 const TTL: std::ops::RangeInclusive<u32> = 60..=86_400;
-/// After so long without a packet, passt forgets a connection, too.
+/// The time without a packet after which passt forgets a connection, too.
 const TCP_IDLE: Duration = Duration::from_secs(7200);
 const UDP_IDLE: Duration = Duration::from_secs(180);
-/// Denials are told of so often.
+/// The shortest time between two log lines about denials.
 const TELL_EVERY: Duration = Duration::from_secs(1);
 
 /// A query that a resolver was sent.

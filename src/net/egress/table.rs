@@ -14,7 +14,7 @@ pub struct Table<K> {
 }
 
 impl<K: Copy + Eq + Hash> Table<K> {
-    /// A table of at most so many entries.
+    /// A table of at most `max` entries.
     pub fn new(max: usize) -> Self {
         Table {
             entries: HashMap::new(),

@@ -12,7 +12,7 @@ use super::piece::{CONTINUES, HEADER, PIECE_MAX, Piece, earlier};
 pub enum Item {
     /// What was written.
     Piece(Piece),
-    /// So many bytes were written here, and are not kept.
+    /// The number of bytes that were written here and are not kept.
     Missing(u64),
 }
 
@@ -213,7 +213,7 @@ impl Reader {
         }))
     }
 
-    /// Reads until so much of a piece is there; false if it is not, yet.
+    /// Reads until this much of a piece is there; false if it is not, yet.
     fn fill(&mut self, len: usize) -> io::Result<bool> {
         let Some(part) = &mut self.part else {
             return Ok(false);

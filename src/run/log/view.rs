@@ -18,7 +18,7 @@ pub struct Tail {
 }
 
 impl Tail {
-    /// So many.
+    /// A tail of at most `max` lines.
     pub fn new(max: usize) -> Self {
         Tail {
             max,

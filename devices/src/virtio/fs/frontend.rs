@@ -100,7 +100,7 @@ pub struct Frontend {
 }
 
 impl Frontend {
-    /// Greets a backend, which has so long to answer all there is to ask.
+    /// Greets a backend, which has `timeout` to answer all there is to ask.
     /// Should a descriptor become readable meanwhile, that is over.
     pub fn greet(
         socket: UnixStream,

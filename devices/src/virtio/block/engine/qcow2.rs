@@ -389,7 +389,7 @@ impl Pieces<'_> {
             && let Some(piece) = self.next(data.len())
         {
             let (now, later) = data.split_at(piece.iov_len);
-            // SAFETY: so many bytes are valid there, and it is no Rust object.
+            // SAFETY: the piece is valid for its length, and it is no Rust object.
             unsafe { ptr::copy_nonoverlapping(now.as_ptr(), piece.iov_base.cast(), now.len()) };
             data = later;
         }
@@ -399,7 +399,7 @@ impl Pieces<'_> {
         while len > 0
             && let Some(piece) = self.next(len)
         {
-            // SAFETY: so many bytes are valid there, and it is no Rust object.
+            // SAFETY: the piece is valid for its length, and it is no Rust object.
             unsafe { ptr::write_bytes(piece.iov_base.cast::<u8>(), 0, piece.iov_len) };
             len -= piece.iov_len;
         }
@@ -576,8 +576,8 @@ mod tests {
                 let another = image.access.read().unwrap();
                 // SAFETY: there are no buffers.
                 let work = scope.spawn(|| unsafe { image.run(kind, 0, ptr::null(), 0) }.unwrap());
-                let patience = if waits { 20 } else { 1000 };
-                for _ in 0..patience {
+                let polls = if waits { 20 } else { 1000 };
+                for _ in 0..polls {
                     if work.is_finished() {
                         break;
                     }
