@@ -214,7 +214,7 @@ pub struct LimitHandle {
 }
 
 impl LimitHandle {
-    /// A handle, whose clones the device and its commander have.
+    /// A handle, whose clones the device and whoever changes its limits have.
     pub fn new(limits: Limits) -> io::Result<Self> {
         Ok(LimitHandle {
             limits: Arc::new(Mutex::new(limits)),

@@ -228,7 +228,7 @@ fn peers_that_never_read_or_reset_harm_no_others() {
     thread::spawn(move || echo(other.accept().unwrap().0));
     running.expect("stalled: ");
     let after = own_memory(running.child.id());
-    // A client that the guest refuses is hung up on.
+    // A client that the guest refuses is disconnected.
     let mut client = UnixStream::connect(&socket).unwrap();
     client.write_all(b"CONNECT 9\n").unwrap();
     assert_eq!(client.read(&mut [0]).unwrap(), 0);

@@ -30,7 +30,7 @@ const REQUEST_QUEUES: u32 = 1;
 const HUNG_UP: Token = 2;
 const _: () = assert!(HUNG_UP as usize == QUEUE_SIZES.len());
 /// What the guest waits for at most when it starts or resets the device.
-const BACKEND_TIMEOUT: Duration = Duration::from_secs(3);
+const BACKEND_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Ends a backend, without its help.
 pub type End = Box<dyn FnMut() + Send>;
