@@ -38,6 +38,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 use std::process::Command;
+use std::sync::mpsc;
 
 use mayfly_protocol::init_words;
 
@@ -131,13 +132,19 @@ fn run(words: Vec<OsString>) -> Result<i32, String> {
 fn serve_host() -> Result<i32, String> {
     // Their files go before they are loaded.
     let later = system::OpenModules::open(Path::new(LATER_LIST));
+    let (loaded, all_loaded) = mpsc::channel::<()>();
     let _ = std::thread::Builder::new().spawn(|| {
         std::thread::sleep(SETTLED);
         system::give_way();
         complain(later.load());
+        drop(loaded);
         power_button::watch();
     });
-    agent::run().map(|()| 0)
+    // The channel closes when all modules are there, or when there is no such thread.
+    let settle = || {
+        let _ = all_loaded.recv();
+    };
+    agent::run(settle).map(|()| 0)
 }
 
 /// Loads what nobody waits for, and nobody dies without.

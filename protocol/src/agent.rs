@@ -21,7 +21,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// The protocol's version, which must be the same on both ends.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 /// The vsock port, of the host and of the guest.
 pub const PORT: u32 = 1024;
 /// How many bytes of standard input the guest has not taken yet, at most.

@@ -84,9 +84,7 @@ pub fn open(directory: &[u8; PAGE], pages: &[u8]) -> io::Result<Option<Mail>> {
     let len = len.map_or(UNANSWERED, |(len, _)| u64::from_le_bytes(*len));
     match usize::try_from(len).ok().map(|len| pages.get(..len)) {
         Some(Some([])) => Ok(None),
-        Some(Some(mail)) => postcard::from_bytes(mail)
-            .map(Some)
-            .map_err(|_| invalid("what is in the mailbox is no mail")),
+        Some(Some(mail)) => Mail::from_bytes(mail).map(Some),
         _ => Err(invalid("there is no word in the mailbox")),
     }
 }
@@ -131,6 +129,11 @@ impl Mail {
     /// The bytes for the mailbox's pages.
     pub fn to_bytes(&self) -> io::Result<Vec<u8>> {
         postcard::to_stdvec(self).map_err(io::Error::other)
+    }
+
+    /// Reads such bytes.
+    pub fn from_bytes(bytes: &[u8]) -> io::Result<Self> {
+        postcard::from_bytes(bytes).map_err(|_| invalid("what is in the mailbox is no mail"))
     }
 }
 

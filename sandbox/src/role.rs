@@ -7,19 +7,31 @@ pub enum Role {
     EventLoop,
     /// Runs a vCPU, and serves its accesses to registers.
     Vcpu,
+    /// The event loop of a VM that is saved.
+    SavingEventLoop,
+    /// A vCPU of a VM that is saved.
+    SavingVcpu,
     /// Reads and writes a disk.
     Io,
 }
 
 impl Role {
     /// All roles.
-    pub const ALL: [Role; 3] = [Role::EventLoop, Role::Vcpu, Role::Io];
+    pub const ALL: [Role; 5] = [
+        Role::EventLoop,
+        Role::Vcpu,
+        Role::SavingEventLoop,
+        Role::SavingVcpu,
+        Role::Io,
+    ];
 
     /// The name in messages.
     pub fn name(self) -> &'static str {
         match self {
             Role::EventLoop => "event-loop",
             Role::Vcpu => "vcpu",
+            Role::SavingEventLoop => "saving-event-loop",
+            Role::SavingVcpu => "saving-vcpu",
             Role::Io => "io",
         }
     }

@@ -116,7 +116,7 @@ const GUEST_PANIC: u8 = Class::GuestPanic as u8;
 fn exit_code(outcome: &Outcome) -> u8 {
     const SIGNALLED: i32 = 128;
     match outcome {
-        Outcome::PowerOff | Outcome::Reset | Outcome::Quit | Outcome::Forced => 0,
+        Outcome::PowerOff | Outcome::Reset | Outcome::Quit | Outcome::Forced | Outcome::Saved => 0,
         Outcome::Signal(signal) => u8::try_from(SIGNALLED + signal).unwrap_or(u8::MAX),
         Outcome::Panic => GUEST_PANIC,
         Outcome::Hung(_) | Outcome::Crash(_) => GUEST_CRASH,

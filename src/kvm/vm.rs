@@ -189,9 +189,8 @@ impl Vm {
         }
     }
 
-    /// Gives the guest what was added. KVM waits some milliseconds for each piece, with
-    /// nothing to compute: so registers that lie in a row are one, and the caller may have
-    /// other things done meanwhile.
+    /// Gives the guest its memory. KVM waits some milliseconds for each piece, with nothing to
+    /// compute: so the caller may have other things done meanwhile.
     pub fn set_memory(&self) -> Result<(), KvmError> {
         let memory = self.memory.iter().flat_map(|memory| memory.iter());
         let memory = memory.map(|region| kvm_userspace_memory_region {
@@ -201,8 +200,20 @@ impl Vm {
             userspace_addr: region.as_ptr() as u64,
             flags: 0,
         });
-        let pieces: Vec<_> = memory.chain(rows(&self.shown)).collect();
-        for (slot, piece) in (0..).zip(pieces) {
+        self.set(0, memory.collect())
+    }
+
+    /// Gives the guest the registers that were added, behind its memory. Those that lie in a
+    /// row are one piece.
+    pub fn set_registers(&self) -> Result<(), KvmError> {
+        let memory = self.memory.iter().flat_map(|memory| memory.iter());
+        self.set(memory.count(), rows(&self.shown))
+    }
+
+    /// Gives the guest pieces of memory, whose slots begin at a number.
+    fn set(&self, first: usize, pieces: Vec<kvm_userspace_memory_region>) -> Result<(), KvmError> {
+        for (slot, piece) in (first..).zip(pieces) {
+            let slot = u32::try_from(slot).unwrap_or(u32::MAX);
             let description = kvm_userspace_memory_region { slot, ..piece };
             // SAFETY: a mapping, or pages, of that size, which this keeps. Guest memory is only
             // ever accessed as such, and the guest cannot write to the pages.

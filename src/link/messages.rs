@@ -70,13 +70,16 @@ impl ToVmm {
 }
 
 /// All that a VMM process needs to build its machine. With it come descriptors: KVM, the
-/// kernel, the initial RAM disk if there is one, and the link for requests to the broker.
+/// kernel, the initial RAM disk if there is one, the link for requests to the broker; then
+/// those of [`SnapshotUse`].
 #[derive(Debug, Serialize, Deserialize)]
 pub struct BuildRequest {
     /// The machine.
     pub spec: MachineSpec,
     /// There is an initial RAM disk.
     pub initrd: bool,
+    /// What is done with a snapshot.
+    pub snapshot: SnapshotUse,
     /// The namespaces that the process is in, and how it is to lock itself in.
     pub sandbox: PreparedSandbox,
     /// How large in bytes a file that it writes to may become.
@@ -85,6 +88,19 @@ pub struct BuildRequest {
     pub log: LogStyle,
     /// When the start began, in microseconds of `CLOCK_MONOTONIC`.
     pub started_us: u64,
+}
+
+/// What a VMM process does with a snapshot. Its descriptors are the state file, the memory
+/// file, and of a restore the message for the guest ([`mayfly_protocol::mailbox::Mail`]).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SnapshotUse {
+    /// Nothing: the machine boots.
+    #[default]
+    None,
+    /// The machine boots, is saved when its guest has come to the snapshot point, and ends.
+    Save,
+    /// The machine goes on as one that was saved; if that cannot be, it boots.
+    Restore,
 }
 
 /// The host's backend of a device, without its descriptors.
@@ -121,7 +137,7 @@ pub enum ImageLayout {
 #[derive(Debug, Serialize, Deserialize)]
 pub enum FromVmm {
     /// All is ready to start.
-    Built,
+    Built(Origin),
     /// The sandbox is closed.
     Closed(Report),
     /// Nothing can fail any more, and the guest is about to run.
@@ -139,6 +155,17 @@ pub enum FromVmm {
     Event(Event),
     /// It is over.
     Ended(Ending),
+}
+
+/// Where a machine begins.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Origin {
+    /// It boots, as it was asked to.
+    Boot,
+    /// It goes on as one that was saved.
+    Restored,
+    /// It boots, as the one that was saved is of no use: why.
+    NotRestored(String),
 }
 
 /// Why there is no machine. The VMM process knows no paths and flags: the supervisor adds
@@ -230,6 +257,8 @@ pub enum Outcome {
     Hung(Duration),
     /// The guest cannot go on.
     Crash(String),
+    /// It was saved at its snapshot point, as it was asked to be.
+    Saved,
     /// mayfly cannot go on.
     Internal(String),
 }
@@ -246,6 +275,7 @@ impl Outcome {
             Outcome::Panic => "panic",
             Outcome::Hung(_) => "hung",
             Outcome::Crash(_) => "crash",
+            Outcome::Saved => "saved",
             Outcome::Internal(_) => "internal",
         }
     }

@@ -9,7 +9,7 @@ mod socket;
 
 pub use self::broker::{Broker, BrokerReply, BrokerRequest};
 pub use self::messages::{
-    BlamePart, BuildRequest, DeviceBackend, Ending, FromVmm, ImageLayout, Outcome, Part, ToVmm,
-    VmmFailure,
+    BlamePart, BuildRequest, DeviceBackend, Ending, FromVmm, ImageLayout, Origin, Outcome, Part,
+    SnapshotUse, ToVmm, VmmFailure,
 };
 pub use self::socket::Link;

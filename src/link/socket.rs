@@ -194,7 +194,7 @@ mod tests {
     use std::fs::File;
     use std::io::{Read, Write};
 
-    use super::super::messages::{FromVmm, ToVmm};
+    use super::super::messages::{FromVmm, Origin, ToVmm};
     use super::*;
     use crate::control::{Command, Reply};
 
@@ -227,9 +227,9 @@ mod tests {
     fn last_words_are_heard_of_one_that_did_not_listen() {
         let (one, other) = Link::pair().unwrap();
         one.try_send(&ToVmm::Resized).unwrap();
-        other.send(&FromVmm::Built, &[]).unwrap();
+        other.send(&FromVmm::Built(Origin::Boot), &[]).unwrap();
         drop(other);
-        assert!(matches!(one.receive().unwrap(), Some(FromVmm::Built)));
+        assert!(matches!(one.receive().unwrap(), Some(FromVmm::Built(_))));
         assert!(one.receive::<FromVmm>().unwrap().is_none());
     }
 

@@ -73,7 +73,7 @@ use crate::net::publish::{Reserved, summary};
 use crate::progress_bars::Bars;
 use crate::signals::StartSignals;
 use crate::spec::MemorySpec;
-use crate::supervisor::Supervisor;
+use crate::supervisor::{SnapshotFiles, Supervisor};
 use crate::timing::{Timeline, TimingUs, now_ms};
 use crate::unix_socket;
 use crate::volume::{Journal, make_ext4};
@@ -287,7 +287,7 @@ fn run_machine(
     let (log, _written) = vm_dir.make_log()?;
     let log = Log::create(&log, plan.log_size).or_host("the log")?;
     // Before there are other threads.
-    let supervisor = Supervisor::start(config, timeline, signals)?;
+    let supervisor = Supervisor::start(config, SnapshotFiles::None, timeline, signals)?;
     drop(reserved);
     let (board, vm_dir) = (supervisor.board(), vm_dir.clone());
     board.observe(move |status| {

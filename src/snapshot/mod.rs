@@ -2,5 +2,6 @@
 
 pub mod format;
 pub mod kvm;
+pub mod machine;
 pub mod mailbox;
 pub mod memory;

@@ -8,6 +8,7 @@
 mod device;
 mod memory;
 
+use mayfly_devices::rate_limiter::Limits;
 use serde::{Deserialize, Serialize};
 
 pub use self::device::{BlockSpec, DeviceKind, DeviceSpec, NetSpec};
@@ -69,6 +70,55 @@ impl MachineSpec {
     /// The device of a name.
     pub fn device(&self, name: &str) -> Option<&DeviceSpec> {
         self.devices.iter().find(|device| device.name == name)
+    }
+
+    /// The specification without what may differ between a saved machine and those that go on
+    /// from it: what a guest asks for anew each time, and what only the host knows. A machine
+    /// can go on as another one if their shapes are equal.
+    #[must_use]
+    pub fn shape(&self) -> Self {
+        let mut shape = self.clone();
+        for device in &mut shape.devices {
+            match &mut device.kind {
+                DeviceKind::Block(block) => {
+                    block.id = String::new();
+                    block.limits = Limits::default();
+                    device.name = String::new();
+                }
+                DeviceKind::Net(net) => net.limits = Limits::default(),
+                DeviceKind::Fs { .. }
+                | DeviceKind::Vsock { .. }
+                | DeviceKind::Rng
+                | DeviceKind::Balloon { .. }
+                | DeviceKind::Console
+                | DeviceKind::Channels { .. } => {}
+            }
+        }
+        shape
+    }
+
+    /// Why no machine of this specification can be saved, or go on from a saved one.
+    pub fn why_not_saved(&self) -> Option<&'static str> {
+        let device = |device: &DeviceSpec| match device.kind {
+            DeviceKind::Fs { .. } => Some("it shares a directory with the host"),
+            DeviceKind::Balloon { .. } => Some("it has a memory balloon"),
+            DeviceKind::Console | DeviceKind::Channels { .. } => {
+                Some("it has a virtio console or channels")
+            }
+            DeviceKind::Block(_)
+            | DeviceKind::Net(_)
+            | DeviceKind::Vsock { .. }
+            | DeviceKind::Rng => None,
+        };
+        match self.memory {
+            MemorySpec {
+                hugepages: Some(_), ..
+            } => Some("its memory is of huge pages"),
+            MemorySpec { shared: true, .. } => Some("its memory is shared"),
+            _ if self.nested => Some("it may run VMs of its own"),
+            _ if self.watchdog.is_some() => Some("it has a watchdog"),
+            _ => self.devices.iter().find_map(device),
+        }
     }
 
     /// The path that Linux gives a disk, such as `/dev/vda`: the first disk of the order is

@@ -10,6 +10,7 @@ mod status;
 mod supervise;
 mod vmm_process;
 
+pub use self::start::SnapshotFiles;
 pub use self::status::{Status, StatusBoard};
 pub use self::supervise::Supervisor;
 pub use self::vmm_process::StopHandle;
@@ -29,7 +30,7 @@ pub fn run(
     timeline: Timeline,
 ) -> Result<Ending, Failure> {
     let signals = StartSignals::take().or_internal("blocking signals")?;
-    let supervisor = Supervisor::start(config, timeline, &signals)?;
+    let supervisor = Supervisor::start(config, SnapshotFiles::None, timeline, &signals)?;
     drop(ports);
     supervisor.run()
 }

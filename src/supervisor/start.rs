@@ -19,19 +19,64 @@ use super::vmm_process::{STOP_TIMEOUT, StopHandle, VmmProcess};
 use crate::config::MachineConfig;
 use crate::failure::{Failure, OrFail};
 use crate::kvm::{self, vm};
-use crate::link::{BuildRequest, FromVmm, Link, ToVmm};
+use crate::link::{BuildRequest, FromVmm, Link, Origin, SnapshotUse, ToVmm};
 use crate::net::host::{HostNetworks, Watch};
 use crate::signals::{Signals, StartSignals};
 use crate::timing::Timeline;
 use mayfly_sandbox::{
     self as sandbox, Cgroup, Child, Mode, Policy, PreparedSandbox, Program, Share, Status,
 };
+use mayfly_text::printable;
 
 /// How many bytes of memory a VMM process touches in a second, at the least, where all are
 /// touched before the guest runs.
 const PREFAULTED_PER_S: u64 = 64 << 20;
 /// The name of the VMM process.
 const VMM_NAME: &std::ffi::CStr = c"mayfly-vmm";
+
+/// The files of a snapshot that a machine goes on from, or that is made of it.
+#[derive(Debug, Default)]
+pub enum SnapshotFiles {
+    /// There is none: the machine boots.
+    #[default]
+    None,
+    /// It boots, is saved when its guest has come to the snapshot point, and ends.
+    Save {
+        /// The state file, empty.
+        state: File,
+        /// The memory file, empty.
+        memory: File,
+    },
+    /// It goes on as one that was saved, or boots if that cannot be.
+    Restore {
+        /// The state file.
+        state: File,
+        /// The memory file.
+        memory: File,
+        /// The message for its guest.
+        mail: File,
+    },
+}
+
+impl SnapshotFiles {
+    /// What is to be done, and with which descriptors.
+    fn into_parts(self) -> (SnapshotUse, Vec<OwnedFd>) {
+        match self {
+            SnapshotFiles::None => (SnapshotUse::None, Vec::new()),
+            SnapshotFiles::Save { state, memory } => {
+                (SnapshotUse::Save, vec![state.into(), memory.into()])
+            }
+            SnapshotFiles::Restore {
+                state,
+                memory,
+                mail,
+            } => {
+                let files = vec![state.into(), memory.into(), mail.into()];
+                (SnapshotUse::Restore, files)
+            }
+        }
+    }
+}
 
 /// A VMM process that was executed, and builds nothing yet.
 struct StartedVmm {
@@ -141,11 +186,21 @@ fn confine(child: &Child, cgroup: &mut Cgroup, mode: Mode) -> Result<(), Failure
     }
 }
 
+/// What the VMM process says of where its machine begins, in words that may be shown: it has
+/// read the state file.
+fn harmless_origin(origin: Origin) -> Origin {
+    match origin {
+        Origin::NotRestored(why) => Origin::NotRestored(printable::line(&why)),
+        origin => origin,
+    }
+}
+
 impl<'a> Supervisor<'a> {
     /// Executes the VMM process, opens what the machine needs, and has the process build it.
     /// May only be called while this process has one thread. Nothing of the host is changed.
     pub fn start(
         config: &'a MachineConfig,
+        snapshot: SnapshotFiles,
         timeline: Timeline,
         start: &StartSignals,
     ) -> Result<Self, Failure> {
@@ -184,16 +239,23 @@ impl<'a> Supervisor<'a> {
         let kvm = vm::duplicate(&resources.kvm).or_host("duplicating a descriptor")?;
         let mut files: Vec<OwnedFd> = vec![kvm, resources.kernel.into()];
         let initrd = resources.initrd.map(OwnedFd::from);
+        let (snapshot, snapshot_files) = snapshot.into_parts();
+        let memory_file = match snapshot {
+            SnapshotUse::Save => config.spec.memory.size,
+            SnapshotUse::None | SnapshotUse::Restore => 0,
+        };
         let request = BuildRequest {
             spec: config.spec.clone(),
             initrd: initrd.is_some(),
+            snapshot,
             sandbox: prepared,
-            file_size: resources.file_size,
+            file_size: resources.file_size.max(memory_file),
             log: config.log.style(),
             started_us: timeline.started_us(),
         };
         files.extend(initrd);
         files.push(its_broker.into());
+        files.extend(snapshot_files);
 
         let exited = child.pidfd().try_clone_to_owned();
         let exited = exited.or_host("duplicating a descriptor")?;
@@ -206,8 +268,9 @@ impl<'a> Supervisor<'a> {
             Ok((device, running))
         });
         let helpers = helpers.collect::<io::Result<_>>();
-        let supervisor = Supervisor {
+        let mut supervisor = Supervisor {
             config,
+            origin: Origin::Boot,
             stop: StopHandle(Arc::new(VmmProcess {
                 link,
                 child: Mutex::new(child),
@@ -229,7 +292,7 @@ impl<'a> Supervisor<'a> {
             timeline,
         };
         supervisor.ask_to_build(start, resources.backends, request, files)?;
-        supervisor.await_built(start, build_timeout(config))?;
+        supervisor.origin = supervisor.await_built(start, build_timeout(config))?;
         Ok(supervisor)
     }
 
@@ -281,17 +344,17 @@ impl<'a> Supervisor<'a> {
         }
     }
 
-    /// Hears whether the machine could be built.
+    /// Hears whether the machine could be built, and where it begins.
     pub(super) fn await_built(
         &self,
         signals: &StartSignals,
         timeout: Duration,
-    ) -> Result<(), Failure> {
+    ) -> Result<Origin, Failure> {
         if !signals.wait(self.link().as_fd(), timeout)? {
             return Err(too_late("build the VM", timeout));
         }
         match self.link().receive() {
-            Ok(Some(FromVmm::Built)) => Ok(()),
+            Ok(Some(FromVmm::Built(origin))) => Ok(harmless_origin(origin)),
             Ok(Some(FromVmm::Failed(failure))) => Err(self.failure(&failure)),
             _ => Err(self.never_ran()),
         }

@@ -26,7 +26,7 @@ use crate::disk_lock::DiskLocks;
 use crate::failure::{Class, Failure, OrFail};
 use crate::helper::Running;
 use crate::link::{
-    BrokerReply, BrokerRequest, Ending, FromVmm, Link, Outcome, Part, ToVmm, VmmFailure,
+    BrokerReply, BrokerRequest, Ending, FromVmm, Link, Origin, Outcome, Part, ToVmm, VmmFailure,
 };
 use crate::logging;
 use crate::net::host::{HostNetworks, Watch};
@@ -49,6 +49,8 @@ pub const LINK: &str = "talking to the VMM process";
 /// The supervisor of a machine that is built, and does not run yet.
 pub struct Supervisor<'a> {
     pub(super) config: &'a MachineConfig,
+    /// Where the machine begins.
+    pub(super) origin: Origin,
     pub(super) stop: StopHandle,
     /// For requests to the broker.
     pub(super) broker: Link,
@@ -121,6 +123,11 @@ impl Supervisor<'_> {
     /// Ends the machine, from any thread.
     pub fn stop_handle(&self) -> StopHandle {
         self.stop.clone()
+    }
+
+    /// Where the machine begins.
+    pub fn origin(&self) -> &Origin {
+        &self.origin
     }
 
     /// What users are told of the machine while it runs.
@@ -270,7 +277,7 @@ impl Supervisor<'_> {
                     Ok(Some(FromVmm::Event(event))) => self.board.tell(&event),
                     Ok(Some(FromVmm::Closed(report))) => self.note(clients, report),
                     Ok(Some(FromVmm::Running)) => self.stop.0.runs.store(true, Ordering::Relaxed),
-                    Ok(Some(FromVmm::Built)) => {}
+                    Ok(Some(FromVmm::Built(_))) => {}
                     Ok(None) | Err(_) if !self.runs() => {
                         return Err(self.never_ran());
                     }
@@ -492,6 +499,7 @@ mod tests {
             drop(program);
             let supervisor = Supervisor {
                 config: &config,
+                origin: Origin::Boot,
                 stop: StopHandle(Arc::new(VmmProcess {
                     link,
                     exited: child.pidfd().try_clone_to_owned().unwrap(),
@@ -537,7 +545,7 @@ mod tests {
     ) -> Result<Ending, Failure> {
         supervisor
             .await_built(signals, timeout)
-            .map(|()| unreachable!())
+            .map(|_| unreachable!())
     }
 
     #[test]

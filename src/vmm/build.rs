@@ -25,6 +25,7 @@ use crate::kvm::vcpu::{Buses, Vcpu};
 use crate::kvm::vm::Vm;
 use crate::link::{BlamePart, Broker, Part, VmmFailure};
 use crate::net::host::KnownHost;
+use crate::snapshot::machine::PlatformState;
 use crate::spec::{BootProtocol, MachineSpec};
 use crate::timing::Timeline;
 
@@ -44,6 +45,8 @@ pub struct Parts {
     pub prepare: Arc<dyn Prepare>,
     /// What networks' filters know of the host.
     pub host: KnownHost,
+    /// The machine is saved when its guest has come to the snapshot point.
+    pub saves: bool,
 }
 
 /// A machine that is ready to run.
@@ -70,6 +73,10 @@ pub struct Machine {
     pub wake: EventFd,
     /// What the vCPUs pass on their way to the guest.
     pub gate: Arc<Gate>,
+    /// The guest's memory.
+    pub memory: GuestMemory,
+    /// The serial port.
+    pub serial: Arc<Mutex<Serial>>,
 }
 
 /// Makes the machine; nothing of the host is changed yet.
@@ -90,10 +97,18 @@ pub fn build(
     let notifier = Notifier::new(&events, &wake)?;
 
     let mut buses = Buses::default();
-    let serial = attach_serial(&vm, &mut buses)?;
-    let watchdog = spec.watchdog.is_some();
+    let state = PlatformState::default();
+    let (serial, serial_event) = attach_serial(&vm, &mut buses, state.serial.clone())?;
     let gate = Arc::new(Gate::new(spec.cpus.into()));
-    let platform = platform::attach(&vm, &memory, &mut buses, &notifier, &gate, watchdog)?;
+    let platform_context = platform::PlatformContext {
+        vm: &vm,
+        memory: &memory,
+        notifier: &notifier,
+        gate: &gate,
+        saves: parts.saves,
+    };
+    let watchdog = spec.watchdog.is_some();
+    let platform = platform::attach(&platform_context, &mut buses, watchdog, &state)?;
     let context = DeviceContext {
         vm: &vm,
         memory: &memory,
@@ -102,7 +117,8 @@ pub fn build(
         host: &parts.host,
     };
     let backends = mem::take(&mut parts.backends);
-    let attached = devices::attach(spec, backends, serial, &context, &mut buses)?;
+    let line = (serial.clone(), serial_event);
+    let attached = devices::attach(spec, backends, Vec::new(), line, &context, &mut buses)?;
     let AttachedDevices {
         devices,
         connections,
@@ -116,7 +132,7 @@ pub fn build(
     let entry = thread::scope(|scope| {
         let given = thread::Builder::new()
             .name("memory".into())
-            .spawn_scoped(scope, || vm.set_memory())
+            .spawn_scoped(scope, || vm.set_memory().and_then(|()| vm.set_registers()))
             .or_host("starting a thread")?;
         let entry = load(spec, &mut parts, &memory, &virtio)?;
         if spec.memory.prefault {
@@ -157,10 +173,12 @@ pub fn build(
         events,
         wake,
         gate,
+        memory,
+        serial,
     })
 }
 
-fn memory_flag(spec: &MachineSpec) -> String {
+pub(super) fn memory_flag(spec: &MachineSpec) -> String {
     format!("--memory {}M", spec.memory.size >> 20)
 }
 
@@ -204,13 +222,17 @@ fn load(
     Ok(mayfly_boot::finish(memory, &kernel, &boot).or_config("--kernel, --cmdline")?)
 }
 
-/// Returns the port, and what it signals when the host's side is to look.
-fn attach_serial(vm: &Vm, buses: &mut Buses) -> Result<(Arc<Mutex<Serial>>, EventFd), Failure> {
+/// Returns the port in a state, and what it signals when the host's side is to look.
+pub(super) fn attach_serial(
+    vm: &Vm,
+    buses: &mut Buses,
+    state: SerialState,
+) -> Result<(Arc<Mutex<Serial>>, EventFd), Failure> {
     let (interrupt, host_event) = (event()?, event()?);
     vm.connect_interrupt(&interrupt, layout::SERIAL_IRQ)
         .or_host("serial port")?;
     let listener = duplicate(&host_event)?;
-    let serial = Serial::new(SerialState::default(), interrupt, host_event);
+    let serial = Serial::new(state, interrupt, host_event);
     let serial = Arc::new(Mutex::new(serial));
     buses
         .io

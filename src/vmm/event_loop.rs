@@ -171,6 +171,7 @@ impl MutEventSubscriber for Control {
                     handler.tell("crash-kernel", None);
                     None
                 }
+                VmEvent::SnapshotPoint => Some(Outcome::Saved),
                 // Kept where it is written.
                 VmEvent::Platform(PlatformEvent::Status(_), _) => None,
             };

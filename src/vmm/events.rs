@@ -19,6 +19,8 @@ pub enum VmEvent {
     Platform(PlatformEvent, Instant),
     /// The guest's kernel panicked.
     Panic(GuestPanic),
+    /// The guest is at its snapshot point, where it is to be saved. The vCPUs stop.
+    SnapshotPoint,
 }
 
 /// Sends [`VmEvent`]s.

@@ -10,6 +10,8 @@ mod event_loop;
 mod events;
 mod platform;
 mod request;
+mod restore;
+mod save;
 mod vcpus;
 
 use std::cell::RefCell;
@@ -23,19 +25,23 @@ use vmm_sys_util::timerfd::TimerFd;
 
 pub use self::request::{NAME, is_vmm};
 
-use self::build::build;
+use self::build::{Machine, Parts, build};
 use self::commands::{CommandHandler, Handles};
 use self::confinement::confined;
 use self::event_loop::{ConsolePump, Control, EventLoop, VirtioWorker};
 use self::events::{VmEvent, duplicate};
-use self::request::{Inherited, LINK, Request, unexpected};
+use self::request::{Inherited, LINK, Request, Snapshot, unexpected};
+use self::restore::{PendingMail, Saved};
+use self::save::{Running, Saver};
 use self::vcpus::VcpuControl;
 use crate::console::{Connection, Console, ConsoleFds};
 use crate::failure::{Class, Failure, OrFail};
 use crate::kvm::vcpu;
-use crate::link::{Ending, FromVmm, Link, ToVmm, VmmFailure};
+use crate::link::{Ending, FromVmm, Link, Origin, Outcome, ToVmm, VmmFailure};
 use crate::logging;
 use crate::signals;
+use crate::spec::MachineSpec;
+use crate::timing::Timeline;
 use crate::vsock;
 
 /// The guest's sockets are the most.
@@ -74,8 +80,16 @@ fn live(inherited: Inherited) -> Result<Ending, VmmFailure> {
     vcpu::install_kick_handler().or_internal("installing a signal handler")?;
     let link = inherited.link.clone();
     let mut request = Request::receive(inherited)?;
-    let machine = build(&request.spec, request.parts, &mut request.timeline)?;
-    link.send(&FromVmm::Built, &[]).or_internal(LINK)?;
+    let (saved, saver) = match request.snapshot {
+        Snapshot::None => (None, None),
+        Snapshot::Save(state, memory) => {
+            let saver = Saver::new(state, memory, &request.parts.kvm)?;
+            (None, Some(saver))
+        }
+        Snapshot::Restore(saved) => (Some(saved), None),
+    };
+    let (machine, mail, origin) = make(&request.spec, request.parts, saved, &mut request.timeline)?;
+    link.send(&FromVmm::Built(origin), &[]).or_internal(LINK)?;
 
     let start = Start::receive(&link, &request.log)?;
     let limits = Limits {
@@ -97,7 +111,11 @@ fn live(inherited: Inherited) -> Result<Ending, VmmFailure> {
     let confinement = close(request.setup, &limits, &link)?;
     let vcpus = {
         let (confinement, notifier) = (confinement.clone(), Arc::new(machine.notifier));
-        let confine = move || confined(confinement.confine(Role::Vcpu));
+        let role = match saver {
+            Some(_) => Role::SavingVcpu,
+            None => Role::Vcpu,
+        };
+        let confine = move || confined(confinement.confine(role));
         let tell = move |end| notifier.send(VmEvent::Vcpu(end));
         VcpuControl::start(machine.vcpus, machine.buses, machine.gate, confine, tell)?
     };
@@ -124,14 +142,35 @@ fn live(inherited: Inherited) -> Result<Ending, VmmFailure> {
         handler: handler.clone(),
         state: state.clone(),
     });
-    confinement.confine(Role::EventLoop).or_host("seccomp")?;
+    let role = match saver {
+        Some(_) => Role::SavingEventLoop,
+        None => Role::EventLoop,
+    };
+    confinement.confine(role).or_host("seccomp")?;
     link.send(&FromVmm::Running, &[]).or_internal(LINK)?;
+    if let Some(mail) = mail {
+        mail.deliver(&machine.memory)?;
+    }
     vcpus.resume();
     {
         let mut state = state.borrow_mut();
         state.timeline.vcpus_started = state.timeline.now();
     }
-    let outcome = events.run();
+    let mut outcome = events.run();
+    if let (Outcome::Saved, Some(saver)) = (&outcome, &saver) {
+        let machine = Running {
+            spec: &request.spec,
+            vm: &machine.vm,
+            vcpus: &vcpus,
+            memory: &machine.memory,
+            devices: &machine.devices,
+            platform: &machine.platform,
+            serial: &machine.serial,
+        };
+        if let Err(failure) = saver.save(&machine) {
+            outcome = Outcome::Internal(format!("saving the machine: {failure}"));
+        }
+    }
 
     vcpus.stop();
     for console in &consoles {
@@ -149,6 +188,24 @@ fn live(inherited: Inherited) -> Result<Ending, VmmFailure> {
         last_lines: console.map_or(Vec::new(), |console| console.borrow().last_lines()),
         timeline: state.timeline,
     })
+}
+
+/// Makes the machine that was saved go on, with a message for its guest, or one boot.
+fn make(
+    spec: &MachineSpec,
+    parts: Parts,
+    saved: Option<Saved>,
+    timeline: &mut Timeline,
+) -> Result<(Machine, Option<PendingMail>, Origin), VmmFailure> {
+    let origin = match saved.map(|saved| restore::resume(spec, &parts.kvm, saved, timeline)) {
+        Some(Ok(resumed)) => {
+            let (machine, mail) = restore::attach(spec, parts, resumed)?;
+            return Ok((machine, Some(mail), Origin::Restored));
+        }
+        Some(Err(failure)) => Origin::NotRestored(failure.to_string()),
+        None => Origin::Boot,
+    };
+    Ok((build(spec, parts, timeline)?, None, origin))
 }
 
 /// What the guest's console and channels have of the host.

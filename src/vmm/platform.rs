@@ -8,10 +8,16 @@ use std::time::Instant;
 use mayfly_boot::layout;
 use mayfly_devices::bus::{BusDevice, lock};
 use mayfly_devices::cmos::Cmos;
-use mayfly_devices::ged::{Ged, GedHandle, GedState};
+#[cfg(test)]
+use mayfly_devices::ged::GedState;
+use mayfly_devices::ged::{Ged, GedHandle};
 use mayfly_devices::i8042::{self, I8042};
 use mayfly_devices::platform::{Platform, PlatformEvent, PlatformPorts};
 use mayfly_devices::pvpanic::{GuestPanic, Pvpanic};
+use mayfly_devices::serial::Serial;
+use mayfly_devices::snapshot_port::SnapshotPort;
+#[cfg(test)]
+use mayfly_devices::snapshot_port::SnapshotPortState;
 use mayfly_devices::vmgenid::{GenerationError, GenerationId};
 use mayfly_devices::watchdog::{Watchdog, WatchdogPorts, WatchdogState};
 
@@ -21,6 +27,7 @@ use crate::kvm::gate::Gate;
 use crate::kvm::memory::GuestMemory;
 use crate::kvm::vcpu::Buses;
 use crate::kvm::vm::Vm;
+use crate::snapshot::machine::PlatformState;
 
 /// The guest's init has not said how its work ended.
 pub const NO_STATUS: u16 = u16::MAX;
@@ -30,8 +37,27 @@ pub const NO_STATUS: u16 = u16::MAX;
 pub struct PlatformHandle {
     ged: GedHandle,
     generation: GenerationId<GuestMemory>,
+    clock: Arc<Mutex<Cmos>>,
+    snapshot_port: Arc<Mutex<SnapshotPoint>>,
     watchdog: Option<Arc<Mutex<Watchdog>>>,
     status: Arc<AtomicU16>,
+}
+
+/// The port by which the guest says that it may be saved.
+type SnapshotPoint = SnapshotPort<Box<dyn FnMut(u64) + Send>>;
+
+/// What the platform's devices have of their machine.
+pub struct PlatformContext<'a> {
+    /// The virtual machine.
+    pub vm: &'a Vm,
+    /// Its memory.
+    pub memory: &'a GuestMemory,
+    /// Where events are sent.
+    pub notifier: &'a Notifier,
+    /// What the vCPUs pass on their way to the guest.
+    pub gate: &'a Arc<Gate>,
+    /// The machine is saved when its guest has come to the snapshot point.
+    pub saves: bool,
 }
 
 impl PlatformHandle {
@@ -46,6 +72,11 @@ impl PlatformHandle {
         PlatformHandle {
             generation: GenerationId::new(memory, id.0, ged.clone(), id.1).unwrap(),
             ged,
+            clock: Arc::default(),
+            snapshot_port: Arc::new(Mutex::new(SnapshotPort::new(
+                SnapshotPortState::default(),
+                Box::new(|_| ()),
+            ))),
             watchdog: None,
             status: Arc::new(AtomicU16::new(NO_STATUS)),
         }
@@ -56,8 +87,18 @@ impl PlatformHandle {
         self.ged.raise(layout::GED_POWER_BUTTON);
     }
 
+    /// What the guest can see of the devices, and of the serial port.
+    pub fn save(&self, serial: &Mutex<Serial>) -> PlatformState {
+        PlatformState {
+            serial: lock(serial).save(),
+            cmos: lock(&self.clock).save(),
+            ged: self.ged.save(),
+            watchdog: self.watchdog().map(|watchdog| lock(watchdog).save()),
+            snapshot_port: lock(&self.snapshot_port).save(),
+        }
+    }
+
     /// Tells the guest that it was cloned, or went back in time.
-    #[allow(dead_code, reason = "a machine is restored nowhere yet")]
     pub fn renew_generation(&self) -> Result<(), GenerationError> {
         self.generation.renew()
     }
@@ -87,15 +128,20 @@ impl PlatformHandle {
     }
 }
 
-/// Makes the devices, and places them.
+/// Makes the devices in a state, and places them; the watchdog, if there is to be one.
 pub fn attach(
-    vm: &Vm,
-    memory: &GuestMemory,
+    context: &PlatformContext,
     buses: &mut Buses,
-    notifier: &Notifier,
-    gate: &Arc<Gate>,
     watchdog: bool,
+    state: &PlatformState,
 ) -> Result<PlatformHandle, Failure> {
+    let &PlatformContext {
+        vm,
+        memory,
+        notifier,
+        gate,
+        saves,
+    } = context;
     let tell = || {
         notifier
             .try_clone()
@@ -113,13 +159,20 @@ pub fn attach(
     place(layout::PLATFORM_PORT, layout::PLATFORM_PORT_LEN, power)?;
     place(i8042::COMMAND_PORT, 1, reset_line(tell()?, gate.clone()))?;
     place(layout::PVPANIC_PORT, 1, panic_port(tell()?))?;
-    let clock = Arc::new(Mutex::new(Cmos::default()));
-    place(layout::RTC_PORT, layout::RTC_PORT_LEN.into(), clock)?;
+    let clock = Arc::new(Mutex::new(Cmos::new(state.cmos.clone())));
+    place(layout::RTC_PORT, layout::RTC_PORT_LEN.into(), clock.clone())?;
+    let reached: Box<dyn FnMut(u64) + Send> = match saves {
+        true => snapshot_point(tell()?, gate.clone()),
+        false => Box::new(|_| ()),
+    };
+    let snapshot_port = Arc::new(Mutex::new(SnapshotPort::new(state.snapshot_port, reached)));
+    let (port, len) = (layout::SNAPSHOT_PORT, layout::SNAPSHOT_PORT_LEN);
+    place(port, len, snapshot_port.clone())?;
 
     let interrupt = event()?;
     vm.connect_interrupt(&interrupt, layout::GED_IRQ)
         .or_host("event device")?;
-    let (device, ged) = Ged::new(GedState::default(), interrupt);
+    let (device, ged) = Ged::new(state.ged, interrupt);
     place(layout::GED_EVENTS, 1, Arc::new(Mutex::new(device)))?;
     let generation = GenerationId::new(
         memory.clone(),
@@ -130,7 +183,9 @@ pub fn attach(
     .or_host("VM generation ID")?;
 
     let watchdog = match watchdog {
-        true => Some(Arc::new(Mutex::new(self::watchdog()?))),
+        true => Some(Arc::new(Mutex::new(self::watchdog(
+            state.watchdog.unwrap_or_default(),
+        )?))),
         false => None,
     };
     if let Some(watchdog) = &watchdog {
@@ -140,8 +195,21 @@ pub fn attach(
     Ok(PlatformHandle {
         ged,
         generation,
+        clock,
+        snapshot_port,
         watchdog,
         status,
+    })
+}
+
+/// Stops all vCPUs where the guest may be saved, once, and has that done.
+fn snapshot_point(tell: Notifier, gate: Arc<Gate>) -> Box<dyn FnMut(u64) + Send> {
+    let mut reached = false;
+    Box::new(move |_| {
+        if !std::mem::replace(&mut reached, true) {
+            gate.close();
+            tell.send(VmEvent::SnapshotPoint);
+        }
     })
 }
 
@@ -196,7 +264,7 @@ fn panic_port(tell: Notifier) -> Arc<Mutex<dyn BusDevice>> {
     })))
 }
 
-fn watchdog() -> Result<Watchdog, Failure> {
+fn watchdog(state: WatchdogState) -> Result<Watchdog, Failure> {
     let offset = |port: u16| u64::from(port - layout::WATCHDOG_PORT);
     let ports = WatchdogPorts {
         control: offset(layout::WATCHDOG_CONTROL),
@@ -204,5 +272,5 @@ fn watchdog() -> Result<Watchdog, Failure> {
         feed: offset(layout::WATCHDOG_FEED),
         count: offset(layout::WATCHDOG_COUNT),
     };
-    Watchdog::new(ports, WatchdogState::default()).or_host("--watchdog: creating a timer")
+    Watchdog::new(ports, state).or_host("--watchdog: creating a timer")
 }

@@ -14,9 +14,10 @@ use rustix::net::sockopt::socket_type;
 use super::build::Parts;
 use super::confinement::ConfinedStart;
 use super::devices::DeviceBackends;
+use super::restore::Saved;
 use crate::failure::{Class, Failure, OrFail};
 use crate::kvm::vm;
-use crate::link::{Broker, BuildRequest, Link, ToVmm, VmmFailure};
+use crate::link::{Broker, BuildRequest, Link, SnapshotUse, ToVmm, VmmFailure};
 use crate::logging;
 use crate::net::host::{KnownHost, Updates};
 use crate::spec::{MachineSpec, VERSION};
@@ -72,6 +73,8 @@ pub struct Request {
     pub spec: MachineSpec,
     /// What it is built from.
     pub parts: Parts,
+    /// What is done with a snapshot.
+    pub snapshot: Snapshot,
     /// The sandbox that is to be closed.
     pub setup: SandboxSetup,
     /// Hears of changes of the host's networks.
@@ -82,6 +85,16 @@ pub struct Request {
     pub log: logging::Started,
     /// When the start began.
     pub timeline: Timeline,
+}
+
+/// What is done with a snapshot, and its files.
+pub enum Snapshot {
+    /// Nothing.
+    None,
+    /// The machine is saved to a state file and a memory file.
+    Save(File, File),
+    /// It goes on as one that was saved.
+    Restore(Saved),
 }
 
 impl Request {
@@ -105,6 +118,7 @@ impl Request {
         let BuildRequest {
             spec,
             initrd,
+            snapshot,
             sandbox,
             file_size,
             log,
@@ -126,6 +140,15 @@ impl Request {
             false => None,
         };
         let broker = Arc::new(Broker::new(next()?.into()));
+        let snapshot = match snapshot {
+            SnapshotUse::None => Snapshot::None,
+            SnapshotUse::Save => Snapshot::Save(next()?.into(), next()?.into()),
+            SnapshotUse::Restore => Snapshot::Restore(Saved {
+                state: next()?.into(),
+                memory: next()?.into(),
+                mail: next()?.into(),
+            }),
+        };
         let setup = SandboxSetup::resume(sandbox, lifeline).or_host("the sandbox")?;
         let prepare = Arc::new(ConfinedStart(setup.barrier()));
         Ok(Request {
@@ -138,7 +161,9 @@ impl Request {
                 broker,
                 prepare,
                 host: known,
+                saves: matches!(snapshot, Snapshot::Save(..)),
             },
+            snapshot,
             setup,
             host,
             file_size,

@@ -8,6 +8,7 @@ use vmm_sys_util::signal::Killable;
 
 use crate::failure::{Failure, OrFail};
 use crate::kvm::gate::Gate;
+use crate::kvm::state::{StateScope, VcpuState};
 use crate::kvm::vcpu::{self, Buses, ExitCounters, Vcpu};
 
 /// Enough for what a vCPU's thread calls.
@@ -74,6 +75,16 @@ impl VcpuControl {
         self.gate.close();
         self.kick();
         self.gate.closed(PAUSE_TIMEOUT)
+    }
+
+    /// Saves every vCPU, which wait: see [`VcpuControl::pause`].
+    pub fn save(&self, scope: &Arc<StateScope>) -> Result<Vec<VcpuState>, Failure> {
+        let saved = self.gate.save(scope.clone(), PAUSE_TIMEOUT);
+        let saved = saved.ok_or_else(|| Failure::host("a vCPU is not saved"))?;
+        saved
+            .into_iter()
+            .map(|state| state.or_host("a vCPU"))
+            .collect()
     }
 
     /// Interrupts every vCPU, maskable or not.

@@ -208,11 +208,24 @@ impl VirtioMmio {
         interrupt: impl InterruptLine + 'static,
         state: VirtioState,
     ) -> Result<Self, RestoreError> {
+        let registers = (&RegisterPages::new(1), 0);
+        VirtioMmio::restore_with_registers(device, memory, interrupt, registers, state)
+    }
+
+    /// The same, whose registers are in one of several pages.
+    pub fn restore_with_registers(
+        device: Box<dyn VirtioDevice>,
+        memory: Arc<GuestMemory>,
+        interrupt: impl InterruptLine + 'static,
+        registers: (&RegisterPages, usize),
+        state: VirtioState,
+    ) -> Result<Self, RestoreError> {
         if state.version != STATE_VERSION {
             return Err(RestoreError::Version(state.version));
         }
         let host = |error: std::io::Error| RestoreError::Host(error.raw_os_error().unwrap_or(0));
-        let mut transport = VirtioMmio::new(device, memory, interrupt).map_err(host)?;
+        let transport = VirtioMmio::with_registers(device, memory, interrupt, registers);
+        let mut transport = transport.map_err(host)?;
         transport.check(&state.transport)?;
         transport.state = state.transport;
         transport.page.raise(transport.state.interrupts);

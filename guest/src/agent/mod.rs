@@ -4,6 +4,7 @@
 mod command;
 mod copies;
 mod directory;
+mod disks;
 mod names;
 mod passwd;
 mod process;

@@ -9,7 +9,7 @@ use mayfly_protocol::agent::{Failed, Frames, GuestMessage, HostMessage, PORT, VE
 
 use super::reaper::Reaper;
 use super::session::{AgentState, HostConnection, Session};
-use super::{copies, setup, snapshot, vsock};
+use super::{copies, disks, setup, snapshot, vsock};
 
 /// The status of what mayfly's own part failed to do.
 const STATUS_FAILED: u8 = 125;
@@ -23,8 +23,9 @@ enum Served {
     SnapshotPoint,
 }
 
-/// Serves the host until the main process has ended and the host knows.
-pub fn run() -> Result<(), String> {
+/// Serves the host until the main process has ended and the host knows. At the snapshot
+/// point, `settle` is called first: all that a clone should have is there when it returns.
+pub fn run(settle: impl Fn()) -> Result<(), String> {
     let mut frames = Vec::new();
     loop {
         let host =
@@ -32,8 +33,10 @@ pub fn run() -> Result<(), String> {
         match serve_or_tell(&host, &frames)? {
             Served::End => return Ok(()),
             Served::SnapshotPoint => {
-                drop(host);
+                vsock::end(host);
+                settle();
                 frames = snapshot::pause()?;
+                disks::wait_for_all();
             }
         }
     }

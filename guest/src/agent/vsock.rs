@@ -46,6 +46,24 @@ pub fn connect_to_host(port: u32) -> io::Result<File> {
     Ok(socket.into())
 }
 
+/// Ends a connection, and waits until the host has acknowledged that, if it does so soon:
+/// then nothing of it is on its way any more.
+pub fn end(connection: File) {
+    const SECONDS: libc::c_int = 5;
+    let linger = libc::linger {
+        l_onoff: 1,
+        l_linger: SECONDS,
+    };
+    let len = size_of::<libc::linger>() as libc::socklen_t;
+    let (level, name) = (libc::SOL_SOCKET, libc::SO_LINGER);
+    let value = (&raw const linger).cast();
+    // SAFETY: reads a live structure of that length.
+    let set = unsafe { libc::setsockopt(connection.as_raw_fd(), level, name, value, len) };
+    // Without it, the connection ends a moment later.
+    let _ = check(set);
+    drop(connection);
+}
+
 /// Listens for the host.
 pub struct Listener(OwnedFd);
 

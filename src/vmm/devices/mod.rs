@@ -25,6 +25,7 @@ use mayfly_devices::virtio::mmio::{
 };
 use mayfly_devices::virtio::registers::{RegisterPage, RegisterPages};
 use mayfly_devices::virtio::rng::Rng;
+use mayfly_devices::virtio::state::VirtioState;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::pending::{PendingDevice, first, unfit};
@@ -82,10 +83,12 @@ pub struct AttachedDevices {
     pub registers: Vec<(Arc<RegisterPage>, u64)>,
 }
 
-/// Makes all devices of a specification, and places them in its order.
+/// Makes all devices of a specification, and places them in its order. Those that go on have
+/// a state each, in that order, too.
 pub fn attach(
     spec: &MachineSpec,
     mut backends: DeviceBackends,
+    saved: Vec<VirtioState>,
     serial: (Arc<Mutex<Serial>>, EventFd),
     context: &DeviceContext,
     buses: &mut Buses,
@@ -97,11 +100,17 @@ pub fn attach(
     };
     let mut attached = AttachedDevices::default();
     attached.connections.push(console::on_serial(serial));
+    let mut saved = saved.into_iter();
     for (index, device) in spec.devices.iter().enumerate() {
         let name = device.name.as_str();
         let backend = backends.remove(name);
         let pending = make(spec, name, &device.kind, backend, context, &mut attached)?;
-        let (device, registers) = place(index, name, pending, &common, buses)?;
+        let place = Place {
+            index,
+            name,
+            state: saved.next(),
+        };
+        let (device, registers) = self::place(place, pending, &common, buses)?;
         attached.registers.push((registers, device.place.addr));
         attached.devices.push(device);
     }
@@ -161,11 +170,17 @@ struct Common<'a> {
     registers: RegisterPages,
 }
 
+/// Where a device is to be, and as what it goes on, if it does.
+struct Place<'a> {
+    index: usize,
+    name: &'a str,
+    state: Option<VirtioState>,
+}
+
 /// Gives a device its address, its interrupt and its notifications. Returns what its driver
 /// reads of the transport, too.
 fn place(
-    index: usize,
-    name: &str,
+    Place { index, name, state }: Place,
     pending: PendingDevice,
     common: &Common,
     buses: &mut Buses,
@@ -179,8 +194,15 @@ fn place(
         return Err(Failure::config(format!("{name}: too many devices")).into());
     };
     let interrupt = vm.interrupt_line(irq).or_host_of(part())?;
-    let transport =
-        VirtioMmio::with_registers(device, memory, interrupt, registers).or_host_of(part())?;
+    let transport = match state {
+        None => {
+            VirtioMmio::with_registers(device, memory, interrupt, registers).or_host_of(part())?
+        }
+        Some(state) => {
+            VirtioMmio::restore_with_registers(device, memory, interrupt, registers, state)
+                .or_host_of(part())?
+        }
+    };
     let registers = transport.registers().clone();
     for (queue, kick) in (0..).zip(transport.kicks()) {
         vm.connect_notification(kick, addr + NOTIFY_OFFSET, queue)

@@ -191,11 +191,16 @@ impl VirtioDevice for Vsock {
         self.work(queues)
     }
 
+    /// Takes what the guest has sent: the ends of connections, perhaps.
+    fn quiesce(&mut self, queues: &mut Queues) -> Result<(), NeedsReset> {
+        self.work(queues)
+    }
+
     /// Connections are not in the state: a device that is made of it notifies the guest
-    /// that they ended.
+    /// that they ended, if there were any.
     fn save(&self) -> Result<DeviceState, SaveError> {
         Ok(DeviceState::Vsock(VsockState {
-            ended: true,
+            ended: self.state.ended || self.muxer.is_busy(),
             ..self.state.clone()
         }))
     }

@@ -165,6 +165,11 @@ impl Muxer {
             .ctl(operation, fd, EpollEvent::new(events, key.number()))
     }
 
+    /// The guest has connections, or is still to hear that one has ended.
+    pub fn is_busy(&self) -> bool {
+        !self.connections.is_empty() || !self.resets.is_empty()
+    }
+
     /// Closes all connections; the guest is forgotten.
     pub fn reset(&mut self) {
         // A new hash table would need random numbers, which a vCPU's thread may not ask for.

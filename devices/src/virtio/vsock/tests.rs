@@ -873,7 +873,14 @@ fn a_restored_device_tells_that_connections_ended() {
     };
     let mut driver = Driver::new(Box::new(device("a", VsockState::new(CID))));
     driver.start(0);
+    // Nothing ended where nothing was.
+    let quiet = driver.save();
+    let mut client = UnixStream::connect(folder.path().join("a")).unwrap();
+    client.write_all(b"CONNECT 9\n").unwrap();
+    driver.transport.event_ready(0);
+    driver.transport.event_ready(0);
     let state = driver.save();
+    assert_ne!(state, quiet);
     let other = device("c", VsockState::new(CID + 1));
     assert!(driver.restore(Box::new(other), state.clone()).is_err());
     let other = device("b", VsockState::new(CID));
@@ -889,6 +896,10 @@ fn a_restored_device_tells_that_connections_ended() {
     let mut config = [0; 8];
     crate::bus::BusDevice::read(&mut driver.transport, 0x100, &mut config);
     assert_eq!(u64::from_le_bytes(config), u64::from(CID));
+    let other = device("d", VsockState::new(CID));
+    driver.restore(Box::new(other), quiet).unwrap();
+    driver.kick(EVENT);
+    assert_eq!(driver.used(EVENT), []);
 }
 
 #[test]
