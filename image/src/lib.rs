@@ -35,7 +35,7 @@ mod tree;
 mod unpack;
 
 pub use config::{ImageConfig, RootFs, RunConfig};
-pub use digest::{Digest, NotADigest};
+pub use digest::{Digest, Hasher, NotADigest};
 pub use error::{Error, ErrorKind};
 pub use layers::LAYER_ROOT;
 pub use limits::Limits;

@@ -14,8 +14,9 @@ use super::progress::Progress;
 use super::reference::Reference;
 use super::registry::Client;
 use super::section::Section;
-use super::store::{Image, Layer, Store, foreign, read_config, take_file};
+use super::store::{Image, Layer, Store, foreign, read_config};
 use crate::error::{Context, Error, ErrorKind};
+use mayfly_files::lock::take_file;
 
 /// The number of blobs that come at once.
 const AT_ONCE: usize = 3;

@@ -17,7 +17,8 @@ const KNOWS: &[(&str, &[&str])] = &[
     (
         "mayfly",
         &[
-            "boot", "compare", "devices", "image", "process", "protocol", "sandbox", "text",
+            "boot", "compare", "devices", "files", "image", "process", "protocol", "sandbox",
+            "text",
         ],
     ),
     (
@@ -26,8 +27,9 @@ const KNOWS: &[(&str, &[&str])] = &[
     ),
     ("mayfly-boot", &[]),
     ("mayfly-devices", &[]),
+    ("mayfly-files", &[]),
     ("mayfly-guest", &["protocol"]),
-    ("mayfly-image", &["process", "text"]),
+    ("mayfly-image", &["files", "process", "text"]),
     ("mayfly-process", &[]),
     ("mayfly-protocol", &[]),
     ("mayfly-sandbox", &[]),
@@ -42,8 +44,9 @@ const KNOWS: &[(&str, &[&str])] = &[
 const KVM: [&str; 2] = ["kvm-bindings", "kvm-ioctls"];
 
 /// Crates whose files import in one direction.
-const WITHOUT_CIRCLES: [&str; 10] = [
-    ".", "boot", "compare", "devices", "guest", "image", "process", "protocol", "sandbox", "text",
+const WITHOUT_CIRCLES: [&str; 11] = [
+    ".", "boot", "compare", "devices", "files", "guest", "image", "process", "protocol", "sandbox",
+    "text",
 ];
 
 fn root() -> &'static Path {

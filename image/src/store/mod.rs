@@ -1,12 +1,20 @@
 //! The images of a user, on disk.
 //!
+//! ```text
+//! lock              held while names, images or layers come or go
+//! names.json        names → images
+//! images/ID.json    an image: its configuration, its layers
+//! layers/NAME/      a layer: layer.squashfs, layer.json; NAME is its archive's
+//!                   digest, and what it takes from layers below
+//! partial/DIGEST    a blob on its way from a registry
+//! tmp/…             what is being made; its maker has it locked
+//! ```
+//!
 //! Everything comes into place whole, by a rename, after it was made and synced
 //! in `tmp`. An image's layers come before its record, and go after it; whoever
 //! uses either holds a lock on it. So nothing is ever half there, whenever a
 //! process or the host ends.
 
-mod directory;
-mod lock;
 pub mod removal;
 
 use std::collections::BTreeMap;
@@ -17,6 +25,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use mayfly_files::{Directory, Work, lock, sync_parent};
 use mayfly_text::printable;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -31,10 +40,12 @@ use super::reference::Reference;
 use super::section::Section;
 use crate::error::{Context, Error};
 
-pub use directory::Work;
-use directory::{Directory, IMAGES, LAYERS, PARTIAL};
-pub(super) use lock::take_file;
-
+/// The folders in a store.
+const IMAGES: &str = "images";
+const LAYERS: &str = "layers";
+const PARTIAL: &str = "partial";
+/// What the names of disks began with that earlier versions gave one until they were made.
+const SCRATCH: &str = "scratch-";
 const NAMES: &str = "names.json";
 /// The record of a layer.
 pub(super) const RECORD_FILE: &str = "layer.json";
@@ -112,8 +123,9 @@ impl Store {
     /// Opens one in a directory, which is made if it is missing.
     pub fn open(root: &Path) -> Result<Self, Error> {
         let what = || format!("image store {}", root.display());
-        let directory = Directory::open(root).or_host(what())?;
+        let directory = Directory::open(root, &[IMAGES, LAYERS, PARTIAL]).or_host(what())?;
         directory.clean().or_host(what())?;
+        remove_old_disks(root).or_host(what())?;
         let root = root.to_owned();
         Ok(Store {
             directory,
@@ -404,7 +416,7 @@ impl Store {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             other => {
                 other?;
-                directory::sync_parent(target)
+                sync_parent(target)
             }
         }
     }
@@ -451,6 +463,18 @@ impl Store {
         self.image(&id)?
             .ok_or_else(|| Error::host(format!("image {id} was removed while it was added")))
     }
+}
+
+fn remove_old_disks(root: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(root)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let old = name.as_encoded_bytes().starts_with(SCRATCH.as_bytes());
+        if old && entry.file_type()?.is_file() {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 fn inherited(record: &Record, below: &[Layer]) -> layers::Inheritance {

@@ -1,13 +1,11 @@
 //! What leaves the store, and what must not.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
-use std::path::Path;
-use std::thread;
-use std::time::Duration;
+use std::fs;
 
-use super::directory::{LAYERS, PARTIAL, sync_parent};
-use super::{ImageRecord, Store, lock};
+use mayfly_files::{lock, sync_parent};
+
+use super::{ImageRecord, LAYERS, PARTIAL, Store};
 use crate::digest::Digest;
 use crate::error::{Context, Error, ErrorKind};
 use crate::layers::IMAGE_FILE;
@@ -48,12 +46,16 @@ impl Store {
         let path = self.image_path(&id);
         let taken = match last {
             false => None,
-            true => Some(self.take_patiently(&path)?.ok_or_else(|| {
-                Error::new(
-                    ErrorKind::InUse,
-                    format!("{name}: a VM or another command uses the image"),
-                )
-            })?),
+            true => Some(
+                lock::take_patiently(&path)
+                    .or_host(self.failed())?
+                    .ok_or_else(|| {
+                        Error::new(
+                            ErrorKind::InUse,
+                            format!("{name}: a VM or another command uses the image"),
+                        )
+                    })?,
+            ),
         };
         for name in &removed {
             names.remove(name);
@@ -72,17 +74,6 @@ impl Store {
             self.sweep(&mut Pruned::default())?;
         }
         Ok(told)
-    }
-
-    /// Who only looks at images is done in a moment.
-    fn take_patiently(&self, path: &Path) -> Result<Option<File>, Error> {
-        for _ in 0..10 {
-            if let Some(taken) = lock::take(path).or_host(self.failed())? {
-                return Ok(Some(taken));
-            }
-            thread::sleep(Duration::from_millis(20));
-        }
-        Ok(None)
     }
 
     /// Removes images that have no name and are not in use, layers of no image,

@@ -1,14 +1,12 @@
-//! The directories of a store, and how files come into them: whole, or not at all.
+//! A folder into which files come by a rename, when they are whole.
 //!
 //! ```text
-//! lock              held while names, images or layers come or go
-//! names.json        names → images
-//! images/ID.json    an image: its configuration, its layers
-//! layers/NAME/      a layer: layer.squashfs, layer.json; NAME is its archive's
-//!                   digest, and what it takes from layers below
-//! partial/DIGEST    a blob on its way from a registry
-//! tmp/…             what is being made; its maker has it locked
+//! lock       held while something comes or goes
+//! tmp/…      what is being made; its maker has it locked
 //! ```
+//!
+//! Everything else is its user's. What a killed process left in `tmp` is removed by who
+//! comes next.
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
@@ -18,25 +16,23 @@ use std::path::{Path, PathBuf};
 use rustix::process::geteuid;
 use tempfile::{NamedTempFile, TempDir};
 
-use super::lock;
+use crate::lock;
 
 const PRIVATE: u32 = 0o700;
-/// The directories in a store.
-pub const IMAGES: &str = "images";
-pub const LAYERS: &str = "layers";
-pub const PARTIAL: &str = "partial";
+/// Bits of a mode that let others write.
+const WRITABLE_BY_OTHERS: u32 = 0o022;
 const TMP: &str = "tmp";
 const LOCK: &str = "lock";
-const SCRATCH: &str = "scratch-";
 
-/// A store's directories.
+/// A folder of the user's.
 #[derive(Debug)]
 pub struct Directory(PathBuf);
 
 impl Directory {
-    /// Opens a store, and makes what is missing.
-    pub fn open(root: &Path) -> io::Result<Self> {
-        for path in ["", IMAGES, LAYERS, PARTIAL, TMP] {
+    /// Opens one, and makes what is missing of it and of the folders in it that `parts`
+    /// names. Fails if another user owns it, or may write to it.
+    pub fn open(root: &Path, parts: &[&str]) -> io::Result<Self> {
+        for path in ["", TMP].iter().chain(parts) {
             DirBuilder::new()
                 .recursive(true)
                 .mode(PRIVATE)
@@ -45,7 +41,8 @@ impl Directory {
         // What is ours alone needs no check of its parts later.
         let metadata = fs::metadata(root)?;
         let user = geteuid().as_raw();
-        if !metadata.is_dir() || metadata.uid() != user || metadata.mode() & 0o022 != 0 {
+        let shared = metadata.mode() & WRITABLE_BY_OTHERS != 0;
+        if !metadata.is_dir() || metadata.uid() != user || shared {
             return Err(io::Error::new(
                 io::ErrorKind::PermissionDenied,
                 "must be a folder of yours that nobody else may write to",
@@ -61,17 +58,17 @@ impl Directory {
         Ok(directory)
     }
 
-    /// A path below the store's directory.
+    /// A path below the folder.
     pub fn path(&self, name: &str) -> PathBuf {
         self.0.join(name)
     }
 
-    /// Waits until nobody else changes names, images or layers.
+    /// Waits until nobody else lets things come or go.
     pub fn lock(&self) -> io::Result<File> {
         lock::take_file(&self.path(LOCK), || {})
     }
 
-    /// A new directory to make something in, removed with its value; if the process
+    /// A new folder to make something in, removed with its value; if the process
     /// is killed, by who comes next.
     pub fn work(&self) -> io::Result<Work> {
         let _lock = self.lock()?;
@@ -98,19 +95,10 @@ impl Directory {
                 }
             }
         }
-        // Disks that earlier versions gave a name until they were made.
-        for entry in fs::read_dir(&self.0)? {
-            let entry = entry?;
-            let name = entry.file_name();
-            let old = name.as_encoded_bytes().starts_with(SCRATCH.as_bytes());
-            if old && entry.file_type()?.is_file() {
-                fs::remove_file(entry.path())?;
-            }
-        }
         Ok(())
     }
 
-    /// Removes a directory: its name first, as half of it must not have that. The
+    /// Removes a folder: its name first, as half of it must not have that. The
     /// caller has the lock.
     pub fn discard(&self, path: &Path) -> io::Result<()> {
         let work = tempfile::tempdir_in(self.path(TMP))?;
@@ -130,7 +118,7 @@ impl Directory {
     }
 }
 
-/// A directory in which something is made.
+/// A folder in which something is made.
 #[derive(Debug)]
 pub struct Work {
     directory: TempDir,
@@ -144,10 +132,49 @@ impl Work {
     }
 }
 
-/// Makes the names in a path's directory last.
+/// Makes the names in a path's folder last.
 pub fn sync_parent(path: &Path) -> io::Result<()> {
     match path.parent() {
         Some(parent) => File::open(parent)?.sync_all(),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn what_a_killed_maker_left_goes_and_what_is_being_made_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let directory = Directory::open(&folder.path().join("a/b"), &["kept"]).unwrap();
+        let left = directory.path(TMP).join("left");
+        fs::create_dir(&left).unwrap();
+        fs::write(left.join("half"), "x").unwrap();
+        fs::write(directory.path(TMP).join("file"), "x").unwrap();
+        let work = directory.work().unwrap();
+        let lock = directory.lock().unwrap();
+        directory.clean().unwrap();
+        assert!(left.exists());
+        drop(lock);
+        directory.clean().unwrap();
+        assert!(!left.exists() && work.path().exists());
+        let made = work.path().to_owned();
+        drop(work);
+        assert!(!made.exists());
+    }
+
+    #[test]
+    fn a_folder_that_others_may_write_to_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("root");
+        Directory::open(&root, &[]).unwrap();
+        for mode in [0o720, 0o702, 0o777] {
+            fs::set_permissions(&root, Permissions::from_mode(mode)).unwrap();
+            let error = Directory::open(&root, &[]).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{mode:o}");
+        }
     }
 }

@@ -1,10 +1,16 @@
-//! Locks on files and directories: what a process holds is let go when it ends,
+//! Locks on files and folders: what a process holds is let go when it ends,
 //! however it ends.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+/// How often, and after which time each, a lock is tried that is held for a moment.
+const LOOKS: u32 = 10;
+const LOOK_TIME: Duration = Duration::from_millis(20);
 
 /// Opens a lock file.
 fn open(path: &Path) -> io::Result<File> {
@@ -50,6 +56,18 @@ pub fn take(path: &Path) -> io::Result<Option<File>> {
         Err(TryLockError::WouldBlock) => Ok(None),
         Err(TryLockError::Error(error)) => Err(error),
     }
+}
+
+/// Takes something as [`take`] does, but waits for those who only look at it: they are done
+/// in a moment.
+pub fn take_patiently(path: &Path) -> io::Result<Option<File>> {
+    for _ in 0..LOOKS {
+        if let Some(taken) = take(path)? {
+            return Ok(Some(taken));
+        }
+        thread::sleep(LOOK_TIME);
+    }
+    Ok(None)
 }
 
 /// Opens a file for writing, makes it if it is missing, and waits until nobody
