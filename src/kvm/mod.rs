@@ -4,6 +4,7 @@ pub mod accept;
 pub mod base;
 pub mod cpuid;
 mod error;
+pub mod features;
 pub mod gate;
 pub mod memory;
 pub mod msr;

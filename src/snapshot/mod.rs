@@ -5,3 +5,4 @@ pub mod kvm;
 pub mod machine;
 pub mod mailbox;
 pub mod memory;
+pub mod store;
