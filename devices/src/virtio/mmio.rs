@@ -316,6 +316,7 @@ impl VirtioMmio {
         queues.begin();
         let suppressed = queue.map_or(Ok(()), |queue| queues.suppress_notifications(queue));
         let worked = suppressed.and_then(|()| work(&mut *self.device, queues));
+        let ended = worked.and_then(|()| queues.end());
         if queues.exhausted() {
             // Others first; then it goes on, with all its queues.
             for kick in &self.kicks {
@@ -323,7 +324,6 @@ impl VirtioMmio {
             }
         }
         self.counters.chains += queues.take_chains();
-        let ended = worked.and_then(|()| queues.end());
         if queues.take_config_changed() {
             self.state.config_generation = self.state.config_generation.wrapping_add(1);
             self.publish();

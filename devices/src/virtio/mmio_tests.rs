@@ -6,7 +6,7 @@ use crate::virtio::balloon::Balloon;
 use crate::virtio::console::Console;
 use crate::virtio::rng::Rng;
 use crate::virtio::state::DeviceState;
-use crate::virtio::testing::{Descriptor, Driver, MEMORY, SIZE};
+use crate::virtio::testing::{AVAILABLE, Descriptor, Driver, MEMORY, SIZE, USED};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -206,6 +206,40 @@ fn the_driver_may_ask_not_to_be_interrupted() {
     assert_eq!((driver.used(0).len(), driver.interrupts()), (1, 1));
     driver.write_register(reg::VIRTIO_MMIO_INTERRUPT_ACK, 1);
     assert_eq!(driver.read_register(reg::VIRTIO_MMIO_INTERRUPT_STATUS), 0);
+}
+
+/// A driver that adds a chain while the device is at work need not notify it.
+#[test]
+fn a_driver_is_asked_to_notify_when_a_turn_ends() {
+    let mut driver = driver();
+    driver.start(feature(VIRTIO_RING_F_EVENT_IDX));
+    driver.process_pending();
+    let memory = driver.memory.clone();
+    let rings = Driver::rings(0);
+    let avail_event = GuestAddress(rings + USED + 4 + 8 * u64::from(SIZE));
+    let event = || memory.read_obj::<u16>(avail_event).unwrap();
+    let show = |count| driver_shows(&memory, count);
+    for _ in 0..2 {
+        driver.add(0, &[Descriptor::writable(0x8000, 1)]);
+    }
+    show(1);
+    driver.transport.turn(Some(0), |_, queues| {
+        let chain = queues.pop(0)?.unwrap();
+        assert!(queues.pop(0)?.is_none());
+        assert_eq!(event(), 0);
+        show(2);
+        queues.complete(0, chain.head, 1)
+    });
+    // The device has another turn for that, by itself.
+    driver.process_pending();
+    assert_eq!(driver.used(0).len(), 2);
+    assert_eq!(event(), 2);
+}
+
+/// The driver shows that so many chains are in the first queue.
+fn driver_shows(memory: &GuestMemory, count: u16) {
+    let index = GuestAddress(Driver::rings(0) + AVAILABLE + 2);
+    memory.write_obj(count, index).unwrap();
 }
 
 #[test]

@@ -17,6 +17,8 @@ struct Active {
     queue: Queue,
     /// How many chains the device may still take before others get a turn.
     share: u16,
+    /// The device found no more chains in this turn: the driver is to tell of the next one.
+    emptied: bool,
     /// The used ring's index when it was last decided whether to interrupt the guest.
     decided: u16,
 }
@@ -58,6 +60,13 @@ impl Active {
         memory
             .store(next.to_le(), index, Ordering::Release)
             .map_err(|_| failed)
+    }
+
+    /// Asks the driver to tell of the next chain. If there is one already, it returns true,
+    /// and the driver need not tell.
+    fn enable_notifications(&mut self, memory: &GuestMemory) -> Result<bool, NeedsReset> {
+        let more = self.queue.enable_notification(memory);
+        more.map_err(|_| NeedsReset("a ring cannot be written"))
     }
 
     /// How many chains were used since it was last decided whether to interrupt.
@@ -137,6 +146,7 @@ impl Queues {
                 decided: queue.next_used(),
                 queue,
                 share: 0,
+                emptied: false,
             }))
         };
         Ok(Queues {
@@ -194,10 +204,15 @@ impl Queues {
         self.exhausted = false;
         for active in self.queues.iter_mut().flatten() {
             active.share = active.queue.size();
+            active.emptied = false;
         }
     }
 
-    /// Ends a turn, and interrupts the guest if it waits for what it was given back.
+    /// Ends a turn: interrupts the guest if it waits for what it was given back, and has it
+    /// tell of new chains in queues that are empty.
+    ///
+    /// That is asked for so late because a driver that adds chains while the device is at
+    /// work need not leave the guest to tell of them.
     pub(super) fn end(&mut self) -> Result<(), NeedsReset> {
         let mut interrupt = std::mem::take(&mut self.interrupt);
         for active in self.queues.iter_mut().flatten() {
@@ -207,6 +222,11 @@ impl Queues {
         if interrupt {
             let given = std::mem::take(&mut self.given);
             self.interrupter.raise_for_chains(given);
+        }
+        for active in self.queues.iter_mut().flatten() {
+            if active.emptied && active.enable_notifications(&self.memory)? {
+                self.exhausted = true;
+            }
         }
         Ok(())
     }
@@ -252,8 +272,8 @@ impl Queues {
         }
     }
 
-    /// Takes the next chain. When there is none, the driver will tell of the
-    /// next one.
+    /// Takes the next chain. When there is none, the driver will tell of the next one once
+    /// this turn has ended; the device may also look again before.
     pub fn pop(&mut self, queue: usize) -> Result<Option<Chain>, NeedsReset> {
         let Some(Some(active)) = self.queues.get_mut(queue) else {
             return Ok(None);
@@ -262,30 +282,25 @@ impl Queues {
             self.exhausted = true;
             return Ok(None);
         }
+        let unreadable = NeedsReset("the available ring cannot be read");
         // The second time there must be a chain, unless the ring lies.
         for _ in 0..2 {
-            let next = active
-                .queue
-                .iter(&*self.memory)
-                .map_err(|_| {
-                    NeedsReset("the available index is ahead by more than the queue's size")
-                })?
-                .next();
-            if let Some(descriptors) = next {
+            let ahead = NeedsReset("the available index is ahead by more than the queue's size");
+            let mut chains = active.queue.iter(&*self.memory).map_err(|_| ahead)?;
+            if let Some(descriptors) = chains.next() {
+                active.emptied = false;
                 active.share -= 1;
                 self.chains += 1;
                 let limit = active.queue.size();
                 return Chain::parse(&self.memory, descriptors, limit).map(Some);
             }
-            let more = active
-                .queue
-                .enable_notification(&*self.memory)
-                .map_err(|_| NeedsReset("a ring cannot be written"))?;
-            if !more {
+            let index = active.queue.avail_idx(&*self.memory, Ordering::Acquire);
+            if index.map_err(|_| unreadable)?.0 == active.queue.next_avail() {
+                active.emptied = true;
                 return Ok(None);
             }
         }
-        Err(NeedsReset("the available ring cannot be read"))
+        Err(unreadable)
     }
 
     /// Leaves the chain that was taken last, and not completed, to be taken again. Called

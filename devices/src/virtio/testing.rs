@@ -27,8 +27,8 @@ pub const SIZE: u16 = 16;
 /// The size of memory.
 pub const MEMORY: usize = 1 << 20;
 
-const AVAILABLE: u64 = 0x400;
-const USED: u64 = 0x800;
+pub const AVAILABLE: u64 = 0x400;
+pub const USED: u64 = 0x800;
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 

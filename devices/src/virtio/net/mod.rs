@@ -42,6 +42,10 @@ const QUEUE_SIZE: u16 = 256;
 const CONTROL_SIZE: u16 = 64;
 /// Bytes after which the guest begins to work on what it received, while more comes.
 const EARLY: u64 = if cfg!(test) { 32 << 10 } else { 256 << 10 };
+/// Packets of the guest's in a round after which there is another in the same turn …
+const SEVERAL_PACKETS: u64 = 2;
+/// … but for the last.
+const ROUNDS: usize = 16;
 const STATUS_LINK_UP: u16 = 1;
 /// Where the status is in the configuration space.
 const STATUS: std::ops::Range<usize> = 6..8;
@@ -271,15 +275,28 @@ impl Net {
         Ok(())
     }
 
-    /// What the guest sends may be answered here, so it comes first.
+    /// Passes packets both ways. What the guest sends may be answered here, so it comes first.
+    fn pass(&mut self, queues: &mut Queues) -> Result<(), NeedsReset> {
+        let transmitted = self.transmit(queues);
+        self.pairs.iter_mut().for_each(|pair| pair.end.flush());
+        transmitted?;
+        self.receive(queues)
+    }
+
+    /// Passes packets as long as several come at a time: a guest that sends meanwhile need
+    /// not tell, and one that is answered meanwhile has one interrupt for all.
     fn work(&mut self, queues: &mut Queues) -> Result<(), NeedsReset> {
         if std::mem::take(&mut self.link_changed) {
             queues.config_changed();
         }
-        let transmitted = self.transmit(queues);
-        self.pairs.iter_mut().for_each(|pair| pair.end.flush());
-        transmitted?;
-        self.receive(queues)?;
+        for _ in 0..ROUNDS {
+            let sent = self.transmit.counters.packets;
+            self.pass(queues)?;
+            if self.transmit.counters.packets.wrapping_sub(sent) < SEVERAL_PACKETS {
+                break;
+            }
+            (0..self.used_pairs).for_each(|index| self.transmit.turns.add(index));
+        }
         for pair in &mut self.pairs {
             if let Some(reason) = pair.end.take_loss() {
                 log::warn!("network: the link is down: {reason}");
