@@ -27,6 +27,11 @@ impl RoundRobin {
         }
     }
 
+    /// No queue waits.
+    pub fn is_empty(&self) -> bool {
+        self.waiting == 0
+    }
+
     /// The next queue in turn.
     pub fn next(&mut self) -> Option<usize> {
         if self.waiting == 0 {

@@ -39,8 +39,9 @@ const DISCARD_ALIGNMENT: u32 = 2 * 4;
 /// Zeroes, for file systems that cannot make ranges read as such.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
-/// Turns of one request after which the guest is taken to wait for each by itself.
-const ONE_BY_ONE: u8 = 8;
+/// Bytes that were moved at once after which the guest begins to work on them, while the
+/// device goes on.
+const EARLY: usize = 32 << 10;
 
 // Sources.
 const COMPLETED: Token = 0;
@@ -104,10 +105,8 @@ pub struct Block {
     in_flight: Vec<Option<Box<InFlight>>>,
     free: Vec<usize>,
     queue_sizes: Vec<u16>,
-    /// Requests that were begun in this turn.
-    begun: usize,
-    /// Turns, one after the other, that had one.
-    one_by_one: u8,
+    /// Bytes that were moved at once since the guest may work on what it was given.
+    moved: usize,
     /// The queues that may have chains which were not taken yet.
     turns: RoundRobin,
     limiter: RateLimiter,
@@ -147,8 +146,7 @@ impl Block {
             in_flight: (0..DEPTH).map(|_| None).collect(),
             free: (0..DEPTH.into()).rev().collect(),
             queue_sizes: vec![QUEUE_SIZE; disk.queues.max(1).into()],
-            begun: 0,
-            one_by_one: 0,
+            moved: 0,
             turns: RoundRobin::default(),
             limiter: RateLimiter::new(disk.limits)?,
             new_limits: LimitHandle::new(disk.limits)?,
@@ -237,7 +235,10 @@ impl Block {
             return Ok(());
         };
         match submitted {
-            Ok(Submitted::Done(result)) => self.ended(ended, result, queues),
+            Ok(Submitted::Done(result)) => {
+                self.moved = result.as_ref().map_or(0, |moved| self.moved + moved);
+                self.ended(ended, result, queues)
+            }
             _ => self.done(&ended.request, ended.queue, Status::IoError, 0, queues),
         }
     }
@@ -361,19 +362,25 @@ impl Block {
 
     /// Takes chains from all queues in turn, as long as there is room and budget.
     fn process_requests(&mut self, queues: &mut Queues) -> Result<(), NeedsReset> {
-        while let Some(queue) = self.turns.next() {
+        while !self.turns.is_empty() {
             if self.free.is_empty() || !self.limiter.admits() {
-                // A completion or the timer calls again.
+                // A completion or the timer calls again. No queue has lost its turn.
                 break;
             }
+            let Some(queue) = self.turns.next() else {
+                break;
+            };
             let Some(chain) = queues.pop(queue)? else {
                 self.turns.remove(queue);
                 continue;
             };
             let request = Request::parse(&chain, self.limits)?;
             self.limiter.charge(request.moved());
-            self.begun += 1;
             self.start(request, queue, queues)?;
+            if self.moved >= EARLY {
+                self.moved = 0;
+                queues.interrupt_early(queue)?;
+            }
         }
         Ok(())
     }
@@ -396,13 +403,9 @@ impl Block {
 
     /// Starts what the guest asks for.
     fn work(&mut self, queues: &mut Queues) -> Result<(), NeedsReset> {
-        self.engine.begin(self.one_by_one >= ONE_BY_ONE);
+        self.moved = 0;
+        self.engine.begin();
         let served = self.process_requests(queues);
-        match std::mem::take(&mut self.begun) {
-            0 => {}
-            1 => self.one_by_one = self.one_by_one.saturating_add(1),
-            _ => self.one_by_one = 0,
-        }
         self.commit(queues);
         served
     }

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
+use super::inline::read_cached;
 use super::operation::{Kind, retry};
 use super::threads::Worker;
 use crate::virtio::block::request::SECTOR;
@@ -99,6 +100,23 @@ impl Worker for Concat {
             }
         })?;
         Ok(read)
+    }
+
+    unsafe fn try_at_once(
+        &self,
+        kind: Kind,
+        offset: u64,
+        iovecs: &[libc::iovec],
+    ) -> Option<io::Result<usize>> {
+        let part = self.at(offset).filter(|_| kind == Kind::Read)?;
+        let len = iovecs.iter().fold(0, |sum: u64, iovec| {
+            sum.saturating_add(iovec.iov_len as u64)
+        });
+        if len > part.end - offset {
+            return None;
+        }
+        // SAFETY: the caller's promise.
+        unsafe { read_cached(&part.file, offset - part.start, iovecs) }
     }
 }
 

@@ -1,11 +1,11 @@
-//! Small writes into the page cache, which are done at once.
+//! Transfers from and to the page cache, which are done at once.
 //!
-//! Several file systems (ext4 among them) refuse buffered writes that must not block
-//! (`RWF_NOWAIT`), and so a ring hands each of them to a thread of the kernel's: two wake-ups
-//! for a copy that takes microseconds. Here such a write is made by the caller. It may block,
-//! when the host has too many dirty pages; so one that took long is followed by a pause, in
-//! which writes are the ring's again. A caller thus spends a hundredth of its time in writes
-//! that block, at most.
+//! What the page cache has is read without blocking (`RWF_NOWAIT`), by the caller itself. Several
+//! file systems (ext4 among them) refuse buffered writes that must not block, and so a ring
+//! hands each of them to a thread of the kernel's: two wake-ups for a copy that takes
+//! microseconds. Here such a write is made by the caller. It may block, when the host has too
+//! many dirty pages; so one that took long is followed by a pause, in which writes are the
+//! ring's again. A caller thus spends a hundredth of its time in writes that block, at most.
 
 use std::fs::File;
 use std::io;
@@ -16,11 +16,9 @@ use std::time::{Duration, Instant};
 use super::operation::{Kind, Operation};
 use super::threads::Worker;
 
-/// The largest write that is made at once. Larger ones are copied beside the caller.
-const WRITE_MAX: usize = 32 << 10;
-/// How much is written at once in a turn of the device, so that others have theirs.
-const TURN_MAX: usize = 512 << 10;
-/// A write that takes longer has blocked.
+/// How much is moved at once in a turn of the device, so that others have theirs.
+const TURN_MAX: usize = 1 << 20;
+/// A transfer that takes longer has blocked.
 const LONG: Duration = Duration::from_millis(2);
 /// The pause after it, in times of what it took.
 const PAUSE: u32 = 100;
@@ -30,73 +28,119 @@ const PAUSE: u32 = 100;
 const EXT4: libc::c_long = 0xef53;
 const TMPFS: libc::c_long = 0x0102_1994;
 
-/// What decides whether a write is made at once.
-#[derive(Debug)]
-pub struct InlineWrites {
-    suitable: bool,
-    /// How much may still be written in this turn.
+/// Decides which transfers are made at once.
+#[derive(Debug, Default)]
+pub struct Inline {
+    /// How much may still be moved in this turn.
     left: usize,
-    /// The end of the pause after a write that blocked.
+    /// The end of the pause after a transfer that blocked.
     paused: Option<Instant>,
 }
 
-impl InlineWrites {
-    pub fn new(file: &File) -> io::Result<Self> {
-        Ok(InlineWrites {
-            suitable: is_suitable(file)?,
-            left: 0,
-            paused: None,
-        })
+impl Inline {
+    /// A turn begins.
+    pub fn begin(&mut self) {
+        self.left = TURN_MAX;
     }
 
-    /// A turn begins, in which writes are made at once, or none.
-    pub fn begin(&mut self, at_once: bool) {
-        self.left = if at_once { TURN_MAX } else { 0 };
-    }
-
-    /// Makes a write, if it is one to make at once.
-    ///
-    /// # Safety
-    ///
-    /// The operation's buffers must be valid.
-    pub unsafe fn write(
+    /// Makes a transfer, if it is one to make at once, and if that can be.
+    pub fn run(
         &mut self,
-        file: &File,
         operation: &Operation,
+        transfer: impl FnOnce() -> Option<io::Result<usize>>,
     ) -> Option<io::Result<usize>> {
-        let kind = Kind::Write { durable: false };
-        if !self.suitable || operation.kind != kind {
+        if !matches!(operation.kind, Kind::Read | Kind::Write { durable: false }) {
             return None;
         }
-        let len: usize = operation.iovecs.iter().map(|iovec| iovec.iov_len).sum();
-        if len > WRITE_MAX.min(self.left) {
+        let len = operation.len();
+        if len > self.left {
             return None;
         }
         let start = Instant::now();
         if self.paused.is_some_and(|end| start < end) {
             return None;
         }
-        let (iovecs, count) = (operation.iovecs.as_ptr(), operation.iovecs.len());
-        // SAFETY: the caller's promise.
-        let written = unsafe { file.run(kind, operation.offset, iovecs, count) };
+        let moved = transfer();
         self.took(start, start.elapsed());
-        self.left = match &written {
-            Ok(count) if *count == len => self.left - len,
-            // The rest is the ring's.
+        self.left = match &moved {
+            Some(Ok(count)) => self.left.saturating_sub(*count),
+            // What follows is probably as this one.
             _ => 0,
         };
-        match written {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => None,
-            written => Some(written),
+        match moved {
+            Some(Err(error)) if error.kind() == io::ErrorKind::Interrupted => None,
+            moved => moved,
         }
     }
 
-    /// A write began, and took a time.
+    /// A transfer began, and took a time.
     fn took(&mut self, start: Instant, time: Duration) {
         self.paused = (time > LONG)
             .then(|| start.checked_add(time.saturating_mul(PAUSE)))
             .flatten();
     }
+}
+
+/// What can be done with a file's pages at once.
+#[derive(Clone, Copy, Debug)]
+pub struct PageCache {
+    /// Writes are copies into the page cache, and do not block but for want of memory.
+    writes: bool,
+}
+
+impl PageCache {
+    pub fn new(file: &File) -> io::Result<Self> {
+        Ok(PageCache {
+            writes: is_suitable(file)?,
+        })
+    }
+
+    /// Reads what the page cache has, if that is all that is asked for, or writes to it; none
+    /// if that cannot be done at once.
+    ///
+    /// # Safety
+    ///
+    /// As of [`Worker::run`].
+    pub unsafe fn transfer(
+        self,
+        file: &File,
+        kind: Kind,
+        offset: u64,
+        iovecs: &[libc::iovec],
+    ) -> Option<io::Result<usize>> {
+        match kind {
+            // SAFETY: the caller's promise.
+            Kind::Read => unsafe { read_cached(file, offset, iovecs) },
+            Kind::Write { durable: false } if self.writes => {
+                // SAFETY: the caller's promise.
+                Some(unsafe { file.run(kind, offset, iovecs.as_ptr(), iovecs.len()) })
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Reads all of a range that the page cache has; none if a part is missing, or if the file
+/// system cannot tell.
+///
+/// # Safety
+///
+/// As of [`Worker::run`].
+pub unsafe fn read_cached(
+    file: &File,
+    offset: u64,
+    iovecs: &[libc::iovec],
+) -> Option<io::Result<usize>> {
+    let offset = libc::off_t::try_from(offset).ok()?;
+    let count = libc::c_int::try_from(iovecs.len()).ok()?;
+    let asked = iovecs
+        .iter()
+        .fold(0, |sum: usize, iovec| sum.saturating_add(iovec.iov_len));
+    let (fd, flags) = (file.as_raw_fd(), libc::RWF_NOWAIT);
+    // SAFETY: the caller's promise.
+    let read = unsafe { libc::preadv2(fd, iovecs.as_ptr(), count, offset, flags) };
+    let read = usize::try_from(read).ok()?;
+    (read == asked).then_some(Ok(read))
 }
 
 /// A file, or block device, that the page cache is before, on a local file system that is
@@ -126,59 +170,88 @@ fn is_suitable(file: &File) -> io::Result<bool> {
 mod tests {
     use super::*;
 
-    fn writes() -> InlineWrites {
-        InlineWrites {
-            suitable: true,
-            left: TURN_MAX,
-            paused: None,
-        }
+    fn inline() -> Inline {
+        let mut inline = Inline::default();
+        inline.begin();
+        inline
     }
 
-    fn write(writes: &mut InlineWrites, file: &File, data: &mut [u8]) -> bool {
+    fn moves(inline: &mut Inline, kind: Kind, data: &mut [u8]) -> bool {
         let operation = Operation {
-            kind: Kind::Write { durable: false },
+            kind,
             offset: 0,
             iovecs: vec![libc::iovec {
                 iov_base: data.as_mut_ptr().cast(),
                 iov_len: data.len(),
             }],
         };
-        // SAFETY: the buffer lives until the call returns.
-        match unsafe { writes.write(file, &operation) } {
-            Some(written) => written.unwrap() == data.len(),
-            None => false,
+        let done = inline.run(&operation, || Some(Ok(data.len())));
+        done.is_some_and(|moved| moved.unwrap() == data.len())
+    }
+
+    const PIECE: usize = 64 << 10;
+    const WRITE: Kind = Kind::Write { durable: false };
+
+    #[test]
+    fn a_turn_moves_so_much_at_once() {
+        let mut inline = inline();
+        let mut large = vec![1; PIECE];
+        for _ in 0..TURN_MAX / PIECE {
+            assert!(moves(&mut inline, WRITE, &mut large));
         }
+        assert!(!moves(&mut inline, WRITE, &mut large[..512]));
+        inline.begin();
+        assert!(moves(&mut inline, Kind::Read, &mut large[..512]));
+        // What cannot be done at once is the last that is tried in its turn.
+        let read = Operation {
+            kind: Kind::Read,
+            offset: 0,
+            iovecs: Vec::new(),
+        };
+        assert!(inline.run(&read, || None).is_none());
+        assert!(!moves(&mut inline, Kind::Read, &mut large[..512]));
     }
 
     #[test]
-    fn a_turn_writes_so_much_at_once_and_no_large_pieces() {
-        let file = tempfile::tempfile().unwrap();
-        let mut writes = writes();
-        let mut large = vec![1; WRITE_MAX + 1];
-        assert!(!write(&mut writes, &file, &mut large));
-        let piece = &mut large[..WRITE_MAX];
-        for _ in 0..TURN_MAX / WRITE_MAX {
-            assert!(write(&mut writes, &file, piece));
+    fn only_transfers_are_made_at_once() {
+        let mut inline = inline();
+        let durable = Kind::Write { durable: true };
+        for kind in [durable, Kind::Flush, Kind::Discard { len: 512 }] {
+            assert!(!moves(&mut inline, kind, &mut [1; 512]), "{kind:?}");
         }
-        assert!(!write(&mut writes, &file, &mut piece[..512]));
-        writes.begin(false);
-        assert!(!write(&mut writes, &file, &mut piece[..512]));
-        writes.begin(true);
-        assert!(write(&mut writes, &file, &mut piece[..512]));
-        writes.suitable = false;
-        assert!(!write(&mut writes, &file, &mut piece[..512]));
+        assert!(moves(&mut inline, WRITE, &mut [1; 512]));
     }
 
     #[test]
     fn after_a_write_that_blocked_there_is_a_pause() {
-        let file = tempfile::tempfile().unwrap();
-        let mut writes = writes();
+        let mut inline = inline();
         let now = Instant::now();
-        writes.took(now, Duration::from_secs(1));
-        assert!(!write(&mut writes, &file, &mut [1; 512]));
-        assert_eq!(writes.paused, Some(now + Duration::from_secs(100)));
-        writes.took(now, LONG);
-        assert!(write(&mut writes, &file, &mut [1; 512]));
+        inline.took(now, Duration::from_secs(1));
+        assert!(!moves(&mut inline, WRITE, &mut [1; 512]));
+        assert_eq!(inline.paused, Some(now + Duration::from_secs(100)));
+        inline.took(now, LONG);
+        assert!(moves(&mut inline, WRITE, &mut [1; 512]));
+    }
+
+    #[test]
+    fn what_is_read_at_once_is_whole() {
+        use std::io::Write;
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[7; 1024]).unwrap();
+        let mut data = [0u8; 1024];
+        let vector = libc::iovec {
+            iov_base: data.as_mut_ptr().cast(),
+            iov_len: data.len(),
+        };
+        // SAFETY: the buffer lives until the calls return.
+        let read = |offset| unsafe { read_cached(&file, offset, &[vector]) };
+        let behind_the_end = read(512);
+        // A file system may not be able to tell.
+        if let Some(read) = read(0) {
+            assert_eq!(read.unwrap(), 1024);
+            assert_eq!(data, [7; 1024]);
+        }
+        assert!(behind_the_end.is_none());
     }
 
     #[test]

@@ -48,6 +48,15 @@ pub struct Operation {
     pub iovecs: Vec<libc::iovec>,
 }
 
+impl Operation {
+    /// How many bytes the buffers have.
+    pub fn len(&self) -> usize {
+        self.iovecs
+            .iter()
+            .fold(0, |sum, iovec| sum.saturating_add(iovec.iov_len))
+    }
+}
+
 /// A completed operation: its token, and how many bytes or which error.
 pub type Completion = (u64, io::Result<usize>);
 

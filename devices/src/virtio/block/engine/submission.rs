@@ -43,11 +43,11 @@ impl Engine {
         threads.map(Engine::Threads)
     }
 
-    /// A turn of the device begins. What is quick may be done at once, if the guest waits for
-    /// each request by itself: beside several, it is better started and given back together.
-    pub fn begin(&mut self, one_by_one: bool) {
-        if let Engine::Uring(uring) = self {
-            uring.begin(one_by_one);
+    /// A turn of the device begins.
+    pub fn begin(&mut self) {
+        match self {
+            Engine::Uring(uring) => uring.begin(),
+            Engine::Threads(threads) => threads.begin(),
         }
     }
 
@@ -61,6 +61,10 @@ impl Engine {
             // SAFETY: the caller's promise.
             Engine::Uring(uring) => unsafe { uring.submit(token, operation) },
             Engine::Threads(threads) => {
+                // SAFETY: the caller's promise.
+                if let Some(moved) = unsafe { threads.try_at_once(operation) } {
+                    return Ok(Submitted::Done(moved));
+                }
                 // SAFETY: the caller's promise.
                 unsafe { threads.submit(token, operation) };
                 Ok(Submitted::Started)

@@ -9,6 +9,7 @@ use std::thread::{self, JoinHandle};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::inline::Inline;
 use super::operation::{Completion, Kind, Operation, retry};
 use crate::mailbox::Mailbox;
 use crate::poll::{entry, poll};
@@ -29,6 +30,21 @@ pub trait Worker: Send + Sync + 'static {
         iovecs: *const libc::iovec,
         count: usize,
     ) -> io::Result<usize>;
+
+    /// Reads or writes at once, without waiting for anything; none if that cannot be, and
+    /// [`Worker::run`] is to do it.
+    ///
+    /// # Safety
+    ///
+    /// As of [`Worker::run`].
+    unsafe fn try_at_once(
+        &self,
+        _kind: Kind,
+        _offset: u64,
+        _iovecs: &[libc::iovec],
+    ) -> Option<io::Result<usize>> {
+        None
+    }
 
     /// There is nothing more to do. Comes from the last thread, which may do I/O.
     fn close(&self) {}
@@ -59,6 +75,8 @@ pub fn unprepared() -> Arc<dyn Prepare> {
 
 /// The threads, and what they are told and tell.
 pub struct Threads {
+    worker: Arc<dyn Worker>,
+    inline: Inline,
     jobs: Arc<Jobs>,
     done: Mailbox<Completion>,
     event: EventFd,
@@ -158,6 +176,8 @@ impl Threads {
         let done = Mailbox::default();
         // Whole from the start: should a thread be refused, its end ends the others.
         let mut threads = Threads {
+            worker: worker.clone(),
+            inline: Inline::default(),
             jobs: jobs.clone(),
             done: done.clone(),
             event: event.try_clone()?,
@@ -193,6 +213,31 @@ impl Threads {
             }
         }
         Ok(threads)
+    }
+
+    /// A turn of the device begins.
+    pub(super) fn begin(&mut self) {
+        self.inline.begin();
+    }
+
+    /// Does an operation at once, if it is one for that.
+    ///
+    /// # Safety
+    ///
+    /// The operation's buffers must be valid.
+    pub(super) unsafe fn try_at_once(
+        &mut self,
+        operation: &Operation,
+    ) -> Option<io::Result<usize>> {
+        let Operation {
+            kind,
+            offset,
+            iovecs,
+        } = operation;
+        let worker = &self.worker;
+        // SAFETY: the caller's promise.
+        let transfer = || unsafe { worker.try_at_once(*kind, *offset, iovecs) };
+        self.inline.run(operation, transfer)
     }
 
     /// # Safety

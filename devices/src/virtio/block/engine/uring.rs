@@ -10,7 +10,7 @@ use io_uring::squeue::Flags;
 use io_uring::{IoUring, opcode, types};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::inline::InlineWrites;
+use super::inline::{Inline, PageCache};
 use super::operation::{Completion, DEPTH, Kind, Operation, Submitted, retry};
 use super::threads::{Prepare, Threads};
 
@@ -22,7 +22,8 @@ const FILE: types::Fixed = types::Fixed(0);
 pub struct Uring {
     ring: IoUring,
     file: File,
-    inline: InlineWrites,
+    cache: PageCache,
+    inline: Inline,
     event: EventFd,
     /// A thread that frees and zeroes ranges, if the file may be written to: a ring's
     /// `fallocate` would take any mode.
@@ -70,7 +71,8 @@ impl Uring {
         });
         Ok(Uring {
             ring,
-            inline: InlineWrites::new(&file)?,
+            cache: PageCache::new(&file)?,
+            inline: Inline::default(),
             file,
             allocator: allocator.transpose()?,
             allocating: 0,
@@ -79,8 +81,8 @@ impl Uring {
     }
 
     /// A turn of the device begins.
-    pub(super) fn begin(&mut self, at_once: bool) {
-        self.inline.begin(at_once);
+    pub(super) fn begin(&mut self) {
+        self.inline.begin();
     }
 
     /// # Safety
@@ -91,9 +93,16 @@ impl Uring {
         token: u64,
         operation: &Operation,
     ) -> io::Result<Submitted> {
+        let Operation {
+            kind,
+            offset,
+            iovecs,
+        } = operation;
+        let (cache, file) = (self.cache, &self.file);
         // SAFETY: the caller's promise.
-        if let Some(written) = unsafe { self.inline.write(&self.file, operation) } {
-            return Ok(Submitted::Done(written));
+        let transfer = || unsafe { cache.transfer(file, *kind, *offset, iovecs) };
+        if let Some(moved) = self.inline.run(operation, transfer) {
+            return Ok(Submitted::Done(moved));
         }
         let iovecs = operation.iovecs.as_ptr();
         let count = u32::try_from(operation.iovecs.len()).map_err(io::Error::other)?;
