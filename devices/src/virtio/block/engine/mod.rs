@@ -5,6 +5,7 @@ mod concat;
 mod image;
 mod inline;
 mod operation;
+mod plain_clusters;
 mod qcow2;
 mod submission;
 mod threads;

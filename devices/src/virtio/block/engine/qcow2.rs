@@ -17,7 +17,9 @@ use std::sync::{Mutex, PoisonError, RwLock};
 use imago::file::File as Storage;
 use imago::{DenyImplicitOpenGate, FormatDriverBuilder, Mapping, Storage as _, StorageExt as _};
 
+use super::inline::PageCache;
 use super::operation::Kind;
+use super::plain_clusters::PlainClusters;
 use super::threads::Worker;
 use crate::bus::lock;
 
@@ -59,6 +61,8 @@ const FEATURES: [(&str, &str); 5] = [
         "convert it: qemu-img convert -O qcow2",
     ),
 ];
+/// How far behind a request it is looked where clusters lie.
+const AHEAD: u64 = 16 << 20;
 /// How much is copied at a time, where it has to be.
 const CHUNK: usize = 256 << 10;
 
@@ -194,6 +198,9 @@ pub struct Qcow2 {
     access: RwLock<Access>,
     /// The same file.
     file: File,
+    cache: PageCache,
+    /// Valid while `access` is held; what moves tables empties it.
+    plain: PlainClusters,
     /// The file says that it was not closed.
     marked: Mutex<bool>,
     size: u64,
@@ -258,6 +265,8 @@ impl Qcow2 {
             .open(DenyImplicitOpenGate::default())?;
         Ok(Qcow2 {
             access: RwLock::new(Access::new(image)),
+            cache: PageCache::new(&file)?,
+            plain: PlainClusters::new(header.cluster),
             file,
             marked: Mutex::new(false),
             size: header.size,
@@ -293,11 +302,21 @@ impl Qcow2 {
     }
 
     fn exclusive(&self, work: impl FnOnce(&mut Access) -> io::Result<()>) -> io::Result<()> {
-        work(&mut self.access.write().unwrap_or_else(PoisonError::into_inner))
+        let mut access = self.access.write().unwrap_or_else(PoisonError::into_inner);
+        self.plain.clear();
+        work(&mut access)
+    }
+
+    /// The image is marked, and nobody is about to change that.
+    fn is_marked(&self) -> bool {
+        self.marked.try_lock().is_ok_and(|marked| *marked)
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.exclusive(|access| access.flush())?;
+        // It moves no data.
+        let access = self.access.write().unwrap_or_else(PoisonError::into_inner);
+        access.flush()?;
+        drop(access);
         self.shared(|access| access.sync())
     }
 
@@ -454,7 +473,10 @@ impl Qcow2 {
                 // file, and not held by two clusters.
                 Mapping::Raw {
                     offset, writable, ..
-                } if writable => pieces.transfer(&self.file, Kind::Read, offset, len)?,
+                } if writable => {
+                    self.remember(access, at, len as u64)?;
+                    pieces.transfer(&self.file, Kind::Read, offset, len)?;
+                }
                 Mapping::Zero { .. } => pieces.zero(len),
                 _ => BUFFER.with_borrow_mut(|buffer| {
                     let mut done = 0;
@@ -469,6 +491,25 @@ impl Qcow2 {
             }
             at = at.saturating_add(len as u64);
             left -= len;
+        }
+        Ok(())
+    }
+
+    /// Remembers where clusters lie, if their data may be written to there, and those behind
+    /// them: asking for many at once costs as much as for one.
+    fn remember(&self, access: &Access, at: u64, len: u64) -> io::Result<()> {
+        if self.plain.find(at, len).is_some() {
+            return Ok(());
+        }
+        let (mapping, len) = access.get_mapping(at, len.max(AHEAD))?;
+        if let Mapping::Raw {
+            storage,
+            offset,
+            writable: true,
+            ..
+        } = mapping
+        {
+            self.plain.add(at, offset, len, storage.size()?);
         }
         Ok(())
     }
@@ -488,6 +529,7 @@ impl Qcow2 {
             let write = Kind::Write { durable: false };
             pieces.transfer(&self.file, write, mapping.offset(), len)?;
             access.commit_data_mapping(mapping)?;
+            self.remember(access, at, len as u64)?;
             at = at.saturating_add(len as u64);
             left -= len;
         }
@@ -537,6 +579,23 @@ impl Worker for Qcow2 {
             }
         }
         Ok(pieces.len())
+    }
+
+    unsafe fn try_at_once(
+        &self,
+        kind: Kind,
+        offset: u64,
+        iovecs: &[libc::iovec],
+    ) -> Option<io::Result<usize>> {
+        if kind != Kind::Read && !self.is_marked() {
+            return None;
+        }
+        let len = Pieces { iovecs, done: 0 }.len();
+        // Held until the transfer is over: the clusters stay where they are.
+        let _access = self.access.try_read().ok()?;
+        let at = self.plain.find(offset, len as u64)?;
+        // SAFETY: the caller's promise.
+        unsafe { self.cache.transfer(&self.file, kind, at, iovecs) }
     }
 
     fn close(&self) {
