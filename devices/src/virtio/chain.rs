@@ -4,8 +4,10 @@
 //! are copied here before anything is believed. What a chain points to is
 //! guest memory all right, but its content may still change under our eyes.
 
+use std::ptr;
 use std::sync::Arc;
 
+use smallvec::SmallVec;
 use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
@@ -18,13 +20,35 @@ use super::needs_reset::NeedsReset;
 struct Part {
     addr: GuestAddress,
     len: usize,
+    /// Where it lies in this process: looked up once, as a buffer for packets has many parts
+    /// in little time.
+    host: usize,
+}
+
+impl Part {
+    /// What is behind its first bytes, of which it has so many.
+    fn behind(self, skip: usize) -> Part {
+        Part {
+            addr: self.addr.unchecked_add(skip as u64),
+            len: self.len - skip,
+            host: self.host + skip,
+        }
+    }
+
+    fn iovec(self) -> libc::iovec {
+        libc::iovec {
+            iov_base: ptr::with_exposed_provenance_mut(self.host),
+            iov_len: self.len,
+        }
+    }
 }
 
 /// One half of a chain: what the device reads, or what it writes.
 #[derive(Clone, Debug)]
 pub struct Buffer {
     memory: Arc<GuestMemory>,
-    parts: Vec<Part>,
+    /// Mostly one: it needs no allocation then.
+    parts: SmallVec<[Part; 1]>,
     len: usize,
 }
 
@@ -80,25 +104,22 @@ impl Buffer {
     fn empty(memory: &Arc<GuestMemory>) -> Self {
         Buffer {
             memory: memory.clone(),
-            parts: Vec::new(),
+            parts: SmallVec::new(),
             len: 0,
         }
     }
 
     fn push(&mut self, descriptor: &Descriptor) -> Result<(), NeedsReset> {
-        let part = Part {
-            addr: descriptor.addr(),
-            len: descriptor.len() as usize,
-        };
-        if part.len == 0 {
+        let (addr, len) = (descriptor.addr(), descriptor.len() as usize);
+        if len == 0 {
             return Ok(());
         }
-        self.memory
-            .get_slice(part.addr, part.len)
-            .map_err(|_| NeedsReset("a descriptor points outside of memory"))?;
+        let slice = self.memory.get_slice(addr, len);
+        let slice = slice.map_err(|_| NeedsReset("a descriptor points outside of memory"))?;
+        let host = slice.ptr_guard_mut().as_ptr().expose_provenance();
         // The iterator keeps the sum below 4 GiB.
-        self.len += part.len;
-        self.parts.push(part);
+        self.len += len;
+        self.parts.push(Part { addr, len, host });
         Ok(())
     }
 
@@ -123,10 +144,7 @@ impl Buffer {
             }
             if len < part.len {
                 tail.len += part.len - len;
-                tail.parts.push(Part {
-                    addr: part.addr.unchecked_add(len as u64),
-                    len: part.len - len,
-                });
+                tail.parts.push(part.behind(len));
             }
         }
         (head, tail)
@@ -141,8 +159,8 @@ impl Buffer {
             let len = (part.len - before).min(rest);
             rest -= len;
             (len > 0).then(|| Part {
-                addr: part.addr.unchecked_add(before as u64),
                 len,
+                ..part.behind(before)
             })
         })
     }
@@ -195,14 +213,7 @@ impl Buffer {
     /// The buffer for a system call. The pointers are valid while this, or a
     /// clone of it, lives: it holds the memory.
     pub fn iovecs(&self) -> Vec<libc::iovec> {
-        self.parts
-            .iter()
-            .filter_map(|part| self.memory.get_slice(part.addr, part.len).ok())
-            .map(|slice| libc::iovec {
-                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                iov_len: slice.len(),
-            })
-            .collect()
+        self.parts.iter().map(|part| part.iovec()).collect()
     }
 
     /// A range of the buffer for a system call, without allocating: as much of
@@ -214,14 +225,8 @@ impl Buffer {
         room: &'a mut [libc::iovec],
     ) -> &'a [libc::iovec] {
         let mut count = 0;
-        let slices = self
-            .range(offset, len)
-            .filter_map(|part| self.memory.get_slice(part.addr, part.len).ok());
-        for (vector, slice) in room.iter_mut().zip(slices) {
-            *vector = libc::iovec {
-                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                iov_len: slice.len(),
-            };
+        for (vector, part) in room.iter_mut().zip(self.range(offset, len)) {
+            *vector = part.iovec();
             count += 1;
         }
         room.get(..count).unwrap_or_default()

@@ -29,7 +29,7 @@ const INDEX: u64 = 2;
 const ENTRIES: u64 = 4;
 /// The sizes of an entry of the ring that the driver writes, and of the other.
 const AVAILABLE_ENTRY: u64 = 2;
-const USED_ENTRY: u64 = 8;
+const USED_ENTRY: usize = 8;
 /// A flag of the driver's: it need not be interrupted.
 const NO_INTERRUPT: u16 = 1;
 
@@ -45,14 +45,18 @@ impl Active {
         let ring = self.queue.used_ring();
         let size = self.queue.size();
         let mut next = self.queue.next_used();
+        // Looked up once for all of them.
+        let len = usize::from(size) * USED_ENTRY;
+        let entries = memory.get_slice(GuestAddress(ring.wrapping_add(ENTRIES)), len);
+        let entries = entries.map_err(|_| failed)?;
         for (head, len) in chains {
             if head >= size {
                 return Err(NeedsReset("a chain is none of the queue's"));
             }
-            let slot = u64::from(next % size);
-            let entry = GuestAddress(ring.wrapping_add(ENTRIES + slot * USED_ENTRY));
+            let slot = usize::from(next % size);
             let used = u64::from(number::length(len)) << 32 | u64::from(head);
-            memory.write_obj(used.to_le(), entry).map_err(|_| failed)?;
+            let entry = entries.write_obj(used.to_le(), slot * USED_ENTRY);
+            entry.map_err(|_| failed)?;
             next = next.wrapping_add(1);
         }
         self.queue.set_next_used(next);
