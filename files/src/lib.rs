@@ -4,5 +4,7 @@
 
 mod directory;
 pub mod lock;
+mod new_file;
 
 pub use directory::{Directory, Work, sync_parent};
+pub use new_file::NewFile;

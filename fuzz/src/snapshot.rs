@@ -1,8 +1,9 @@
-//! State files.
+//! State files, exports, and what their manifests say.
 
 use mayfly::snapshot::format::{FormatError, Reader, Section, Writer};
 use mayfly::snapshot::kvm::KvmState;
 use mayfly::snapshot::mailbox::{deliver, room};
+use mayfly::snapshot::store::{TemplateManifest, parse_export, parse_manifest};
 use mayfly_protocol::mailbox::{Mail, PAGE};
 use ring::digest::{SHA256, digest};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -93,4 +94,35 @@ pub fn mailbox(address: u64, numbers: &[u64], frames: Vec<u8>) {
     let delivered = deliver(&memory, address, Some(&mail));
     let len = mail.to_bytes().unwrap().len();
     assert!(delivered.is_err() || room.is_some_and(|room| len <= room));
+}
+
+/// An export as it is, and one whose manifest has the right digest: what is before the first
+/// NUL is the manifest, and what is behind it the blocks.
+pub fn export(bytes: &[u8]) {
+    let _ = parse_export(bytes);
+    let _ = parse_manifest::<TemplateManifest>(bytes, 1);
+    let mut parts = bytes.splitn(2, |byte| *byte == 0);
+    let (manifest, blocks) = (parts.next().unwrap(), parts.next().unwrap_or_default());
+    let Ok(taken) = parse_export(&forged(manifest, blocks)) else {
+        return;
+    };
+    taken.check().unwrap();
+    for (name, part) in taken.parts() {
+        assert!(!name.contains('/') && !name.starts_with('.'), "{name}");
+        assert!(name != "state" || part.bytes <= 16 << 20);
+    }
+    let text = serde_json::to_vec(&taken).unwrap();
+    let again = parse_export(&forged(&text, blocks)).unwrap();
+    assert_eq!(
+        again, taken,
+        "it is another when it was written and read again"
+    );
+}
+
+fn forged(manifest: &[u8], blocks: &[u8]) -> Vec<u8> {
+    let mut file = b"mayflySN\x01\0\0\0".to_vec();
+    file.extend((manifest.len() as u32).to_le_bytes());
+    file.extend(manifest);
+    let sum = digest(&SHA256, &file);
+    [&file, sum.as_ref(), blocks].concat()
 }

@@ -26,6 +26,11 @@ impl Digest {
         hasher.finish()
     }
 
+    /// Its 32 bytes.
+    pub fn bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
     /// The hexadecimal digits alone: a harmless name for a file.
     pub fn hex(&self) -> String {
         self.0.iter().map(|byte| format!("{byte:02x}")).collect()

@@ -351,7 +351,7 @@ pub fn bytes(count: u64) -> String {
 }
 
 /// How long ago, for people.
-fn age(time: SystemTime) -> String {
+pub fn age(time: SystemTime) -> String {
     let seconds = time.elapsed().map_or(0, |age| age.as_secs());
     match seconds {
         0..60 => format!("{seconds}s"),

@@ -15,6 +15,8 @@ mod logs;
 mod output;
 mod port;
 pub mod run;
+pub mod snapshot;
+pub mod template;
 pub mod vms;
 pub mod volume;
 
@@ -58,6 +60,10 @@ enum Verb {
     Guest(guest::Args),
     /// Work with named volumes
     Volume(volume::Args),
+    /// Work with snapshots of VMs
+    Snapshot(snapshot::Args),
+    /// Work with the templates that make starts warm
+    Template(template::Args),
     /// Tell what this host can do, and what to do about what it can't
     Doctor(doctor::Args),
     /// Work with kernels
@@ -110,6 +116,8 @@ pub fn run() -> ExitCode {
         Some(Verb::Image(args)) => image::run(args),
         Some(Verb::Guest(args)) => guest::run(args),
         Some(Verb::Volume(args)) => volume::run(args),
+        Some(Verb::Snapshot(args)) => snapshot::run(args),
+        Some(Verb::Template(args)) => template::run(args),
         Some(Verb::Run(args)) => {
             return run::run(*args, words.get(2..).unwrap_or_default(), timeline);
         }

@@ -7,10 +7,9 @@ use mayfly_boot::layout;
 use super::host::HostFacts;
 use super::keys::{FromKeys, Keys};
 use super::size::parse_size;
+use crate::spec::check::MEMORY_MIN;
 use crate::spec::{HugePages, MemorySpec};
 
-/// The least memory of a VM, in bytes.
-pub const MEMORY_MIN: u64 = 32 << 20;
 const SYNTAX: &str = "512M[,hugepages=2M|1G][,prefault][,shared]";
 
 impl FromStr for MemorySpec {

@@ -41,9 +41,8 @@ pub use self::limits::take_limits;
 #[cfg(test)]
 pub(crate) use self::machine::testing;
 pub use self::machine::{LAYERS, MachineConfig};
-pub use self::memory::MEMORY_MIN;
 pub use self::net::{NetConfig, Network, parse_ports};
-pub use self::options::{CPUS_DEFAULT, CPUS_MAX, MachineOptions};
+pub use self::options::{CPUS_DEFAULT, MachineOptions};
 pub use self::queues::Queues;
 pub use self::raw::{RawConfig, Setting, parse_cpus};
 pub use self::size::parse_size;

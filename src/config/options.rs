@@ -15,8 +15,6 @@ use mayfly_sandbox::Mode;
 
 /// The vCPUs of a VM where the user does not say.
 pub const CPUS_DEFAULT: u8 = 1;
-/// The most vCPUs of a VM.
-pub const CPUS_MAX: u8 = 32;
 /// What a user asks for, each option by itself as it should be.
 #[derive(Clone, Debug)]
 pub struct MachineOptions {

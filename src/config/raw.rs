@@ -9,10 +9,11 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 
 use super::keys::{FromKeys, Keys, Value};
-use super::options::{CPUS_MAX, MachineOptions};
+use super::options::MachineOptions;
 use crate::failure::{Failure, OrFail};
 use crate::kvm::accept::AcceptKvm;
 use crate::spec::BootProtocol;
+use crate::spec::check::CPUS_MAX;
 
 /// The raw flags. A file of `--config` has the same names: `cpus = 2`,
 /// `disk = ["path=a.img,ro"]` or `[[disk]]` tables with the same keys.

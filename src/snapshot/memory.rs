@@ -373,7 +373,10 @@ fn join(ranges: &mut Vec<Range<u64>>, next: Range<u64>) {
 }
 
 /// The parts of a file's range that are not holes.
-fn data_ranges(file: &File, range: Range<u64>) -> impl Iterator<Item = io::Result<Range<u64>>> {
+pub(super) fn data_ranges(
+    file: &File,
+    range: Range<u64>,
+) -> impl Iterator<Item = io::Result<Range<u64>>> {
     let mut at = range.start;
     std::iter::from_fn(move || {
         if at >= range.end {

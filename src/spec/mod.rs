@@ -5,6 +5,7 @@
 //! holds no path, no user and no flag. The host's ends of devices are found by their device's
 //! name.
 
+pub mod check;
 mod device;
 mod memory;
 

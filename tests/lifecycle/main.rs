@@ -6,3 +6,4 @@
 mod ends;
 mod paths;
 mod secrets;
+mod snapshots;
