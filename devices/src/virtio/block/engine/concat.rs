@@ -5,8 +5,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-use super::inline::read_cached;
 use super::operation::{Kind, retry};
+use super::page_cache::read_cached;
 use super::threads::Worker;
 use crate::virtio::block::request::SECTOR;
 

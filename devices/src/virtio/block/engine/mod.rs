@@ -5,6 +5,7 @@ mod concat;
 mod image;
 mod inline;
 mod operation;
+mod page_cache;
 mod plain_clusters;
 mod qcow2;
 mod submission;

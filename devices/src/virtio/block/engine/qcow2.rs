@@ -17,8 +17,8 @@ use std::sync::{Mutex, PoisonError, RwLock};
 use imago::file::File as Storage;
 use imago::{DenyImplicitOpenGate, FormatDriverBuilder, Mapping, Storage as _, StorageExt as _};
 
-use super::inline::PageCache;
 use super::operation::Kind;
+use super::page_cache::PageCache;
 use super::plain_clusters::PlainClusters;
 use super::threads::Worker;
 use crate::bus::lock;

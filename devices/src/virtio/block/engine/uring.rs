@@ -10,8 +10,9 @@ use io_uring::squeue::Flags;
 use io_uring::{IoUring, opcode, types};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::inline::{Inline, PageCache};
+use super::inline::Inline;
 use super::operation::{Completion, DEPTH, Kind, Operation, Submitted, retry};
+use super::page_cache::PageCache;
 use super::threads::{Prepare, Threads};
 
 /// The file's index among those that the kernel keeps for the ring: it need not
