@@ -357,22 +357,36 @@ impl<R: Read> Frames<R> {
         if len > stream.map_or(MESSAGE_MAX, |_| DATA_MAX) {
             return Err(broken("a frame that is too long"));
         }
-        // Grows by what really comes, not by what was announced.
-        self.payload.clear();
-        let read = (&mut self.from)
-            .take(len as u64)
-            .read_to_end(&mut self.payload)?;
-        if read != len {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
+        self.read_payload(len)?;
+        let payload = self.payload.get(..len).unwrap_or_default();
         match stream {
-            Some(stream) => Ok(Some(Frame::Data(stream, &self.payload))),
+            Some(stream) => Ok(Some(Frame::Data(stream, payload))),
             None => {
-                let message = postcard::from_bytes(&self.payload);
+                let message = postcard::from_bytes(payload);
                 let message = message.map_err(|_| broken("a message that is none"))?;
                 Ok(Some(Frame::Message(message)))
             }
         }
+    }
+
+    /// Reads so many bytes, in pieces as large as they come. The payload keeps the size of the
+    /// largest frame so far, and grows by what really comes, not by what was announced.
+    fn read_payload(&mut self, len: usize) -> io::Result<()> {
+        let mut done = 0;
+        while done < len {
+            let end = len.min(done + DATA_MAX);
+            if self.payload.len() < end {
+                self.payload.resize(end, 0);
+            }
+            let room = self.payload.get_mut(done..end).unwrap_or_default();
+            match self.from.read(room) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(more) => done += more,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     /// The next message, where there may be no data.
