@@ -33,6 +33,7 @@ mod machine;
 pub mod module;
 pub mod payload;
 pub mod pvh;
+mod trim;
 mod wdat;
 pub mod zero_page;
 
@@ -43,6 +44,7 @@ pub use cpu::EntryState;
 pub use initrd::Initrd;
 pub use kernel::{Kernel, KernelError, Protocol};
 pub use machine::{Boot, BootError};
+pub use trim::trim_segments;
 
 /// Writes everything but the kernel and the initial RAM disk, and returns the
 /// state in which the first vCPU enters the guest.

@@ -11,6 +11,7 @@ use linux_loader::bootparam::{boot_params, setup_header};
 use vm_memory::ByteValued;
 
 use crate::decoders::{unxz, unzstd};
+use crate::trim::trim_segments;
 
 const HEADER_OFFSET: usize = offset_of!(boot_params, hdr);
 const HEADER_MAGIC: u32 = u32::from_le_bytes(*b"HdrS");
@@ -47,10 +48,11 @@ pub enum PayloadError {
     NotAnElf,
 }
 
-/// Unpacks the ELF kernel from the bytes of a bzImage.
+/// Unpacks the ELF kernel from the bytes of a bzImage; its segments end with what is not
+/// zero.
 pub fn extract_vmlinux(image: &[u8]) -> Result<Vec<u8>, PayloadError> {
     let payload = payload(image)?;
-    let vmlinux = if payload.starts_with(ZSTD_MAGIC) {
+    let mut vmlinux = if payload.starts_with(ZSTD_MAGIC) {
         read_all(unzstd(payload).map_err(corrupt)?)?
     } else if payload.starts_with(XZ_MAGIC) {
         read_all(unxz(payload))?
@@ -64,6 +66,7 @@ pub fn extract_vmlinux(image: &[u8]) -> Result<Vec<u8>, PayloadError> {
     if !vmlinux.starts_with(ELF_MAGIC) {
         return Err(PayloadError::NotAnElf);
     }
+    trim_segments(&mut vmlinux);
     Ok(vmlinux)
 }
 

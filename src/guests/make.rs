@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use mayfly_boot::initramfs::{
     DEFAULT_MODULES, Initramfs, InitramfsError, LATER_MODULES, ModuleForm,
 };
-use mayfly_boot::payload;
+use mayfly_boot::{payload, trim_segments};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::sources::{self, Source};
@@ -244,9 +244,12 @@ impl<'a> Parts<'a> {
     /// Writes the kernel as an ELF file, which boots faster, where it can be had.
     fn write_kernel(&self, target: &Path) -> Result<(), Failure> {
         let source = &self.manifest.kernel.path;
-        let image = fs::read(source).or_config(source.display())?;
+        let mut image = fs::read(source).or_config(source.display())?;
         let vmlinux = match image.starts_with(ELF_MAGIC) {
-            true => None,
+            true => {
+                trim_segments(&mut image);
+                None
+            }
             false => payload::extract_vmlinux(&image).ok(),
         };
         fs::write(target, vmlinux.as_deref().unwrap_or(&image)).or_host(target.display())
