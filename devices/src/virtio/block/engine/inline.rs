@@ -4,8 +4,9 @@
 //! file systems (ext4 among them) refuse buffered writes that must not block, and so a ring
 //! hands each of them to a thread of the kernel's: two wake-ups for a copy that takes
 //! microseconds. Here such a write is made by the caller. It may block, when the host has too
-//! many dirty pages; so one that took long is followed by a pause, in which writes are the
-//! ring's again. A caller thus spends a hundredth of its time in writes that block, at most.
+//! many dirty pages or must read the rest of one; so a turn whose transfers took long together
+//! is followed by a pause, in which they are the ring's again. A caller thus spends a hundredth
+//! of its time in writes that block, at most.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use super::operation::{Kind, Operation};
 
 /// How much is moved at once in a turn of the device, so that others have theirs.
 const TURN_MAX: usize = 1 << 20;
-/// A transfer that takes longer has blocked.
+/// The transfers of a turn that take longer together have blocked.
 const LONG: Duration = Duration::from_millis(2);
 /// The pause after it, in times of what it took.
 const PAUSE: u32 = 100;
@@ -24,7 +25,9 @@ const PAUSE: u32 = 100;
 pub struct Inline {
     /// How much may still be moved in this turn.
     left: usize,
-    /// The end of the pause after a transfer that blocked.
+    /// How long the transfers of this turn took.
+    spent: Duration,
+    /// The end of the pause after transfers that blocked.
     paused: Option<Instant>,
 }
 
@@ -32,6 +35,7 @@ impl Inline {
     /// A turn begins.
     pub fn begin(&mut self) {
         self.left = TURN_MAX;
+        self.spent = Duration::ZERO;
     }
 
     /// Makes a transfer, if it is one to make at once, and if that can be.
@@ -66,8 +70,10 @@ impl Inline {
 
     /// A transfer began, and took a time.
     fn took(&mut self, start: Instant, time: Duration) {
-        self.paused = (time > LONG)
-            .then(|| start.checked_add(time.saturating_mul(PAUSE)))
+        self.spent = self.spent.saturating_add(time);
+        let pause = self.spent.saturating_mul(PAUSE);
+        self.paused = (self.spent > LONG)
+            .then(|| start.checked_add(pause))
             .flatten();
     }
 }
@@ -135,7 +141,20 @@ mod tests {
         inline.took(now, Duration::from_secs(1));
         assert!(!moves(&mut inline, WRITE, &mut [1; 512]));
         assert_eq!(inline.paused, Some(now + Duration::from_secs(100)));
+        inline.begin();
         inline.took(now, LONG);
         assert!(moves(&mut inline, WRITE, &mut [1; 512]));
+    }
+
+    #[test]
+    fn many_quick_writes_of_a_turn_are_a_long_one() {
+        let mut inline = inline();
+        let now = Instant::now();
+        for _ in 0..3 {
+            assert!(inline.paused.is_none());
+            inline.took(now, LONG / 2);
+        }
+        assert!(!moves(&mut inline, WRITE, &mut [1; 512]));
+        assert_eq!(inline.paused, Some(now + LONG / 2 * 3 * PAUSE));
     }
 }

@@ -16,7 +16,8 @@ const TMPFS: libc::c_long = 0x0102_1994;
 /// What can be done with a file's pages at once.
 #[derive(Clone, Copy, Debug)]
 pub struct PageCache {
-    /// Writes are copies into the page cache, and do not block but for want of memory.
+    /// Writes are copies into the page cache. They block for want of memory, or to read the rest
+    /// of a page.
     writes: bool,
 }
 

@@ -474,7 +474,7 @@ impl Qcow2 {
                 Mapping::Raw {
                     offset, writable, ..
                 } if writable => {
-                    self.remember(access, at, len as u64)?;
+                    self.remember(access, at, len as u64);
                     pieces.transfer(&self.file, Kind::Read, offset, len)?;
                 }
                 Mapping::Zero { .. } => pieces.zero(len),
@@ -496,22 +496,23 @@ impl Qcow2 {
     }
 
     /// Remembers where clusters lie, if their data may be written to there, and those behind
-    /// them: asking for many at once costs as much as for one.
-    fn remember(&self, access: &Access, at: u64, len: u64) -> io::Result<()> {
+    /// them: asking for many at once costs as much as for one. Those behind them may be
+    /// damaged; then nothing is remembered.
+    fn remember(&self, access: &Access, at: u64, len: u64) {
         if self.plain.find(at, len).is_some() {
-            return Ok(());
+            return;
         }
-        let (mapping, len) = access.get_mapping(at, len.max(AHEAD))?;
-        if let Mapping::Raw {
-            storage,
-            offset,
-            writable: true,
-            ..
-        } = mapping
+        if let Ok((mapping, len)) = access.get_mapping(at, len.max(AHEAD))
+            && let Mapping::Raw {
+                storage,
+                offset,
+                writable: true,
+                ..
+            } = mapping
+            && let Ok(size) = storage.size()
         {
-            self.plain.add(at, offset, len, storage.size()?);
+            self.plain.add(at, offset, len, size);
         }
-        Ok(())
     }
 
     /// Straight from guest memory to where the image will have the data.
@@ -529,7 +530,7 @@ impl Qcow2 {
             let write = Kind::Write { durable: false };
             pieces.transfer(&self.file, write, mapping.offset(), len)?;
             access.commit_data_mapping(mapping)?;
-            self.remember(access, at, len as u64)?;
+            self.remember(access, at, len as u64);
             at = at.saturating_add(len as u64);
             left -= len;
         }

@@ -102,7 +102,9 @@ impl Uring {
         let (cache, file) = (self.cache, &self.file);
         // SAFETY: the caller's promise.
         let transfer = || unsafe { cache.transfer(file, *kind, *offset, iovecs) };
-        if let Some(moved) = self.inline.run(operation, transfer) {
+        // A write waits for the inode's lock, which punching a hole keeps all the time.
+        let waits = self.allocating > 0 && matches!(kind, Kind::Write { .. });
+        if !waits && let Some(moved) = self.inline.run(operation, transfer) {
             return Ok(Submitted::Done(moved));
         }
         let iovecs = operation.iovecs.as_ptr();
