@@ -7,10 +7,16 @@
 )]
 
 use std::ffi::{CStr, OsStr, OsString, c_char, c_int};
+use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};
+
+use rustix::fs::{MemfdFlags, memfd_create};
 
 /// Where they are: the words themselves, not copies.
 static WORDS: AtomicPtr<*mut c_char> = AtomicPtr::new(ptr::null_mut());
@@ -28,6 +34,9 @@ extern "C" fn note(_: c_int, words: *mut *mut c_char, _: *mut *mut c_char) {
 const VERBS: [&str; 2] = ["run", "exec"];
 /// What a process begins with that gets its words from another.
 const HANDED_OVER: [&str; 2] = ["run", "--detached"];
+/// What a process begins with that starts again in place of one that failed, before the file
+/// with its words.
+const AGAIN: [&str; 2] = ["run", "--again"];
 /// Linux lets no program be started with more.
 const WORDS_MAX: u64 = 8 << 20;
 
@@ -39,25 +48,47 @@ pub fn take() -> io::Result<Vec<OsString>> {
     if VERBS.iter().any(|verb| begins(1, verb)) {
         hide_values();
     }
-    if HANDED_OVER
-        .iter()
-        .zip(1..)
-        .all(|(known, at)| begins(at, known))
-    {
+    let begin = |known: [&str; 2]| (1..).zip(known).all(|(at, known)| begins(at, known));
+    if begin(HANDED_OVER) {
         // The name stays; the rest is what others may see.
         words.truncate(HANDED_OVER.len() + 2);
-        let mut rest = Vec::new();
-        io::stdin().lock().take(WORDS_MAX).read_to_end(&mut rest)?;
-        let rest = rest
-            .strip_suffix(b"\0")
-            .map(|rest| rest.split(|&byte| byte == 0));
-        words.extend(
-            rest.into_iter()
-                .flatten()
-                .map(|word| OsString::from_vec(word.to_vec())),
-        );
+        words.extend(read_words(io::stdin().lock())?);
+    } else if begin(AGAIN) {
+        let number = words.get(AGAIN.len() + 1).and_then(|word| word.to_str());
+        let file = number.and_then(|number| number.parse::<RawFd>().ok());
+        let file = file.ok_or(io::ErrorKind::InvalidInput)?;
+        // By its name: whoever wrote this number by hand loses nothing.
+        let file = File::open(format!("/proc/self/fd/{file}"))?;
+        words.truncate(AGAIN.len());
+        words.extend(read_words(file)?);
     }
     Ok(words)
+}
+
+/// Reads what [`write_words`] wrote.
+fn read_words(from: impl Read) -> io::Result<Vec<OsString>> {
+    let mut all = Vec::new();
+    from.take(WORDS_MAX).read_to_end(&mut all)?;
+    let words = all.strip_suffix(b"\0");
+    let words = words.map(|words| words.split(|&byte| byte == 0));
+    let words = words.into_iter().flatten();
+    Ok(words
+        .map(|word| OsString::from_vec(word.to_vec()))
+        .collect())
+}
+
+/// Executes this program again, in this process: `mayfly run` with these words behind it. It
+/// returns only if that fails.
+pub fn run_again(words: &[OsString]) -> io::Error {
+    let execute = || {
+        let mut file = File::from(memfd_create("words", MemfdFlags::empty())?);
+        write_words(words, &mut file)?;
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(AGAIN).arg(file.as_raw_fd().to_string());
+        command.args(without_values(words));
+        Ok(command.exec())
+    };
+    execute().unwrap_or_else(|error| error)
 }
 
 /// Whether these are few enough to be taken.

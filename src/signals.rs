@@ -42,6 +42,11 @@ pub fn leave_to_others() -> io::Result<()> {
     unblock_kick()
 }
 
+/// Lets signals through again that were blocked here, for a program that this process becomes.
+pub fn let_through() -> io::Result<()> {
+    mask(libc::SIG_UNBLOCK, &[&SIGNALS[..], &PASSED_ON[..]].concat()).map(drop)
+}
+
 /// Whoever started mayfly may have blocked what its own threads need.
 fn unblock_kick() -> io::Result<()> {
     mask(libc::SIG_UNBLOCK, &[kick_signal()]).map(drop)

@@ -117,7 +117,7 @@ pub fn run() -> ExitCode {
         Some(Verb::Guest(args)) => guest::run(args),
         Some(Verb::Volume(args)) => volume::run(args),
         Some(Verb::Snapshot(args)) => snapshot::run(args),
-        Some(Verb::Template(args)) => template::run(args),
+        Some(Verb::Template(args)) => template::run(args, timeline),
         Some(Verb::Run(args)) => {
             return run::run(*args, words.get(2..).unwrap_or_default(), timeline);
         }

@@ -9,7 +9,9 @@ use super::image::{age, bytes};
 use super::output;
 use crate::config::parse_size;
 use crate::failure::Failure;
+use crate::run::template;
 use crate::snapshot::store::{BUDGET, Listed, Templates};
+use crate::timing::Timeline;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -54,6 +56,13 @@ enum Verb {
         #[arg(long, value_name = "SIZE")]
         keep: Option<String>,
     },
+    /// Make the template that standard input asks for
+    #[command(hide = true)]
+    Make {
+        /// What is to be made comes on standard input: mayfly run asks so
+        #[arg(long, required = true)]
+        wish: bool,
+    },
 }
 
 /// How much of a name people are shown.
@@ -62,9 +71,10 @@ const SHORT: usize = 12;
 const MIB: u32 = 20;
 
 /// Works with templates.
-pub fn run(args: Args) -> Result<ExitCode, Failure> {
+pub fn run(args: Args, timeline: Timeline) -> Result<ExitCode, Failure> {
     let templates = Templates::open_default()?;
     match args.verb {
+        Verb::Make { .. } => template::make_wished(timeline)?,
         Verb::Ls { json, quiet } => list(&templates, json, quiet)?,
         Verb::Rm { names } => {
             for name in names {

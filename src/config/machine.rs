@@ -56,6 +56,8 @@ pub struct MachineConfig {
     pub log: LogConfig,
     /// Where to write the supervisor's process id.
     pub pidfile: Option<PathBuf>,
+    /// The folder of its control socket, if it is not listed among the user's VMs.
+    pub control: Option<PathBuf>,
     /// How the VMM process is surrounded.
     pub sandbox: Mode,
     /// Whether a KVM that seems to emulate is used.
@@ -162,6 +164,7 @@ impl MachineOptions {
             channels: self.channels,
             log: self.log,
             pidfile: self.pidfile,
+            control: None,
             sandbox: self.sandbox,
             accept_kvm: self.accept_kvm,
             ignores_signals: self.ignores_signals,

@@ -238,6 +238,11 @@ impl Agent {
     /// Asks for something that is done at once, or not.
     pub fn ask(&mut self, message: &HostMessage) -> Result<(), AgentError> {
         self.say(message)?;
+        self.hear_done()
+    }
+
+    /// Hears whether what was asked for is done.
+    pub fn hear_done(&mut self) -> Result<(), AgentError> {
         match self.frames.message()? {
             GuestMessage::Done => Ok(()),
             GuestMessage::Failed(failed) => Err(AgentError::Failed(harmless(failed))),

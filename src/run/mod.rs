@@ -24,8 +24,10 @@ pub mod record;
 mod resolver;
 mod session;
 mod standard;
+mod start;
 mod status;
 mod sysctl;
+pub mod template;
 mod text;
 mod tmpfs;
 mod usage;
@@ -57,6 +59,8 @@ use self::log::Log;
 use self::options::{Mode, Pull};
 use self::record::{Ended, NotCreated, Record, VmDir, VmDirGuard};
 use self::session::{Session, SessionEnd};
+use self::standard::terminal_size;
+use self::start::Start;
 use self::status::signalled;
 use self::text::Text;
 use self::volumes::Volumes;
@@ -66,14 +70,14 @@ use crate::config::{
     MachineConfig, MachineOptions, NetConfig, VsockConfig, parse_cpus,
 };
 use crate::data_folder::data_folder;
-use crate::failure::{Failure, OrFail};
+use crate::failure::{Class, Failure, OrFail};
 use crate::guests;
 use crate::link::{Ending, Outcome};
 use crate::net::publish::{Reserved, summary};
 use crate::progress_bars::Bars;
-use crate::signals::StartSignals;
+use crate::signals::{self, StartSignals};
 use crate::spec::MemorySpec;
-use crate::supervisor::{SnapshotFiles, Supervisor};
+use crate::supervisor::Supervisor;
 use crate::timing::{Timeline, TimingUs, now_ms};
 use crate::unix_socket;
 use crate::volume::{Journal, make_ext4};
@@ -114,7 +118,7 @@ pub fn run(options: Options, words: &[OsString], timeline: Timeline) -> Result<u
     if mode == Mode::Detach {
         return background::detach(&plan.name, &options.from_environment_files, words);
     }
-    run_here(options, plan, &image, (network, &host), timeline)
+    run_here(options, plan, &image, (network, &host), (timeline, words))
 }
 
 /// The image, from where `--pull` lets it come from.
@@ -173,7 +177,7 @@ fn run_here(
     mut plan: Plan,
     image: &Image,
     (network, host): (Option<(NetConfig, Net)>, &HostFacts),
-    timeline: Timeline,
+    (timeline, words): (Timeline, &[OsString]),
 ) -> Result<u8, Failure> {
     let guest = guest_files(options)?;
     let mut machine = machine_options(options)?;
@@ -234,7 +238,10 @@ fn run_here(
         &owned,
         (timeline, &signals),
     );
-    let end = result?;
+    let Some(end) = result? else {
+        drop((owned, cidfile));
+        return Err(boot_instead(words));
+    };
     cidfile.keep();
     let ended = Ended {
         at_ms: now_ms(),
@@ -247,6 +254,16 @@ fn run_here(
         let _ = writeln!(io::stderr(), "mayfly: {failure}");
     }
     Ok(end.status)
+}
+
+/// Starts again, without a template. Returns only if that fails.
+fn boot_instead(words: &[OsString]) -> Failure {
+    const WHAT: &str = "booting instead";
+    if let Err(error) = signals::let_through() {
+        return Failure::new(Class::Internal, format!("{WHAT}: {error}"));
+    }
+    let words = [&["--cold".into()], words].concat();
+    Failure::host(format!("{WHAT}: {}", arguments::run_again(&words)))
 }
 
 struct End {
@@ -268,14 +285,18 @@ impl End {
     }
 }
 
-/// Boots the machine and follows its session to the end.
+/// Starts the machine and follows its session to the end. `None` if it came from a template
+/// that is of no use: nothing has happened then.
 fn run_machine(
     options: &Options,
-    plan: Plan,
+    mut plan: Plan,
     (config, reserved): (&MachineConfig, Option<Reserved>),
     owned: &VmDirGuard,
     (timeline, signals): (Timeline, &StartSignals),
-) -> Result<End, Failure> {
+) -> Result<Option<End>, Failure> {
+    let start = Start::choose(options, config);
+    plan.process.terminal = options.terminal.then(terminal_size);
+    let (snapshot, has_frames) = start.files(&plan)?;
     let started_us = timeline.started_us();
     let vm_dir = &owned.vm_dir;
     let name = plan.name.clone();
@@ -287,7 +308,9 @@ fn run_machine(
     let (log, _written) = vm_dir.make_log()?;
     let log = Log::create(&log, plan.log_size).or_host("the log")?;
     // Before there are other threads.
-    let supervisor = Supervisor::start(config, SnapshotFiles::None, timeline, signals)?;
+    let supervisor = Supervisor::start(config, snapshot, timeline, signals)?;
+    let start = start.settle(supervisor.origin());
+    let has_frames = has_frames && start.why_cold().is_none();
     drop(reserved);
     let (board, vm_dir) = (supervisor.board(), vm_dir.clone());
     board.observe(move |status| {
@@ -302,10 +325,19 @@ fn run_machine(
         plan,
         (listener, socket),
         log,
-        supervisor.stop_handle(),
+        session::Machine {
+            stop: supervisor.stop_handle(),
+            restored: start.why_cold().is_none(),
+            has_frames,
+        },
     )?;
+    let answered = session.answered();
     let ending = supervisor.run();
     let end = session.end();
+    if start.has_failed(answered.is_set(), &end) {
+        start.discard();
+        return Ok(None);
+    }
     let ending = ending.map_err(|failure| match end {
         // It was ended before the guest ran, or did not heed it.
         SessionEnd::Signalled(signal) => Failure::signalled(signal),
@@ -313,6 +345,16 @@ fn run_machine(
     })?;
     if options.timing {
         let _ = write!(io::stderr(), "{}", ending.timeline);
+    }
+    if options.verbose {
+        let how = match start.why_cold() {
+            None => "it started from a template".to_owned(),
+            Some(why) => format!("it booted: {why}"),
+        };
+        let _ = writeln!(io::stderr(), "mayfly: {name}: {how}");
+    }
+    if matches!(end, SessionEnd::Exited(_)) {
+        start.make_missing();
     }
     let end = End {
         problems: board.status().problems,
@@ -333,6 +375,11 @@ fn run_machine(
             "name": name,
             "exit_code": end.status,
             "reason": end.reason,
+            "start": match start.why_cold() {
+                None => "warm",
+                Some(_) => "cold",
+            },
+            "cold_because": start.why_cold(),
             "started_us": started_us,
             "timing_us": TimingUs::from(&ending.timeline),
         });
@@ -343,13 +390,13 @@ fn run_machine(
             && end.status == 0
         {
             let _ = writeln!(io::stderr(), "mayfly: standard output: {error}");
-            return Ok(End {
+            return Ok(Some(End {
                 status: STATUS_FAILED,
                 ..end
-            });
+            }));
         }
     }
-    Ok(end)
+    Ok(Some(end))
 }
 
 /// What to exit with, and what to say.

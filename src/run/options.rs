@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use clap::builder::FalseyValueParser;
 use mayfly_sandbox as sandbox;
 
 use super::docker::DockerFlags;
@@ -166,6 +167,12 @@ pub struct Options {
     /// Another kernel
     #[arg(long, value_name = "PATH")]
     pub kernel: Option<PathBuf>,
+    /// Boot, also where a template would make the start faster, and make none
+    #[arg(long, env = "MAYFLY_COLD", hide_env_values = true, value_parser = FalseyValueParser::new())]
+    pub cold: bool,
+    /// Say on standard error whether it started from a template, and if not, why
+    #[arg(long)]
+    pub verbose: bool,
     /// Print on standard error how long each phase took
     #[arg(long)]
     pub timing: bool,

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::net::UnixListener;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -32,6 +32,9 @@ const GRACE_PERIOD: Duration = Duration::from_secs(10);
 /// looked at.
 const END_TIMEOUT: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(100);
+/// How long the agent of a machine from a template may take to answer: it is ready, and has
+/// disks to mount.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How a session ended.
 #[derive(Clone, Debug)]
@@ -56,13 +59,44 @@ pub struct Session {
     result: Receiver<Result<Exit, AgentError>>,
     over: Sender<()>,
     why: Why,
+    answered: Answered,
     listener: UnixListener,
+}
+
+/// Whether the agent has answered anything, and the wait for that.
+#[derive(Clone, Debug, Default)]
+pub struct Answered(Arc<(Mutex<bool>, Condvar)>);
+
+impl Answered {
+    fn set(&self) {
+        *self.lock() = true;
+        self.0.1.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, bool> {
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it has.
+    pub fn is_set(&self) -> bool {
+        *self.lock()
+    }
+
+    /// Waits for it, but not longer than a time: false then.
+    fn wait(&self, timeout: Duration) -> bool {
+        let waited = self
+            .0
+            .1
+            .wait_timeout_while(self.lock(), timeout, |answered| !*answered);
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
+    }
 }
 
 /// What the threads share.
 struct Shared {
     link: Mutex<Option<Link>>,
     why: Why,
+    answered: Answered,
     machine: StopHandle,
 }
 
@@ -73,6 +107,14 @@ impl Shared {
         first.get_or_insert(why);
         drop(first);
         self.machine.stop();
+    }
+
+    /// Takes note of what the agent answered, unless it did not.
+    fn note_answer(&self, answer: Result<(), AgentError>) -> Result<(), AgentError> {
+        if matches!(answer, Ok(()) | Err(AgentError::Failed(_))) {
+            self.answered.set();
+        }
+        answer
     }
 
     fn link(&self) -> Option<Link> {
@@ -89,15 +131,26 @@ impl Session {
         plan: Plan,
         (listener, name): (UnixListener, Name),
         log: Log,
-        machine: StopHandle,
+        Machine {
+            stop: machine,
+            restored,
+            has_frames,
+        }: Machine,
     ) -> Result<Self, Failure> {
         let signals = Signals::passed_on().or_internal("blocking signals")?;
-        let why = Why::default();
+        let (why, answered) = (Why::default(), Answered::default());
         let shared = Arc::new(Shared {
             link: Mutex::new(None),
             why: why.clone(),
+            answered: answered.clone(),
             machine,
         });
+        if restored {
+            let shared = shared.clone();
+            thread::Builder::new()
+                .spawn(move || end_silent(&shared))
+                .or_host("starting a thread")?;
+        }
         let timeout = plan.timeout;
         let (over, ended) = mpsc::channel();
         let clock = shared.clone();
@@ -107,7 +160,14 @@ impl Session {
         let options = options.clone();
         let (told, result) = mpsc::channel();
         spawn("session")
-            .spawn(move || drop(told.send(work(&options, plan, listener, name, &shared, &log))))
+            .spawn(move || {
+                let begin = match has_frames {
+                    true => Begin::Told,
+                    false => Begin::Anew,
+                };
+                let listening = (listener, name);
+                drop(told.send(work(&options, plan, begin, listening, &shared, &log)))
+            })
             .or_host("starting a thread")?;
         spawn("signals")
             .spawn(move || pass_on(&signals, &passed, detached))
@@ -119,8 +179,14 @@ impl Session {
             result,
             over,
             why,
+            answered,
             listener: ours,
         })
+    }
+
+    /// Whether the agent has answered anything, now and later.
+    pub fn answered(&self) -> Answered {
+        self.answered.clone()
     }
 
     /// How it ended, when the machine has.
@@ -152,12 +218,38 @@ impl Session {
     }
 }
 
+/// The machine of a session.
+pub struct Machine {
+    /// Stops it.
+    pub stop: StopHandle,
+    /// It went on from a template.
+    pub restored: bool,
+    /// Its agent has been told already what it is to do.
+    pub has_frames: bool,
+}
+
+/// Ends a machine from a template whose agent says nothing: there is another way to start.
+fn end_silent(shared: &Shared) {
+    if !shared.answered.wait(ANSWER_TIMEOUT) {
+        shared.end(SessionEnd::Silent);
+    }
+}
+
+/// How a session begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Begin {
+    /// The agent is told what it is to do.
+    Anew,
+    /// It was told in the message that it found when it was restored, and answers.
+    Told,
+}
+
 /// Everything that is said to the guest, in order.
 fn work(
     options: &Options,
     mut plan: Plan,
-    listener: UnixListener,
-    name: Name,
+    begin: Begin,
+    (listener, name): (UnixListener, Name),
     shared: &Shared,
     log: &Log,
 ) -> Result<Exit, AgentError> {
@@ -170,9 +262,23 @@ fn work(
     let (link, name_of_vm) = (agent.link(), std::mem::take(&mut plan.name));
     let detached = options.mode() == Mode::Background;
     let result = (|| {
-        agent.ask(&HostMessage::Setup(Box::new(plan.setup)))?;
-        plan.process.terminal = options.terminal.then(terminal_size);
-        agent.start(plan.process)?;
+        match begin {
+            Begin::Anew => {
+                let set_up = agent.ask(&HostMessage::Setup(Box::new(plan.setup)));
+                shared.note_answer(set_up)?;
+                plan.process.terminal = options.terminal.then(terminal_size);
+                agent.start(plan.process)?;
+            }
+            Begin::Told => {
+                shared.note_answer(agent.hear_done())?;
+                agent.hear_done()?;
+                if let Some(size) = plan.process.terminal
+                    && size != terminal_size()
+                {
+                    link.send(&HostMessage::Resize(terminal_size()))?;
+                }
+            }
+        }
         *shared.link.lock().unwrap_or_else(PoisonError::into_inner) = Some(link.clone());
         // Without input its keys stay the host's: Ctrl-C ends the command.
         let terminal = match options.terminal && options.interactive && !detached {

@@ -171,7 +171,9 @@ impl Supervisor<'_> {
             let log = log.try_clone().or_host("duplicating a descriptor")?;
             self.log.go_on_in(Some(log));
         }
-        let (listener, socket) = Folder::locate().listen(&config.name)?;
+        let folder = config.control.as_deref();
+        let folder = folder.map_or_else(Folder::locate, Folder::at);
+        let (listener, socket) = folder.listen(&config.name)?;
         let _pidfile = config.pidfile.as_deref().map(PidFile::create).transpose()?;
         let _vsock = match (&self.vsock, &config.vsock) {
             (Some(socket), Some(vsock)) => Some(Name::give(socket, &vsock.path, &vsock.flag())?),

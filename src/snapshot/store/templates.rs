@@ -262,7 +262,7 @@ impl Templates {
             key: key.clone(),
             name,
             entry,
-            _work: work,
+            work,
             _making: making,
         }))
     }
@@ -381,11 +381,16 @@ pub struct NewTemplate<'a> {
     key: TemplateKey,
     name: Digest,
     entry: NewEntry,
-    _work: Work,
+    work: Work,
     _making: File,
 }
 
 impl NewTemplate<'_> {
+    /// A folder for what its making needs, which goes with it.
+    pub fn work(&self) -> &Path {
+        self.work.path()
+    }
+
     /// Lets it be taken, when both files are written. Older ones go where all of them
     /// take more than [`BUDGET`].
     pub fn publish(self) -> Result<Template, Failure> {
