@@ -42,7 +42,7 @@ pub fn isolation(
             false => Some(0),
         },
         monitor_syscalls: match report.name.as_str() {
-            "mayfly" => mayflys_calls,
+            "mayfly" | "mayfly-cold" => mayflys_calls,
             _ => None,
         },
         devices: facts.devices.clone(),

@@ -81,8 +81,8 @@ pub struct Args {
     /// How many come before, and do not
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=1000))]
     warmup: u32,
-    /// Whom to compare, of process, container, mayfly, runc, crun, podman, docker, qemu,
-    /// firecracker, cloud-hypervisor; NAME=PROGRAM is one of your own [default: all that
+    /// Whom to compare, of process, container, mayfly, mayfly-cold, runc, crun, podman,
+    /// docker, qemu, firecracker, cloud-hypervisor; NAME=PROGRAM is one of your own [default: all that
     /// are here]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = engine)]
     engines: Vec<String>,

@@ -17,10 +17,11 @@ pub use self::engine::{Engine, Job, PROBE, Place, VOLUME};
 use super::model::Kind;
 
 /// All there are, as `--engines` takes them.
-pub const NAMES: [&str; 10] = [
+pub const NAMES: [&str; 11] = [
     "process",
     "container",
     "mayfly",
+    "mayfly-cold",
     "runc",
     "crun",
     "podman",
@@ -35,7 +36,7 @@ pub fn kind(name: &str) -> Kind {
     match name {
         "process" => Kind::Process,
         "container" | "runc" | "crun" | "podman" | "docker" => Kind::Container,
-        "mayfly" | "qemu" | "firecracker" | "cloud-hypervisor" => Kind::Vm,
+        "mayfly" | "mayfly-cold" | "qemu" | "firecracker" | "cloud-hypervisor" => Kind::Vm,
         _ => Kind::Own,
     }
 }
@@ -51,7 +52,8 @@ pub fn find(name: &str, place: &Place) -> Result<Box<dyn Engine>, String> {
         "container" => Box::new(container::Container {
             version: place.mayfly.version.clone(),
         }),
-        "mayfly" => Box::new(mayfly::Mayfly::find(place)?),
+        "mayfly" => Box::new(mayfly::Mayfly::find(place, false)?),
+        "mayfly-cold" => Box::new(mayfly::Mayfly::find(place, true)?),
         "runc" | "crun" => Box::new(oci::Oci::find(name, place)?),
         "podman" => Box::new(podman::Podman::find(place)?),
         "docker" => Box::new(docker::Docker::find(place)?),
