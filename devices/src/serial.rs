@@ -133,6 +133,10 @@ impl Serial {
     /// there is room for input after there was
     /// none.
     pub fn new(state: SerialState, interrupt: EventFd, host_event: EventFd) -> Self {
+        if state.raised {
+            // It may have been on its way when the state was saved; one too many is none.
+            signal(&interrupt);
+        }
         Serial {
             state,
             interrupt,

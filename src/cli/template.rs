@@ -61,7 +61,7 @@ enum Verb {
     Make {
         /// What is to be made comes on standard input: mayfly run asks so
         #[arg(long, required = true)]
-        wish: bool,
+        request: bool,
     },
 }
 
@@ -74,7 +74,7 @@ const MIB: u32 = 20;
 pub fn run(args: Args, timeline: Timeline) -> Result<ExitCode, Failure> {
     let templates = Templates::open_default()?;
     match args.verb {
-        Verb::Make { .. } => template::make_wished(timeline)?,
+        Verb::Make { .. } => template::make_requested(timeline)?,
         Verb::Ls { json, quiet } => list(&templates, json, quiet)?,
         Verb::Rm { names } => {
             for name in names {

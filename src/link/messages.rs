@@ -164,8 +164,13 @@ pub enum Origin {
     Boot,
     /// It goes on as one that was saved.
     Restored,
-    /// It boots, as the one that was saved is of no use: why.
-    NotRestored(String),
+    /// It boots, as the one that was saved could not be restored.
+    NotRestored {
+        /// The reason.
+        why: String,
+        /// The saved one is of no use here, now and ever.
+        unfit: bool,
+    },
 }
 
 /// Why there is no machine. The VMM process knows no paths and flags: the supervisor adds

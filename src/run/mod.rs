@@ -59,7 +59,6 @@ use self::log::Log;
 use self::options::{Mode, Pull};
 use self::record::{Ended, NotCreated, Record, VmDir, VmDirGuard};
 use self::session::{Session, SessionEnd};
-use self::standard::terminal_size;
 use self::start::Start;
 use self::status::signalled;
 use self::text::Text;
@@ -238,9 +237,12 @@ fn run_here(
         &owned,
         (timeline, &signals),
     );
-    let Some(end) = result? else {
-        drop((owned, cidfile));
-        return Err(boot_instead(words));
+    let end = match result? {
+        Run::Ended(end) => end,
+        Run::Again(why) => {
+            drop((owned, cidfile));
+            return Err(boot_instead(&why, words));
+        }
     };
     cidfile.keep();
     let ended = Ended {
@@ -257,13 +259,22 @@ fn run_here(
 }
 
 /// Starts again, without a template. Returns only if that fails.
-fn boot_instead(words: &[OsString]) -> Failure {
+fn boot_instead(why: &str, words: &[OsString]) -> Failure {
     const WHAT: &str = "booting instead";
     if let Err(error) = signals::let_through() {
         return Failure::new(Class::Internal, format!("{WHAT}: {error}"));
     }
-    let words = [&["--cold".into()], words].concat();
+    let cold = ["--cold", "--cold-because", why].map(OsString::from);
+    let words = [&cold, words].concat();
     Failure::host(format!("{WHAT}: {}", arguments::run_again(&words)))
+}
+
+/// What came of a machine.
+enum Run {
+    /// It ended.
+    Ended(End),
+    /// It came from a template that is of no use, and nothing has happened: it is to be booted.
+    Again(String),
 }
 
 struct End {
@@ -285,17 +296,15 @@ impl End {
     }
 }
 
-/// Starts the machine and follows its session to the end. `None` if it came from a template
-/// that is of no use: nothing has happened then.
+/// Starts the machine and follows its session to the end.
 fn run_machine(
     options: &Options,
-    mut plan: Plan,
+    plan: Plan,
     (config, reserved): (&MachineConfig, Option<Reserved>),
     owned: &VmDirGuard,
     (timeline, signals): (Timeline, &StartSignals),
-) -> Result<Option<End>, Failure> {
+) -> Result<Run, Failure> {
     let start = Start::choose(options, config);
-    plan.process.terminal = options.terminal.then(terminal_size);
     let (snapshot, has_frames) = start.files(&plan)?;
     let started_us = timeline.started_us();
     let vm_dir = &owned.vm_dir;
@@ -308,7 +317,15 @@ fn run_machine(
     let (log, _written) = vm_dir.make_log()?;
     let log = Log::create(&log, plan.log_size).or_host("the log")?;
     // Before there are other threads.
-    let supervisor = Supervisor::start(config, snapshot, timeline, signals)?;
+    let supervisor = match Supervisor::start(config, snapshot, timeline, signals) {
+        Ok(supervisor) => supervisor,
+        Err(failure) => {
+            return match start.why_not_started(&failure) {
+                Some(fault) => Ok(Run::Again(start.discard(fault))),
+                None => Err(failure),
+            };
+        }
+    };
     let start = start.settle(supervisor.origin());
     let has_frames = has_frames && start.why_cold().is_none();
     drop(reserved);
@@ -334,9 +351,8 @@ fn run_machine(
     let answered = session.answered();
     let ending = supervisor.run();
     let end = session.end();
-    if start.has_failed(answered.is_set(), &end) {
-        start.discard();
-        return Ok(None);
+    if let Some(fault) = start.why_again(answered.get(), &end, &ending) {
+        return Ok(Run::Again(start.discard(fault)));
     }
     let ending = ending.map_err(|failure| match end {
         // It was ended before the guest ran, or did not heed it.
@@ -390,13 +406,13 @@ fn run_machine(
             && end.status == 0
         {
             let _ = writeln!(io::stderr(), "mayfly: standard output: {error}");
-            return Ok(Some(End {
+            return Ok(Run::Ended(End {
                 status: STATUS_FAILED,
                 ..end
             }));
         }
     }
-    Ok(Some(end))
+    Ok(Run::Ended(end))
 }
 
 /// What to exit with, and what to say.

@@ -170,6 +170,9 @@ pub struct Options {
     /// Boot, also where a template would make the start faster, and make none
     #[arg(long, env = "MAYFLY_COLD", hide_env_values = true, value_parser = FalseyValueParser::new())]
     pub cold: bool,
+    /// Why it boots, if that is not the user's wish
+    #[arg(long, hide = true, value_name = "TEXT")]
+    pub(super) cold_because: Option<String>,
     /// Say on standard error whether it started from a template, and if not, why
     #[arg(long)]
     pub verbose: bool,

@@ -34,7 +34,7 @@ const END_TIMEOUT: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(100);
 /// How long the agent of a machine from a template may take to answer: it is ready, and has
 /// disks to mount.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// How a session ended.
 #[derive(Clone, Debug)]
@@ -63,32 +63,48 @@ pub struct Session {
     listener: UnixListener,
 }
 
-/// Whether the agent has answered anything, and the wait for that.
+/// What the agent has answered to the machine's setup.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Answer {
+    /// Nothing so far.
+    #[default]
+    None,
+    /// Nothing, for longer than it should take: the machine was ended for that.
+    Late,
+    /// It could not do it.
+    Refused,
+    /// It is done. The command may have started.
+    SetUp,
+}
+
+/// What the agent has answered, and the wait for that.
 #[derive(Clone, Debug, Default)]
-pub struct Answered(Arc<(Mutex<bool>, Condvar)>);
+pub struct Answered(Arc<(Mutex<Answer>, Condvar)>);
 
 impl Answered {
-    fn set(&self) {
-        *self.lock() = true;
+    fn set(&self, answer: Answer) {
+        *self.lock() = answer;
         self.0.1.notify_all();
     }
 
-    fn lock(&self) -> MutexGuard<'_, bool> {
+    fn lock(&self) -> MutexGuard<'_, Answer> {
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether it has.
-    pub fn is_set(&self) -> bool {
+    /// What it is so far.
+    pub fn get(&self) -> Answer {
         *self.lock()
     }
 
-    /// Waits for it, but not longer than a time: false then.
-    fn wait(&self, timeout: Duration) -> bool {
-        let waited = self
-            .0
-            .1
-            .wait_timeout_while(self.lock(), timeout, |answered| !*answered);
-        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
+    /// Waits for an answer, but not longer than a time: then it is late, which is returned.
+    fn is_late(&self, timeout: Duration) -> bool {
+        let none = |answer: &mut Answer| *answer == Answer::None;
+        let waited = self.0.1.wait_timeout_while(self.lock(), timeout, none);
+        let (mut answer, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+        if waited.timed_out() {
+            *answer = Answer::Late;
+        }
+        waited.timed_out()
     }
 }
 
@@ -109,12 +125,13 @@ impl Shared {
         self.machine.stop();
     }
 
-    /// Takes note of what the agent answered, unless it did not.
-    fn note_answer(&self, answer: Result<(), AgentError>) -> Result<(), AgentError> {
-        if matches!(answer, Ok(()) | Err(AgentError::Failed(_))) {
-            self.answered.set();
+    /// Takes note whether the agent has made the machine what its image says.
+    fn note_answer(&self, answer: &Result<(), AgentError>) {
+        match answer {
+            Ok(()) => self.answered.set(Answer::SetUp),
+            Err(AgentError::Failed(_)) => self.answered.set(Answer::Refused),
+            Err(_) => {}
         }
-        answer
     }
 
     fn link(&self) -> Option<Link> {
@@ -184,7 +201,7 @@ impl Session {
         })
     }
 
-    /// Whether the agent has answered anything, now and later.
+    /// What the agent has answered, now and later.
     pub fn answered(&self) -> Answered {
         self.answered.clone()
     }
@@ -230,7 +247,7 @@ pub struct Machine {
 
 /// Ends a machine from a template whose agent says nothing: there is another way to start.
 fn end_silent(shared: &Shared) {
-    if !shared.answered.wait(ANSWER_TIMEOUT) {
+    if shared.answered.is_late(ANSWER_TIMEOUT) {
         shared.end(SessionEnd::Silent);
     }
 }
@@ -262,23 +279,14 @@ fn work(
     let (link, name_of_vm) = (agent.link(), std::mem::take(&mut plan.name));
     let detached = options.mode() == Mode::Background;
     let result = (|| {
-        match begin {
-            Begin::Anew => {
-                let set_up = agent.ask(&HostMessage::Setup(Box::new(plan.setup)));
-                shared.note_answer(set_up)?;
-                plan.process.terminal = options.terminal.then(terminal_size);
-                agent.start(plan.process)?;
-            }
-            Begin::Told => {
-                shared.note_answer(agent.hear_done())?;
-                agent.hear_done()?;
-                if let Some(size) = plan.process.terminal
-                    && size != terminal_size()
-                {
-                    link.send(&HostMessage::Resize(terminal_size()))?;
-                }
-            }
-        }
+        let set_up = match begin {
+            Begin::Anew => agent.ask(&HostMessage::Setup(Box::new(plan.setup))),
+            Begin::Told => agent.hear_done(),
+        };
+        shared.note_answer(&set_up);
+        set_up?;
+        plan.process.terminal = options.terminal.then(terminal_size);
+        agent.start(plan.process)?;
         *shared.link.lock().unwrap_or_else(PoisonError::into_inner) = Some(link.clone());
         // Without input its keys stay the host's: Ctrl-C ends the command.
         let terminal = match options.terminal && options.interactive && !detached {

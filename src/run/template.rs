@@ -13,6 +13,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
+use kvm_ioctls::Kvm;
 use mayfly_protocol::agent::{HostMessage, PORT};
 use mayfly_sandbox::Mode;
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -30,7 +31,7 @@ use crate::link::Outcome;
 use crate::logging::LogConfig;
 use crate::net::user::{UserConfig, UserNet};
 use crate::signals::StartSignals;
-use crate::snapshot::store::{TemplateKey, Templates};
+use crate::snapshot::store::{Host as SavedHost, TemplateKey, Templates};
 use crate::spec::{DeviceKind, DeviceSpec, MachineSpec};
 use crate::supervisor::{SnapshotFiles, StopHandle, Supervisor};
 use crate::timing::Timeline;
@@ -42,8 +43,8 @@ const WHAT: &str = "making a template";
 const DISK: u64 = 512;
 /// The name of the socket for clients of the guest.
 const SOCKET: &str = "vsock";
-/// The longest wish, in bytes.
-const WISH_MAX: u64 = 1 << 20;
+/// The longest request, in bytes.
+const REQUEST_MAX: u64 = 1 << 20;
 /// How long a template's machine may run.
 const TIMEOUT: Duration = Duration::from_secs(300);
 /// Others' work comes first.
@@ -60,7 +61,7 @@ const ENVIRONMENT: [&str; 5] = [
 
 /// A template that is to be made.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Wish {
+pub struct TemplateRequest {
     /// The key that it is to have.
     key: TemplateKey,
     /// The machine, with the names of its devices.
@@ -71,7 +72,7 @@ pub struct Wish {
     accept_kvm: bool,
 }
 
-impl Wish {
+impl TemplateRequest {
     /// The template for a machine.
     pub fn of(config: &MachineConfig, key: TemplateKey) -> Self {
         let mut spec = config.spec.clone();
@@ -79,7 +80,7 @@ impl Wish {
         for (device, shape) in spec.devices.iter_mut().zip(shape.devices) {
             device.kind = shape.kind;
         }
-        Wish {
+        TemplateRequest {
             key,
             spec,
             kernel: config.guest.kernel.clone(),
@@ -90,11 +91,25 @@ impl Wish {
     }
 }
 
+/// The key of the template for a machine on this host.
+pub fn key(config: &MachineConfig) -> Result<TemplateKey, Failure> {
+    let templates = Templates::open_default()?;
+    let mut digests = templates.digests();
+    let kernel = digests.of(&config.guest.kernel)?;
+    let initrd = config.guest.initrd.as_deref();
+    let initrd = initrd.ok_or_else(|| Failure::config("it has no initial RAM disk"))?;
+    let agent = digests.of(initrd)?;
+    templates.keep_digests(&digests)?;
+    let host = SavedHost::this(&Kvm::new().or_host("/dev/kvm")?)?;
+    TemplateKey::new(config.spec.shape(), kernel, agent, host)
+}
+
 /// Starts a process that makes a template, and leaves it.
-pub fn make_in_background(wish: &Wish) -> Result<(), Failure> {
-    let text = serde_json::to_vec(wish).or_internal(WHAT)?;
-    let mut command = Command::new(std::env::current_exe().or_host(WHAT)?);
-    command.args(["template", "make", "--wish"]).env_clear();
+pub fn make_in_background(request: &TemplateRequest) -> Result<(), Failure> {
+    let text = serde_json::to_vec(request).or_internal(WHAT)?;
+    // This program, also if another has taken its place.
+    let mut command = Command::new("/proc/self/exe");
+    command.args(["template", "make", "--request"]).env_clear();
     for name in ENVIRONMENT {
         command.envs(std::env::var_os(name).map(|value| (name, value)));
     }
@@ -108,22 +123,22 @@ pub fn make_in_background(wish: &Wish) -> Result<(), Failure> {
     }
 }
 
-/// Makes the template that a wish on standard input is of, unless there is one.
-pub fn make_wished(timeline: Timeline) -> Result<(), Failure> {
+/// Makes the template that a request on standard input is of, unless there is one.
+pub fn make_requested(timeline: Timeline) -> Result<(), Failure> {
     let mut text = Vec::new();
     io::stdin()
-        .take(WISH_MAX)
+        .take(REQUEST_MAX)
         .read_to_end(&mut text)
         .or_host("standard input")?;
-    let wish: Wish = serde_json::from_slice(&text).or_config("standard input")?;
+    let request: TemplateRequest = serde_json::from_slice(&text).or_config("standard input")?;
     let _ = rustix::process::nice(NICE);
-    make(wish, timeline)
+    make(request, timeline)
 }
 
 /// Makes a template, unless there is one.
-fn make(wish: Wish, timeline: Timeline) -> Result<(), Failure> {
+fn make(request: TemplateRequest, timeline: Timeline) -> Result<(), Failure> {
     let templates = Templates::open_default()?;
-    let Some(new) = templates.make(&wish.key)? else {
+    let Some(new) = templates.make(&request.key)? else {
         return Ok(());
     };
     let signals = StartSignals::take().or_internal("blocking signals")?;
@@ -136,11 +151,13 @@ fn make(wish: Wish, timeline: Timeline) -> Result<(), Failure> {
     let agent_socket = folder.join(format!("{SOCKET}_{PORT}"));
     let (listener, name) = unix_socket::listen(&agent_socket, WHAT)?;
     let mut disks = Vec::new();
-    let config = config(wish, &folder, &mut disks)?;
+    let wanted = request.key.clone();
+    let config = config(request, &folder, &mut disks)?;
     let files = SnapshotFiles::Save {
         state: new.state.try_clone().or_host(WHAT)?,
         memory: new.memory.try_clone().or_host(WHAT)?,
     };
+    let key = self::key(&config)?;
     // Before there are other threads.
     let supervisor = Supervisor::start(&config, files, timeline, &signals)?;
     let machine = supervisor.stop_handle();
@@ -150,7 +167,12 @@ fn make(wish: Wish, timeline: Timeline) -> Result<(), Failure> {
     let ending = supervisor.run()?;
     drop((name, disks));
     match ending.outcome {
-        Outcome::Saved => new.publish().map(drop),
+        // The kernel and the agent are those that it is said to have, at the beginning and at
+        // the end.
+        Outcome::Saved if key == wanted && self::key(&config)? == wanted => new.publish().map(drop),
+        Outcome::Saved => Err(Failure::host(format!(
+            "{WHAT}: mayfly, the guest's kernel or its initial RAM disk changed meanwhile"
+        ))),
         outcome => {
             let lines = ending.last_lines.join("; ");
             let why = format!("{WHAT}: the machine ended: {outcome} {lines}");
@@ -191,12 +213,16 @@ fn send_to_point(stream: UnixStream) -> Result<(), AgentError> {
     Ok(())
 }
 
-/// The machine of a wish, with disks that are still to come.
-fn config(wish: Wish, folder: &Path, disks: &mut Vec<File>) -> Result<MachineConfig, Failure> {
+/// The machine of a request, with disks that are still to come.
+fn config(
+    request: TemplateRequest,
+    folder: &Path,
+    disks: &mut Vec<File>,
+) -> Result<MachineConfig, Failure> {
     let host = HostFacts::look_up();
     let mut layers = Vec::new();
     let (mut named, mut nets, mut sockets) = (Vec::new(), Vec::new(), None);
-    for DeviceSpec { name, kind } in &wish.spec.devices {
+    for DeviceSpec { name, kind } in &request.spec.devices {
         match kind {
             DeviceKind::Block(block) => {
                 let file = File::from(
@@ -238,8 +264,8 @@ fn config(wish: Wish, folder: &Path, disks: &mut Vec<File>) -> Result<MachineCon
     }
     Ok(MachineConfig {
         name: format!("template-{}", std::process::id()),
-        guest: GuestFiles::named(&wish.kernel, wish.initrd.as_deref()),
-        spec: wish.spec,
+        guest: GuestFiles::named(&request.kernel, request.initrd.as_deref()),
+        spec: request.spec,
         layers,
         disks: named,
         nets,
@@ -253,9 +279,9 @@ fn config(wish: Wish, folder: &Path, disks: &mut Vec<File>) -> Result<MachineCon
         log: LogConfig::default(),
         pidfile: None,
         control: Some(folder.to_owned()),
-        sandbox: wish.sandbox,
+        sandbox: request.sandbox,
         accept_kvm: AcceptKvm {
-            accept_kvm: wish.accept_kvm,
+            accept_kvm: request.accept_kvm,
         },
         ignores_signals: false,
     })

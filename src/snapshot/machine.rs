@@ -20,6 +20,9 @@ pub enum MachineError {
     /// The file is none of this version's, or damaged.
     #[error(transparent)]
     Format(#[from] FormatError),
+    /// The machine's specification cannot be written.
+    #[error("the machine's specification")]
+    Shape(#[source] serde_json::Error),
     /// It is another machine's.
     #[error("it is the state of another machine: {0}")]
     Other(&'static str),
@@ -65,9 +68,19 @@ impl Section for Shape {
 }
 
 impl Shape {
-    fn of(spec: &MachineSpec) -> Self {
-        // A plain struct, whose maps' keys are strings: it can be written.
-        Shape(serde_json::to_string(&spec.shape()).unwrap_or_default())
+    fn of(spec: &MachineSpec) -> Result<Self, MachineError> {
+        let text = serde_json::to_string(&spec.shape());
+        text.map(Shape).map_err(MachineError::Shape)
+    }
+}
+
+impl MachineError {
+    /// The file is no state of such a machine, now and ever: it was not the host that failed.
+    pub fn is_final(&self) -> bool {
+        match self {
+            MachineError::Format(FormatError::Read(_)) | MachineError::Shape(_) => false,
+            MachineError::Format(_) | MachineError::Other(_) => true,
+        }
     }
 }
 
@@ -84,9 +97,9 @@ pub struct MachineState {
 
 impl MachineState {
     /// The bytes of the state file of a machine of a specification.
-    pub fn to_bytes(&self, spec: &MachineSpec) -> Result<Vec<u8>, FormatError> {
+    pub fn to_bytes(&self, spec: &MachineSpec) -> Result<Vec<u8>, MachineError> {
         let mut writer = Writer::new();
-        writer.add(&Shape::of(spec))?;
+        writer.add(&Shape::of(spec)?)?;
         writer.add(&self.kvm)?;
         writer.add(&self.devices)?;
         writer.add(&self.platform)?;
@@ -96,7 +109,7 @@ impl MachineState {
     /// Reads the state file of a machine that is to be one of a specification.
     pub fn read(file: &File, spec: &MachineSpec) -> Result<Self, MachineError> {
         let mut reader = Reader::read(file)?;
-        if reader.take::<Shape>()? != Shape::of(spec) {
+        if reader.take::<Shape>()? != Shape::of(spec)? {
             return Err(MachineError::Other("its specification differs"));
         }
         let state = MachineState {

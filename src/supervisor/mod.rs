@@ -12,7 +12,7 @@ mod vmm_process;
 
 pub use self::start::SnapshotFiles;
 pub use self::status::{Status, StatusBoard};
-pub use self::supervise::Supervisor;
+pub use self::supervise::{Supervisor, was_killed};
 pub use self::vmm_process::StopHandle;
 
 use crate::config::MachineConfig;

@@ -190,7 +190,10 @@ fn confine(child: &Child, cgroup: &mut Cgroup, mode: Mode) -> Result<(), Failure
 /// read the state file.
 fn harmless_origin(origin: Origin) -> Origin {
     match origin {
-        Origin::NotRestored(why) => Origin::NotRestored(printable::line(&why)),
+        Origin::NotRestored { why, unfit } => Origin::NotRestored {
+            why: printable::line(&why),
+            unfit,
+        },
         origin => origin,
     }
 }

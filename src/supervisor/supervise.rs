@@ -94,6 +94,15 @@ pub fn pass_on_lines(said: impl Read, mut to: impl Write) {
     }
 }
 
+/// Whether a VMM process that ended as this text says was killed, by its user perhaps.
+pub fn was_killed(why: &str) -> bool {
+    why == died_by(libc::SIGKILL)
+}
+
+fn died_by(signal: i32) -> String {
+    format!("the VMM process was ended by signal {signal}")
+}
+
 /// Whether what was sent found nobody any more.
 pub fn has_hung_up(error: &io::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionReset};
@@ -402,7 +411,7 @@ impl Supervisor<'_> {
                 Some(_) if self.cgroup.as_ref().is_some_and(Cgroup::ran_out_of_memory) => {
                     format!("{what} needed more memory than its control group may have")
                 }
-                Some(signal) => format!("{what} was ended by signal {signal}"),
+                Some(signal) => died_by(signal),
                 None => match status.code().and_then(why_not_executed) {
                     Some(error) => format!("{EXECUTING}: {error}"),
                     None => format!("{what} ended with {status}"),

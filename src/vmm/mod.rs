@@ -202,7 +202,10 @@ fn make(
             let (machine, mail) = restore::attach(spec, parts, resumed)?;
             return Ok((machine, Some(mail), Origin::Restored));
         }
-        Some(Err(failure)) => Origin::NotRestored(failure.to_string()),
+        Some(Err(failure)) => Origin::NotRestored {
+            why: failure.to_string(),
+            unfit: failure.class == Class::Config,
+        },
         None => Origin::Boot,
     };
     Ok((build(spec, parts, timeline)?, None, origin))

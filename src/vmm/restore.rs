@@ -4,7 +4,7 @@
 //! then: the state file, memory and KVM's part. The backends of devices are used up after.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::Read;
 use std::mem;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -21,7 +21,7 @@ use super::events::{Notifier, event};
 use super::platform;
 use crate::failure::{Class, Failure, OrFail};
 use crate::kvm::gate::Gate;
-use crate::kvm::memory::{GuestMemory, exclude_from_dumps, memory_over, prefault};
+use crate::kvm::memory::{GuestMemory, MemoryError, exclude_from_dumps, memory_over, prefault};
 use crate::kvm::state::{StateScope, TscAnchor};
 use crate::kvm::vcpu::{Buses, Vcpu};
 use crate::kvm::vm::Vm;
@@ -60,7 +60,8 @@ pub struct PendingMail {
     mail: Mail,
 }
 
-/// Makes what KVM has of the machine, or says why that cannot be.
+/// Makes what KVM has of the machine, or says why that cannot be. If it is the saved machine
+/// that does not fit, or is damaged, the failure's class is that of what cannot be.
 pub fn resume(
     spec: &MachineSpec,
     kvm: &Kvm,
@@ -70,14 +71,25 @@ pub fn resume(
     if let Some(why) = spec.why_not_saved() {
         return Err(Failure::config(format!("it cannot be restored: {why}")));
     }
-    let state = MachineState::read(&saved.state, spec).or_host("the state file")?;
+    let state = MachineState::read(&saved.state, spec);
+    let state = match state {
+        Err(error) if error.is_final() => Err(error).or_config("the state file")?,
+        state => state.or_host("the state file")?,
+    };
     let MachineState {
         kvm: kvm_state,
         devices,
         platform,
     } = state;
-    let memory = memory_over(&saved.memory, spec.memory.size).or_host(memory_flag(spec))?;
-    let mail = PendingMail::read(saved.mail, &memory, &platform).or_host("the message for it")?;
+    let memory = memory_over(&saved.memory, spec.memory.size);
+    let memory = match memory {
+        Err(error @ MemoryError::Length { .. }) => Err(error).or_config("the memory file")?,
+        memory => memory.or_host(memory_flag(spec))?,
+    };
+    let mail = PendingMail::read(saved.mail, &memory, &platform)?;
+    if spec.memory.prefault {
+        prefault(&memory).or_host(memory_flag(spec))?;
+    }
     timeline.memory_mapped = timeline.now();
 
     let mut vm = Vm::new(kvm).or_host("--cpus")?;
@@ -91,13 +103,11 @@ pub fn resume(
     for (index, state) in (0..spec.cpus).zip(&kvm_state.vcpus) {
         let vcpu = Vcpu::new(&vm, index, spec.cpus, spec.nested).or_host("a vCPU")?;
         vcpu.restore(state, &scope, anchor)
-            .or_host(format_args!("vCPU {index}"))?;
+            .or_config(format_args!("vCPU {index}"))?;
         vcpus.push(vcpu);
     }
-    vm.restore(&kvm_state.vm).or_host("interrupt controllers")?;
-    if spec.memory.prefault {
-        prefault(&memory).or_host(memory_flag(spec))?;
-    }
+    vm.restore(&kvm_state.vm)
+        .or_config("interrupt controllers")?;
     Ok(Resumed {
         vm,
         vcpus,
@@ -176,15 +186,21 @@ pub fn attach(
 
 impl PendingMail {
     /// Reads it, and sees to it that there is room for it.
-    fn read(file: File, memory: &GuestMemory, platform: &PlatformState) -> Result<Self, io::Error> {
+    fn read(file: File, memory: &GuestMemory, platform: &PlatformState) -> Result<Self, Failure> {
+        const WHAT: &str = "the message for it";
         let mut bytes = Vec::new();
-        file.take(MAIL_MAX).read_to_end(&mut bytes)?;
-        let mail = Mail::from_bytes(&bytes)?;
+        file.take(MAIL_MAX).read_to_end(&mut bytes).or_host(WHAT)?;
+        let mut mail = Mail::from_bytes(&bytes).or_internal(WHAT)?;
+        // As long as the time can be.
+        mail.realtime = u64::MAX;
+        let len = mail.to_bytes().or_internal(WHAT)?.len();
         let address = platform.snapshot_port.mailbox;
-        let room = mailbox::room(memory, address).map_err(io::Error::other)?;
-        match bytes.len() <= room {
+        let room = mailbox::room(memory, address).or_config(WHAT)?;
+        match len <= room {
             true => Ok(PendingMail { address, mail }),
-            false => Err(io::Error::other("it is larger than the guest's mailbox")),
+            false => Err(Failure::host(format!(
+                "{WHAT} is larger than the guest's mailbox"
+            ))),
         }
     }
 

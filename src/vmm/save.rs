@@ -64,7 +64,12 @@ impl Saver {
             return Err(Failure::host("a vCPU does not leave the guest"));
         }
         for device in machine.devices {
-            lock(&device.transport).quiesce();
+            let mut transport = lock(&device.transport);
+            transport.quiesce();
+            if transport.is_broken() {
+                let name = &device.name;
+                return Err(Failure::host(format!("{name}: its driver has to reset it")));
+            }
         }
         let devices = machine.devices.iter().map(|device| {
             let state = lock(&device.transport).save();

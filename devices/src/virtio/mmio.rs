@@ -191,6 +191,11 @@ impl VirtioMmio {
         self.turn(None, |device, queues| device.quiesce(queues));
     }
 
+    /// The driver has to reset the device, as it broke the rules: perhaps just now.
+    pub fn is_broken(&self) -> bool {
+        self.status().contains(Status::NEEDS_RESET)
+    }
+
     /// What the guest can see of the device, the rings' positions included.
     pub fn save(&self) -> Result<VirtioState, SaveError> {
         Ok(VirtioState {

@@ -313,6 +313,8 @@ impl Queues {
         if let Some(Some(active)) = self.queues.get_mut(queue) {
             active.queue.go_to_previous_position();
             active.share = active.share.saturating_add(1);
+            // There is a chain, whatever was found behind it.
+            active.emptied = false;
             self.chains = self.chains.saturating_sub(1);
         }
     }

@@ -3,9 +3,9 @@
 #![allow(unsafe_code, reason = "the kernel's random numbers, and its clock")]
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::ptr::{self, NonNull};
 use std::slice;
@@ -18,6 +18,7 @@ use crate::port;
 use crate::system::check;
 
 const RANDOM: &str = "/dev/urandom";
+const HARDWARE_RANDOM: &str = "/dev/hwrng";
 const MACHINE_ID: &str = "/etc/machine-id";
 
 /// How many pages there are for mail: a command with its environment. What is longer comes
@@ -113,6 +114,7 @@ impl Drop for Mailbox {
 fn become_another(mail: &Mail) -> Result<(), String> {
     let failed = |what: &str, error: io::Error| format!("{what}: {error}");
     rekey(mail).map_err(|error| failed("the kernel's random numbers", error))?;
+    forget_hardware_bytes();
     set_clock(mail.realtime).map_err(|error| failed("the clock", error))?;
     if let Some(hostname) = &mail.hostname {
         names::rename(hostname)?;
@@ -151,6 +153,24 @@ fn rekey(mail: &Mail) -> io::Result<()> {
     check(unsafe { libc::ioctl(device.as_raw_fd(), ADD_ENTROPY, &entropy) }.into())?;
     // SAFETY: passes no memory.
     check(unsafe { libc::ioctl(device.as_raw_fd(), RESEED) }.into())
+}
+
+/// Drops the random bytes that the entropy device gave before: all clones have the same. There
+/// are a few hundred at most; what comes behind them is this machine's own.
+fn forget_hardware_bytes() {
+    const MOST: usize = 64;
+    let device = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(HARDWARE_RANDOM);
+    // A kernel may have no such device.
+    let Ok(mut device) = device else { return };
+    for _ in 0..MOST {
+        // Without waiting it reads what is there, and asks for more when that is used up.
+        if !matches!(device.read(&mut [0; 64]), Ok(1..)) {
+            return;
+        }
+    }
 }
 
 fn set_clock(nanoseconds: u64) -> io::Result<()> {

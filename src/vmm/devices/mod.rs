@@ -30,7 +30,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::pending::{PendingDevice, first, unfit};
 use crate::console::Connection;
-use crate::failure::{Failure, OrFail};
+use crate::failure::{Class, Failure, OrFail};
 use crate::kvm::memory::GuestMemory;
 use crate::kvm::vcpu::Buses;
 use crate::kvm::vm::Vm;
@@ -199,8 +199,9 @@ fn place(
             VirtioMmio::with_registers(device, memory, interrupt, registers).or_host_of(part())?
         }
         Some(state) => {
+            // The state is of this specification, and yet does not fit its device.
             VirtioMmio::restore_with_registers(device, memory, interrupt, registers, state)
-                .or_host_of(part())?
+                .map_err(|error| VmmFailure::of(&error, Class::Internal, part()))?
         }
     };
     let registers = transport.registers().clone();
