@@ -14,7 +14,7 @@ use super::template::{self, TemplateRequest};
 use crate::config::{MachineConfig, Network};
 use crate::failure::{Class, Failure, OrFail};
 use crate::link::{Ending, Origin, Outcome};
-use crate::snapshot::store::{Template, Templates};
+use crate::snapshot::store::{Template, TemplateKey, Templates};
 use crate::supervisor::{SnapshotFiles, was_killed};
 
 /// A message that fits into an agent's mailbox for certain: more goes over the connection.
@@ -61,7 +61,7 @@ impl Start {
             Ok((Ok(template), _)) => Start::Warm(Box::new(template)),
             Ok((Err(miss), key)) => Start::Cold {
                 why: miss.to_string(),
-                request: Some(Box::new(TemplateRequest::of(config, key))),
+                request: may_make(&key).then(|| Box::new(TemplateRequest::of(config, key))),
             },
             Err(failure) => cold(&failure.to_string()),
         }
@@ -161,6 +161,11 @@ impl Start {
             log::warn!("making a template: {failure}");
         }
     }
+}
+
+/// Whether the template of a key is to be made, if it is missing.
+fn may_make(key: &TemplateKey) -> bool {
+    Templates::open_default().is_ok_and(|templates| templates.may_make(key))
 }
 
 /// What came of a start from a template.

@@ -31,7 +31,7 @@ use crate::link::Outcome;
 use crate::logging::LogConfig;
 use crate::net::user::{UserConfig, UserNet};
 use crate::signals::StartSignals;
-use crate::snapshot::store::{Host as SavedHost, TemplateKey, Templates};
+use crate::snapshot::store::{Host as SavedHost, NewTemplate, TemplateKey, Templates};
 use crate::spec::{DeviceKind, DeviceSpec, MachineSpec};
 use crate::supervisor::{SnapshotFiles, StopHandle, Supervisor};
 use crate::timing::Timeline;
@@ -141,6 +141,21 @@ fn make(request: TemplateRequest, timeline: Timeline) -> Result<(), Failure> {
     let Some(new) = templates.make(&request.key)? else {
         return Ok(());
     };
+    match save_machine(&new, request, timeline) {
+        Ok(()) => new.publish().map(drop),
+        Err(failure) => {
+            new.fail(&failure.to_string())?;
+            Err(failure)
+        }
+    }
+}
+
+/// Boots the machine of a request, and saves it when its agent is ready.
+fn save_machine(
+    new: &NewTemplate,
+    request: TemplateRequest,
+    timeline: Timeline,
+) -> Result<(), Failure> {
     let signals = StartSignals::take().or_internal("blocking signals")?;
     // One of its own: the other is locked.
     let folder = new.work().join("machine");
@@ -169,7 +184,7 @@ fn make(request: TemplateRequest, timeline: Timeline) -> Result<(), Failure> {
     match ending.outcome {
         // The kernel and the agent are those that it is said to have, at the beginning and at
         // the end.
-        Outcome::Saved if key == wanted && self::key(&config)? == wanted => new.publish().map(drop),
+        Outcome::Saved if key == wanted && self::key(&config)? == wanted => Ok(()),
         Outcome::Saved => Err(Failure::host(format!(
             "{WHAT}: mayfly, the guest's kernel or its initial RAM disk changed meanwhile"
         ))),

@@ -1,9 +1,9 @@
 //! The templates of a user: machines that are ready to run an image.
 
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -151,17 +151,26 @@ impl Templates {
         digests.write(&self.directory)
     }
 
-    /// The template of a key, or why there is none.
+    /// The template of a key, or why there is none. One that cannot be used is set aside, so
+    /// that another is made in its place.
     pub fn find(&self, key: &TemplateKey) -> Result<Template, Miss> {
         let name = key.digest().map_err(Miss::Unusable)?;
-        let found = self.open_ready(&name).map_err(Miss::Unusable)?;
-        let Some(template) = found else {
-            return Err(self.miss(key, &name));
+        let found = self.open_ready(&name).and_then(|found| match found {
+            Some(template) if template.manifest.key != *key => {
+                Err(Failure::host(format!("{}: another key", self.failed())))
+            }
+            found => Ok(found),
+        });
+        let template = match found {
+            Ok(Some(template)) => template,
+            Ok(None) => return Err(self.miss(key, &name)),
+            Err(failure) => {
+                if let Err(error) = self.set_unusable_aside(&name, &failure.to_string()) {
+                    log::warn!("{}: setting one aside: {error}", self.failed());
+                }
+                return Err(Miss::Unusable(failure));
+            }
         };
-        if template.manifest.key != *key {
-            let other = Failure::host(format!("{}: another key", self.failed()));
-            return Err(Miss::Unusable(other));
-        }
         if let Err(error) = template.entry.note_use() {
             log::debug!("{}: noting its use: {error}", self.failed());
         }
@@ -267,31 +276,61 @@ impl Templates {
         }))
     }
 
+    /// Whether it makes sense to make the template of a key: not so soon after the last one
+    /// failed, or could not be made.
+    pub fn may_make(&self, key: &TemplateKey) -> bool {
+        key.digest().is_ok_and(|name| !self.failed_lately(&name))
+    }
+
     fn failed_lately(&self, name: &Digest) -> bool {
-        let written = fs::metadata(self.set_aside_path(name).join(FAILURE));
-        let written = written.and_then(|failure| failure.modified());
-        written.is_ok_and(|time| time.elapsed().is_ok_and(|age| age < RETRY_AFTER))
+        is_recent(&self.set_aside_path(name))
     }
 
     /// Sets a template aside that failed: it is not taken again, and not made again for a
     /// while.
     pub fn set_aside(&self, template: Template, why: &str) -> Result<(), Failure> {
-        let why = printable::lines(why.as_bytes());
-        let why: String = why.chars().take(FAILURE_MAX).collect();
         let name = template.manifest.key.digest()?;
-        let (from, to) = (self.ready(&name), self.set_aside_path(&name));
         let _lock = self.directory.lock().or_host(self.failed())?;
-        let same = Entry::hold(&from).or_host(self.failed())?;
-        let same = same.is_some_and(|found| found.is(&template.entry));
-        if !same {
+        let same = Entry::hold(&self.ready(&name)).or_host(self.failed())?;
+        match same.is_some_and(|found| found.is(&template.entry)) {
+            true => self.move_aside(&name, why),
             // Another process was faster.
-            return Ok(());
+            false => Ok(()),
         }
-        fs::write(from.join(FAILURE), why).or_host(self.failed())?;
+    }
+
+    /// Sets aside what cannot be opened, unless it can by now.
+    fn set_unusable_aside(&self, name: &Digest, why: &str) -> Result<(), Failure> {
+        let _lock = self.directory.lock().or_host(self.failed())?;
+        match self.open_ready(name) {
+            Ok(None) => Ok(()),
+            Ok(Some(template)) if template.manifest.key.digest()? == *name => Ok(()),
+            _ => self.move_aside(name, why),
+        }
+    }
+
+    /// Moves a template to those that failed. The caller holds the folder's lock.
+    fn move_aside(&self, name: &Digest, why: &str) -> Result<(), Failure> {
+        let (from, to) = (self.ready(name), self.set_aside_path(name));
         if to.exists() {
             self.directory.discard(&to).or_host(self.failed())?;
         }
-        fs::rename(&from, &to).or_host(self.failed())
+        // First, so that it is not taken even where nothing can be written any more.
+        fs::rename(&from, &to).or_host(self.failed())?;
+        write_failure(&to, why).or_host(self.failed())
+    }
+
+    /// Notes that the template of a name could not be made.
+    fn note_failure(&self, name: &Digest, why: &str) -> Result<(), Failure> {
+        let _lock = self.directory.lock().or_host(self.failed())?;
+        let folder = self.set_aside_path(name);
+        if !folder.exists() {
+            DirBuilder::new()
+                .mode(0o700)
+                .create(&folder)
+                .or_host(self.failed())?;
+        }
+        write_failure(&folder, why).or_host(self.failed())
     }
 
     /// Removes the template whose name begins so. Fails if several do, or one is in use.
@@ -320,7 +359,8 @@ impl Templates {
     }
 
     /// Removes those that failed, then those that were not used for longest, until the
-    /// others take no more than so many bytes. Those in use stay. The result is what went.
+    /// others take no more than `budget` bytes. Those in use stay, and so does the word that
+    /// one has failed lately. The result is what went.
     pub fn prune(&self, budget: u64) -> Result<Vec<Listed>, Failure> {
         self.directory.clean().or_host(self.failed())?;
         let _lock = self.directory.lock().or_host(self.failed())?;
@@ -334,13 +374,46 @@ impl Templates {
                 continue;
             }
             if let Some(_held) = lock::take(&it.path).or_host(self.failed())? {
-                self.directory.discard(&it.path).or_host(self.failed())?;
+                if it.failure.is_none() || !is_recent(&it.path) {
+                    self.directory.discard(&it.path).or_host(self.failed())?;
+                } else if !remove_content(&it.path).or_host(self.failed())? {
+                    continue;
+                }
                 bytes = bytes.saturating_sub(it.bytes);
                 gone.push(it);
             }
         }
         Ok(gone)
     }
+}
+
+/// Removes what a template that failed has, but for the reason. False if there is nothing.
+fn remove_content(folder: &Path) -> io::Result<bool> {
+    let mut found = false;
+    for file in [MEMORY, STATE] {
+        match fs::remove_file(folder.join(file)) {
+            Ok(()) => found = true,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(found)
+}
+
+/// Whether a template failed less than [`RETRY_AFTER`] ago.
+fn is_recent(folder: &Path) -> bool {
+    let written = fs::metadata(folder.join(FAILURE));
+    // Where the reason could not be written, the folder's time tells.
+    let written = written.or_else(|_| fs::metadata(folder));
+    let written = written.and_then(|it| it.modified());
+    written.is_ok_and(|time| time.elapsed().is_ok_and(|age| age < RETRY_AFTER))
+}
+
+/// Writes why a template failed, or could not be made.
+fn write_failure(folder: &Path, why: &str) -> io::Result<()> {
+    let why = printable::lines(why.as_bytes());
+    let why: String = why.chars().take(FAILURE_MAX).collect();
+    fs::write(folder.join(FAILURE), why)
 }
 
 /// Why a template failed, if it did.
@@ -386,6 +459,11 @@ pub struct NewTemplate<'a> {
 }
 
 impl NewTemplate<'_> {
+    /// Notes why it could not be made, so that it is not tried again at once.
+    pub fn fail(self, why: &str) -> Result<(), Failure> {
+        self.templates.note_failure(&self.name, why)
+    }
+
     /// A folder for what its making needs, which goes with it.
     pub fn work(&self) -> &Path {
         self.work.path()

@@ -186,8 +186,51 @@ fn one_that_failed_is_neither_taken_nor_made_again_for_a_while() {
         .set_aside(templates.find(&key).unwrap(), "no")
         .unwrap();
     until_busy(templates, 0);
+    // What it took goes first; that it failed is not forgotten with it.
     assert_eq!(templates.prune(u64::MAX).unwrap().len(), 1);
-    assert!(matches!(templates.find(&key), Err(Miss::Empty)));
+    assert!(!folder.of("failed", &key).join("memory").exists());
+    assert!(templates.prune(u64::MAX).unwrap().is_empty());
+    assert!(matches!(templates.find(&key), Err(Miss::SetAside(_))));
+    assert!(!templates.may_make(&key));
+}
+
+#[test]
+fn one_that_cannot_be_used_does_not_stay_in_the_way() {
+    let folder = Folder::new();
+    let templates = &folder.templates;
+    let key = key();
+    make(templates, &key);
+    let memory = folder.of("ready", &key).join("memory");
+    fs::set_permissions(&memory, Permissions::from_mode(0o644)).unwrap();
+    until_busy(templates, 0);
+    assert!(matches!(templates.find(&key), Err(Miss::Unusable(_))));
+    assert!(matches!(templates.find(&key), Err(Miss::SetAside(_))));
+    assert!(!folder.of("ready", &key).exists());
+    assert!(templates.make(&key).unwrap().is_none());
+    let long_ago = SystemTime::now() - Duration::from_secs(4000);
+    let failure = folder.of("failed", &key).join("failure");
+    { File::options().write(true).open(failure).unwrap() }
+        .set_modified(long_ago)
+        .unwrap();
+    assert!(templates.may_make(&key));
+    make(templates, &key);
+    templates.find(&key).unwrap();
+}
+
+#[test]
+fn one_that_could_not_be_made_is_not_tried_again_at_once() {
+    let folder = Folder::new();
+    let templates = &folder.templates;
+    let key = key();
+    assert!(templates.may_make(&key));
+    begin(templates, &key).fail("the machine ended").unwrap();
+    assert!(!templates.may_make(&key));
+    assert!(templates.make(&key).unwrap().is_none());
+    let miss = templates.find(&key).unwrap_err().to_string();
+    assert_eq!(miss, "its template was set aside: the machine ended");
+    let name = key.digest().unwrap().hex();
+    templates.remove(&name).unwrap();
+    assert!(templates.may_make(&key));
 }
 
 #[test]
