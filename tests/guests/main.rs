@@ -29,3 +29,4 @@ mod system;
 mod user_nets;
 mod volumes;
 mod vsock;
+mod warm;

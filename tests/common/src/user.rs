@@ -39,6 +39,23 @@ impl User {
         user
     }
 
+    /// Root, with the image `demo`, whose VMs start from templates that nobody else has.
+    pub fn with_templates_of_its_own() -> Self {
+        let mut user = User::root();
+        fs::create_dir(user.path("cache")).unwrap();
+        copy(&cache("default"), &user.path("cache/default"));
+        user.set("MAYFLY_CACHE", user.path("cache"));
+        user.set("MAYFLY_COLD", "0");
+        user
+    }
+
+    /// The folders of the user's templates.
+    pub fn templates(&self) -> Vec<PathBuf> {
+        let ready = fs::read_dir(self.path("cache/templates/ready"));
+        let ready = ready.into_iter().flatten();
+        ready.map(|entry| entry.unwrap().path()).collect()
+    }
+
     /// An ordinary user with the image `demo`, who has nothing more than others but
     /// /dev/kvm's group.
     pub fn plain() -> Self {
@@ -102,6 +119,8 @@ impl User {
         };
         user.set("XDG_DATA_HOME", user.path("share"));
         user.set("MAYFLY_RUNTIME_DIR", user.path("run"));
+        // No test has a VM beside its own unless it asks for that.
+        user.set("MAYFLY_COLD", "1");
         user
     }
 
