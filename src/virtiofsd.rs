@@ -50,7 +50,7 @@ const NO_NAMESPACES: &str = "virtiofsd's sandbox needs namespaces, which this ho
                              make; see the sysctls kernel.unprivileged_userns_clone and \
                              kernel.apparmor_restrict_unprivileged_userns";
 /// It starts in this time, or not at all.
-const TIMEOUT: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(10);
 /// What it says when all is well, and when the VM ends.
 const CHATTER: Chatter = &["virtio_loop: Unexpected poll revents"];
 

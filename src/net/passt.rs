@@ -29,7 +29,7 @@ const NAME: &CStr = c"passt (waits)";
 const MAC: [u8; 6] = [0x02, 0x6d, 0x61, 0x79, 0x66, 0x6c];
 const MTU: u16 = 1500;
 /// It starts in this time, or not at all.
-const TIMEOUT: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(10);
 const FRAME_MAX: usize = 64 << 10;
 /// What it says when all is well.
 const CHATTER: Chatter = &[
