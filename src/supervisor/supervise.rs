@@ -259,6 +259,7 @@ impl Supervisor<'_> {
         let signals = self.signals.as_ref().map_or(-1, AsRawFd::as_raw_fd);
         let mut ready = [self.link().as_raw_fd(), self.broker.as_raw_fd(), signals]
             .map(|fd| entry(fd, libc::POLLIN));
+        let mut told_to_end = None;
         loop {
             let timeout = match self.runs() {
                 true => FOR_EVER,
@@ -282,7 +283,7 @@ impl Supervisor<'_> {
                         return Err(self.failure(&failure));
                     }
                     Ok(Some(FromVmm::Failed(VmmFailure { message, .. }))) => {
-                        return Ok(self.ended_by(printable::line(&message)));
+                        return Ok(self.ended(Outcome::Internal(printable::line(&message))));
                     }
                     Ok(Some(FromVmm::Reply { id, reply })) => clients.answer(id, reply),
                     Ok(Some(FromVmm::Event(event))) => self.board.tell(&event),
@@ -292,7 +293,7 @@ impl Supervisor<'_> {
                     Ok(None) | Err(_) if !self.runs() => {
                         return Err(self.never_ran());
                     }
-                    Ok(None) | Err(_) => return Ok(self.died()),
+                    Ok(None) | Err(_) => return Ok(self.died(told_to_end)),
                 }
             }
             if asked && self.serve_broker().is_err() {
@@ -302,7 +303,7 @@ impl Supervisor<'_> {
                 ready[1].fd = -1;
             }
             if signal {
-                self.pass_on()?;
+                told_to_end = self.pass_on()?.or(told_to_end);
             }
         }
     }
@@ -355,30 +356,38 @@ impl Supervisor<'_> {
         self.broker.send(&BrokerReply::Failed(code), &[])
     }
 
-    fn pass_on(&self) -> Result<(), Failure> {
-        let order = match self.signals.as_ref().and_then(Signals::next) {
-            None => return Ok(()),
-            Some(libc::SIGWINCH) => ToVmm::Resized,
+    /// Passes a signal on to the VMM process. Returns it if that is to end now.
+    fn pass_on(&self) -> Result<Option<i32>, Failure> {
+        let (order, ends) = match self.signals.as_ref().and_then(Signals::next) {
+            None => return Ok(None),
+            Some(libc::SIGWINCH) => (ToVmm::Resized, None),
             // Nothing is there that could end in order.
             Some(signal) if !self.runs() => return Err(Failure::signalled(signal)),
-            Some(signal) => ToVmm::Signal(signal),
+            Some(signal) => (ToVmm::Signal(signal), Some(signal)),
         };
-        let ends = matches!(order, ToVmm::Signal(_));
-        if self.link().try_send(&order).is_err() || ends {
+        if self.link().try_send(&order).is_err() || ends.is_some() {
             self.stop.kill_after_timeout();
         }
-        Ok(())
+        Ok(ends)
     }
 
-    /// The end of a VM whose process has ended without a word about it.
-    fn died(&self) -> Ending {
-        self.ended_by(self.why_died())
+    /// The end of a VM whose process has ended without a word about it. One that was killed
+    /// after a signal, as it did not end by itself, was ended by that.
+    fn died(&self, signal: Option<i32>) -> Ending {
+        let why = self.why_died();
+        match signal {
+            Some(signal) if was_killed(&why) => {
+                log::warn!("the VMM process did not end in time, and was killed");
+                self.ended(Outcome::Signal(signal))
+            }
+            _ => self.ended(Outcome::Internal(why)),
+        }
     }
 
-    /// The end of a VM that cannot go on.
-    fn ended_by(&self, why: String) -> Ending {
+    /// An end of which the VMM process did not tell.
+    fn ended(&self, outcome: Outcome) -> Ending {
         Ending {
-            outcome: Outcome::Internal(why),
+            outcome,
             guest_status: None,
             last_lines: Vec::new(),
             timeline: self.timeline,
@@ -650,8 +659,7 @@ mod tests {
     #[test]
     fn one_that_ignores_a_signal_ends() {
         let (ending, time) = keep("exec sleep 60", String::new(), terminate);
-        let reason = "the VMM process was ended by signal 9";
-        assert_eq!(ending.unwrap().outcome, Outcome::Internal(reason.into()));
+        assert_eq!(ending.unwrap().outcome, Outcome::Signal(libc::SIGTERM));
         assert!(time >= SHORT, "{time:?}");
     }
 
@@ -665,8 +673,7 @@ mod tests {
             while poll(&mut asked, -1).is_ok() && supervisor.serve_broker().is_ok() {}
             terminate(supervisor);
         });
-        let reason = "the VMM process was ended by signal 9";
-        assert_eq!(ending.unwrap().outcome, Outcome::Internal(reason.into()));
+        assert_eq!(ending.unwrap().outcome, Outcome::Signal(libc::SIGTERM));
         assert!(time >= SHORT, "{time:?}");
     }
 }
