@@ -12,10 +12,11 @@ use mayfly_testing::{kernel, mayfly, test_data, text, until};
 
 use crate::user_nets::loopback;
 
-const ENGINES: [&str; 7] = [
+const ENGINES: [&str; 8] = [
     "process",
     "container",
     "mayfly",
+    "mayfly-cold",
     "runc",
     "crun",
     "podman",
@@ -114,13 +115,17 @@ fn all_that_debian_has_is_compared() {
             .isolation
             .as_ref()
             .unwrap_or_else(|| panic!("{name}: {:?}", engine.notes));
-        let vm = ["mayfly", "qemu"].contains(&name);
+        let vm = ["mayfly", "mayfly-cold", "qemu"].contains(&name);
         assert_eq!(facts.host_kernel, !vm, "{name}: {facts:?}");
         assert_eq!(facts.sees_of_host.is_empty(), vm, "{name}: {facts:?}");
     }
-    // All that can be seen of mayfly is told apart.
-    let marks = &engine(&report, "mayfly").samples[0].marks_ns;
+    // All that can be seen of mayfly is told apart; one that starts warm does not boot.
+    let marks = &engine(&report, "mayfly-cold").samples[0].marks_ns;
     assert!(marks.keys().eq(&Mark::ALL), "{marks:?}");
+    let marks = &engine(&report, "mayfly").samples[0].marks_ns;
+    let booting = [Mark::Built, Mark::Init];
+    let expected = Mark::ALL.iter().filter(|mark| !booting.contains(mark));
+    assert!(marks.keys().eq(expected), "{marks:?}");
     let facts = engine(&report, "mayfly").isolation.clone().unwrap();
     assert_eq!(
         (facts.host_syscalls, facts.monitor_syscalls),
