@@ -286,7 +286,7 @@ impl Attack {
         }
         if record["guest_status"] != DONE {
             let said: Vec<&str> = self.ended.stdout.lines().rev().take(6).collect();
-            return Some(format!("the guest is not done: {record} {said:?}"));
+            return Some(format!("{NOT_DONE}: {record} {said:?}"));
         }
         if self.answers == 0 || self.slowest > STEP / 4 {
             let (answers, slowest) = (self.answers, self.slowest);
@@ -306,6 +306,9 @@ impl Attack {
         })
     }
 }
+
+/// The guest ended before it had tried all of its seeds.
+const NOT_DONE: &str = "the guest is not done";
 
 fn program_size() -> u64 {
     mayfly().metadata().unwrap().len()
@@ -341,6 +344,16 @@ fn thousands_of_attacks_leave_the_monitor_well() {
             "seed {} (MAYFLY_SEEDS={near}+{TELL}): {other}\nat first: {fault}",
             again.last.unwrap_or(near)
         ),
+        // A guest whose devices write to memory at random may hit its own program, with what
+        // earlier seeds left there. The monitor was well: so must it be with the other seeds.
+        None if fault.starts_with(NOT_DONE) => {
+            println!("the guest died of the seeds {near}+{TELL}, but not of them alone: {fault}");
+            let (next, end) = (near + TELL, first + count);
+            if next < end {
+                let rest = Attack::run("hostile", next, end - next, TELL, "");
+                assert_eq!(rest.fault(), None, "after {fault}");
+            }
+        }
         None => panic!("one of the seeds {near}+{TELL}, but not by itself: {fault}"),
     }
 }
@@ -393,7 +406,7 @@ fn a_flood_costs_the_guest_and_not_the_host() {
     );
     assert_eq!(ended.code(), Some(0), "{}", ended.stderr);
     assert!(most <= OWN + program_size(), "{most}");
-    assert!(slowest < Duration::from_secs(1), "{slowest:?}");
+    assert!(slowest < STEP / 4, "{slowest:?}");
     assert!(messages <= MESSAGES * (flooded.as_secs() + 1), "{messages}");
 }
 
