@@ -129,7 +129,7 @@ fn all_that_debian_has_is_compared() {
     let facts = engine(&report, "mayfly").isolation.clone().unwrap();
     assert_eq!(
         (facts.host_syscalls, facts.monitor_syscalls),
-        (Some(0), Some(33))
+        (Some(0), Some(34))
     );
     assert!(
         engine(&report, "qemu").samples[0]
