@@ -369,7 +369,7 @@ impl<R: Read> Frames<R> {
         }
     }
 
-    /// Reads so many bytes, in pieces as large as they come. The payload keeps the size of the
+    /// Reads a number of bytes, in pieces as large as they come. The payload keeps the size of the
     /// largest frame so far, and grows by what really comes, not by what was announced.
     fn read_payload(&mut self, len: usize) -> io::Result<()> {
         let mut done = 0;

@@ -359,16 +359,6 @@ fn run_machine(
         SessionEnd::Signalled(signal) => Failure::signalled(signal),
         _ => failure,
     })?;
-    if options.timing {
-        let _ = write!(io::stderr(), "{}", ending.timeline);
-    }
-    if options.verbose {
-        let how = match start.why_cold() {
-            None => "it started from a template".to_owned(),
-            Some(why) => format!("it booted: {why}"),
-        };
-        let _ = writeln!(io::stderr(), "mayfly: {name}: {how}");
-    }
     if matches!(end, SessionEnd::Exited(_)) {
         start.make_missing();
     }
@@ -376,6 +366,38 @@ fn run_machine(
         problems: board.status().problems,
         ..judge(&end, &ending, &name, &memory)
     };
+    tell(options, &name, &end, &ending, start.why_cold());
+    let printed = match options.json {
+        true => print_record(&name, &end, &ending, start.why_cold(), started_us),
+        false => Ok(()),
+    };
+    // Who asked for the record must not take its absence for success.
+    if let Err(error) = printed
+        && error.kind() != io::ErrorKind::BrokenPipe
+        && end.status == 0
+    {
+        let _ = writeln!(io::stderr(), "mayfly: standard output: {error}");
+        return Ok(Run::Ended(End {
+            status: STATUS_FAILED,
+            ..end
+        }));
+    }
+    Ok(Run::Ended(end))
+}
+
+/// Tells the user on standard error how a VM began and ended, as far as that was asked for or
+/// is not as it should be.
+fn tell(options: &Options, name: &str, end: &End, ending: &Ending, why_cold: Option<&str>) {
+    if options.timing {
+        let _ = write!(io::stderr(), "{}", ending.timeline);
+    }
+    if options.verbose {
+        let how = match why_cold {
+            None => "it started from a template".to_owned(),
+            Some(why) => format!("it booted: {why}"),
+        };
+        let _ = writeln!(io::stderr(), "mayfly: {name}: {how}");
+    }
     if let Some(reason) = &end.reason {
         let what_follows = match end.last_lines.is_empty() {
             true => "",
@@ -386,33 +408,29 @@ fn run_machine(
     for line in &end.last_lines {
         let _ = writeln!(io::stderr(), "  {line}");
     }
-    if options.json {
-        let record = json!({
-            "name": name,
-            "exit_code": end.status,
-            "reason": end.reason,
-            "start": match start.why_cold() {
-                None => "warm",
-                Some(_) => "cold",
-            },
-            "cold_because": start.why_cold(),
-            "started_us": started_us,
-            "timing_us": TimingUs::from(&ending.timeline),
-        });
-        // Who asked for it must not take its absence for success.
-        let printed = writeln!(io::stdout(), "{}", printable::json(&record.to_string()));
-        if let Err(error) = printed
-            && error.kind() != io::ErrorKind::BrokenPipe
-            && end.status == 0
-        {
-            let _ = writeln!(io::stderr(), "mayfly: standard output: {error}");
-            return Ok(Run::Ended(End {
-                status: STATUS_FAILED,
-                ..end
-            }));
-        }
-    }
-    Ok(Run::Ended(end))
+}
+
+/// Prints the record of a run, for `--json`.
+fn print_record(
+    name: &str,
+    end: &End,
+    ending: &Ending,
+    why_cold: Option<&str>,
+    started_us: u64,
+) -> io::Result<()> {
+    let record = json!({
+        "name": name,
+        "exit_code": end.status,
+        "reason": end.reason,
+        "start": match why_cold {
+            None => "warm",
+            Some(_) => "cold",
+        },
+        "cold_because": why_cold,
+        "started_us": started_us,
+        "timing_us": TimingUs::from(&ending.timeline),
+    });
+    writeln!(io::stdout(), "{}", printable::json(&record.to_string()))
 }
 
 /// What to exit with, and what to say.

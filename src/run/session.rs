@@ -255,7 +255,7 @@ fn end_silent(shared: &Shared) {
 /// How a session begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Begin {
-    /// The agent is told what it is to do.
+    /// The agent gets its order.
     Anew,
     /// It was told in the message that it found when it was restored, and answers.
     Told,

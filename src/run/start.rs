@@ -26,7 +26,7 @@ pub enum Start {
     Warm(Box<Template>),
     /// By booting.
     Cold {
-        /// Why.
+        /// The reason that it boots.
         why: String,
         /// The template that would have been taken, if one is to be made.
         request: Option<Box<TemplateRequest>>,

@@ -34,7 +34,7 @@ use crate::timing::Timeline;
 /// The longest message for a guest, in bytes.
 const MAIL_MAX: u64 = 1 << 20;
 
-/// The files of a saved machine, and what is told its guest.
+/// The files of a saved machine, and the message for its guest.
 pub struct Saved {
     /// The state file.
     pub state: File,

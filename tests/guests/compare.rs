@@ -119,7 +119,7 @@ fn all_that_debian_has_is_compared() {
         assert_eq!(facts.host_kernel, !vm, "{name}: {facts:?}");
         assert_eq!(facts.sees_of_host.is_empty(), vm, "{name}: {facts:?}");
     }
-    // All that can be seen of mayfly is told apart; one that starts warm does not boot.
+    // Every mark of mayfly is seen; one that starts warm has none of a boot.
     let marks = &engine(&report, "mayfly-cold").samples[0].marks_ns;
     assert!(marks.keys().eq(&Mark::ALL), "{marks:?}");
     let marks = &engine(&report, "mayfly").samples[0].marks_ns;

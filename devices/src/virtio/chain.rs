@@ -26,7 +26,7 @@ struct Part {
 }
 
 impl Part {
-    /// What is behind its first bytes, of which it has so many.
+    /// What is behind its first `skip` bytes; it is no shorter than that.
     fn behind(self, skip: usize) -> Part {
         Part {
             addr: self.addr.unchecked_add(skip as u64),

@@ -236,7 +236,7 @@ fn a_driver_is_asked_to_notify_when_a_turn_ends() {
     assert_eq!(event(), 2);
 }
 
-/// The driver shows that so many chains are in the first queue.
+/// The driver shows that there are `count` chains in the first queue.
 fn driver_shows(memory: &GuestMemory, count: u16) {
     let index = GuestAddress(Driver::rings(0) + AVAILABLE + 2);
     memory.write_obj(count, index).unwrap();

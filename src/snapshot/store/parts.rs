@@ -30,7 +30,7 @@ impl PartHasher {
         self.0.update(content);
     }
 
-    /// The digest of a file of so many bytes.
+    /// The digest of a file of a length in bytes.
     pub fn finish(mut self, len: u64) -> Digest {
         self.0.update(&len.to_le_bytes());
         self.0.finish()
@@ -63,7 +63,7 @@ pub fn each_block<E: From<io::Error>>(
     Ok(())
 }
 
-/// The digest of a file's first so many bytes.
+/// The digest of a file's first bytes, up to a length.
 pub fn digest(file: &File, len: u64) -> io::Result<Digest> {
     let mut hasher = PartHasher::new();
     each_block(file, len, |offset, block| {

@@ -42,7 +42,7 @@ fn numbered(number: u64) -> TemplateKey {
     key
 }
 
-/// Writes what a template has, so many bytes of memory.
+/// Writes what a template has, with a number of bytes of memory.
 fn fill(new: &NewTemplate, key: &TemplateKey, bytes: usize) {
     new.memory.set_len(key.machine.memory.size).unwrap();
     new.memory.write_all_at(&vec![1; bytes], 0).unwrap();
@@ -60,7 +60,7 @@ fn begin<'a>(templates: &'a Templates, key: &TemplateKey) -> NewTemplate<'a> {
     eventually(|| templates.make(key).unwrap())
 }
 
-/// Waits until so many are in use.
+/// Waits until a number of them are in use.
 fn until_busy(templates: &Templates, busy: usize) {
     let count = |all: Vec<Listed>| all.iter().filter(|it| it.busy).count();
     eventually(|| (count(templates.list().unwrap()) == busy).then_some(()));
